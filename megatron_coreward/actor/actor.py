@@ -1,0 +1,173 @@
+"""A Megatron actor rank: the policy with its optimizer, the teacher and the frozen reference, under one layout.
+
+Every method is called on all ranks with the same arguments, but for shares of a batch, which differ by data-parallel
+rank. Results come from the ranks that have them (`reports`: last pipeline stage, first tensor-parallel rank); the others
+return None.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_coreward.actor import cpu_backend
+
+cpu_backend.install()  # before megatron is first imported
+
+from megatron.core import parallel_state  # noqa: E402
+
+from megatron_coreward.actor import parallel  # noqa: E402
+from megatron_coreward.actor.export import export_hf  # noqa: E402
+from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
+from megatron_coreward.actor.hf_weights import load_hf, owned_blocks  # noqa: E402
+from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
+from megatron_coreward.actor.model import DTYPES, build_chunks  # noqa: E402
+from megatron_coreward.actor.optimizer import build_optimizer, build_scheduler, wrap_chunks  # noqa: E402
+from megatron_coreward.actor.packing import Share  # noqa: E402
+from megatron_coreward.actor.setup import ActorSetup, Weights  # noqa: E402
+from megatron_coreward.actor.state import load_state, save_state  # noqa: E402
+from megatron_coreward.actor.teacher import EmaTeacher, FrozenModel  # noqa: E402
+from megatron_coreward.actor.token_stats import Scores, VocabularyShard, score_tokens  # noqa: E402
+from megatron_coreward.actor.train_step import pack_loss  # noqa: E402
+from megatron_coreward.config.architecture import read_architecture  # noqa: E402
+from megatron_coreward.types import FloatArray, Sequences, TokenStats, TrainBatch  # noqa: E402
+from megatron_coreward.weights.buckets import TensorMeta  # noqa: E402
+from megatron_coreward.weights.mapping import hf_tensors  # noqa: E402
+from megatron_coreward.weights.send import SharedMemorySender  # noqa: E402
+
+class MegatronActor:
+    def __init__(self, setup: ActorSetup, rank: int, address: str, port: int) -> None:
+        self.setup = setup
+        self.arch = read_architecture(setup.hf_path)
+        self.at = parallel.initialize(setup.settings, rank, address, port, setup.seed)
+        dtype = DTYPES[setup.dtype]
+
+        def build() -> Any:
+            return build_chunks(self.arch, setup.settings, dtype, setup.max_sequence_length)
+
+        chunks = build()
+        load_hf(chunks, self.arch, self.at, setup.hf_path)
+        self.policy = wrap_chunks(chunks)
+        self.optimizer = build_optimizer(self.policy, setup.settings, dtype)
+        self.scheduler = build_scheduler(self.optimizer, setup.settings, setup.total_updates)
+        self.frozen: dict[Weights, FrozenModel] = {}
+        self.teacher = EmaTeacher(self.optimizer) if setup.teacher else None
+        for name in (*(["teacher"] if setup.teacher else []), *(["reference"] if setup.frozen_reference else [])):
+            self.frozen[name] = FrozenModel(build(), self.policy)
+            self.frozen[name].weights.copy_policy()
+        rows = self.arch.padded_vocab_size(self.at.tp_size) // self.at.tp_size
+        self._vocabulary = VocabularyShard(
+            start=min(self.at.tp_rank * rows, self.arch.vocab_size),
+            stop=min((self.at.tp_rank + 1) * rows, self.arch.vocab_size),
+            size=self.arch.vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group() if self.at.tp_size > 1 else None,
+        )
+        self._senders: dict[Weights, SharedMemorySender] = {}
+
+    @property
+    def reports(self) -> bool:
+        """Whether results are taken from this rank."""
+        return self.at.pp_rank == self.at.pp_size - 1 and self.at.tp_rank == 0
+
+    def _chunks(self, weights: Weights) -> list[Any]:
+        return self.policy if weights == "policy" else self.frozen[weights].chunks
+
+    def _packs(self, sequences: Sequences, share: Share) -> list[Pack]:
+        return [build_pack(sequences, rows, share.num_tokens, parallel.device()) for rows in share.packs]
+
+    def token_stats(
+        self, sequences: Sequences, share: Share, weights: Weights, temperature: float
+    ) -> TokenStats | None:
+        """Statistics of the response tokens of the share's sequences, in the share's order."""
+        packs = self._packs(sequences, share)
+
+        def score(pack: Pack, logits: torch.Tensor) -> Scores:
+            return score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, temperature)
+
+        scores = forward_only(self._chunks(weights), packs, score)
+        if scores is None or not self.reports:
+            return None
+
+        def by_row(name: str) -> list[FloatArray]:
+            rows: list[FloatArray] = [np.zeros(0, np.float32)] * len(sequences)
+            for pack, of_pack in zip(packs, scores, strict=True):
+                pieces = torch.split(getattr(of_pack, name).cpu(), pack.response_lengths)
+                for row, piece in zip(pack.rows, pieces, strict=True):
+                    rows[row] = piece.numpy()
+            return rows
+
+        return TokenStats(by_row("logprobs"), by_row("entropy"), by_row("self_certainty"))
+
+    def update(self, batch: TrainBatch, share: Share) -> dict[str, float] | None:
+        """One optimizer step on the batch. Returns sums over this rank's tokens, and the step's global figures.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights are as before.
+        """
+        setup = self.setup
+        for chunk in self.policy:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        packs = self._packs(batch.sequences, share)
+
+        def loss(pack: Pack, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            scores = score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, setup.temperature)
+            return pack_loss(scores, pack, batch, setup.loss, setup.kl_coef)
+
+        stats = forward_backward(self.policy, packs, loss)
+        self.scheduler.step(1)
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded or not np.isfinite(grad_norm):
+            raise FloatingPointError(f"the gradient of this step is not finite (norm {grad_norm})")
+        if stats is None or not self.reports:
+            return None
+        report = {"grad_norm": float(grad_norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
+        for key in stats[0]:
+            values = torch.stack([of_pack[key] for of_pack in stats])
+            report[key] = float(values.max() if key.startswith("max:") else values.sum())
+        return report
+
+    def move_teacher(self, decay: float) -> None:
+        """teacher <- decay * teacher + (1 - decay) * policy."""
+        if self.teacher is None:
+            raise RuntimeError("this run keeps no teacher")
+        self.teacher.update(decay)
+        self.teacher.write_to(self.frozen["teacher"])
+
+    def open_sender(self, weights: Weights, segment: str, bucket_bytes: int) -> dict[str, Any]:
+        """Prepares to publish one set of weights through shared memory. Returns what the receiving engines need."""
+        self._senders[weights] = SharedMemorySender(
+            owned_blocks(self._modules(weights), self.arch, self.at),
+            [TensorMeta(name, shape, self.setup.dtype) for name, shape in hf_tensors(self.arch).items()],
+            bucket_bytes,
+            segment,
+            rank=self.at.rank,
+        )
+        return self._senders[weights].init_info
+
+    def write_bucket(self, weights: Weights, bucket: int) -> None:
+        """Copies this rank's blocks of a bucket into the shared segment."""
+        self._senders[weights].write(bucket)
+
+    def _modules(self, weights: Weights) -> list[Any]:
+        return [c.module for c in self.policy] if weights == "policy" else self.frozen[weights].chunks
+
+    def export_hf(self, weights: Weights, target: Path) -> None:
+        """Writes a Hugging Face model directory, loadable with transformers."""
+        export_hf(self._modules(weights), self.arch, self.at, self.setup.hf_path, target)
+
+    def save(self, target: Path) -> None:
+        """Writes the training state of all ranks into the directory `target`, which must not exist yet."""
+        save_state(self.policy, self.optimizer, self.scheduler, self.teacher, target)
+
+    def load(self, source: Path) -> None:
+        """Takes the training state from `source`, written under any layout."""
+        load_state(self.policy, self.optimizer, self.scheduler, self.teacher, source)
+        if self.teacher is not None:
+            self.teacher.write_to(self.frozen["teacher"])
+
+    def shutdown(self) -> None:
+        for sender in self._senders.values():
+            sender.close()
+        parallel.shutdown()

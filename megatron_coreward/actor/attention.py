@@ -1,0 +1,57 @@
+"""Core attention of the local layer spec over packed sequences, through torch's scaled-dot-product kernel.
+
+Megatron's own local attention takes one padded batch and a dense mask; Transformer Engine's takes packed sequences but
+needs a GPU. This one takes the same `PackedSeqParams` as Transformer Engine's, so actors run one code path everywhere.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class PackedAttention(MegatronModule):  # type: ignore[misc]
+    """Causal attention within each sequence of a pack: no token sees another sequence.
+
+    The sequences of the pack are unfolded into rows of the longest one's length and run as one causal batch; right
+    padding needs no mask under causality. Query heads share key/value heads as in grouped-query attention.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale  # None: 1 / sqrt(head_dim)
+
+    def forward(
+        self,
+        query: torch.Tensor,  # [T, heads, D]
+        key: torch.Tensor,  # [T, kv_heads, D]
+        value: torch.Tensor,  # [T, kv_heads, D]
+        attention_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **_: Any,
+    ) -> torch.Tensor:  # [T, heads * D]
+        cu_seqlens = packed_seq_params.cu_seqlens_q  # [N + 1]
+        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+        rows, longest = len(lengths), packed_seq_params.max_seqlen_q
+        tokens = torch.arange(query.shape[0])
+        row = torch.repeat_interleave(torch.arange(rows), lengths, output_size=query.shape[0])
+        slot = row * longest + tokens - cu_seqlens[row]  # [T] place of each token in the unfolded [N * longest]
+
+        def unfold(x: torch.Tensor) -> torch.Tensor:  # [T, h, D] -> [N, h, longest, D]
+            flat = x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, slot, x)
+            return flat.view(rows, longest, *x.shape[1:]).transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(
+            unfold(query),
+            unfold(key),
+            unfold(value),
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        folded = out.transpose(1, 2).reshape(rows * longest, -1)
+        return folded.index_select(0, slot)

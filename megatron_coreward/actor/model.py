@@ -1,0 +1,200 @@
+"""The actor's model: Megatron's `GPTModel` under the layout, from the architecture of a Hugging Face config."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_coreward.actor.attention import PackedAttention
+from megatron_coreward.config.architecture import Architecture, RopeScaling
+from megatron_coreward.config.schema import ActorSettings
+from megatron_coreward.errors import InputError
+from megatron_coreward.weights.mapping import is_replicated
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_backend(backend: str) -> str:
+    """`te` or `local`: what `actor.backend: auto|te|local` means on this machine.
+
+    Raises:
+        InputError: `te` was asked for and is not installed or there is no GPU.
+    """
+    if backend == "local":
+        return "local"
+    from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: F401  (fails loudly if broken)
+
+    try:
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+    except ImportError:
+        HAVE_TE = False
+    if HAVE_TE and torch.cuda.is_available():
+        return "te"
+    if backend == "te":
+        raise InputError("actor.backend: te needs a GPU and the transformer-engine package; use auto or local")
+    return "local"
+
+
+class TorchRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm for the local spec. Megatron's wrapper refuses sequence parallelism; all it takes is the mark that lets
+    Megatron sum the weight's gradient over tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def transformer_config(
+    arch: Architecture, settings: ActorSettings, dtype: torch.dtype, backend: str
+) -> TransformerConfig:
+    """Megatron's config for one model under one layout.
+
+    `calculate_per_token_loss` makes Megatron sum losses over micro-batches and gradients over data-parallel ranks
+    without averaging: the normalisation is in the batch's token weights already.
+    """
+    virtual = settings.virtual_pipeline if settings.virtual_pipeline > 1 else None
+    on_gpu = torch.cuda.is_available()
+    fused = backend == "te"
+    moe: dict[str, Any] = {}
+    if arch.experts is not None:
+        moe = dict(
+            num_moe_experts=arch.experts.num,
+            moe_ffn_hidden_size=arch.experts.ffn_size,
+            moe_router_topk=arch.experts.top_k,
+            moe_router_pre_softmax=not arch.experts.normalise_top_k,
+            moe_router_load_balancing_type="none",
+            # alltoall takes its split sizes to numpy only for CUDA tensors
+            moe_token_dispatcher_type="alltoall" if on_gpu else "allgather",
+            moe_grouped_gemm=fused,
+        )
+    recompute: dict[str, Any] = {}
+    if settings.recompute == "full":
+        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        qk_layernorm=arch.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=settings.tensor_parallel,
+        pipeline_model_parallel_size=settings.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=settings.context_parallel,
+        expert_model_parallel_size=settings.expert_parallel,
+        sequence_parallel=settings.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=fused,
+        # Interleaved schedules between two ranks mix up the two directions when P2P is batched.
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
+        **moe,
+        **recompute,
+    )
+
+
+def layer_spec(arch: Architecture, backend: str) -> tuple[ModuleSpec, Any]:
+    """The spec of one layer and the class of the final norm."""
+    num_experts = arch.experts.num if arch.experts is not None else None
+    if backend == "te":
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=arch.qk_norm
+        )
+        return spec, TENorm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # apex is optional; its absence is not worth a line
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        spec = get_gpt_layer_local_spec(
+            num_experts=num_experts, moe_grouped_gemm=False, qk_layernorm=arch.qk_norm, normalization="RMSNorm"
+        )
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TorchRMSNorm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if arch.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = TorchRMSNorm
+    return spec, TorchRMSNorm
+
+
+def build_chunks(
+    arch: Architecture, settings: ActorSettings, dtype: torch.dtype, max_sequence_length: int
+) -> list[GPTModel]:
+    """This rank's model chunks, one for each virtual pipeline stage, with undefined weights: load them before use."""
+    backend = resolve_backend(settings.backend)
+    config = transformer_config(arch, settings, dtype, backend)
+    spec, norm = layer_spec(arch, backend)
+    chunks = []
+    for chunk in range(settings.virtual_pipeline):
+        stage = chunk if settings.virtual_pipeline > 1 else None
+        model = GPTModel(
+            config,
+            TransformerBlockSubmodules(
+                layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=norm
+            ),
+            vocab_size=arch.padded_vocab_size(settings.tensor_parallel),
+            max_sequence_length=max_sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=arch.tied,
+            position_embedding_type="rope",
+            rotary_base=arch.rope_theta,
+            vp_stage=stage,
+        )
+        if arch.rope_scaling is not None:
+            model.rotary_pos_emb.inv_freq = scale_rope(model.rotary_pos_emb.inv_freq, arch.rope_scaling)
+        _mark_tensor_parallel(model)
+        chunks.append(model.to(dtype=dtype) if not torch.cuda.is_available() else model.cuda().to(dtype=dtype))
+    return chunks
+
+
+def _mark_tensor_parallel(model: GPTModel) -> None:
+    """Marks parameters that are cut over tensor-parallel ranks. Megatron does so only where it initialises weights; an
+    unmarked one counts as a copy, and the global gradient norm leaves out every rank's part but the first's."""
+    for name, param in model.named_parameters():
+        if not is_replicated(name) and not getattr(param, "tensor_model_parallel", False):
+            dim = 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) or ".linear_fc2.weight" in name else 0
+            set_tensor_model_parallel_attributes(param, True, dim, 1)
+
+
+def scale_rope(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Llama 3's rope scaling: long wavelengths are stretched by `factor`, short ones kept, those between blended.
+
+    Megatron's own takes only the factor and blends the middle twice, so it differs from the released models.
+    """
+    wavelength = 2 * math.pi / inv_freq
+    blend = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blend = blend.clamp(0.0, 1.0)
+    return inv_freq * (blend + (1 - blend) / scaling.factor)

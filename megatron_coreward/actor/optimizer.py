@@ -1,0 +1,68 @@
+"""Megatron's DDP, distributed optimizer and learning-rate schedule around the model chunks."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_coreward.config.schema import ActorSettings
+
+
+def wrap_chunks(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
+    """Model chunks with contiguous parameter and gradient buffers, ready for the distributed optimizer."""
+    config = chunks[0].config
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    wrapped = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = _finalize
+    return wrapped
+
+
+def _finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """Gradient reduction without Megatron's division by a token count: the token weights hold the normalisation."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def build_optimizer(model: list[DistributedDataParallel], settings: ActorSettings, dtype: torch.dtype) -> MegatronOptimizer:
+    """AdamW with fp32 main parameters and moments, sharded over data-parallel ranks."""
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            use_distributed_optimizer=True,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+        ),
+        model,
+    )
+
+
+def build_scheduler(optimizer: MegatronOptimizer, settings: ActorSettings, total_updates: int) -> OptimizerParamScheduler:
+    """Warm-up, then decay over `total_updates` optimizer steps; advance it by 1 *before* each step.
+
+    Step k (from 1) runs at lr(k): warm-up reaches the peak at its share of all steps, the decay would reach `min_lr` one
+    step after the last, so that neither the first nor the last step is spent at a rate of zero.
+    """
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.lr if settings.lr_schedule == "constant" else settings.min_lr,
+        lr_warmup_steps=round(settings.lr_warmup * total_updates),
+        lr_decay_steps=total_updates + 1,
+        lr_decay_style=settings.lr_schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

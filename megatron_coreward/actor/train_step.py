@@ -1,0 +1,72 @@
+"""The loss of a pack: PPO-clip with a KL term and the correction for train/inference mismatch, summed with weights."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_coreward.actor.microbatch import Pack
+from megatron_coreward.actor.token_stats import Scores
+from megatron_coreward.algorithms.kl import kl_penalty
+from megatron_coreward.algorithms.mismatch import mismatch_weights
+from megatron_coreward.algorithms.policy_loss import policy_loss
+from megatron_coreward.config.schema import LossSettings
+from megatron_coreward.types import FloatArray, TrainBatch
+
+
+def _gather(pack: Pack, ragged: Sequence[FloatArray], device: torch.device) -> torch.Tensor:
+    """[N] the per-token values of the pack's sequences, in pack order."""
+    values = [ragged[row] for row in pack.rows]
+    return torch.from_numpy(np.concatenate(values) if values else np.zeros(0, np.float32)).to(device)
+
+
+def pack_loss(
+    scores: Scores, pack: Pack, batch: TrainBatch, settings: LossSettings, kl_coef: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The pack's part of the batch's loss, and sums of what is worth watching (over tokens, not averaged).
+
+    Args:
+        scores: of the pack's N response tokens under the policy being trained.
+        batch: the rank's share; `pack.rows` index into it.
+        kl_coef: weight of the KL term; it is left out where the batch has no reference log-probs.
+    """
+    logprobs = scores.logprobs
+    device = logprobs.device
+    rows = torch.tensor(pack.rows, dtype=torch.long, device=device)[pack.row_of]  # [N]
+    advantages = torch.from_numpy(batch.advantages).to(device)[rows]
+    weights = torch.from_numpy(batch.token_weights).to(device)[rows]
+    old = None if batch.old_logprobs is None else _gather(pack, batch.old_logprobs, device)
+
+    terms = policy_loss(
+        logprobs,
+        old,
+        advantages,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+    )
+    per_token = terms.loss
+    sums = {
+        "tokens": torch.tensor(float(len(rows)), device=device),
+        "clipped": (terms.clipped | terms.dual_clipped).float().sum(),
+        "entropy": scores.entropy.sum(),
+        "self_certainty": scores.self_certainty.sum(),
+    }
+    if batch.rollout_logprobs is not None:
+        sampled = _gather(pack, batch.rollout_logprobs, device)
+        gap = (logprobs.detach() - sampled).abs()
+        sums["logprob_gap"] = gap.sum()
+        sums["max:logprob_gap"] = gap.max() if len(gap) else gap.sum()
+        if settings.mismatch_correction != "off":
+            behaviour = logprobs.detach() if old is None else old
+            correction = mismatch_weights(behaviour, sampled, settings.mismatch_correction, settings.mismatch_cap)
+            per_token = per_token * correction.weights
+            sums["mismatch_affected"] = correction.affected.float().sum()
+    sums["loss/policy"] = (weights * per_token.detach()).sum()
+    if batch.reference_logprobs is not None:
+        kl = kl_penalty(logprobs, _gather(pack, batch.reference_logprobs, device), settings.kl_estimator)
+        sums["kl"] = kl.detach().sum()
+        per_token = per_token + kl_coef * kl
+    loss = (weights * per_token).sum()
+    sums["loss/total"] = loss.detach()
+    return loss, sums

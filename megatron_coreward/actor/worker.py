@@ -1,0 +1,74 @@
+"""An actor rank in a process of its own: the shell that the trainer makes a Ray actor of."""
+
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_coreward.actor.packing import Share
+from megatron_coreward.actor.setup import ActorSetup, Weights
+from megatron_coreward.types import Sequences, TokenStats, TrainBatch
+
+if TYPE_CHECKING:
+    from megatron_coreward.actor.actor import MegatronActor
+
+
+class ActorWorker:
+    """`ray.remote(ActorWorker)`; the methods are those of `MegatronActor`, with arguments and results by value.
+
+    A share's sequences arrive with it, so that a rank receives no more than its own.
+    """
+
+    def __init__(self) -> None:
+        self._actor: MegatronActor | None = None
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a port that is free on it, where the ranks can meet."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, setup: ActorSetup, rank: int, address: str, port: int) -> tuple[int, bool]:
+        """Builds the rank; returns its data-parallel rank and whether results are taken from it."""
+        from megatron_coreward.actor.actor import MegatronActor
+
+        self._actor = MegatronActor(setup, rank, address, port)
+        return self._actor.at.dp_rank, self._actor.reports
+
+    @property
+    def _rank(self) -> "MegatronActor":
+        if self._actor is None:
+            raise RuntimeError("this actor rank was not started")
+        return self._actor
+
+    def token_stats(
+        self, sequences: Sequences, share: Share, weights: Weights, temperature: float
+    ) -> TokenStats | None:
+        return self._rank.token_stats(sequences, share, weights, temperature)
+
+    def update(self, batch: TrainBatch, share: Share) -> dict[str, float] | None:
+        return self._rank.update(batch, share)
+
+    def move_teacher(self, decay: float) -> None:
+        self._rank.move_teacher(decay)
+
+    def open_sender(self, weights: Weights, segment: str, bucket_bytes: int) -> dict[str, Any]:
+        return self._rank.open_sender(weights, segment, bucket_bytes)
+
+    def write_bucket(self, weights: Weights, bucket: int) -> None:
+        self._rank.write_bucket(weights, bucket)
+
+    def export_hf(self, weights: Weights, target: Path) -> None:
+        self._rank.export_hf(weights, target)
+
+    def save(self, target: Path) -> None:
+        self._rank.save(target)
+
+    def load(self, source: Path) -> None:
+        self._rank.load(source)
+
+    def shutdown(self) -> None:
+        if self._actor is not None:
+            self._actor.shutdown()
+            self._actor = None

@@ -1,0 +1,35 @@
+"""Per-token estimators of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL divergence").
+
+With d = log p_reference - log p_policy of the sampled token:
+
+k1 = -d: unbiased, high variance, of either sign. Its gradient as a loss has mean zero: it pulls nowhere.
+k2 = d^2 / 2: biased, never negative. Its gradient is an unbiased one of the KL divergence.
+k3 = exp(d) - d - 1: unbiased, never negative (GRPO, arXiv 2402.03300, Eq. 4).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+MAX_LOG_RATIO = 20.0  # keeps infinities out
+
+
+def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """Estimates per token, in nats, differentiable in `logprobs`; the reference is a constant.
+
+    Guard of k3: exp(d) of a token that the policy has almost ruled out would be infinite, so d is held within +-20
+    inside k3, and the token then has no gradient. (Published implementations hold k3 itself within +-10 besides, which
+    switches the penalty off where it is needed most; this one does not.) Raises ValueError for an unknown estimator.
+    """
+    d = reference_logprobs.detach() - logprobs
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return 0.5 * d.square()
+    if estimator == "k3":
+        d = torch.clamp(d, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        return torch.expm1(d) - d
+    raise ValueError(f"unknown KL estimator {estimator!r}")

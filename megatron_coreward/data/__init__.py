@@ -1,0 +1,1 @@
+"""Questions in: parquet files to tokenised Problems, and the order in which a run meets them."""

@@ -1,0 +1,132 @@
+"""Published parquet files to Problems: originals, optionally paired with their rephrasings, rendered and tokenised.
+
+Pairs are made by source and `extra_info.index`, not by place, so files may differ in order; every original must have
+exactly one rephrasing and every rephrasing an original. The gold answer is the original's.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, overload
+
+from megatron_coreward.data.parquet import Row, read_rows
+from megatron_coreward.data.prompts import Tokenizer, build_prompts, with_system_prompt
+from megatron_coreward.errors import InputError
+from megatron_coreward.types import Problem, View
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemSet(Sequence[Problem]):
+    """The problems that a run reads, in file order, and what reading them showed."""
+
+    problems: tuple[Problem, ...]
+    num_dropped: int  # problems left out for a prompt over the limit, in either view
+    num_without_gold: int  # of `problems`
+    longest_prompt: int  # tokens, among `problems`
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Problem, ...]: ...
+    def __getitem__(self, index: int | slice) -> Problem | tuple[Problem, ...]:
+        return self.problems[index]
+
+    def __iter__(self) -> Iterator[Problem]:
+        return iter(self.problems)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A row and where it came from, for messages."""
+
+    row: Row
+    file: Path
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}"
+
+
+def load_problems(
+    train_files: Sequence[Path],
+    rephrased_files: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    system_prompt: str | None,
+    max_prompt_tokens: int,
+    over_length: Literal["error", "drop"] = "error",
+) -> ProblemSet:
+    """Reads, pairs, renders and tokenises; without rephrased files each problem has the original view only.
+
+    `system_prompt` replaces the files' own, None keeps theirs, an empty string removes them. A problem that is over
+    `max_prompt_tokens` in one view is dropped in both.
+
+    Raises InputError for every fault of the files (see `parquet.read_rows`), a pair without partner, an index that
+    two files share, and prompts over the limit unless they are to be dropped (or all would be).
+    """
+    views: dict[View, dict[str, _Placed]] = {"original": _read_view(train_files)}
+    originals = views["original"]
+    if rephrased_files:
+        views["rephrased"] = _read_view(rephrased_files)
+        _check_pairs(originals, views["rephrased"])
+
+    placed = [rows[uid] for uid in originals for rows in views.values()]
+    prompts = build_prompts(tokenizer, [with_system_prompt(place.row.messages, system_prompt) for place in placed])
+    too_long = [
+        (len(prompt.token_ids), place)
+        for prompt, place in zip(prompts, placed, strict=True)
+        if len(prompt.token_ids) > max_prompt_tokens
+    ]
+    dropped = {place.row.uid for _, place in too_long}
+    if too_long and (over_length == "error" or len(dropped) == len(originals)):
+        longest, place = max(too_long, key=lambda entry: entry[0])
+        raise InputError(
+            f"data.max_prompt_tokens: found {max_prompt_tokens}, but {len(dropped)} of {len(originals)} problems have "
+            f"a longer prompt, the longest of {longest} tokens ({place}); allowed: a limit of at least {longest}, "
+            "or data.over_length=drop with problems left to train on"
+        )
+
+    problems = []
+    for number, (uid, place) in enumerate(originals.items()):
+        if uid not in dropped:
+            own = prompts[number * len(views) : (number + 1) * len(views)]
+            problems.append(Problem(uid, dict(zip(views, own, strict=True)), place.row.ground_truth, place.row.source))
+    return ProblemSet(
+        problems=tuple(problems),
+        num_dropped=len(dropped),
+        num_without_gold=sum(problem.gold is None for problem in problems),
+        longest_prompt=max(len(prompt.token_ids) for problem in problems for prompt in problem.prompts.values()),
+    )
+
+
+def _read_view(files: Sequence[Path]) -> dict[str, _Placed]:
+    """The rows of one view by uid, in file order."""
+    placed: dict[str, _Placed] = {}
+    for file in files:
+        for number, row in enumerate(read_rows(file)):
+            here = _Placed(row, file, number)
+            first = placed.setdefault(row.uid, here)
+            if first is not here:
+                raise InputError(
+                    f"{here}, column extra_info.index: found {row.index!r} of the source {row.source!r}, "
+                    f"which {first} has too; allowed: one row an index within a source, over all files"
+                )
+    if not placed:
+        raise InputError("found no data files; allowed: at least one parquet file")
+    return placed
+
+
+def _check_pairs(originals: dict[str, _Placed], rephrased: dict[str, _Placed]) -> None:
+    """Every original has its rephrasing and the other way round."""
+    for rows, others, name in ((rephrased, originals, "original"), (originals, rephrased, "rephrasing")):
+        lonely = [place for uid, place in rows.items() if uid not in others]
+        if lonely:
+            row = lonely[0].row
+            raise InputError(
+                f"{lonely[0]}, column extra_info.index: found {row.index!r} of the source {row.source!r}, for which "
+                f"there is no {name} ({len(lonely)} such rows in all); allowed: the same source and index in "
+                "data.train_files and data.rephrased_files, one row each"
+            )

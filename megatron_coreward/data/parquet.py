@@ -1,0 +1,189 @@
+"""The published file format: parquet rows with `prompt`, `reward_model`, `data_source`, `ability` and `extra_info`.
+
+| column | type | read as |
+|---|---|---|
+| `prompt` | list of {role, content} | `Row.messages`; ends with a user message |
+| `data_source` | string | `Row.source` |
+| `extra_info` | struct with `index`: integer or string | `Row.index`, unique within a source |
+| `reward_model` | struct with `ground_truth`: string or integer; may be absent or null | `Row.ground_truth` |
+
+Further columns and fields (`ability`, `extra_info.split`, `level`, ...) are not read. A file is checked as a whole when
+it is read, so nothing downstream meets a half-valid row. Every error is an InputError that names file, row (counted
+from 0), column, what was found and what is allowed.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_coreward.errors import InputError
+
+ROLES = ("system", "user", "assistant")
+
+SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))),
+        ("ability", pa.string()),
+        ("reward_model", pa.struct([("ground_truth", pa.string()), ("style", pa.string())])),
+        ("extra_info", pa.struct([("index", pa.int64()), ("split", pa.string())])),
+    ]
+)
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question of a file, checked."""
+
+    messages: tuple[Message, ...]  # system first if at all, user last
+    ground_truth: str | None  # None: absent, null or blank
+    source: str
+    index: int | str
+
+    @property
+    def uid(self) -> str:
+        return f"{self.source}/{self.index}"
+
+
+def read_rows(file: Path) -> list[Row]:
+    """All rows of a parquet file, in file order.
+
+    Raises InputError where the file is missing, unreadable or empty, a column is missing or has a wrong type, a
+    value is missing, or two rows share source and index.
+    """
+    table = _read_columns(file)
+    if table.num_rows == 0:
+        raise InputError(f"{file}: found no rows; allowed: at least one")
+    golds = table["reward_model"].to_pylist() if "reward_model" in table.column_names else [None] * table.num_rows
+    columns = (table["prompt"].to_pylist(), table["data_source"].to_pylist(), table["extra_info"].to_pylist(), golds)
+
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
+    for number, (prompt, source, extra_info, reward_model) in enumerate(zip(*columns, strict=True)):
+        if not source:
+            raise _bad(file, "data_source", repr(source), "a non-empty string", number)
+        index = None if extra_info is None else extra_info["index"]
+        if index is None or index == "":
+            raise _bad(file, "extra_info.index", repr(index), "an integer or a non-empty string", number)
+        gold = None if reward_model is None else reward_model.get("ground_truth")
+        gold = None if gold is None or not str(gold).strip() else str(gold)
+        row = Row(_messages(file, number, prompt), gold, source, index)
+        first = seen.setdefault(row.uid, number)
+        if first != number:
+            found = f"{index!r}, which row {first} has too"
+            raise _bad(file, "extra_info.index", found, f"one row an index within the source {source!r}", number)
+        rows.append(row)
+    return rows
+
+
+def write_rows(file: Path, rows: Iterable[Row], *, split: str, ability: str = "math") -> None:
+    """Writes rows in the published format; the file appears whole or not at all. Indices must be integers."""
+    records = [
+        {
+            "data_source": row.source,
+            "prompt": list(row.messages),
+            "ability": ability,
+            "reward_model": {"ground_truth": row.ground_truth, "style": "rule"},
+            "extra_info": {"index": row.index, "split": split},
+        }
+        for row in rows
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
+    try:
+        pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read_columns(file: Path) -> pa.Table:
+    """The columns of the format that the file has, their types checked."""
+    if not file.is_file():
+        found = "a directory" if file.is_dir() else "nothing"
+        raise InputError(f"{file}: found {found} there; allowed: a parquet file")
+    try:
+        with pq.ParquetFile(file) as parquet:
+            _check_schema(file, parquet.schema_arrow)
+            present = {"prompt", "data_source", "extra_info", "reward_model"} & set(parquet.schema_arrow.names)
+            return parquet.read(columns=sorted(present))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{file}: found a file that does not read as parquet ({error}); allowed: a parquet file"
+        ) from error
+
+
+def _check_schema(file: Path, schema: pa.Schema) -> None:
+    types: Mapping[str, pa.DataType] = {field.name: field.type for field in schema}
+    for column in ("prompt", "data_source", "extra_info"):
+        if column not in types:
+            raise InputError(
+                f"{file}: found no column {column}, only {', '.join(schema.names)}; "
+                "allowed: prompt, data_source, extra_info and, optionally, reward_model"
+            )
+
+    prompt = types["prompt"]
+    is_list = pa.types.is_list(prompt) or pa.types.is_large_list(prompt)
+    message = _fields(prompt.value_type) if is_list else {}
+    if not all(_is_text(message.get(name)) for name in ("role", "content")):
+        raise _bad(file, "prompt", f"type {prompt}", "a list of structs with the strings role and content")
+    if not _is_text(types["data_source"]):
+        raise _bad(file, "data_source", f"type {types['data_source']}", "string")
+    index = _fields(types["extra_info"]).get("index")
+    if not _is_text(index) and not _is_integer(index):
+        raise _bad(file, "extra_info", f"type {types['extra_info']}", "a struct with the integer or string index")
+    reward_model = types.get("reward_model", pa.null())
+    gold = _fields(reward_model).get("ground_truth", pa.null())
+    is_struct = pa.types.is_struct(reward_model) or pa.types.is_null(reward_model)
+    if not is_struct or not (pa.types.is_null(gold) or _is_text(gold) or _is_integer(gold)):
+        allowed = "a struct with the string or integer ground_truth, or no such column"
+        raise _bad(file, "reward_model", f"type {reward_model}", allowed)
+
+
+def _messages(file: Path, number: int, prompt: list[dict[str, Any] | None] | None) -> tuple[Message, ...]:
+    """The conversation of a row: known roles, system only at the start, a user message with text at the end."""
+    messages = [message or {} for message in prompt or ()]
+    roles = [message.get("role") for message in messages]
+    for place, (role, message) in enumerate(zip(roles, messages, strict=True)):
+        if role not in ROLES or (role == "system" and place > 0):
+            allowed = "system (first message only), user, assistant"
+            raise _bad(file, f"prompt[{place}].role", repr(role), allowed, number)
+        if message["content"] is None:
+            raise _bad(file, f"prompt[{place}].content", "None", "a string", number)
+    if not roles or roles[-1] != "user":
+        raise _bad(file, "prompt", f"messages of the roles {roles}", "a user message at the end", number)
+    if not messages[-1]["content"].strip():
+        raise _bad(file, "prompt", "a blank user message", "a user message with text", number)
+    return tuple(cast(Message, {"role": m["role"], "content": m["content"]}) for m in messages)
+
+
+def _fields(kind: pa.DataType) -> dict[str, pa.DataType]:
+    """Name to type of a struct's fields; nothing for another type."""
+    return {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
+
+
+def _is_text(kind: pa.DataType | None) -> bool:
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _is_integer(kind: pa.DataType | None) -> bool:
+    return kind is not None and bool(pa.types.is_integer(kind))
+
+
+def _bad(file: Path, column: str, found: str, allowed: str, row: int | None = None) -> InputError:
+    where = f"{file}, column {column}" if row is None else f"{file}, row {row}, column {column}"
+    return InputError(f"{where}: found {found}; allowed: {allowed}")

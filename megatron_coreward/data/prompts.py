@@ -1,0 +1,73 @@
+"""From conversations to prompts: the tokenizer's chat template, then its tokens.
+
+A prompt is a pure function of the conversation and the tokenizer files, so a resumed run sees the same tokens on any
+day; the token ids, not the text, are what the policy and the rollout engines both get.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_coreward.data.parquet import Message
+from megatron_coreward.errors import InputError
+from megatron_coreward.types import Prompt
+
+# Llama 3.2's template writes the current date into the prompt unless it is given one. This is the date that the
+# template itself falls back to.
+TEMPLATE_VARIABLES: Mapping[str, str] = {"date_string": "26 Jul 2024"}
+
+
+class Tokenizer(Protocol):
+    """What prompts need of a tokenizer; transformers' fast tokenizers have it."""
+
+    @property
+    def chat_template(self) -> Any: ...  # None: the tokenizer has none
+
+    def apply_chat_template(
+        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **variables: str
+    ) -> list[str]:
+        """The text of each conversation (with `tokenize=False`)."""
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]:
+        """The tokens of each text under the key `input_ids`."""
+
+
+def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
+    """The conversation with its system message replaced; None keeps what is there, an empty string removes it."""
+    if system_prompt is None:
+        return tuple(messages)
+    turns = tuple(message for message in messages if message["role"] != "system")
+    return (Message(role="system", content=system_prompt), *turns) if system_prompt else turns
+
+
+def build_prompts(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
+    """Renders and tokenises conversations in one batch, each up to where the assistant's answer starts.
+
+    A template writes all its special tokens into the text, so none are added to that. A tokenizer without a template
+    (a base model) gets the messages' contents, each followed by a blank line, and the special tokens that it itself
+    puts around a text (such as Llama's begin-of-text).
+
+    Raises InputError where the template refuses a conversation, as some do with system messages.
+    """
+    if tokenizer.chat_template is None:
+        texts = ["".join(f"{message['content']}\n\n" for message in messages) for messages in conversations]
+    else:
+        texts = _render(tokenizer, [list(messages) for messages in conversations])
+    tokens = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    return [Prompt(text, np.array(ids, dtype=np.int32)) for text, ids in zip(texts, tokens, strict=True)]
+
+
+def _render(tokenizer: Tokenizer, conversations: list[list[Message]]) -> list[str]:
+    try:
+        return tokenizer.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=True, **TEMPLATE_VARIABLES
+        )
+    except Exception as error:
+        # jinja2 comes with transformers, which this layer does without: its errors are known by their module.
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise InputError(
+            f"the tokenizer's chat template refused a conversation ({error}); allowed: messages that it knows. "
+            "An empty data.system_prompt renders without a system message"
+        ) from error

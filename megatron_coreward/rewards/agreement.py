@@ -1,0 +1,126 @@
+"""Telemetry of labels: how sure, how stable and how right the votes of one step were.
+
+Pure functions from votes, groups and judgements to flat metrics. Rates are shares in 0..1. A metric that has nothing to
+count is left out rather than reported as zero. Gold answers enter here and nowhere else on the way of a label-free
+method: what comes out are numbers for a log, never a label or a reward.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import numpy as np
+
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.evidence import GroupKey
+from megatron_coreward.rewards.methods.base import Judgement
+from megatron_coreward.rewards.voting import Vote
+from megatron_coreward.types import FloatArray, RolloutGroup
+
+
+def vote_metrics(votes: Mapping[GroupKey, Vote]) -> dict[str, float]:
+    """Per role (`vote/policy/...`, `vote/teacher/...`), means over its votes.
+
+    share and margin of the leading class, rates of ties, of abstentions and of rollouts without an answer, distinct
+    answers a group.
+    """
+    metrics: dict[str, float] = {}
+    for role in ("policy", "teacher"):
+        cast = [vote for (_, _, voter), vote in votes.items() if voter == role]
+        if not cast:
+            continue
+        means: dict[str, list[float]] = {
+            "share": [vote.share for vote in cast],
+            "margin": [vote.margin for vote in cast],
+            "tie_rate": [vote.tie for vote in cast],
+            "abstention_rate": [vote.abstained for vote in cast],
+            "no_answer_rate": [1.0 - vote.num_answers / vote.num_rollouts for vote in cast if vote.num_rollouts],
+            "distinct_answers": [vote.num_classes for vote in cast],
+        }
+        metrics |= {f"vote/{role}/{name}": fmean(values) for name, values in means.items() if values}
+    return metrics
+
+
+def agreement_metrics(votes: Mapping[GroupKey, Vote], judge: Judge) -> dict[str, float]:
+    """How often two votes on one question have equivalent labels; pairs without two labels do not agree.
+
+    `vote/view_agreement`: original against rephrased, of one role; `vote/teacher_agreement`: policy against teacher, on
+    one view.
+    """
+    views = [
+        judge.equivalent(vote.label, votes[uid, "rephrased", role].label)
+        for (uid, view, role), vote in votes.items()
+        if view == "original" and (uid, "rephrased", role) in votes
+    ]
+    roles = [
+        judge.equivalent(vote.label, votes[uid, view, "teacher"].label)
+        for (uid, view, role), vote in votes.items()
+        if role == "policy" and (uid, view, "teacher") in votes
+    ]
+    rates = {"vote/view_agreement": views, "vote/teacher_agreement": roles}
+    return {name: fmean(hits) for name, hits in rates.items() if hits}
+
+
+def relation_metrics(
+    exact_votes: Mapping[GroupKey, Vote], math_votes: Mapping[GroupKey, Vote], math_judge: Judge
+) -> dict[str, float]:
+    """What the choice of the equivalence relation changed, over votes on the same groups.
+
+    `vote/exact_vs_math_disagreement`: share of groups whose labels are not equivalent mathematically (one of them
+    abstaining counts; both without a label do not); `vote/exact_vs_math_changed_rollouts`: share of rollouts that are
+    among the winners of one vote only. Raises ValueError for votes on different groups.
+    """
+    if exact_votes.keys() != math_votes.keys():
+        raise ValueError("the exact and the math votes are not on the same groups")
+    if not exact_votes:
+        return {}
+    pairs = [(exact, math_votes[key]) for key, exact in exact_votes.items()]
+    disagree = [
+        exact.label != math.label and not math_judge.equivalent(exact.label, math.label) for exact, math in pairs
+    ]
+    changed = sum(len(set(exact.winners) ^ set(math.winners)) for exact, math in pairs)
+    rollouts = sum(exact.num_rollouts for exact, _ in pairs)
+    return {
+        "vote/exact_vs_math_disagreement": fmean(disagree),
+        "vote/exact_vs_math_changed_rollouts": changed / rollouts if rollouts else 0.0,
+    }
+
+
+def reward_metrics(judgements: Sequence[Judgement], advantages: Sequence[FloatArray]) -> dict[str, float]:
+    """What the groups were given; `advantages` [G] of each, exactly zero where its rewards had no variance.
+
+    `reward/mean` over all rollouts, `reward/zero_variance_groups` (they teach nothing), `label/missing_rate` (groups
+    without a label, by abstention or by method).
+    """
+    if not judgements:
+        return {}
+    return {
+        "reward/mean": float(np.concatenate([judgement.rewards for judgement in judgements]).mean(dtype=np.float64)),
+        "reward/zero_variance_groups": fmean(not group.any() for group in advantages),
+        "label/missing_rate": fmean(judgement.label is None for judgement in judgements),
+    }
+
+
+def gold_metrics(
+    groups: Sequence[RolloutGroup],
+    judgements: Sequence[Judgement],
+    golds: Mapping[str, str | None],
+    judge: Judge,
+) -> dict[str, float]:
+    """How right labels and rollouts were, over the groups whose question has a gold answer.
+
+    `label/accuracy`: groups whose label is equivalent to the gold answer (a missing label is wrong; left out for a
+    method that gives no labels at all); `rollout/accuracy`: rollouts whose answer is.
+    """
+    known = [
+        (group, judgement, gold)
+        for group, judgement in zip(groups, judgements, strict=True)
+        if (gold := golds.get(group.uid)) is not None
+    ]
+    metrics: dict[str, float] = {}
+    if any(judgement.label is not None for _, judgement, _ in known):
+        hits = [judge.equivalent(judgement.label, gold) for _, judgement, gold in known]
+        metrics["label/accuracy"] = fmean(hits)
+    if known:
+        right = [judge.equivalent(answer, gold) for group, _, gold in known for answer in group.answers]
+        metrics["rollout/accuracy"] = fmean(right)
+    return metrics

@@ -1,0 +1,118 @@
+r"""When two answers are the same: the relation that votes, rewards and scores all rest on.
+
+`exact`: the extracted strings are equal, as in the published implementation. `math`: their normal forms are equal
+(`latex.py`); failing that, and only where the forms leave the question open, math-verify decides in a process of its
+own under a time limit (`symbolic.py`).
+
+Invariants: symmetric; no answer (None or blank) is equivalent to nothing, not even to another missing one; plain
+rational numbers are compared exactly and never leave this process; a comparison that runs over its limit counts as
+"not equivalent" and is counted in `timeouts`.
+"""
+
+import atexit
+from collections.abc import Sequence
+from functools import cache
+from threading import Lock
+from types import TracebackType
+from typing import Literal, TypeGuard
+
+from megatron_coreward.rewards.latex import CanonicalAnswer, canonical
+from megatron_coreward.rewards.symbolic import SymbolicPool
+
+Relation = Literal["exact", "math"]
+
+CACHE_SIZE = 100_000  # verdicts on pairs that went to a process
+
+
+class Judge:
+    """One relation, its processes and its memory. Use it as a context manager, or close it.
+
+    comparisons: pairs that needed a process; timeouts: those of them whose process ran over the limit or died.
+    """
+
+    def __init__(self, relation: Relation = "math", timeout_s: float = 5.0, num_workers: int = 1) -> None:
+        self.relation: Relation = relation
+        self.comparisons = 0
+        self.timeouts = 0
+        self._pool = SymbolicPool(timeout_s, num_workers)
+        self._verdicts: dict[tuple[str, str], bool] = {}  # in order of arrival
+        self._lock = Lock()
+
+    def equivalent(self, a: str | None, b: str | None) -> bool:
+        """Whether two extracted answers are the same under the relation."""
+        if not has_answer(a) or not has_answer(b):
+            return False
+        return self._same(self._form(a), self._form(b))
+
+    def classes(self, answers: Sequence[str | None]) -> list[int | None]:
+        """The equivalence class of each answer, numbered in order of first sight; None for no answer.
+
+        An answer joins the first class whose first member it is equivalent to, so classes exist even where the
+        relation is not transitive.
+        """
+        founders: list[CanonicalAnswer] = []
+        class_of: dict[CanonicalAnswer, int] = {}
+        result: list[int | None] = []
+        for answer in answers:
+            if not has_answer(answer):
+                result.append(None)
+                continue
+            form = self._form(answer)
+            if form not in class_of:
+                joined = next((i for i, founder in enumerate(founders) if self._same(founder, form)), len(founders))
+                if joined == len(founders):
+                    founders.append(form)
+                class_of[form] = joined
+            result.append(class_of[form])
+        return result
+
+    def close(self) -> None:
+        """End the processes. The judge stays usable and remembers its verdicts."""
+        self._pool.close()
+
+    def __enter__(self) -> "Judge":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _form(self, answer: str) -> CanonicalAnswer:
+        return canonical(answer) if self.relation == "math" else CanonicalAnswer(answer, "opaque")
+
+    def _same(self, a: CanonicalAnswer, b: CanonicalAnswer) -> bool:
+        if a.text == b.text:
+            return True
+        if not a.may_equal(b):
+            return False
+        pair = (a.text, b.text) if a.text < b.text else (b.text, a.text)
+        with self._lock:
+            known = self._verdicts.get(pair)
+        if known is not None:
+            return known
+        verdict = self._pool.equivalent(*pair)
+        with self._lock:
+            self.comparisons += 1
+            self.timeouts += verdict is None
+            self._verdicts[pair] = bool(verdict)
+            if len(self._verdicts) > CACHE_SIZE:
+                del self._verdicts[next(iter(self._verdicts))]
+        return bool(verdict)
+
+
+def has_answer(answer: str | None) -> TypeGuard[str]:
+    """Whether there is an answer at all: a string that is not blank."""
+    return answer is not None and bool(answer.strip())
+
+
+def equivalent(a: str | None, b: str | None) -> bool:
+    """Whether two extracted answers are mathematically the same, by one `Judge("math")` that this process shares."""
+    return _shared_judge().equivalent(a, b)
+
+
+@cache
+def _shared_judge() -> Judge:
+    judge = Judge("math")
+    atexit.register(judge.close)
+    return judge

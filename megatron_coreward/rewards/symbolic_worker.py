@@ -1,0 +1,79 @@
+"""The program of one comparison process: math-verify and nothing else of this package.
+
+`symbolic.py` runs this file by its path, so that the process imports neither the parent's main module nor this package.
+It reads one JSON line `[a, b, limit_s]` per pair from standard input and answers each with a JSON line. Before the
+first it says whether math-verify could be loaded.
+
+math-verify's own time limits are off: they rely on a Python signal handler, which never runs while the interpreter
+is inside one long big-integer operation. The process instead lets the kernel end it: an alarm per pair with the default
+action, and a limit on its memory. So it outlives neither its limit nor, for longer than that, its parent.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from functools import lru_cache
+from typing import Any
+
+MEMORY_LIMIT = 2 << 30  # bytes of address space; about 60 MiB are in use after start
+RETIRE_ABOVE_KIB = 512 << 10  # resident set after which a process asks to be replaced
+
+
+def main() -> None:
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what a library prints must not end up among the answers
+
+        def answer(**message: object) -> None:
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _limit_memory()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        logging.disable()
+        try:
+            equivalent = _load()
+        except Exception as error:
+            answer(error=f"{type(error).__name__}: {error}")
+            return
+        answer(ready=True)
+        for line in sys.stdin:
+            a, b, limit_s = json.loads(line)
+            signal.setitimer(signal.ITIMER_REAL, limit_s)
+            verdict = equivalent(a, b)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            answer(equivalent=verdict, retire=peak_kib > RETIRE_ABOVE_KIB)
+
+
+def _limit_memory() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _load() -> Any:
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # The answer stands alone in math mode: nothing is to be searched for in it, least of all a number to fall back on.
+    extraction = (LatexExtractionConfig(boxed_match_priority=-1),)
+
+    @lru_cache(maxsize=4096)
+    def parsed(latex: str) -> Any:
+        return parse(f"${latex}$", extraction, extraction_mode="first_match", parsing_timeout=None)
+
+    def equivalent(a: str, b: str) -> bool:
+        """math-verify's verdict where it holds in both directions; verify() itself is not symmetric."""
+        return all(
+            verify(parsed(gold), parsed(given), allow_set_relation_comp=True, timeout_seconds=None)
+            for gold, given in ((a, b), (b, a))
+        )
+
+    return equivalent
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The vLLM room: engines that sample with published weights."""

@@ -1,0 +1,267 @@
+"""A rollout engine: vLLM, as the rest of the system needs it. Prompts in, samples with log-probs out, weights swapped.
+
+Invariants (tests/rollout):
+  1. Samples come from published weights only: none before the first update, none during one, and every token of a
+     sample from the version that the caller asked for.
+  2. A sample's log-probs are those of the distribution that it was drawn from (temperature and top-p applied).
+  3. The same requests with the same seeds give the same samples, whatever else the engine did before.
+  4. No cached key or value survives an update of the weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from megatron_coreward.errors import RunError
+from megatron_coreward.rollout import environment
+from megatron_coreward.types import FloatArray, IntArray
+
+# Without chunked prefill a prompt is read in one step, so this is also the least number of tokens of a step.
+CPU_BATCHED_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRequest:
+    """Draw `n` samples for one prompt. Temperature 0 takes the most likely token."""
+
+    prompt: Sequence[int] | IntArray  # token ids
+    n: int
+    seed: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer; the end-of-sequence token is part of it where the model wrote one."""
+
+    token_ids: IntArray  # [L]
+    logprobs: FloatArray  # [L]
+    text: str  # without special tokens
+    finish_reason: Literal["stop", "length"]
+    weight_version: int
+
+
+class RolloutEngine:
+    """One vLLM engine with its tensor-parallel workers. Weights arrive through `start_update` ... `finish_update`."""
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        max_model_len: int,
+        tensor_parallel: int = 1,
+        max_num_seqs: int = 256,
+        kv_cache_gib: float = 1.0,
+        gpu_memory_utilization: float = 0.5,
+        cpu_threads: int = 1,
+        seed: int = 0,
+        weight_transfer: str = "shared_memory",
+    ) -> None:
+        """Starts the engine with meaningless weights.
+
+        Args:
+            model_path: directory with config, generation config and tokenizer.
+            max_model_len: tokens of a prompt and its answer together.
+            max_num_seqs: sequences that are decoded at once.
+            kv_cache_gib: key-value cache of each rank, without a GPU.
+            gpu_memory_utilization: share of a GPU's memory that the engine takes.
+            cpu_threads: of each rank, without a GPU.
+            weight_transfer: vLLM weight-transfer backend: "shared_memory" for actors on this host, or one of vLLM's.
+        """
+        on_cpu = environment.prepare(cpu_threads)
+
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        if on_cpu:
+            where: dict[str, Any] = {
+                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+                "enforce_eager": True,  # compiling takes 10 s at start and gains some 5% of throughput for small models
+                # vLLM 0.32 rewinds the generator of a seeded request whose prompt is read in several steps, which
+                # torch refuses for CPU generators ("CPU Generator does not use offset").
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len),
+            }
+        else:
+            where = {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
+        self._on_cpu = on_cpu
+        self._max_model_len = max_model_len
+        self._init_info: Mapping[str, Any] | None = None
+        self._version: int | None = None
+        self._llm: Any = LLM(
+            str(model_path),
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            seed=seed,
+            load_format="dummy",  # weights are published before they are used
+            weight_transfer_config=WeightTransferConfig(backend=weight_transfer),
+            enable_prefix_caching=True,  # the n samples of a prompt share its keys and values
+            logprobs_mode="processed_logprobs",  # of the distribution sampled from
+            **where,
+        )
+        self._tokenizer: Any = self._llm.get_tokenizer()
+
+    @property
+    def version(self) -> int | None:
+        """The version of the weights; None before the first update, during one, and after one that failed."""
+        return self._version
+
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
+        """Draws `n` samples for each request, in the order of the requests.
+
+        Sample i of a request depends on the request and on i alone, as far as the arithmetic does: matrix products
+        of other batch sizes may round differently.
+
+        Raises:
+            RunError: the engine does not hold the expected weights, or a request was not finished.
+            ValueError: prompt and answer do not fit into the engine's length.
+        """
+        self._require(expected_version)
+        for request in requests:
+            if not 0 < len(request.prompt) <= self._max_model_len - request.max_tokens:
+                raise ValueError(
+                    f"a prompt of {len(request.prompt)} tokens with answers of up to {request.max_tokens} does not fit "
+                    f"into the engine's {self._max_model_len} tokens"
+                )
+        if not requests:
+            return []
+
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                n=r.n,
+                seed=_spread(r.seed),  # vLLM gives sample i the seed + i
+                temperature=r.temperature,
+                top_p=r.top_p,
+                max_tokens=r.max_tokens,
+                logprobs=0,  # of the sampled token only
+                flat_logprobs=True,
+                detokenize=False,  # token by token, twice, would take a fifth of the time; once at the end is enough
+            )
+            for r in requests
+        ]
+        outputs = self._llm.generate([_prompt(r.prompt) for r in requests], params, use_tqdm=False)
+        completions = [completion for output in outputs for completion in output.outputs]
+        texts = iter(
+            self._tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+        )
+        return [[self._to_sample(c, next(texts), expected_version) for c in output.outputs] for output in outputs]
+
+    def score(self, token_ids: Sequence[int] | IntArray) -> FloatArray:
+        """Log-probs of tokens 2 to P of a sequence, each given the tokens before it, at temperature 1: [P - 1].
+
+        Raises:
+            RunError: no weights were published yet.
+            ValueError: fewer than 2 tokens, or as many as the engine's length or more.
+        """
+        if self._version is None:
+            raise RunError("no weights were published to this rollout engine yet")
+        if not 2 <= len(token_ids) < self._max_model_len:
+            raise ValueError(f"cannot score {len(token_ids)} tokens; allowed: 2 to {self._max_model_len - 1}")
+
+        from vllm import SamplingParams
+
+        # vLLM computes prompt log-probs past its prefix cache; one token must be generated along with them.
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        (output,) = self._llm.generate([_prompt(token_ids)], params, use_tqdm=False)
+        flat = output.prompt_logprobs  # position 0 is empty
+        logprobs = np.asarray(flat.logprobs, dtype=np.float32)[flat.start_indices[1:]]
+        if len(logprobs) != len(token_ids) - 1:
+            raise RunError(f"vLLM scored {len(logprobs)} of {len(token_ids) - 1} tokens")
+        return cast(FloatArray, logprobs)
+
+    def start_update(self, init_info: Mapping[str, Any]) -> None:
+        """Begins an update of all weights; there is nothing to sample from until `finish_update`.
+
+        Args:
+            init_info: what the backend needs to know of the sender (`SharedMemorySender.init_info`); it may change
+                from update to update, as it does between the weights of the policy and those of the teacher.
+        """
+        self._version = None
+        if init_info != self._init_info:
+            self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
+            self._init_info = dict(init_info)
+        self._llm.start_weight_update()
+
+    def load_bucket(self, bucket: int) -> None:
+        """Loads the bucket that the sender has written; its slot may be overwritten afterwards."""
+        self.update({"bucket": bucket})
+
+    def update(self, update_info: Mapping[str, Any]) -> None:
+        """Receives a part of the weights, described as the weight-transfer backend in use wants it."""
+        self._llm.update_weights({"update_info": dict(update_info)})
+
+    def finish_update(self, version: int) -> None:
+        """Ends an update that has brought all weights, and names them."""
+        self._llm.finish_weight_update(weight_version=str(version))
+        if not self._llm.reset_prefix_cache():
+            raise RunError("the prefix cache of the former weights could not be cleared: requests are still running")
+        self._version = version
+
+    def sleep(self) -> None:
+        """Gives the GPU's memory to a colocated actor: weights and key-value cache are dropped, and the next samples
+        need `wake` and a new update. Without a GPU there is no memory to give, and the engine stays as it is.
+        """
+        if not self._on_cpu:
+            self._version = None
+            self._llm.sleep(level=2)
+
+    def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
+        """Takes the memory back, all of it or first that of the weights, so that they can be updated while the actor
+        still holds the rest. Without a GPU there is nothing to do.
+        """
+        if not self._on_cpu:
+            self._llm.wake_up(tags=None if part is None else [part])
+
+    def shutdown(self) -> None:
+        """Ends the engine and its worker processes. May be repeated."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            self._version = None
+
+    def _require(self, expected_version: int) -> None:
+        if self._version is None:
+            raise RunError("no weights were published to this rollout engine yet")
+        held = self._llm.get_weight_version()
+        if held != str(expected_version):
+            raise RunError(f"this rollout engine holds weights of version {held}, expected version {expected_version}")
+
+    def _to_sample(self, completion: Any, text: str, version: int) -> Sample:
+        if completion.finish_reason not in ("stop", "length"):
+            raise RunError(f"vLLM ended a request with finish reason {completion.finish_reason!r}")
+        sampled_by = {span.version for span in completion.weight_versions}
+        if sampled_by != {str(version)}:
+            raise RunError(f"a sample has tokens of weight versions {sorted(sampled_by)}, expected only {version}")
+        flat = completion.logprobs
+        return Sample(
+            token_ids=np.asarray(completion.token_ids, dtype=np.int32),
+            logprobs=np.asarray(flat.logprobs, dtype=np.float32)[flat.start_indices],
+            text=text,
+            finish_reason=completion.finish_reason,
+            weight_version=version,
+        )
+
+
+def _prompt(token_ids: Sequence[int] | IntArray) -> dict[str, list[int]]:
+    return {"prompt_token_ids": np.asarray(token_ids).tolist()}
+
+
+def _spread(seed: int) -> int:
+    """A seed far from those of neighbouring numbers (splitmix64), so that the `n` seeds of two requests never meet.
+
+    Returns 0 <= seed < 2^62: room for + n within a signed 64-bit integer.
+    """
+    z = (seed + 0x9E3779B97F4A7C15) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) >> 2

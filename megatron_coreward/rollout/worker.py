@@ -1,0 +1,50 @@
+"""A rollout engine in a process of its own: the shell that the trainer makes a Ray actor of."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_coreward.rollout.engine import RolloutEngine, Sample, SamplingRequest
+from megatron_coreward.types import FloatArray, IntArray
+
+
+class RolloutWorker:
+    """`ray.remote(RolloutWorker)`; the methods are those of `RolloutEngine`, with arguments and results by value."""
+
+    def __init__(self, model_path: Path, **settings: Any) -> None:
+        """Starts the engine; the arguments are those of `RolloutEngine`."""
+        self._engine = RolloutEngine(model_path, **settings)
+
+    def ready(self) -> bool:
+        """True; a call that returns once the engine has started."""
+        return True
+
+    def version(self) -> int | None:
+        return self._engine.version
+
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
+        return self._engine.sample(requests, expected_version)
+
+    def score(self, token_ids: Sequence[int] | IntArray) -> FloatArray:
+        return self._engine.score(token_ids)
+
+    def start_update(self, init_info: Mapping[str, Any]) -> None:
+        self._engine.start_update(init_info)
+
+    def load_bucket(self, bucket: int) -> None:
+        self._engine.load_bucket(bucket)
+
+    def update(self, update_info: Mapping[str, Any]) -> None:
+        self._engine.update(update_info)
+
+    def finish_update(self, version: int) -> None:
+        self._engine.finish_update(version)
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
+    def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
+        self._engine.wake(part)
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()

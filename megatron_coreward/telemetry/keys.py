@@ -1,0 +1,76 @@
+"""The names of a step's metrics and what each one means.
+
+One table for whoever writes a metric and whoever shows it. A metric that a method or a step does not have is left out
+of the step's row; it is never written as zero. Units: seconds (`_s`), nats for entropies, KL and log-probability gaps;
+shares and rates are in [0, 1].
+"""
+
+from collections.abc import Iterable, Mapping
+
+STEP = "step"
+STEP_TIME = "step_time_s"
+
+# The phases of a step, in the order in which they run; each is timed as time/<phase>_s.
+PHASES = (
+    "teacher_ema",
+    "sync",
+    "rollout",
+    "token_stats",
+    "rewards",
+    "update",
+    "validation",
+    "checkpoint",
+)
+OUTSIDE = "outside"  # what a step spends between its phases
+
+MEANINGS: Mapping[str, str] = {
+    STEP: "training step, from 1; 0 is the validation before training",
+    STEP_TIME: "wall time of the whole step",
+    **{f"time/{phase}_s": f"wall time of the phase {phase}" for phase in PHASES},
+    f"time/{OUTSIDE}_s": "wall time of the step outside its phases",
+    f"time/{OUTSIDE}_share": "share of the step's wall time outside its phases",
+    "reward/mean": "mean reward of the policy's rollouts",
+    "reward/std": "standard deviation of the reward over all of the policy's rollouts",
+    "advantage/zero_variance_share": "share of groups whose rewards are all equal, so that they teach nothing",
+    "vote/share": "mean share of a group that gave the majority answer",
+    "vote/margin": "mean lead of the majority answer over the runner-up",
+    "vote/tie_rate": "share of votes with two answers at the top",
+    "vote/no_answer_rate": "share of rollouts in which no final answer was found",
+    "vote/distinct_answers": "mean number of distinct answers in a group",
+    "vote/exact_vs_math_disagreement": "share of votes whose label depends on the equivalence relation",
+    "label/accuracy": "share of pseudo-labels that match the data set's answer",
+    "label/view_agreement": "share of questions on which both views' votes agree",
+    "label/teacher_agreement": "share of groups on which the teacher's vote and the policy's agree",
+    "rollout/response_tokens_mean": "mean response length in tokens",
+    "rollout/truncated_share": "share of responses cut off at the length limit",
+    "rollout/tokens_per_s": "response tokens sampled a second, over all engines",
+    "rollout/entropy": "mean entropy of the policy's next-token distribution on its rollouts",
+    "loss/policy": "clipped policy loss",
+    "loss/kl": "KL estimate to the reference, before its coefficient",
+    "loss/clip_share": "share of response tokens whose ratio was clipped",
+    "optim/lr": "learning rate of the update",
+    "optim/grad_norm": "global norm of the gradient before clipping",
+    "teacher/decay": "the teacher's decay d(k)",
+    "sync/logprob_gap": "mean absolute log-probability gap between rollout engine and actor",
+    "sync/seconds": "time to publish the weights to every engine",
+}
+
+# Validation keys carry their k: val/pass@1, val/avg@8, val/maj@8.
+VALIDATION_MEANINGS: Mapping[str, str] = {
+    "val/pass@": "share of validation questions with a right answer in k samples",
+    "val/avg@": "mean accuracy over k samples a question",
+    "val/maj@": "accuracy of the majority answer of k samples",
+}
+
+
+def validation_keys(keys: Iterable[str]) -> list[str]:
+    """The validation metrics among `keys`: pass@k before avg@k before maj@k, each by growing k, then any others."""
+    order = {prefix: place for place, prefix in enumerate(VALIDATION_MEANINGS)}
+
+    def place(key: str) -> tuple[int, int, str]:
+        prefix, _, k = key.partition("@")
+        if f"{prefix}@" in order and k.isdigit():
+            return order[f"{prefix}@"], int(k), key
+        return len(order), 0, key
+
+    return sorted({key for key in keys if key.startswith("val/")}, key=place)

@@ -1,0 +1,151 @@
+"""Where the metrics of a run go: a narrow contract, and what writes to each place.
+
+A resumed run writes its steps from `first_step` on once more. Each sink makes sure that a reader sees one history: the
+metrics file drops the rows from there on, TensorBoard is told to hide them, and Weights & Biases goes on in the same
+run.
+"""
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+from uuid import uuid4
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry import keys
+from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.telemetry.jsonl import FILE_NAME, JsonlSink
+
+
+class Sink(Protocol):
+    """Takes one row of metrics a step."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Stores or shows the metrics of one step. Steps grow from call to call."""
+
+    def close(self) -> None:
+        """Stores what is still held back, and lets go of files and connections. A second call does nothing."""
+
+
+class TensorBoardSink:
+    """TensorBoard event files, one tag a metric, through TensorBoard's own writer (torch's would import torch)."""
+
+    def __init__(self, directory: Path, first_step: int = 0) -> None:
+        self._writer = EventFileWriter(str(directory))
+        if first_step > 0:
+            # TensorBoard hides what earlier files of the directory hold from this step on.
+            start = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in metrics.items() if key != keys.STEP]
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A run at Weights & Biases. The package is imported only here.
+
+    The run's id is kept in `wandb_id` of the run directory, so that a resumed run goes on in the same one. Metrics are
+    plotted over our own step: W&B's counter refuses to go back, as a run that resumes does.
+    """
+
+    def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
+        require_wandb(project)
+        wandb = importlib.import_module("wandb")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=project,
+            name=run_dir.name,
+            id=_wandb_id(run_dir / "wandb_id"),
+            resume="allow",
+            dir=str(run_dir),
+            config=dict(config),
+        )
+        self._run.define_metric(keys.STEP)
+        self._run.define_metric("*", step_metric=keys.STEP)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({**metrics, keys.STEP: step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def require_wandb(project: str) -> None:
+    """Raises InputError where the W&B package is missing. It costs nothing: ask before a run starts."""
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"telemetry.wandb_project is {project!r}, but the package wandb is not installed: "
+            "pip install 'megatron-coreward[wandb]', or leave telemetry.wandb_project out"
+        )
+
+
+class SinkGroup:
+    """Several sinks as one. A sink that fails ends the run; closing closes every sink, whatever fails on the way."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.write(step, metrics)
+
+    def close(self) -> None:
+        _close_all(self._sinks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_sinks(
+    run_dir: Path, *, first_step: int, wandb_project: str | None = None, config: Mapping[str, Any] | None = None
+) -> SinkGroup:
+    """The sinks of a run: metrics.jsonl and tensorboard/ in its directory, and W&B where a project is named.
+
+    `first_step` is the first step that will be written (0 for a new run that validates before training); rows from
+    there on that an earlier attempt wrote are replaced. `config` is what W&B shows as the run's configuration.
+    """
+    if wandb_project is not None:
+        require_wandb(wandb_project)
+    with ExitStack() as opened:
+        sinks: list[Sink] = [JsonlSink(run_dir / FILE_NAME, first_step)]
+        opened.callback(sinks[-1].close)
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", first_step))
+        opened.callback(sinks[-1].close)
+        if wandb_project is not None:
+            sinks.append(WandbSink(wandb_project, run_dir, config or {}))
+        opened.pop_all()
+    return SinkGroup(sinks)
+
+
+def _close_all(sinks: Sequence[Sink]) -> None:
+    """Closes in order, the next one even where one fails; an error carries those before it as its context."""
+    if sinks:
+        try:
+            sinks[0].close()
+        finally:
+            _close_all(sinks[1:])
+
+
+def _wandb_id(path: Path) -> str:
+    if not path.exists():
+        with replaced_whole(path) as temporary:
+            temporary.write_text(uuid4().hex[:12] + "\n")
+    return path.read_text().strip()

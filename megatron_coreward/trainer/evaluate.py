@@ -1,0 +1,77 @@
+"""Validation on held-out questions with gold answers: pass@1, avg@k, maj@k."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_coreward.config.schema import ValidationSettings
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.voting import majority_vote
+from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
+from megatron_coreward.types import Problem
+
+GREEDY = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Shares of Q questions."""
+
+    pass_at_1: float  # the most likely answer is right
+    avg_at_k: float  # mean over k samples a question
+    maj_at_k: float  # the majority of k samples is right
+    k: int
+    num_problems: int
+
+    def metrics(self) -> dict[str, float]:
+        return {"val/pass@1": self.pass_at_1, f"val/avg@{self.k}": self.avg_at_k, f"val/maj@{self.k}": self.maj_at_k}
+
+
+def evaluate(
+    engines: SamplingEngines,
+    problems: Sequence[Problem],
+    settings: ValidationSettings,
+    judge: Judge,
+    *,
+    max_tokens: int,
+    version: int,
+    seed: int,
+) -> Accuracy:
+    """Samples every problem once greedily and `settings.n` times at `settings.temperature`.
+
+    The seeds are the same at every call, so that two evaluations differ by the weights alone.
+    """
+
+    def draw(n: int, temperature: float) -> list[list[bool]]:
+        groups = sample_groups(
+            engines,
+            problems,
+            ("original",),
+            "policy",
+            n=n,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            version=version,
+            step=0,
+            seed=seed,
+        )
+        nonlocal majorities
+        majorities = [majority_vote(group.answers, judge).label for group in groups]
+        return [
+            [judge.equivalent(answer, problem.gold) for answer in group.answers]
+            for problem, group in zip(problems, groups, strict=True)
+        ]
+
+    majorities: list[str | None] = []
+    greedy = draw(1, GREEDY)
+    sampled = draw(settings.n, settings.temperature)
+    return Accuracy(
+        pass_at_1=float(np.mean(greedy)),
+        avg_at_k=float(np.mean(sampled)),
+        maj_at_k=float(
+            np.mean([judge.equivalent(label, p.gold) for label, p in zip(majorities, problems, strict=True)])
+        ),
+        k=settings.n,
+        num_problems=len(problems),
+    )

@@ -1,0 +1,162 @@
+"""One training step of Co-rewarding, in the order of the paper (arXiv 2508.00410, algorithms 1 and 2):
+
+    teacher EMA -> publish weights -> problems -> rollouts -> token statistics -> rewards -> advantages -> update
+
+The step is the same for every method. It branches on what the method needs, never on what it is called.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_coreward.algorithms.advantages import group_advantages
+from megatron_coreward.algorithms.ema_schedule import teacher_decay
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.evidence import BatchEvidence
+from megatron_coreward.rewards.methods.base import Judgement, Method
+from megatron_coreward.telemetry.rollout_dump import JudgedGroup
+from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer import step_metrics
+from megatron_coreward.trainer.batch import mini_batches, to_batch, to_sequences
+from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
+from megatron_coreward.trainer.sync import SyncReport, WeightSync, weight_version
+from megatron_coreward.types import FloatArray, Problem, Role, RolloutGroup, Sequences, TokenStats, TrainBatch
+
+
+class TrainingActors(Protocol):
+    """What a step needs of the actors (`trainer.cluster.ActorGroup`)."""
+
+    def move_teacher(self, decay: float) -> None: ...
+    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
+    def update(self, batch: TrainBatch) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step leaves behind: every group with its judgement, and one flat row of metrics."""
+
+    judged: list[JudgedGroup]
+    metrics: dict[str, float]
+
+
+@dataclass(slots=True)
+class Trainer:
+    """The parts of a run, and the one counter that training advances."""
+
+    config: RunConfig
+    method: Method
+    actors: TrainingActors
+    engines: SamplingEngines
+    sync: WeightSync
+    judge: Judge
+    problems_of: Callable[[int], Sequence[Problem]]  # the batch of a step, counted from 0
+    num_updates: int = 0  # optimizer steps so far
+    syncs: list[SyncReport] = field(default_factory=list)  # of the step under way
+
+    def step(self, number: int, timer: PhaseTimer) -> StepResult:
+        """Step `number` of the run, counted from 1."""
+        config, needs = self.config, self.method.needs
+        decay = teacher_decay(number - 1, config.steps, config.teacher.decay_start, config.teacher.decay_end)
+        roles: tuple[Role, ...] = ("teacher", "policy") if needs.teacher else ("policy",)
+
+        if needs.teacher:
+            with timer.phase("teacher_ema"):
+                self.actors.move_teacher(decay)
+
+        problems = self.problems_of(number - 1)
+        rollouts: dict[Role, list[RolloutGroup]] = {"teacher": [], "policy": []}
+        for role in roles:
+            self.publish(role, timer)
+            with timer.phase("rollout"):
+                rollouts[role] = self._sample(problems, role, number)
+        groups = rollouts["policy"]
+
+        with timer.phase("token_stats"):
+            sequences = to_sequences(groups)
+            old = self._stats(sequences, "policy") if needs.token_stats or config.loss.updates_per_batch > 1 else None
+            reference = self._stats(sequences, self.reference) if config.loss.kl_coef else None
+
+        with timer.phase("rewards"):
+            evidence = BatchEvidence(
+                needs,
+                self.judge,
+                policy_groups=groups,
+                teacher_groups=rollouts["teacher"],
+                token_stats=old,
+                golds=self._golds(problems) if needs.gold else None,
+                min_margin=config.rewards.min_margin,
+            )
+            judgements = [self.method.judge(group, evidence) for group in groups]
+            advantages = [group_advantages(judgement.rewards) for judgement in judgements]
+
+        with timer.phase("update"):
+            several = config.loss.updates_per_batch > 1
+            batch = to_batch(
+                groups,
+                advantages,
+                config.loss,
+                config.rollout.max_response_tokens,
+                old=old if several else None,  # with one update a batch, the current log-probs are the old ones
+                reference=reference,
+            )
+            updates = []
+            for part in mini_batches(batch, groups, config.loss, config.rollout.max_response_tokens):
+                updates.append(self.actors.update(part))
+                self.num_updates += 1
+
+        metrics = step_metrics.collect(
+            config, groups, rollouts["teacher"], judgements, advantages, updates, self.syncs, timer.seconds
+        )
+        if needs.teacher:
+            metrics["teacher/decay"] = decay
+        metrics |= step_metrics.label_quality(groups, evidence.votes(), judgements, self._golds(problems), self.judge)
+        self.syncs = []
+        return StepResult(_judged(groups, judgements, advantages, rollouts["teacher"]), metrics)
+
+    def publish(self, role: Role, timer: PhaseTimer) -> None:
+        """Brings a role's present weights to the engines, unless they hold them already."""
+        with timer.phase("sync"):
+            report = self.sync.publish(role, weight_version(role, self.num_updates))
+        if report is not None:
+            self.syncs.append(report)
+
+    @property
+    def reference(self) -> str:
+        """Whose weights the KL term holds the policy to."""
+        return "teacher" if self.config.loss.kl_reference == "teacher" else "reference"
+
+    def _sample(self, problems: Sequence[Problem], role: Role, step: int) -> list[RolloutGroup]:
+        config = self.config
+        return sample_groups(
+            self.engines,
+            problems,
+            self.method.needs.views,
+            role,
+            n=config.teacher.n if role == "teacher" else config.rollout.n,
+            temperature=config.rollout.temperature,
+            max_tokens=config.rollout.max_response_tokens,
+            version=weight_version(role, self.num_updates),
+            step=step,
+            seed=config.seed,
+        )
+
+    def _stats(self, sequences: Sequences, weights: str) -> TokenStats:
+        return self.actors.token_stats(sequences, weights, self.config.rollout.temperature)
+
+    @staticmethod
+    def _golds(problems: Sequence[Problem]) -> Mapping[str, str | None]:
+        return {problem.uid: problem.gold for problem in problems}
+
+
+def _judged(
+    groups: Sequence[RolloutGroup],
+    judgements: Sequence[Judgement],
+    advantages: Sequence[FloatArray],
+    teacher_groups: Sequence[RolloutGroup],
+) -> list[JudgedGroup]:
+    policy = [
+        JudgedGroup(group, judgement.label, judgement.rewards, advantage)
+        for group, judgement, advantage in zip(groups, judgements, advantages, strict=True)
+    ]
+    return policy + [JudgedGroup(group, None, None, None) for group in teacher_groups]

@@ -1,0 +1,65 @@
+"""Questions in, groups of completions out: the requests to the engines, with a seed for each."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from megatron_coreward.rewards.answer import extract_answer
+from megatron_coreward.rollout.engine import Sample, SamplingRequest
+from megatron_coreward.types import Completion, Problem, Role, RolloutGroup, View
+
+
+class SamplingEngines(Protocol):
+    """What sampling needs of the engines (`trainer.cluster.EngineGroup`)."""
+
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]: ...
+
+
+def request_seed(run_seed: int, step: int, uid: str, view: View, role: Role) -> int:
+    """A function of what is sampled alone, so that a resumed or repeated run draws the same completions."""
+    name = f"{run_seed}/{step}/{uid}/{view}/{role}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
+
+def sample_groups(
+    engines: SamplingEngines,
+    problems: Sequence[Problem],
+    views: Sequence[View],
+    role: Role,
+    *,
+    n: int,
+    temperature: float,
+    max_tokens: int,
+    version: int,
+    step: int,
+    seed: int,
+) -> list[RolloutGroup]:
+    """`n` completions for every view of every problem: one group each, problem after problem."""
+    asked = [(problem, view) for problem in problems for view in views]
+    requests = [
+        SamplingRequest(
+            prompt=problem.prompts[view].token_ids,
+            n=n,
+            seed=request_seed(seed, step, problem.uid, view, role),
+            temperature=temperature,
+            top_p=1.0,
+            max_tokens=max_tokens,
+        )
+        for problem, view in asked
+    ]
+    answers = engines.sample(requests, version)
+    return [
+        RolloutGroup(problem.uid, view, role, problem.prompts[view], tuple(_completion(sample) for sample in samples))
+        for (problem, view), samples in zip(asked, answers, strict=True)
+    ]
+
+
+def _completion(sample: Sample) -> Completion:
+    return Completion(
+        token_ids=sample.token_ids,
+        logprobs=sample.logprobs,
+        text=sample.text,
+        answer=extract_answer(sample.text),
+        finish_reason=sample.finish_reason,
+        weight_version=sample.weight_version,
+    )

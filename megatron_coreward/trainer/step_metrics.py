@@ -1,0 +1,84 @@
+"""The row of metrics of a step: what was sampled, how it was judged, what the update did. Read by people, not by training."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.rewards.agreement import agreement_metrics, gold_metrics, reward_metrics, vote_metrics
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.evidence import GroupKey
+from megatron_coreward.rewards.methods.base import Judgement
+from megatron_coreward.rewards.voting import Vote
+from megatron_coreward.trainer.sync import SyncReport
+from megatron_coreward.types import FloatArray, RolloutGroup
+
+
+def collect(
+    config: RunConfig,
+    groups: Sequence[RolloutGroup],
+    teacher_groups: Sequence[RolloutGroup],
+    judgements: Sequence[Judgement],
+    advantages: Sequence[FloatArray],
+    updates: Sequence[Mapping[str, float]],
+    syncs: Sequence[SyncReport],
+    seconds: Mapping[str, float],
+) -> dict[str, float]:
+    """Rewards, rollouts, losses and synchronisation of one step.
+
+    Args:
+        updates: what the actors reported of each optimizer step (sums over response tokens).
+        seconds: wall time of the step's phases so far.
+    """
+    lengths = np.asarray([len(c.token_ids) for group in groups for c in group.completions])
+    cut_off = [c.finish_reason == "length" for group in groups for c in group.completions]
+    sampled = int(lengths.sum()) + sum(len(c.token_ids) for group in teacher_groups for c in group.completions)
+    metrics = reward_metrics(judgements, advantages)
+    metrics |= {
+        "rollout/response_tokens_mean": float(lengths.mean()),
+        "rollout/response_tokens_max": float(lengths.max()),
+        "rollout/truncated_share": float(np.mean(cut_off)),
+        "rollout/tokens_per_s": sampled / seconds["rollout"],
+    }
+    metrics |= _loss(config, updates)
+    if syncs:
+        metrics["sync/seconds"] = sum(report.seconds for report in syncs)
+        metrics["sync/probe_gap"] = max(report.probe_gap for report in syncs)
+    return metrics
+
+
+def _loss(config: RunConfig, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the tokens of all updates; learning rate and gradient norm of the last one."""
+    tokens = max(1.0, sum(update["tokens"] for update in updates))
+
+    def mean(key: str) -> float:
+        return sum(update[key] for update in updates) / tokens
+
+    metrics = {
+        "loss/policy": float(np.mean([update["loss/policy"] for update in updates])),
+        "loss/total": float(np.mean([update["loss/total"] for update in updates])),
+        "loss/clip_share": mean("clipped"),
+        "rollout/entropy": mean("entropy"),
+        "rollout/self_certainty": mean("self_certainty"),
+        "optim/lr": updates[-1]["lr"],
+        "optim/grad_norm": updates[-1]["grad_norm"],
+        # Later updates of a batch have moved away from the weights that sampled it.
+        "sync/logprob_gap": updates[0]["logprob_gap"] / max(1.0, updates[0]["tokens"]),
+        "sync/logprob_gap_max": updates[0]["max:logprob_gap"],
+    }
+    if "kl" in updates[0]:
+        metrics["loss/kl"] = mean("kl")
+    if "mismatch_affected" in updates[0]:
+        metrics["loss/mismatch_affected_share"] = mean("mismatch_affected")
+    return metrics
+
+
+def label_quality(
+    groups: Sequence[RolloutGroup],
+    votes: Mapping[GroupKey, Vote],
+    judgements: Sequence[Judgement],
+    golds: Mapping[str, str | None],
+    judge: Judge,
+) -> dict[str, float]:
+    """Votes and how right they were. Gold answers are read here, after the update, and go nowhere but into the row."""
+    return vote_metrics(votes) | agreement_metrics(votes, judge) | gold_metrics(groups, judgements, golds, judge)

@@ -1,0 +1,129 @@
+"""One noun per stage of a training step, complete when it is built.
+
+The way of a rollout: `Problem` -> `RolloutGroup` (of `Completion`s) -> `TokenStats` -> rewards and advantages ->
+`TrainBatch`. Shapes are given with letters: G rollouts a question, S sequences of a batch, P prompt tokens, L response
+tokens. Everything here is plain data: numpy arrays, strings, numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+View = Literal["original", "rephrased"]
+Role = Literal["policy", "teacher"]
+VIEWS: tuple[View, ...] = ("original", "rephrased")
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question as the model sees it: the chat template applied, and its tokens."""
+
+    text: str
+    token_ids: IntArray  # [P]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question of the data set in one or two views. `gold` is never read by a label-free method."""
+
+    uid: str  # stable over runs: "<data_source>/<extra_info.index>"
+    prompts: Mapping[View, Prompt]
+    gold: str | None
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer to a prompt."""
+
+    token_ids: IntArray  # [L], the end-of-sequence token included when the model wrote it
+    logprobs: FloatArray  # [L], of the sampled tokens, as the rollout engine computed them
+    text: str
+    answer: str | None  # extracted final answer; None where there is none
+    finish_reason: Literal["stop", "length"]
+    weight_version: int  # the published weights that sampled it
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """All completions that one role sampled for one view of one question."""
+
+    uid: str
+    view: View
+    role: Role
+    prompt: Prompt
+    completions: tuple[Completion, ...]  # G
+
+    @property
+    def answers(self) -> list[str | None]:
+        return [c.answer for c in self.completions]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """What a model says of the response tokens of S sequences; each entry an array [L_s]."""
+
+    logprobs: Sequence[FloatArray]  # of the tokens that were sampled
+    entropy: Sequence[FloatArray]  # of the next-token distribution, nats
+    self_certainty: Sequence[FloatArray]  # KL(uniform || p) of the next-token distribution, nats
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """S prompts with their responses, as token ids."""
+
+    token_ids: Sequence[IntArray]  # S x [P_s + L_s]
+    prompt_lengths: IntArray  # [S], each at least 1
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """[S] tokens of prompt and response together."""
+        return [len(ids) for ids in self.token_ids]
+
+    def select(self, rows: Sequence[int]) -> "Sequences":
+        """The given sequences, in the given order."""
+        return Sequences([self.token_ids[i] for i in rows], self.prompt_lengths[np.asarray(rows, dtype=np.int64)])
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """What an update reads: S sequences and, for each, what weighs its tokens.
+
+    The loss is the plain sum over sequences and response tokens of `token_weights[s] * loss(s, t)`; the weights hold
+    the normalisation over the *whole* batch, so every cut into micro-batches and ranks gives the same loss.
+    """
+
+    sequences: Sequences
+    advantages: FloatArray  # [S]
+    token_weights: FloatArray  # [S]
+    rollout_logprobs: Sequence[FloatArray] | None  # S x [L_s], from the rollout engine; None: not sampled by one
+    old_logprobs: Sequence[FloatArray] | None  # S x [L_s]; None: the current policy is the old one
+    reference_logprobs: Sequence[FloatArray] | None  # S x [L_s]; None: no KL term
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def select(self, rows: Sequence[int]) -> "TrainBatch":
+        """The sub-batch of the given sequences, in the given order; weights stay as they are."""
+
+        def pick(ragged: Sequence[FloatArray] | None) -> list[FloatArray] | None:
+            return None if ragged is None else [ragged[i] for i in rows]
+
+        index = np.asarray(rows, dtype=np.int64)
+        return TrainBatch(
+            sequences=self.sequences.select(rows),
+            advantages=self.advantages[index],
+            token_weights=self.token_weights[index],
+            rollout_logprobs=pick(self.rollout_logprobs),
+            old_logprobs=pick(self.old_logprobs),
+            reference_logprobs=pick(self.reference_logprobs),
+        )

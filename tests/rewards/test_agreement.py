@@ -1,0 +1,112 @@
+"""The label metrics are the counts they say they are, and absent where there is nothing to count."""
+
+import numpy as np
+import pytest
+
+from megatron_coreward.rewards.agreement import (
+    agreement_metrics,
+    gold_metrics,
+    relation_metrics,
+    reward_metrics,
+    vote_metrics,
+)
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.evidence import GroupKey
+from megatron_coreward.rewards.methods.base import Judgement
+from megatron_coreward.rewards.voting import Vote, majority_vote
+from tests.rewards.groups import group
+
+EXACT, MATH = Judge("exact"), Judge("math")
+
+ANSWERS: dict[GroupKey, list[str | None]] = {
+    ("a", "original", "policy"): ["1", "1", "1", "2"],  # share 3/4, margin 1/2
+    ("a", "rephrased", "policy"): ["1", "2", None, ""],  # share 1/4, tie, half without an answer
+    ("b", "original", "policy"): ["3", "3", "3", "3"],
+    ("b", "rephrased", "policy"): ["4", "4", "5", "4"],
+    ("a", "original", "teacher"): ["1", "2", "2", "2"],
+    ("b", "original", "teacher"): ["3", "3", None, None],
+}
+
+
+def votes(judge: Judge = EXACT, min_margin: float = 0.0) -> dict[GroupKey, Vote]:
+    return {key: majority_vote(answers, judge, min_margin) for key, answers in ANSWERS.items()}
+
+
+def test_vote_metrics_are_means_over_the_votes_of_a_role() -> None:
+    assert vote_metrics(votes()) == pytest.approx(
+        {
+            "vote/policy/share": (3 / 4 + 1 / 4 + 1 + 3 / 4) / 4,
+            "vote/policy/margin": (1 / 2 + 0 + 1 + 1 / 2) / 4,
+            "vote/policy/tie_rate": 1 / 4,
+            "vote/policy/abstention_rate": 0,
+            "vote/policy/no_answer_rate": 2 / 16,
+            "vote/policy/distinct_answers": (2 + 2 + 1 + 2) / 4,
+            "vote/teacher/share": (3 / 4 + 1 / 2) / 2,
+            "vote/teacher/margin": (1 / 2 + 1 / 2) / 2,
+            "vote/teacher/tie_rate": 0,
+            "vote/teacher/abstention_rate": 0,
+            "vote/teacher/no_answer_rate": 2 / 8,
+            "vote/teacher/distinct_answers": (2 + 1) / 2,
+        }
+    )
+    assert vote_metrics(votes(min_margin=0.2))["vote/policy/abstention_rate"] == 1 / 4
+
+
+def test_agreement_pairs_views_of_a_role_and_roles_on_a_view() -> None:
+    assert agreement_metrics(votes(), EXACT) == {"vote/view_agreement": 1 / 2, "vote/teacher_agreement": 1 / 2}
+
+
+def test_an_abstaining_vote_agrees_with_nothing() -> None:
+    assert agreement_metrics(votes(min_margin=0.6), EXACT)["vote/view_agreement"] == 0
+
+
+def test_metrics_without_anything_to_count_are_absent() -> None:
+    only_policy = {key: vote for key, vote in votes().items() if key[1:] == ("original", "policy")}
+    assert set(vote_metrics(only_policy)) == {key for key in vote_metrics(votes()) if key.startswith("vote/policy")}
+    assert agreement_metrics(only_policy, EXACT) == {}
+    assert vote_metrics({}) == agreement_metrics({}, EXACT) == relation_metrics({}, {}, MATH) == {}
+    assert reward_metrics([], []) == gold_metrics([], [], {}, EXACT) == {}
+    unknown = gold_metrics([group(["1"])], [Judgement("1", np.float32([1]))], {"q": None}, EXACT)
+    assert unknown == {}
+
+
+def test_relation_metrics_tell_changed_labels_from_changed_company() -> None:
+    groups: dict[GroupKey, list[str | None]] = {
+        ("a", "original", "policy"): ["1", "1", "1.0", "2"],  # the same label, one more winner
+        ("b", "original", "policy"): ["3", "3", "1/2", "0.5", ".5"],  # another label: 2 winners out, 3 in
+        ("c", "original", "policy"): ["7", "8", None],  # nothing changes
+        ("d", "original", "policy"): [None],  # no labels at all
+    }
+    exact = {key: majority_vote(answers, EXACT) for key, answers in groups.items()}
+    math = {key: majority_vote(answers, MATH) for key, answers in groups.items()}
+    assert relation_metrics(exact, math, MATH) == {
+        "vote/exact_vs_math_disagreement": 1 / 4,
+        "vote/exact_vs_math_changed_rollouts": (1 + 5) / 13,
+    }
+    with pytest.raises(ValueError, match="same groups"):
+        relation_metrics(exact, {}, MATH)
+
+
+def test_reward_metrics_count_groups_that_teach_nothing() -> None:
+    judgements = [Judgement("1", np.float32([1, 1, 0, 0])), Judgement(None, np.float32([0, 0, 0, 0]))]
+    advantages = [np.float32([0.8, 0.8, -0.8, -0.8]), np.float32([0, 0, 0, 0])]
+    assert reward_metrics(judgements, advantages) == {
+        "reward/mean": 0.25,
+        "reward/zero_variance_groups": 0.5,
+        "label/missing_rate": 0.5,
+    }
+
+
+def test_gold_metrics_score_labels_and_rollouts_where_gold_is_known() -> None:
+    groups = [group(["1", "2"], uid="a"), group(["0.5", None], uid="b"), group(["9", "9"], uid="unknown")]
+    judgements = [
+        Judgement("2", np.float32([0, 1])),
+        Judgement("1/2", np.float32([1, 0])),
+        Judgement("9", np.float32([1, 1])),
+    ]
+    golds = {"a": "1", "b": ".5", "unknown": None}
+    assert gold_metrics(groups, judgements, golds, MATH) == {"label/accuracy": 1 / 2, "rollout/accuracy": 2 / 4}
+    missing = [Judgement(None, judgements[0].rewards), judgements[1], judgements[2]]
+    assert gold_metrics(groups, missing, golds, MATH)["label/accuracy"] == 1 / 2
+    without = [Judgement(None, judgement.rewards) for judgement in judgements]
+    assert gold_metrics(groups, without, golds, MATH) == {"rollout/accuracy": 2 / 4}

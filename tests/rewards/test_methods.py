@@ -1,0 +1,104 @@
+"""Each method's rule on evidence whose every source says something else."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from megatron_coreward.config.schema import MethodName
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.evidence import BatchEvidence
+from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.rewards.methods.base import Judgement, Needs
+from megatron_coreward.types import RolloutGroup, TokenStats, View
+from tests.rewards.groups import group
+
+# Majorities: the policy says 1 on the original and 2 on the rephrasing, the teacher 3 and 4; the data set says 5.
+POLICY: dict[View, RolloutGroup] = {
+    "original": group(["1", "1", "1", "2", "3", "4", "5", None]),
+    "rephrased": group(["2", "2", "2", "1", "3", "4", "5", None], view="rephrased"),
+}
+TEACHER = [group(["3", "3", "1"], role="teacher"), group(["4", "4", "2"], view="rephrased", role="teacher")]
+
+
+def judge(name: str, view: View = "original", **replaced: list[RolloutGroup]) -> Judgement:
+    method = METHODS[name]
+    policy_groups = replaced.get("policy_groups", [POLICY[view] for view in method.needs.views])
+    teacher_groups = replaced.get("teacher_groups", TEACHER)
+    count = sum(len(group.completions) for group in policy_groups)
+    ramp = [np.array([i, i + 1], dtype=np.float32) for i in range(count)]
+    evidence = BatchEvidence(
+        method.needs,
+        Judge("exact"),
+        policy_groups=policy_groups,
+        teacher_groups=teacher_groups,
+        token_stats=TokenStats(logprobs=ramp, entropy=ramp, self_certainty=[2 * values for values in ramp]),
+        golds={"q": "5"},
+    )
+    return method.judge(next(group for group in policy_groups if group.view == view), evidence)
+
+
+def test_the_table_holds_exactly_the_methods_of_the_configuration() -> None:
+    assert set(METHODS) == set(get_args(MethodName))
+    assert all(method.name == name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("co_rewarding_i", Needs(views=("original", "rephrased"))),
+        ("co_rewarding_ii", Needs(teacher=True)),
+        ("co_rewarding_i+ii", Needs(views=("original", "rephrased"), teacher=True)),
+        ("majority_voting", Needs()),
+        ("ground_truth", Needs(gold=True)),
+        ("self_certainty", Needs(token_stats=True)),
+        ("entropy", Needs(token_stats=True)),
+    ],
+)
+def test_a_method_needs_what_its_rule_reads_and_no_more(name: str, needs: Needs) -> None:
+    assert METHODS[name].needs == needs
+
+
+@pytest.mark.parametrize(
+    ("name", "view", "label", "rewards"),
+    [
+        ("co_rewarding_i", "original", "2", [0, 0, 0, 1, 0, 0, 0, 0]),
+        ("co_rewarding_i", "rephrased", "1", [0, 0, 0, 1, 0, 0, 0, 0]),
+        ("co_rewarding_ii", "original", "3", [0, 0, 0, 0, 1, 0, 0, 0]),
+        ("co_rewarding_i+ii", "original", "4", [0, 0, 0, 0, 0, 1, 0, 0]),
+        ("co_rewarding_i+ii", "rephrased", "3", [0, 0, 0, 0, 1, 0, 0, 0]),
+        ("majority_voting", "original", "1", [1, 1, 1, 0, 0, 0, 0, 0]),
+        ("ground_truth", "original", "5", [0, 0, 0, 0, 0, 0, 1, 0]),
+    ],
+)
+def test_labels_come_from_the_source_the_method_names(name: str, view: View, label: str, rewards: list[int]) -> None:
+    judgement = judge(name, view)
+    assert judgement.label == label
+    assert judgement.rewards.dtype == np.float32
+    np.testing.assert_array_equal(judgement.rewards, rewards)
+
+
+def test_self_certainty_rewards_the_mean_distance_from_uniform() -> None:
+    judgement = judge("self_certainty")
+    assert judgement.label is None
+    np.testing.assert_array_equal(judgement.rewards, np.float32([1, 3, 5, 7, 9, 11, 13, 15]))
+
+
+def test_entropy_rewards_minus_the_mean_entropy() -> None:
+    judgement = judge("entropy")
+    assert judgement.label is None
+    np.testing.assert_array_equal(judgement.rewards, -np.float32([0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]))
+
+
+@pytest.mark.parametrize("name", ["co_rewarding_i", "co_rewarding_ii", "co_rewarding_i+ii", "majority_voting"])
+def test_a_source_without_answers_gives_no_label_and_no_reward(name: str) -> None:
+    silent = [group([None, ""], view=view) for view in METHODS[name].needs.views]
+    teacher = [group([None], view=view, role="teacher") for view in METHODS[name].needs.views]
+    judgement = judge(name, policy_groups=silent, teacher_groups=teacher)
+    assert judgement.label is None
+    np.testing.assert_array_equal(judgement.rewards, [0, 0])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_only_ground_truth_ever_reads_a_gold_answer(name: str) -> None:
+    assert METHODS[name].needs.gold is (name == "ground_truth")

@@ -1,0 +1,212 @@
+"""The processes for symbolic comparison: light, started late, killed on time, replaced, and never waited for."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_coreward.errors import RunError
+from megatron_coreward.rewards import symbolic
+from megatron_coreward.rewards.symbolic import SymbolicPool
+
+TOWER = "9^{9^{9^{9}}}"  # one big-integer operation that ends neither soon nor on a Python signal
+others: set[int] = set()
+GRACE_S = 10.0  # for the start of a process on a crowded machine
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def workers() -> set[int]:
+    """Ids of the comparison processes that are children of this one and not the business of other test modules."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:  # it ended meanwhile
+                continue
+            if parent == os.getpid() and b"symbolic_worker.py" in command:
+                found.add(int(entry.name))
+    return found - others
+
+
+@pytest.fixture(scope="module", autouse=True)
+def know_others() -> None:
+    others.update(workers())
+
+
+@pytest.fixture
+def pool() -> Iterator[SymbolicPool]:
+    pool = SymbolicPool(timeout_s=3.0)
+    yield pool
+    pool.close()
+    assert not workers()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[SymbolicPool]:
+    pool = SymbolicPool(timeout_s=60.0)
+    yield pool
+    pool.close()
+
+
+def test_no_process_before_the_first_pair_and_one_for_all_after(pool: SymbolicPool) -> None:
+    assert not workers()
+    assert pool.equivalent("x", "y") is False
+    started = workers()
+    assert len(started) == 1
+    assert pool.equivalent("x+x", "2x") is True
+    assert workers() == started
+
+
+def test_a_pair_that_runs_over_the_limit_gives_none_on_time_and_the_next_is_answered(pool: SymbolicPool) -> None:
+    pool.equivalent("x", "y")
+    (first,) = workers()
+    start = time.monotonic()
+    assert pool.equivalent(TOWER, "1") is None
+    assert 2.9 < time.monotonic() - start < 3.0 + GRACE_S
+    assert first not in workers()
+    assert pool.equivalent("x+x", "2x") is True
+
+
+def test_a_process_that_dies_under_a_pair_gives_none_and_the_next_is_answered(pool: SymbolicPool) -> None:
+    pool.equivalent("x", "y")
+    (worker,) = workers()
+    threading.Timer(0.3, os.kill, (worker, signal.SIGKILL)).start()
+    start = time.monotonic()
+    assert pool.equivalent(TOWER, "1") is None
+    assert time.monotonic() - start < 2.5  # noticed, not waited for
+    assert pool.equivalent("x+x", "2x") is True
+
+
+def test_a_process_that_died_idle_costs_no_pair(pool: SymbolicPool) -> None:
+    pool.equivalent("x", "y")
+    (worker,) = workers()
+    os.kill(worker, signal.SIGKILL)
+    time.sleep(0.2)
+    assert pool.equivalent("x+x", "2x") is True
+
+
+def test_memory_is_limited(pool: SymbolicPool) -> None:
+    pool.equivalent("x", "y")
+    (worker,) = workers()
+    limits = Path(f"/proc/{worker}/limits").read_text().splitlines()
+    (address_space,) = [line for line in limits if line.startswith("Max address space")]
+    assert address_space.split()[3] == str(2 << 30)
+
+
+def test_a_process_is_light_whatever_its_parent_has_loaded(pool: SymbolicPool) -> None:
+    assert np.ones(1).any()
+    assert "/numpy" in Path("/proc/self/maps").read_text()
+    pool.equivalent("x", "y")
+    (worker,) = workers()
+    libraries = Path(f"/proc/{worker}/maps").read_text()
+    assert not [name for name in ("/numpy", "/torch", "/pyarrow", "/ray", "/vllm") if name in libraries]
+    descriptors = {os.readlink(entry) for entry in Path(f"/proc/{worker}/fd").iterdir()}
+    assert all(target.startswith("pipe:") or target == "/dev/null" for target in descriptors), descriptors
+
+
+def test_a_process_does_not_outlive_a_parent_that_was_killed_while_it_worked() -> None:
+    program = (
+        "import threading, time\n"
+        "from megatron_coreward.rewards.symbolic import SymbolicPool\n"
+        "pool = SymbolicPool(2.0)\n"
+        "pool.equivalent('x', 'y')\n"
+        f"threading.Thread(target=pool.equivalent, args=({TOWER!r}, '1'), daemon=True).start()\n"
+        "time.sleep(0.5)\n"
+        "print(pool._idle.qsize(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline().strip() == "0"  # its one process is at work
+        (worker,) = [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and f" {parent.pid} " in (entry / "stat").read_text().rpartition(")")[2][:20]
+        ]
+        parent.kill()
+    deadline = time.monotonic() + 2.0 + 1.0 + GRACE_S
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "still running"
+        time.sleep(0.1)
+
+
+def test_many_threads_share_the_processes_and_get_their_own_answers() -> None:
+    pool = SymbolicPool(timeout_s=60.0, num_workers=2)
+    wrong: list[int] = []
+
+    def compare(n: int) -> None:
+        if (
+            pool.equivalent(rf"\sqrt{{{n * n}}}", str(n)) is not True
+            or pool.equivalent(f"{n}x", f"{n + 1}x") is not False
+        ):
+            wrong.append(n)
+
+    threads = [threading.Thread(target=compare, args=(n,)) for n in range(2, 14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(workers()) == 2
+    pool.close()
+    assert wrong == []
+    assert not workers()
+
+
+def test_a_process_that_cannot_start_is_an_error_and_not_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no sympy here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RunError, match="ImportError: no sympy here"):
+        SymbolicPool(1.0).equivalent("x", "y")
+    monkeypatch.setattr(symbolic, "WORKER_PROGRAM", tmp_path / "missing.py")
+    with pytest.raises(RunError, match="exit status 2"):
+        SymbolicPool(1.0).equivalent("x", "y")
+
+
+def test_a_process_that_has_grown_is_retired_with_its_answer_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    greedy = tmp_path / "symbolic_worker.py"
+    greedy.write_text(symbolic.WORKER_PROGRAM.read_text().replace("512 << 10", "1"))
+    monkeypatch.setattr(symbolic, "WORKER_PROGRAM", greedy)
+    pool = SymbolicPool(60.0)
+    assert pool.equivalent("x+x", "2x") is True
+    assert not workers()
+    assert pool.equivalent("x+x", "3x") is False
+    pool.close()
+
+
+@pytest.mark.parametrize(("timeout_s", "num_workers"), [(0.0, 1), (-1.0, 1), (1.0, 0)])
+def test_a_pool_without_time_or_processes_is_refused(timeout_s: float, num_workers: int) -> None:
+    with pytest.raises(ValueError, match="need timeout_s > 0"):
+        SymbolicPool(timeout_s, num_workers)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        (r"\sqrt{8}", r"2\sqrt{2}", True),
+        (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", True),
+        ("(x+1)^{2}", "x^{2}+2x+1", True),
+        (r"[0,\infty)", r"x\ge0", True),
+        ("4+6i", "6i+4", True),
+        (r"\sqrt{8}", r"3\sqrt{2}", False),
+        ("x+1", "x+2", False),
+        ("5x=1", "1", False),  # holds in one direction of math-verify only
+        (r"\frac{", "1", False),
+    ],
+)
+def test_verdicts_are_those_of_mathematics_and_symmetric(shared: SymbolicPool, a: str, b: str, same: bool) -> None:
+    assert shared.equivalent(a, b) is same
+    assert shared.equivalent(b, a) is same
