@@ -2,11 +2,13 @@
 #
 #   PYTHON           interpreter that the environment is made with (3.11, as the lock is)
 #   TORCH_CPU_INDEX  where torch's CPU build is looked for when the configured package index lacks it
+#   GPU_PYTHON       interpreter of the CUDA environment that gpu-test runs in (.venv holds the CPU one)
 #   PYTEST_ARGS      further arguments for pytest, e.g. make test PYTEST_ARGS="tests/rewards -x"
 
 PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
 PYTHON_VERSION := 3.11
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+GPU_PYTHON ?= python3
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -60,8 +62,8 @@ test: env
 test-slow: env
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
-gpu-test: env
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+gpu-test:
+	$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: env
 	$(BIN)/ruff check .
@@ -77,4 +79,4 @@ bench: env
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find megatron_coreward tests tools benchmarks launch -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -99,27 +99,32 @@ class MegatronActor:
 
         return TokenStats(by_row("logprobs"), by_row("entropy"), by_row("self_certainty"))
 
+    def accumulate(self, batch: TrainBatch, share: Share) -> list[dict[str, torch.Tensor]] | None:
+        """The gradient of the batch's loss, summed over ranks into the parameters' main gradients; weights stay."""
+        setup = self.setup
+        for chunk in self.policy:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss(pack: Pack, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            scores = score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, setup.temperature)
+            return pack_loss(scores, pack, batch, setup.loss, setup.kl_coef)
+
+        return forward_backward(self.policy, self._packs(batch.sequences, share), loss)
+
     def update(self, batch: TrainBatch, share: Share) -> dict[str, float] | None:
         """One optimizer step on the batch. Returns sums over this rank's tokens, and the step's global figures.
 
         Raises:
             FloatingPointError: the gradient is not finite; the weights are as before.
         """
-        setup = self.setup
-        for chunk in self.policy:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        packs = self._packs(batch.sequences, share)
-
-        def loss(pack: Pack, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            scores = score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, setup.temperature)
-            return pack_loss(scores, pack, batch, setup.loss, setup.kl_coef)
-
-        stats = forward_backward(self.policy, packs, loss)
-        self.scheduler.step(1)
-        succeeded, grad_norm, _ = self.optimizer.step()
-        if not succeeded or not np.isfinite(grad_norm):
+        stats = self.accumulate(batch, share)
+        self.optimizer.prepare_grads()
+        grad_norm = self.optimizer.get_grad_norm()
+        if not np.isfinite(grad_norm):  # the same on every rank, and before any weight has moved
             raise FloatingPointError(f"the gradient of this step is not finite (norm {grad_norm})")
+        self.scheduler.step(1)
+        self.optimizer.step()
         if stats is None or not self.reports:
             return None
         report = {"grad_norm": float(grad_norm), "lr": float(self.optimizer.param_groups[0]["lr"])}

@@ -28,8 +28,8 @@ def _finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **kwargs
 
 
 def build_optimizer(model: list[DistributedDataParallel], settings: ActorSettings, dtype: torch.dtype) -> MegatronOptimizer:
-    """AdamW with fp32 main parameters and moments, sharded over data-parallel ranks."""
-    return get_megatron_optimizer(
+    """AdamW with fp32 main parameters and moments, sharded over data-parallel ranks; the moments are allocated here."""
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -45,6 +45,52 @@ def build_optimizer(model: list[DistributedDataParallel], settings: ActorSetting
         ),
         model,
     )
+    for part in optimizer_parts(optimizer):
+        _allocate_moments(part)
+    return optimizer
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The distributed optimizers with parameters on this rank (experts have one of their own)."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _allocate_moments(part: Any) -> None:
+    """Gives every shard its (zero) moments before the first step, which is where Adam would: memory that will be needed
+    should be missing at the start rather than later, and a checkpoint can be read into what is there."""
+    for group in part.optimizer.param_groups:
+        for shard in group["params"]:
+            state = part.optimizer.state[shard]
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(shard, dtype=torch.float32)
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                state["step"] = torch.zeros(())
+
+
+def step_count(optimizer: MegatronOptimizer) -> int:
+    """Steps that Adam's bias correction has counted: kept per shard by torch, per group by fused optimizers."""
+    for part in optimizer_parts(optimizer):
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                return int(state["step"])
+        for group in part.optimizer.param_groups:
+            return int(group.get("step", 0))
+    return 0
+
+
+def set_step_count(optimizer: MegatronOptimizer, count: int) -> None:
+    """The inverse of `step_count`."""
+    for part in optimizer_parts(optimizer):
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(count)
+        for group in part.optimizer.param_groups:
+            if not isinstance(part.optimizer, torch.optim.AdamW):
+                group["step"] = count
 
 
 def build_scheduler(optimizer: MegatronOptimizer, settings: ActorSettings, total_updates: int) -> OptimizerParamScheduler:

@@ -1,14 +1,17 @@
 """The actor's training state as a Megatron distributed checkpoint, readable under any layout.
 
-Policy weights, optimizer moments and main parameters, schedule position, teacher value and compensation. No random
-state: nothing that an actor does draws from a generator (no dropout; rollout seeds are functions of seed and step). The
-frozen reference is the model that the run started from and is read from there.
+Policy weights, the optimizer's main parameters and moments, the teacher's value and compensation, the schedule's
+position. No random state: nothing that an actor does draws from a generator (no dropout; rollout seeds are functions of
+seed and step). The frozen reference is the model that the run started from and is read from there.
 
-Saving gathers the optimizer's and the teacher's shards over data-parallel ranks, so that another layout can read them:
-for the length of the call that costs 16 bytes per parameter of a model-parallel rank in host memory.
+Everything that belongs to a parameter is saved in the parameter's own shape, as the model's weights are, so that any
+tensor, pipeline or data-parallel layout can read it. (Megatron's own resharding of optimizer state does not know torch's
+AdamW: in 0.16 it fails on the step count.) For the length of a call, the shards gathered over data-parallel ranks take
+12 bytes (20 with a teacher) per parameter of a model-parallel rank.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +21,40 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_coreward.actor.teacher import EmaTeacher, FlatWeights
+from megatron_coreward.actor.optimizer import MOMENTS, set_step_count, step_count
+from megatron_coreward.actor.shards import FlatWeights, MainShard, main_shards
+from megatron_coreward.actor.teacher import EmaTeacher
 
-RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+Policy = list[DistributedDataParallel]
+Slots = Iterator[tuple[MainShard, torch.Tensor]]  # a shard with one of its quantities, to be read or written in place
 
 
-def _model_state(policy: list[DistributedDataParallel]) -> dict[str, Any]:
+def _quantities(optimizer: MegatronOptimizer, teacher: EmaTeacher | None) -> dict[str, Callable[[], Slots]]:
+    """Everything that is cut like the main parameters, by the name under which it is saved."""
+
+    def moment(name: str) -> Callable[[], Slots]:
+        return lambda: ((shard, shard.state[name]) for shard in main_shards(optimizer))
+
+    found: dict[str, Callable[[], Slots]] = {"main": lambda: ((s, s.value) for s in main_shards(optimizer))}
+    found |= {name: moment(name) for name in MOMENTS}
+    if teacher is not None:
+        found["teacher"] = lambda: zip(main_shards(optimizer), teacher.values, strict=True)
+        found["teacher_compensation"] = lambda: zip(main_shards(optimizer), teacher.compensations, strict=True)
+    return found
+
+
+def _model_state(policy: Policy) -> dict[str, Any]:
     several = len(policy) > 1
     return {f"model{i}" if several else "model": c.module.sharded_state_dict() for i, c in enumerate(policy)}
 
 
-def _teacher_state(policy: list[DistributedDataParallel], weights: FlatWeights, prefix: str) -> dict[str, Any]:
-    """The policy's sharded state with other values under prefixed keys."""
+def _quantity_state(policy: Policy, weights: FlatWeights, prefix: str) -> dict[str, Any]:
+    """The policy's sharded state with other values, in fp32, under prefixed keys."""
     state = {}
     for chunk, (name, sharded) in zip(policy, _model_state(policy).items(), strict=True):
         params = dict(chunk.module.named_parameters())
         state[name] = {
-            key: dataclasses.replace(entry, key=prefix + entry.key, data=weights.of(params[key]), **_fp32(entry))
+            key: dataclasses.replace(entry, key=f"{prefix}.{entry.key}", data=weights.of(params[key]), **_fp32(entry))
             for key, entry in sharded.items()
             if key in params
         }
@@ -45,54 +65,45 @@ def _fp32(entry: Any) -> dict[str, Any]:
     return {"dtype": torch.float32} if hasattr(entry, "dtype") else {}
 
 
-def _sharded_state(
-    policy: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    teacher: tuple[FlatWeights, FlatWeights] | None,
-    is_loading: bool,
-) -> dict[str, Any]:
-    state = _model_state(policy)
-    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=RESHARDABLE)
-    if teacher is not None:
-        state["teacher_value"] = _teacher_state(policy, teacher[0], "teacher.value.")
-        state["teacher_compensation"] = _teacher_state(policy, teacher[1], "teacher.compensation.")
-    return state
-
-
 def save_state(
-    policy: list[DistributedDataParallel],
+    policy: Policy,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     teacher: EmaTeacher | None,
     target: Path,
 ) -> None:
     """Writes the state of all ranks into the directory `target`, which exists and is empty. Called on every rank."""
-    whole = None if teacher is None else teacher.whole(policy)
-    state = _sharded_state(policy, optimizer, whole, is_loading=False)
+    state = _model_state(policy)
+    for name, slots in _quantities(optimizer, teacher).items():
+        whole = FlatWeights(policy, torch.float32)
+        whole.fill(slots())
+        state[name] = _quantity_state(policy, whole, name)
     state["scheduler"] = scheduler.state_dict()
+    state["optimizer_steps"] = step_count(optimizer)
     dist_checkpointing.save(state, str(target))
 
 
+@torch.no_grad()
 def load_state(
-    policy: list[DistributedDataParallel],
+    policy: Policy,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     teacher: EmaTeacher | None,
     source: Path,
 ) -> None:
     """Reads what `save_state` wrote, under whatever layout this is. Called on every rank."""
-    whole = None
-    if teacher is not None:
-        whole = FlatWeights(policy, torch.float32), FlatWeights(policy, torch.float32)
-    state = dist_checkpointing.load(_sharded_state(policy, optimizer, whole, is_loading=True), str(source))
-    for i, chunk in enumerate(policy):
-        chunk.module.load_state_dict(state[f"model{i}" if len(policy) > 1 else "model"])
-    optimizer.load_state_dict(state["optimizer"])
+    wholes = {name: FlatWeights(policy, torch.float32) for name in _quantities(optimizer, teacher)}
+    wanted = _model_state(policy)
+    wanted |= {name: _quantity_state(policy, whole, name) for name, whole in wholes.items()}
+    state = dist_checkpointing.load(wanted, str(source))
+    for chunk, name in zip(policy, _model_state(policy), strict=True):
+        chunk.module.load_state_dict(state[name])
+    for quantity, slots in _quantities(optimizer, teacher).items():
+        for chunk, tensors in zip(policy, state[quantity].values(), strict=True):
+            params = dict(chunk.module.named_parameters())
+            for name, tensor in tensors.items():
+                wholes[quantity].of(params[name]).copy_(tensor)
+        for shard, own in slots():
+            own.copy_(wholes[quantity].own(shard))
     scheduler.load_state_dict(state["scheduler"])
-    if teacher is not None and whole is not None:
-        for weights, key in zip(whole, ("teacher_value", "teacher_compensation"), strict=True):
-            for chunk, tensors in zip(policy, state[key].values(), strict=True):
-                params = dict(chunk.module.named_parameters())
-                for name, tensor in tensors.items():
-                    weights.of(params[name]).copy_(tensor)
-        teacher.take(*whole)
+    set_step_count(optimizer, state["optimizer_steps"])

@@ -51,6 +51,7 @@ def pack_loss(
         "clipped": (terms.clipped | terms.dual_clipped).float().sum(),
         "entropy": scores.entropy.sum(),
         "self_certainty": scores.self_certainty.sum(),
+        "nll": -logprobs.detach().sum(),
     }
     if batch.rollout_logprobs is not None:
         sampled = _gather(pack, batch.rollout_logprobs, device)

@@ -21,6 +21,8 @@ REQUIRED = {
 DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # the console is the trainer's, and a CPU engine alone warns a dozen times of what
     # is meant here (eager, no Triton, no chunked prefill; at each update, that rotary tables are not in checkpoints)
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "30",  # on a busy host a worker of a tensor-parallel engine takes longer
+    # than the default 5 s to exit; terminated half-way, it leaves its segments in /dev/shm
 }
 
 # Without a GPU, in addition.

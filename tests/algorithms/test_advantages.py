@@ -1,5 +1,7 @@
 """Group-relative advantages: the formula, its invariances, and exact zeros where a group says nothing."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -30,8 +32,8 @@ def test_equal_rewards_give_exact_zeros(reward: float, size: int, dtype: type) -
 
 
 @given(st.floats(0.1, 100), st.integers(2, 16), st.randoms(use_true_random=False))
-def test_rewards_that_differ_by_rounding_alone_give_exact_zeros(reward: float, size: int, random: object) -> None:
-    steps = [random.randint(-2, 2) for _ in range(size)]  # type: ignore[attr-defined]
+def test_rewards_that_differ_by_rounding_alone_give_exact_zeros(reward: float, size: int, rng: random.Random) -> None:
+    steps = [rng.randint(-2, 2) for _ in range(size)]
     noisy = np.float32(reward) * (1 + np.array(steps) * np.finfo(np.float32).eps)
     assert not group_advantages(noisy.astype(np.float32)).any()
 
@@ -59,9 +61,9 @@ def test_a_positive_scale_changes_next_to_nothing(rewards: list[float], scale: f
 
 
 @given(REWARDS, st.randoms(use_true_random=False))
-def test_advantages_follow_their_rollouts(rewards: list[float], random: object) -> None:
+def test_advantages_follow_their_rollouts(rewards: list[float], rng: random.Random) -> None:
     order = list(range(len(rewards)))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    rng.shuffle(order)
     np.testing.assert_allclose(
         group_advantages(np.array(rewards)[order]), group_advantages(rewards)[order], rtol=1e-6, atol=1e-9
     )

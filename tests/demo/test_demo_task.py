@@ -14,9 +14,31 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.types import VIEWS
 
 # What each step's wording does to the count, written from the stories' meaning and not taken from the templates.
-MORE = ("finds", "buys", "wins", "put in", "add", "are born", "are bought", "get on", "board", "flow in", "pour in")
+MORE: tuple[str, ...] = (
+    "finds",
+    "buys",
+    "wins",
+    "put in",
+    "add",
+    "are born",
+    "are bought",
+    "get on",
+    "board",
+    "flow in",
+    "pour in",
+)
 MORE += ("Income of", "Deposit of")
-LESS = ("loses", "sells", "gives away", "take out", "remove", "are given up", "run off", "get off", "leave")
+LESS: tuple[str, ...] = (
+    "loses",
+    "sells",
+    "gives away",
+    "take out",
+    "remove",
+    "are given up",
+    "run off",
+    "get off",
+    "leave",
+)
 LESS += ("leak out", "drain off", "Bill of", "Rent of")
 
 

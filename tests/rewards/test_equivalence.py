@@ -13,12 +13,12 @@ from megatron_coreward.rewards.equivalence import Judge, equivalent
 pytestmark = pytest.mark.timeout(120)
 
 TOWER = "9^{9^{9^9}}"
-START_S = 10.0  # for the start of a process on a crowded machine
+START_S = 60.0  # for the start of a process on a crowded machine
 
 
 @pytest.fixture(scope="module")
 def math() -> Iterator[Judge]:
-    with Judge("math", timeout_s=30.0) as judge:
+    with Judge("math", timeout_s=60.0) as judge:
         yield judge
 
 
@@ -90,7 +90,7 @@ def test_forms_that_settle_the_question_start_no_process() -> None:
 
 
 def test_a_pair_is_compared_once_in_whatever_order_and_spelling() -> None:
-    with Judge("math", timeout_s=30.0) as judge:
+    with Judge("math", timeout_s=60.0) as judge:
         for a, b in [(r"\sqrt{8}", r"2\sqrt{2}"), (r"2\sqrt2", r"\sqrt8"), (r"$2\sqrt{2}$", r"x = \sqrt{8}")]:
             assert judge.equivalent(a, b)
         assert judge.comparisons == 1
@@ -98,7 +98,7 @@ def test_a_pair_is_compared_once_in_whatever_order_and_spelling() -> None:
 
 def test_the_cache_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equivalence, "CACHE_SIZE", 2)
-    with Judge("math", timeout_s=30.0) as judge:
+    with Judge("math", timeout_s=60.0) as judge:
         for other in ("1", "2", "3", "3", "1"):
             judge.equivalent(r"\sqrt{2}", other)
         assert judge.comparisons == 4  # the second 3 was remembered, the 1 was not
@@ -137,19 +137,20 @@ def test_hostile_answers_cost_at_most_the_limit(strict: Judge, answer: str) -> N
 
 
 def test_a_timeout_is_counted_remembered_and_survived() -> None:
-    with Judge("math", timeout_s=3.0) as judge:  # enough for the last pair on a crowded machine
+    with Judge("math", timeout_s=1.0) as judge:
         assert not judge.equivalent(TOWER, "1")
         assert (judge.timeouts, judge.comparisons) == (1, 1)
         start = time.monotonic()
         assert not judge.equivalent("1", TOWER)
         assert time.monotonic() - start < 1.0
         assert (judge.timeouts, judge.comparisons) == (1, 1)
+        judge._pool._timeout_s = 60.0  # for an honest pair on a crowded machine
         assert judge.equivalent(r"\sqrt{8}", r"2\sqrt{2}")
         assert (judge.timeouts, judge.comparisons) == (1, 2)
 
 
 def test_a_closed_judge_can_be_used_again() -> None:
-    judge = Judge("math", timeout_s=30.0)
+    judge = Judge("math", timeout_s=60.0)
     assert judge.equivalent(r"\sqrt{8}", r"2\sqrt{2}")
     judge.close()
     assert judge.equivalent(r"\sqrt{18}", r"3\sqrt{2}")

@@ -15,7 +15,7 @@ TEST_FILE = Path(__file__).parents[2] / "../shared/data/math/test.parquet"
 
 pytestmark = [
     pytest.mark.skipif(not TEST_FILE.exists(), reason="the MATH files are not beside the checkout"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),
 ]
 
 VARIANTS = {
@@ -38,7 +38,7 @@ def answers() -> list[str]:
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Judge]:
-    with Judge("math", timeout_s=20.0) as judge:
+    with Judge("math", timeout_s=60.0) as judge:
         yield judge
 
 

@@ -1,5 +1,6 @@
 """One group, one vote: ties, gaps, margins, and what the order of the answers may change."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -70,10 +71,12 @@ def test_the_relation_decides_what_counts_together() -> None:
 
 
 @given(ANSWERS, st.randoms())
-def test_order_changes_the_label_only_in_a_tie_or_among_spellings(answers: list[str | None], random: object) -> None:
+def test_order_changes_the_label_only_in_a_tie_or_among_spellings(
+    answers: list[str | None], rng: random.Random
+) -> None:
     judge = Judge("math")
     shuffled = list(answers)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    rng.shuffle(shuffled)
     one, other = majority_vote(answers, judge), majority_vote(shuffled, judge)
     assert (one.share, one.margin, one.tie) == (other.share, other.margin, other.tie)
     assert (one.num_answers, one.num_classes, len(one.winners)) == (

@@ -1,0 +1,141 @@
+"""The demo: generated word problems, a small model that is right about half of the time, then training without labels.
+
+runs/demo/data/        questions, rephrasings, held-out questions (parquet in the published format)
+runs/demo/start/       the warm-started model
+runs/demo/<method>/    a run directory like any other, with curves.png
+"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_coreward.config.load import parse_config
+from megatron_coreward.config.schema import MethodName, RunConfig
+from megatron_coreward.demo.model import write_model
+from megatron_coreward.demo.task import Files, make_splits, write_parquet
+from megatron_coreward.demo.tokenizer import word_level_tokenizer
+from megatron_coreward.demo.warm_start import warm_start
+from megatron_coreward.telemetry.curves import draw_comparison, draw_run
+from megatron_coreward.telemetry.jsonl import read_rows
+from megatron_coreward.telemetry.keys import validation_keys
+from megatron_coreward.trainer.cluster import stop_ray
+from megatron_coreward.trainer.run import train
+
+TRAIN_QUESTIONS = 512
+HELD_OUT_QUESTIONS = 128
+SFT_EXAMPLES = 57_600
+SFT_STEPS = 900
+RL_STEPS = 80
+
+
+def demo(method: MethodName, run_dir: Path, seed: int, overrides: Sequence[str] = ()) -> Path:
+    """Prepares the task and the model where they are missing, trains with one method, shows before and after.
+
+    Returns:
+        The run directory of the method.
+    """
+    console = Console()
+    begin = time.monotonic()
+    try:
+        config = _prepare(console, method, run_dir, seed, overrides)
+        train(config)
+    finally:
+        stop_ray()
+    picture = draw_run(config.run_dir)
+    _print_table(console, {method: config.run_dir})
+    console.print(f"curves: {picture}\nmodel:  {config.run_dir / 'hf'}\n{time.monotonic() - begin:.0f} s in all")
+    return config.run_dir
+
+
+def compare(run_dir: Path, seed: int, overrides: Sequence[str] = ()) -> Path:
+    """Trains with every method from the same start on the same budget; one picture, one table.
+
+    Returns:
+        The picture.
+    """
+    console = Console()
+    runs: dict[str, Path] = {}
+    try:
+        for method in get_args(MethodName):
+            config = _prepare(console, method, run_dir, seed, overrides)
+            train(config)
+            runs[method] = config.run_dir
+    finally:
+        stop_ray()
+    picture = draw_comparison(runs, run_dir / "comparison.png")
+    _print_table(console, runs)
+    console.print(f"curves: {picture}")
+    return picture
+
+
+def demo_config(
+    method: MethodName, start: Path, files: Files, run_dir: Path, seed: int, overrides: Sequence[str]
+) -> RunConfig:
+    """What the demo trains with; `overrides` are those of `train`."""
+    tree: dict[str, Any] = {
+        "run_dir": str(run_dir / method),
+        "seed": seed,
+        "steps": RL_STEPS,
+        "method": method,
+        "model": {"hf_path": str(start), "dtype": "float32"},
+        "data": {
+            "train_files": [str(files.train)],
+            "rephrased_files": [str(files.train_rephrased)],
+            "val_files": [str(files.heldout)],
+            "batch_size": 24,
+            "max_prompt_tokens": 64,
+            "system_prompt": None,
+        },
+        "actor": {"tensor_parallel": 2, "tokens_per_microbatch": 4096, "lr": 2e-5, "lr_schedule": "constant"},
+        "rollout": {"max_response_tokens": 32, "kv_cache_gib": 0.5},
+        "validation": {"every": 20},
+        "checkpoint": {"resume": "never"},
+    }
+    return parse_config(tree, overrides, where="demo")
+
+
+def _prepare(console: Console, method: MethodName, run_dir: Path, seed: int, overrides: Sequence[str]) -> RunConfig:
+    data, random, start = run_dir / "data", run_dir / "random", run_dir / "start"
+    splits = make_splits(seed, TRAIN_QUESTIONS, HELD_OUT_QUESTIONS, SFT_EXAMPLES)
+    data.mkdir(parents=True, exist_ok=True)
+    config = demo_config(method, start, write_parquet(data, splits), run_dir, seed, overrides)
+    shutil.rmtree(config.run_dir, ignore_errors=True)
+    if not (start / "config.json").is_file():
+        tokenizer = word_level_tokenizer()
+        write_model(random, tokenizer, seed=seed)
+        console.print(f"the task: {splits.train[0].texts['original']}")
+        console.print(f"rephrased: {splits.train[0].texts['rephrased']}")
+        with Progress(
+            TextColumn("supervised warm start"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn()
+        ) as progress:
+            task = progress.add_task("", total=SFT_STEPS, loss="")
+
+            def advance(step: int, loss: float) -> None:
+                progress.update(task, completed=step, loss=f"loss {loss:.3f}")
+
+            warm_start(random, start, tokenizer, splits.sft, steps=SFT_STEPS, seed=seed, on_step=advance)
+    return config
+
+
+def _print_table(console: Console, runs: Mapping[str, Path]) -> None:
+    table = Table(title="accuracy on held-out questions, before and after training")
+    table.add_column("method")
+    ends = {name: _first_and_last(run_dir) for name, run_dir in runs.items()}
+    columns = validation_keys(next(iter(ends.values()))[0])
+    for key in columns:
+        table.add_column(key.removeprefix("val/"), justify="right")
+    for name, (before, after) in ends.items():
+        cells = [f"{before[k]:.1%} -> {after[k]:.1%}  ({100 * (after[k] - before[k]):+.1f})" for k in columns]
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def _first_and_last(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    rows = [row for row in read_rows(run_dir / "metrics.jsonl") if validation_keys(row)]
+    return rows[0], rows[-1]

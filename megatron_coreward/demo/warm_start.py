@@ -1,0 +1,92 @@
+"""Supervised fine-tuning of the demo's random model, through the same Megatron actor that later trains without labels.
+
+Cross-entropy is the policy gradient with an advantage of one everywhere: its gradient is that of -log p of the written
+answers. So the warm start is a run of plain updates, and needs no code of its own in the actor.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_coreward.actor.setup import ActorSetup
+from megatron_coreward.algorithms.aggregation import token_weights
+from megatron_coreward.config.schema import ActorSettings, LossSettings
+from megatron_coreward.data.prompts import build_prompts
+from megatron_coreward.trainer.cluster import ActorGroup, start_ray
+from megatron_coreward.types import Sequences, TrainBatch
+
+BATCH_SIZE = 64
+LEARNING_RATE = 3e-3
+
+
+def warm_start(
+    source: Path,
+    target: Path,
+    tokenizer: Any,
+    examples: Sequence[tuple[str, str]],
+    *,
+    steps: int,
+    seed: int,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Fine-tunes the model in `source` on (question, answer) pairs and writes it to `target`.
+
+    Args:
+        on_step: hears the number of each step done, from 1, and its mean loss in nats a token.
+    """
+    prompts, responses = _tokenise(tokenizer, examples)
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    settings = ActorSettings(
+        data_parallel=2, lr=LEARNING_RATE, weight_decay=0.0, tokens_per_microbatch=2048, lr_schedule="cosine"
+    )
+    start_ray()
+    actors = ActorGroup(
+        ActorSetup(
+            settings=settings,
+            loss=LossSettings(kl_coef=0.0),
+            kl_coef=0.0,
+            hf_path=source.resolve(),
+            dtype="float32",
+            temperature=1.0,
+            max_sequence_length=longest,
+            total_updates=steps,
+            seed=seed,
+            teacher=False,
+            frozen_reference=False,
+        )
+    )
+    try:
+        actors.wait()
+        order = np.random.default_rng(seed)
+        for step in range(1, steps + 1):
+            chosen = order.choice(len(examples), BATCH_SIZE, replace=False)
+            report = actors.update(_batch([prompts[i] for i in chosen], [responses[i] for i in chosen]))
+            on_step(step, report["nll"] / report["tokens"])
+        actors.export_hf("policy", target.resolve())
+    finally:
+        actors.shutdown()
+
+
+def _tokenise(
+    tokenizer: Any, examples: Sequence[tuple[str, str]]
+) -> tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
+    asked = build_prompts(tokenizer, [[{"role": "user", "content": question}] for question, _ in examples])
+    answers = tokenizer([answer for _, answer in examples], add_special_tokens=False)["input_ids"]
+    responses = [np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in answers]
+    return [prompt.token_ids for prompt in asked], responses
+
+
+def _batch(prompts: Sequence[Any], responses: Sequence[Any]) -> TrainBatch:
+    return TrainBatch(
+        sequences=Sequences(
+            [np.concatenate([p, r]).astype(np.int32) for p, r in zip(prompts, responses, strict=True)],
+            np.asarray([len(p) for p in prompts], dtype=np.int32),
+        ),
+        advantages=np.ones(len(prompts), dtype=np.float32),
+        token_weights=token_weights([len(r) for r in responses], "token-mean", 0),
+        rollout_logprobs=None,
+        old_logprobs=None,
+        reference_logprobs=None,
+    )

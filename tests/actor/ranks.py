@@ -1,0 +1,55 @@
+"""Runs a function on several gloo ranks in processes of their own, and brings back what each returned."""
+
+import os
+import pickle
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
+    """`function(rank, *args)` on every rank; results in rank order. The first error of a rank is raised here.
+
+    `function` must be importable by name: it lives in a module, not in a test.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("spawn")
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+        processes = [
+            context.Process(target=_entry, args=(rank, Path(folder), function, args)) for rank in range(num_ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(timeout_s)
+        finally:
+            late = [i for i, process in enumerate(processes) if process.is_alive()]
+            for process in processes:
+                process.kill()
+                process.join()
+        failures = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
+        if failures:
+            raise AssertionError(failures[0])
+        if late:
+            raise AssertionError(f"ranks {late} were not done after {timeout_s} s")
+        return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(num_ranks)]
+
+
+def _entry(rank: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        (folder / f"{rank}.result").write_bytes(pickle.dumps(function(rank, *args)))
+    except BaseException:
+        (folder / f"{rank}.error").write_text(traceback.format_exc())
+        raise

@@ -1,0 +1,144 @@
+"""Every layout computes the loss, statistics and gradients that plain transformers and autograd compute."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_coreward.algorithms.aggregation import token_weights
+from megatron_coreward.demo.model import write_model
+from megatron_coreward.demo.tokenizer import byte_level_tokenizer
+from megatron_coreward.types import Sequences, TrainBatch
+from tests.actor.on_ranks import gradients_and_stats
+from tests.actor.ranks import free_port, run_ranks
+
+CLIP, KL_COEF = 0.2, 0.1
+
+ONE = [{}, {"tokens_per_microbatch": 64}, {"tokens_per_microbatch": 4096}]
+TWO = [
+    {"tensor_parallel": 2},
+    {"tensor_parallel": 2, "sequence_parallel": True},
+    {"pipeline_parallel": 2},
+    {"pipeline_parallel": 2, "virtual_pipeline": 2},
+    {"data_parallel": 2},
+    {"tensor_parallel": 2, "recompute": "full"},
+]
+FOUR = [
+    {"tensor_parallel": 2, "pipeline_parallel": 2},
+    {"tensor_parallel": 2, "data_parallel": 2},
+    {"pipeline_parallel": 2, "virtual_pipeline": 2, "data_parallel": 2},
+]
+
+
+def make_batch(vocab_size: int) -> TrainBatch:
+    """Eight sequences with everything that a loss can read; old log-probs far enough away that some ratios clip."""
+    rng = np.random.default_rng(0)
+    prompts = np.asarray([5, 6, 7, 4, 8, 9, 10, 11], dtype=np.int32)
+    lengths = [20, 33, 47, 12, 60, 31, 25, 40]
+    ids = [rng.integers(1, vocab_size, n).astype(np.int32) for n in lengths]
+    responses = [n - p for n, p in zip(lengths, prompts, strict=True)]
+
+    def around(centre: float) -> list[Any]:
+        return [rng.normal(centre, 0.3, n).astype(np.float32) for n in responses]
+
+    return TrainBatch(
+        sequences=Sequences(ids, prompts),
+        advantages=rng.normal(size=8).astype(np.float32),
+        token_weights=token_weights(responses, "seq-mean-token-mean", 64),
+        rollout_logprobs=around(-5.5),
+        old_logprobs=around(-5.5),
+        reference_logprobs=around(-5.5),
+    )
+
+
+def by_hand(path: Path, batch: TrainBatch) -> tuple[dict[int, Any], dict[str, torch.Tensor], float]:
+    """Statistics, gradients and loss from transformers and the formulas, sequence by sequence."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    stats, total = {}, torch.zeros(())
+    for s, ids in enumerate(batch.sequences.token_ids):
+        tokens, prompt = torch.from_numpy(ids).long(), int(batch.sequences.prompt_lengths[s])
+        logp = model(tokens[None]).logits[0, prompt - 1 : -1].log_softmax(-1)
+        chosen = logp.gather(1, tokens[prompt:, None])[:, 0]
+        entropy = -(logp.exp() * logp).sum(-1)
+        certainty = (-logp - np.log(logp.shape[1])).mean(-1)
+        stats[s] = tuple(x.detach().numpy() for x in (chosen, entropy, certainty))
+        assert batch.old_logprobs is not None
+        assert batch.reference_logprobs is not None
+        ratio = (chosen - torch.from_numpy(batch.old_logprobs[s])).exp()
+        advantage = float(batch.advantages[s])
+        policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP))
+        d = torch.from_numpy(batch.reference_logprobs[s]) - chosen
+        total = total + float(batch.token_weights[s]) * (policy + KL_COEF * (d.exp() - d - 1)).sum()
+    total.backward()
+    return stats, {name: param.grad for name, param in model.named_parameters()}, float(total.detach())
+
+
+def check(path: Path, batch: TrainBatch, layouts: list[dict[str, Any]], ranks: int, skip: str | None = None) -> None:
+    expected, gradients, loss = by_hand(path, batch)
+    results = run_ranks(ranks, gradients_and_stats, path, layouts, [free_port() for _ in layouts], batch)
+    for place, layout in enumerate(layouts):
+        of_ranks = [result[place] for result in results]
+        found = [r["stats"] for r in of_ranks if r["stats"] is not None]
+        seen = set()
+        for rows, stats in found:
+            for i, row in enumerate(rows):
+                for values, want in zip(
+                    (stats.logprobs[i], stats.entropy[i], stats.self_certainty[i]), expected[row], strict=True
+                ):
+                    np.testing.assert_allclose(values, want, atol=1e-5, err_msg=f"{layout}, sequence {row}")
+                seen.add(row)
+        assert seen == set(range(len(batch))), layout
+        assert sum(r["loss"] for r in of_ranks if r["loss"] is not None) == pytest.approx(loss, rel=1e-5), layout
+        norm = np.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients.values()))
+        assert of_ranks[0]["norm"] == pytest.approx(norm, rel=1e-5), layout
+        for name, want in gradients.items():
+            if skip is not None and skip in name:
+                continue
+            got = np.full(tuple(want.shape), np.nan, dtype=np.float32)
+            for r in of_ranks:
+                for index, piece in r["gradients"].get(name, []):
+                    got[index] = piece
+            error = np.linalg.norm(got - want.numpy()) / np.linalg.norm(want.numpy())
+            assert error < 1e-5, f"{layout}: gradient of {name} is off by {error:.1e}"
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    write_model(path, byte_level_tokenizer(), family="qwen3", hidden=64, ffn=96, head_dim=24)
+    return path
+
+
+@pytest.mark.parametrize(("ranks", "layouts"), [(1, ONE), (2, TWO), (4, FOUR)], ids=["1 rank", "2 ranks", "4 ranks"])
+def test_layouts_and_microbatches_agree_with_transformers(
+    qwen3: Path, ranks: int, layouts: list[dict[str, Any]]
+) -> None:
+    check(qwen3, make_batch(259), layouts, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"family": "qwen2", "tie": True},
+        {"family": "llama", "llama3_rope": True},
+        {"family": "llama", "tie": True, "kv_heads": 1},
+        {"family": "qwen3", "tie": True, "kv_heads": 4},
+    ],
+    ids=lambda model: "-".join(f"{k}={v}" for k, v in model.items()),
+)
+def test_families_agree_with_transformers(tmp_path: Path, model: dict[str, Any]) -> None:
+    write_model(tmp_path, byte_level_tokenizer(), hidden=64, ffn=96, **model)
+    check(tmp_path, make_batch(259), [{"tensor_parallel": 2}, {"pipeline_parallel": 2}], 2)
+
+
+@pytest.mark.slow
+def test_experts_agree_with_transformers(tmp_path: Path) -> None:
+    """transformers holds the experts of a layer in fused tensors, so theirs are compared through the norm alone."""
+    write_model(tmp_path, byte_level_tokenizer(), family="qwen3_moe", hidden=64, ffn=96)
+    layouts = [{"data_parallel": 2}, {"data_parallel": 2, "expert_parallel": 2}, {"pipeline_parallel": 2}]
+    check(tmp_path, make_batch(259), layouts, 2, skip=".experts.")
