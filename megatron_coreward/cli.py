@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as e:
         traceback.print_exc()
-        print(f"the run failed: {type(e).__name__}: {str(e).strip().splitlines()[-1] if str(e) else ''}", file=sys.stderr)
+        last_line = (str(e).strip().splitlines() or [""])[-1]
+        print(f"the run failed: {type(e).__name__}: {last_line}", file=sys.stderr)
         return 1
     return 0
 
@@ -42,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train a small model without labels, here and now, with no download")
     demo.add_argument("--method", choices=get_args(MethodName), default="co_rewarding_i")
-    demo.add_argument("--compare", action="store_true", help="run every method on the same budget and draw them together")
+    demo.add_argument(
+        "--compare", action="store_true", help="run every method on the same budget and draw them together"
+    )
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
     demo.add_argument("--seed", type=int, default=1)
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")

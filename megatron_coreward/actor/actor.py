@@ -1,8 +1,8 @@
 """A Megatron actor rank: the policy with its optimizer, the teacher and the frozen reference, under one layout.
 
 Every method is called on all ranks with the same arguments, but for shares of a batch, which differ by data-parallel
-rank. Results come from the ranks that have them (`reports`: last pipeline stage, first tensor-parallel rank); the others
-return None.
+rank. Results come from the ranks that have them (`reports`: last pipeline stage, first tensor-parallel rank); the
+others return None.
 """
 
 from pathlib import Path
@@ -36,6 +36,7 @@ from megatron_coreward.weights.buckets import TensorMeta  # noqa: E402
 from megatron_coreward.weights.mapping import hf_tensors  # noqa: E402
 from megatron_coreward.weights.send import SharedMemorySender  # noqa: E402
 
+
 class MegatronActor:
     def __init__(self, setup: ActorSetup, rank: int, address: str, port: int) -> None:
         self.setup = setup
@@ -53,7 +54,8 @@ class MegatronActor:
         self.scheduler = build_scheduler(self.optimizer, setup.settings, setup.total_updates)
         self.frozen: dict[Weights, FrozenModel] = {}
         self.teacher = EmaTeacher(self.optimizer) if setup.teacher else None
-        for name in (*(["teacher"] if setup.teacher else []), *(["reference"] if setup.frozen_reference else [])):
+        kept: dict[Weights, bool] = {"teacher": setup.teacher, "reference": setup.frozen_reference}
+        for name in (name for name, wanted in kept.items() if wanted):
             self.frozen[name] = FrozenModel(build(), self.policy)
             self.frozen[name].weights.copy_policy()
         rows = self.arch.padded_vocab_size(self.at.tp_size) // self.at.tp_size
@@ -92,7 +94,7 @@ class MegatronActor:
         def by_row(name: str) -> list[FloatArray]:
             rows: list[FloatArray] = [np.zeros(0, np.float32)] * len(sequences)
             for pack, of_pack in zip(packs, scores, strict=True):
-                pieces = torch.split(getattr(of_pack, name).cpu(), pack.response_lengths)
+                pieces = torch.split(getattr(of_pack, name).cpu(), list(pack.response_lengths))
                 for row, piece in zip(pack.rows, pieces, strict=True):
                     rows[row] = piece.numpy()
             return rows
@@ -142,6 +144,8 @@ class MegatronActor:
 
     def open_sender(self, weights: Weights, segment: str, bucket_bytes: int) -> dict[str, Any]:
         """Prepares to publish one set of weights through shared memory. Returns what the receiving engines need."""
+        if weights in self._senders:
+            self._senders[weights].close()
         self._senders[weights] = SharedMemorySender(
             owned_blocks(self._modules(weights), self.arch, self.at),
             [TensorMeta(name, shape, self.setup.dtype) for name, shape in hf_tensors(self.arch).items()],

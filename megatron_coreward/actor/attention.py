@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class PackedAttention(MegatronModule):  # type: ignore[misc]
+class PackedAttention(MegatronModule):
     """Causal attention within each sequence of a pack: no token sees another sequence.
 
     The sequences of the pack are unfolded into rows of the longest one's length and run as one causal batch; right

@@ -32,9 +32,7 @@ def _run(chunks: list[Any], packs: list[Pack], step: Callable[..., Any], **kwarg
     return outputs
 
 
-def forward_only(
-    chunks: list[Any], packs: list[Pack], score: Callable[[Pack, torch.Tensor], Any]
-) -> list[Any] | None:
+def forward_only(chunks: list[Any], packs: list[Pack], score: Callable[[Pack, torch.Tensor], Any]) -> list[Any] | None:
     """Calls `score(pack, logits [T, V/tp])` for each pack on the last pipeline stage; None on the others."""
 
     def step(iterator: Iterator[Pack], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:

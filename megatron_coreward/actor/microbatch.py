@@ -24,9 +24,7 @@ class Pack:
     response_lengths: tuple[int, ...]  # of each row; sums to N
 
 
-def build_pack(
-    sequences: Sequences, rows: Sequence[int], num_tokens: int, device: torch.device
-) -> Pack:
+def build_pack(sequences: Sequences, rows: Sequence[int], num_tokens: int, device: torch.device) -> Pack:
     """Lays the given sequences end to end and pads to `num_tokens` with a last sequence of token 0 that nobody scores.
 
     Args:

@@ -65,19 +65,19 @@ def transformer_config(
     fused = backend == "te"
     moe: dict[str, Any] = {}
     if arch.experts is not None:
-        moe = dict(
-            num_moe_experts=arch.experts.num,
-            moe_ffn_hidden_size=arch.experts.ffn_size,
-            moe_router_topk=arch.experts.top_k,
-            moe_router_pre_softmax=not arch.experts.normalise_top_k,
-            moe_router_load_balancing_type="none",
+        moe = {
+            "num_moe_experts": arch.experts.num,
+            "moe_ffn_hidden_size": arch.experts.ffn_size,
+            "moe_router_topk": arch.experts.top_k,
+            "moe_router_pre_softmax": not arch.experts.normalise_top_k,
+            "moe_router_load_balancing_type": "none",
             # alltoall takes its split sizes to numpy only for CUDA tensors
-            moe_token_dispatcher_type="alltoall" if on_gpu else "allgather",
-            moe_grouped_gemm=fused,
-        )
+            "moe_token_dispatcher_type": "alltoall" if on_gpu else "allgather",
+            "moe_grouped_gemm": fused,
+        }
     recompute: dict[str, Any] = {}
     if settings.recompute == "full":
-        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,

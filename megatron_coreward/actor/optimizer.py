@@ -27,7 +27,9 @@ def _finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **kwargs
     finalize_model_grads(model, None, **kwargs)
 
 
-def build_optimizer(model: list[DistributedDataParallel], settings: ActorSettings, dtype: torch.dtype) -> MegatronOptimizer:
+def build_optimizer(
+    model: list[DistributedDataParallel], settings: ActorSettings, dtype: torch.dtype
+) -> MegatronOptimizer:
     """AdamW with fp32 main parameters and moments, sharded over data-parallel ranks; the moments are allocated here."""
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -93,11 +95,13 @@ def set_step_count(optimizer: MegatronOptimizer, count: int) -> None:
                 group["step"] = count
 
 
-def build_scheduler(optimizer: MegatronOptimizer, settings: ActorSettings, total_updates: int) -> OptimizerParamScheduler:
+def build_scheduler(
+    optimizer: MegatronOptimizer, settings: ActorSettings, total_updates: int
+) -> OptimizerParamScheduler:
     """Warm-up, then decay over `total_updates` optimizer steps; advance it by 1 *before* each step.
 
-    Step k (from 1) runs at lr(k): warm-up reaches the peak at its share of all steps, the decay would reach `min_lr` one
-    step after the last, so that neither the first nor the last step is spent at a rate of zero.
+    Step k (from 1) runs at lr(k): warm-up reaches the peak at its share of all steps, the decay would reach `min_lr`
+    one step after the last, so that neither the first nor the last step is spent at a rate of zero.
     """
     return OptimizerParamScheduler(
         optimizer,

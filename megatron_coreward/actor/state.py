@@ -5,9 +5,9 @@ position. No random state: nothing that an actor does draws from a generator (no
 seed and step). The frozen reference is the model that the run started from and is read from there.
 
 Everything that belongs to a parameter is saved in the parameter's own shape, as the model's weights are, so that any
-tensor, pipeline or data-parallel layout can read it. (Megatron's own resharding of optimizer state does not know torch's
-AdamW: in 0.16 it fails on the step count.) For the length of a call, the shards gathered over data-parallel ranks take
-12 bytes (20 with a teacher) per parameter of a model-parallel rank.
+tensor, pipeline or data-parallel layout can read it. (Megatron's own resharding of optimizer state does not know
+torch's AdamW: in 0.16 it fails on the step count.) For the length of a call, the shards gathered over data-parallel
+ranks take 12 bytes (20 with a teacher) per parameter of a model-parallel rank.
 """
 
 import dataclasses

@@ -54,7 +54,8 @@ def score_tokens(
         targets: [N] token ids over the whole vocabulary.
         temperature: the sampling temperature; all three statistics are of the distribution that was sampled from.
     """
-    return Scores(*_Score.apply(logits, predicts, targets, shard, temperature))
+    scores = _Score.apply(logits, predicts, targets, shard, temperature)  # type: ignore[no-untyped-call]
+    return Scores(*scores)
 
 
 def _chunks(predicts: torch.Tensor, width: int) -> list[slice]:
@@ -70,7 +71,7 @@ def _local_targets(targets: torch.Tensor, shard: VocabularyShard) -> tuple[torch
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: torch.Tensor,
         predicts: torch.Tensor,
@@ -83,10 +84,8 @@ class _Score(torch.autograd.Function):
         logprobs, entropy, certainty = torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse)
         for chunk in _chunks(predicts, shard.width):
             z = logits[predicts[chunk], : shard.width].float().div_(temperature)  # [n, W]
-            if shard.width:
-                top = z.amax(dim=-1)
-            else:  # only padding of the vocabulary lies on this rank
-                top = torch.full((len(z),), -torch.inf, device=z.device)
+            # A rank may hold nothing but padding of the vocabulary.
+            top = z.amax(dim=-1) if shard.width else torch.full((len(z),), -torch.inf, device=z.device)
             if shard.group is not None:
                 dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
             column, here = _local_targets(targets[chunk], shard)
@@ -109,7 +108,7 @@ class _Score(torch.autograd.Function):
         return logprobs, entropy, certainty
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         logits, predicts, targets, lse = ctx.saved_tensors
         shard, temperature = ctx.shard, ctx.temperature
         grad_logits = torch.zeros_like(logits)

@@ -1,7 +1,7 @@
 """The checkpoints of a run directory: each appears whole or not at all, the newest can be found, old ones go.
 
-    checkpoints/step_000010/megatron/        distributed checkpoint of the actors
-    checkpoints/step_000010/trainer.json     where the run stands
+checkpoints/step_000010/megatron/        distributed checkpoint of the actors
+checkpoints/step_000010/trainer.json     where the run stands
 """
 
 import json

@@ -30,7 +30,7 @@ from megatron_coreward.trainer.run import train
 TRAIN_QUESTIONS = 512
 HELD_OUT_QUESTIONS = 128
 SFT_EXAMPLES = 57_600
-SFT_STEPS = 900
+SFT_STEPS = 500
 RL_STEPS = 80
 
 

@@ -18,7 +18,7 @@ from megatron_coreward.types import FloatArray, RolloutGroup
 
 
 def vote_metrics(votes: Mapping[GroupKey, Vote]) -> dict[str, float]:
-    """Per role (`vote/policy/...`, `vote/teacher/...`), means over its votes.
+    """The policy's votes as `vote/...`, the teacher's as `teacher_vote/...`; means over its votes.
 
     share and margin of the leading class, rates of ties, of abstentions and of rollouts without an answer, distinct
     answers a group.
@@ -36,15 +36,16 @@ def vote_metrics(votes: Mapping[GroupKey, Vote]) -> dict[str, float]:
             "no_answer_rate": [1.0 - vote.num_answers / vote.num_rollouts for vote in cast if vote.num_rollouts],
             "distinct_answers": [vote.num_classes for vote in cast],
         }
-        metrics |= {f"vote/{role}/{name}": fmean(values) for name, values in means.items() if values}
+        area = "vote" if role == "policy" else "teacher_vote"
+        metrics |= {f"{area}/{name}": fmean(values) for name, values in means.items() if values}
     return metrics
 
 
 def agreement_metrics(votes: Mapping[GroupKey, Vote], judge: Judge) -> dict[str, float]:
     """How often two votes on one question have equivalent labels; pairs without two labels do not agree.
 
-    `vote/view_agreement`: original against rephrased, of one role; `vote/teacher_agreement`: policy against teacher, on
-    one view.
+    `label/view_agreement`: original against rephrased, of one role; `label/teacher_agreement`: policy against teacher,
+    on one view.
     """
     views = [
         judge.equivalent(vote.label, votes[uid, "rephrased", role].label)
@@ -56,7 +57,7 @@ def agreement_metrics(votes: Mapping[GroupKey, Vote], judge: Judge) -> dict[str,
         for (uid, view, role), vote in votes.items()
         if role == "policy" and (uid, view, "teacher") in votes
     ]
-    rates = {"vote/view_agreement": views, "vote/teacher_agreement": roles}
+    rates = {"label/view_agreement": views, "label/teacher_agreement": roles}
     return {name: fmean(hits) for name, hits in rates.items() if hits}
 
 
@@ -88,14 +89,16 @@ def relation_metrics(
 def reward_metrics(judgements: Sequence[Judgement], advantages: Sequence[FloatArray]) -> dict[str, float]:
     """What the groups were given; `advantages` [G] of each, exactly zero where its rewards had no variance.
 
-    `reward/mean` over all rollouts, `reward/zero_variance_groups` (they teach nothing), `label/missing_rate` (groups
-    without a label, by abstention or by method).
+    `reward/mean` and `reward/std` over all rollouts, `advantage/zero_variance_share` (they teach nothing),
+    `label/missing_rate` (groups without a label, by abstention or by method).
     """
     if not judgements:
         return {}
+    rewards = np.concatenate([judgement.rewards for judgement in judgements]).astype(np.float64)
     return {
-        "reward/mean": float(np.concatenate([judgement.rewards for judgement in judgements]).mean(dtype=np.float64)),
-        "reward/zero_variance_groups": fmean(not group.any() for group in advantages),
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "advantage/zero_variance_share": fmean(not group.any() for group in advantages),
         "label/missing_rate": fmean(judgement.label is None for judgement in judgements),
     }
 

@@ -8,7 +8,8 @@ Invariants (tests/rollout):
   4. No cached key or value survives an update of the weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -92,6 +93,8 @@ class RolloutEngine:
             where = {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
         self._on_cpu = on_cpu
         self._max_model_len = max_model_len
+        self._tensor_parallel = tensor_parallel
+        self._broken: str | None = None
         self._init_info: Mapping[str, Any] | None = None
         self._version: int | None = None
         self._llm: Any = LLM(
@@ -151,9 +154,7 @@ class RolloutEngine:
         ]
         outputs = self._llm.generate([_prompt(r.prompt) for r in requests], params, use_tqdm=False)
         completions = [completion for output in outputs for completion in output.outputs]
-        texts = iter(
-            self._tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
-        )
+        texts = iter(self._tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True))
         return [[self._to_sample(c, next(texts), expected_version) for c in output.outputs] for output in outputs]
 
     def score(self, token_ids: Sequence[int] | IntArray) -> FloatArray:
@@ -185,12 +186,16 @@ class RolloutEngine:
         Args:
             init_info: what the backend needs to know of the sender (`SharedMemorySender.init_info`); it may change
                 from update to update, as it does between the weights of the policy and those of the teacher.
+
+        Raises:
+            RunError: an update failed before in a tensor-parallel engine. Other engines can be updated again.
         """
         self._version = None
-        if init_info != self._init_info:
-            self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
-            self._init_info = dict(init_info)
-        self._llm.start_weight_update()
+        with self._all_workers():
+            if init_info != self._init_info:
+                self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
+                self._init_info = dict(init_info)
+            self._llm.start_weight_update()
 
     def load_bucket(self, bucket: int) -> None:
         """Loads the bucket that the sender has written; its slot may be overwritten afterwards."""
@@ -198,11 +203,13 @@ class RolloutEngine:
 
     def update(self, update_info: Mapping[str, Any]) -> None:
         """Receives a part of the weights, described as the weight-transfer backend in use wants it."""
-        self._llm.update_weights({"update_info": dict(update_info)})
+        with self._all_workers():
+            self._llm.update_weights({"update_info": dict(update_info)})
 
     def finish_update(self, version: int) -> None:
         """Ends an update that has brought all weights, and names them."""
-        self._llm.finish_weight_update(weight_version=str(version))
+        with self._all_workers():
+            self._llm.finish_weight_update(weight_version=str(version))
         if not self._llm.reset_prefix_cache():
             raise RunError("the prefix cache of the former weights could not be cleared: requests are still running")
         self._version = version
@@ -228,6 +235,20 @@ class RolloutEngine:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             self._version = None
+
+    @contextmanager
+    def _all_workers(self) -> Iterator[None]:
+        """Around a call to every worker. vLLM 0.32 leaves the replies of the other workers unread when one reports an
+        error, and would take them for the replies to the next call.
+        """
+        if self._broken is not None:
+            raise RunError(f"this rollout engine cannot be used any more since an update failed: {self._broken}")
+        try:
+            yield
+        except Exception as error:
+            if self._tensor_parallel > 1:
+                self._broken = str(error)
+            raise
 
     def _require(self, expected_version: int) -> None:
         if self._version is None:

@@ -29,6 +29,7 @@ def start_ray() -> None:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # workers are the run; at 15 any other process starves them
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
         return
@@ -194,9 +195,7 @@ class EngineGroup:
     def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
         """Samples of all requests, in their order; engine i takes requests i, i + n, i + 2n ..."""
         n = len(self._engines)
-        calls = [
-            engine.sample.remote(list(requests[i::n]), expected_version) for i, engine in enumerate(self._engines)
-        ]
+        calls = [engine.sample.remote(list(requests[i::n]), expected_version) for i, engine in enumerate(self._engines)]
         results: list[list[Sample]] = [[] for _ in requests]
         for i, part in enumerate(ray.get(calls, timeout=CALL_TIMEOUT_S)):
             results[i::n] = part

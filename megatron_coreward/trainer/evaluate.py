@@ -1,6 +1,6 @@
 """Validation on held-out questions with gold answers: pass@1, avg@k, maj@k."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ from megatron_coreward.config.schema import ValidationSettings
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.voting import majority_vote
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
-from megatron_coreward.types import Problem
+from megatron_coreward.types import Problem, RolloutGroup
 
 GREEDY = 0.0
 
@@ -43,8 +43,8 @@ def evaluate(
     The seeds are the same at every call, so that two evaluations differ by the weights alone.
     """
 
-    def draw(n: int, temperature: float) -> list[list[bool]]:
-        groups = sample_groups(
+    def draw(n: int, temperature: float) -> list[RolloutGroup]:
+        return sample_groups(
             engines,
             problems,
             ("original",),
@@ -56,22 +56,19 @@ def evaluate(
             step=0,
             seed=seed,
         )
-        nonlocal majorities
-        majorities = [majority_vote(group.answers, judge).label for group in groups]
-        return [
-            [judge.equivalent(answer, problem.gold) for answer in group.answers]
-            for problem, group in zip(problems, groups, strict=True)
-        ]
 
-    majorities: list[str | None] = []
-    greedy = draw(1, GREEDY)
+    def right(answers: Iterable[tuple[Problem, str | None]]) -> float:
+        return float(np.mean([judge.equivalent(answer, problem.gold) for problem, answer in answers]))
+
+    def each(groups: Sequence[RolloutGroup]) -> Iterable[tuple[Problem, str | None]]:
+        return ((p, answer) for p, group in zip(problems, groups, strict=True) for answer in group.answers)
+
     sampled = draw(settings.n, settings.temperature)
+    majorities = [majority_vote(group.answers, judge).label for group in sampled]
     return Accuracy(
-        pass_at_1=float(np.mean(greedy)),
-        avg_at_k=float(np.mean(sampled)),
-        maj_at_k=float(
-            np.mean([judge.equivalent(label, p.gold) for label, p in zip(majorities, problems, strict=True)])
-        ),
+        pass_at_1=right(each(draw(1, GREEDY))),
+        avg_at_k=right(each(sampled)),
+        maj_at_k=right(zip(problems, majorities, strict=True)),
         k=settings.n,
         num_problems=len(problems),
     )

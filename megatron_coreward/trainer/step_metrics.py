@@ -1,15 +1,21 @@
-"""The row of metrics of a step: what was sampled, how it was judged, what the update did. Read by people, not by training."""
+"""The metrics of a step: what was sampled, how it was judged, what the update did. Read by people, not by training."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.rewards.agreement import agreement_metrics, gold_metrics, reward_metrics, vote_metrics
+from megatron_coreward.rewards.agreement import (
+    agreement_metrics,
+    gold_metrics,
+    relation_metrics,
+    reward_metrics,
+    vote_metrics,
+)
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.evidence import GroupKey
 from megatron_coreward.rewards.methods.base import Judgement
-from megatron_coreward.rewards.voting import Vote
+from megatron_coreward.rewards.voting import Vote, majority_vote
 from megatron_coreward.trainer.sync import SyncReport
 from megatron_coreward.types import FloatArray, RolloutGroup
 
@@ -81,4 +87,20 @@ def label_quality(
     judge: Judge,
 ) -> dict[str, float]:
     """Votes and how right they were. Gold answers are read here, after the update, and go nowhere but into the row."""
-    return vote_metrics(votes) | agreement_metrics(votes, judge) | gold_metrics(groups, judgements, golds, judge)
+    return (
+        vote_metrics(votes)
+        | agreement_metrics(votes, judge)
+        | gold_metrics(groups, judgements, golds, judge)
+        | _relations(groups, judge)
+    )
+
+
+def _relations(groups: Sequence[RolloutGroup], judge: Judge) -> dict[str, float]:
+    """What `rewards.equivalence` changed. Under `exact`, `math` stands for its normal forms: the symbolic comparison
+    would cost more than the step for a figure that nobody trains on."""
+    other = Judge("math", symbolic=False) if judge.relation == "exact" else Judge("exact")
+    keys = [(group.uid, group.view, group.role) for group in groups]
+    used = {key: majority_vote(group.answers, judge) for key, group in zip(keys, groups, strict=True)}
+    others = {key: majority_vote(group.answers, other) for key, group in zip(keys, groups, strict=True)}
+    exact, math = (used, others) if judge.relation == "exact" else (others, used)
+    return relation_metrics(exact, math, other if judge.relation == "exact" else judge)

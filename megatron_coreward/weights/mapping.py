@@ -152,8 +152,8 @@ def blocks(name: str, arch: Architecture, tp_rank: int = 0, tp_size: int = 1) ->
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         tied_or_embedding = arch.tied or name.startswith("embedding")
         hf_name = "model.embed_tokens.weight" if tied_or_embedding else "lm_head.weight"
-        rows = arch.padded_vocab_size(tp_size) // tp_size
-        start, stop = tp_rank * rows, min((tp_rank + 1) * rows, arch.vocab_size)
+        per_rank = arch.padded_vocab_size(tp_size) // tp_size
+        start, stop = tp_rank * per_rank, min((tp_rank + 1) * per_rank, arch.vocab_size)
         if stop <= start:
             return ()
         return (Block(hf_name, _rows(start, stop, 2), _rows(0, stop - start, 2)),)

@@ -8,11 +8,12 @@ Invariants (tests/rollout/test_weight_sync.py):
   1. An update takes every bucket once, in order, and leaves no parameter as it was: a tensor that is missing or that
      the model does not know ends the update with an error.
   2. Nothing refers to a slot once `update_weights` has returned, so the slot may be overwritten.
-  3. A tied output layer (lm_head = embed_tokens) computes with the new embedding.
+  3. A tied output layer (lm_head = embed_tokens) computes with the new embedding, and experts with their new weights.
 
 Why 2 takes care: vLLM's layerwise reload keeps the tensors it is given until a layer is complete, and a fused layer
 (q, k and v; gate and up) may straddle two buckets. Why 3 takes care: CPU linear layers multiply with a packed copy of
 their weight; the reload packs a tied weight again for the embedding only, and the head would go on with the old copy.
+Experts have a case of their own (`_forget_expert_kernels`).
 """
 
 import gc
@@ -98,6 +99,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
         self._tied = _tied_parameters(self.model)
         self._check_tied_names(self._layout)
         self._reloading = True
+        if self.device.type == "cpu":
+            _forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -198,6 +201,19 @@ def _tied_parameters(model: torch.nn.Module) -> dict[str, list[str]]:
             if known != name:
                 tied.setdefault(known, []).append(name)
     return tied
+
+
+def _forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Makes expert layers set up their kernel anew when their weights have arrived.
+
+    CPU kernels multiply with packed weights. vLLM 0.32 packs expert weights only while it sets up the kernel, and at a
+    reload keeps the kernel that there is (on GPUs, captured graphs refer to it): unpacked weights would be taken for
+    packed ones.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _copy_waiting(module: torch.nn.Module, start: int, stop: int) -> None:

@@ -115,4 +115,3 @@ def tensor_at(memory: object, offset: int, meta: TensorMeta) -> torch.Tensor:
     """The tensor that starts at a byte of a mapping or of any other buffer: a view, no copy."""
     count = torch.Size(meta.shape).numel()
     return torch.frombuffer(memory, dtype=getattr(torch, meta.dtype), count=count, offset=offset).view(meta.shape)
-

@@ -114,7 +114,7 @@ class SharedMemorySender:
                 if hashes:
                     raw = target.contiguous().view(-1).view(torch.uint8).numpy()
                     bounds = block_bounds(block.name, entry.meta.shape, block.index)
-                    written.append(BlockHash(block.name, bounds, zlib.crc32(raw)))
+                    written.append(BlockHash(block.name, bounds, zlib.crc32(raw.data)))
         return written
 
     def close(self) -> None:

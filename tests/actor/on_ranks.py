@@ -113,7 +113,9 @@ def train_and_save(rank: int, path: Path, layout: dict[str, Any], port: int, bat
     return share.rows, stats, report, after
 
 
-def resume(rank: int, path: Path, layouts: list[dict[str, Any]], ports: list[int], batch: TrainBatch, folder: Path) -> Any:
+def resume(
+    rank: int, path: Path, layouts: list[dict[str, Any]], ports: list[int], batch: TrainBatch, folder: Path
+) -> Any:
     """Under each layout: load the checkpoint and go on with one update."""
     results = []
     for layout, port in zip(layouts, ports, strict=True):

@@ -18,9 +18,7 @@ WEIGHTS: tuple[Weights, ...] = ("policy", "teacher", "reference")
 
 
 def logprobs(results: list[tuple[tuple[int, ...], TokenStats | None]]) -> dict[int, np.ndarray[Any, Any]]:
-    return {
-        row: stats.logprobs[i] for rows, stats in results if stats is not None for i, row in enumerate(rows)
-    }
+    return {row: stats.logprobs[i] for rows, stats in results if stats is not None for i, row in enumerate(rows)}
 
 
 def assert_same(one: dict[int, Any], other: dict[int, Any], tolerance: float, what: str) -> None:

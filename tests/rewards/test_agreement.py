@@ -35,34 +35,34 @@ def votes(judge: Judge = EXACT, min_margin: float = 0.0) -> dict[GroupKey, Vote]
 def test_vote_metrics_are_means_over_the_votes_of_a_role() -> None:
     assert vote_metrics(votes()) == pytest.approx(
         {
-            "vote/policy/share": (3 / 4 + 1 / 4 + 1 + 3 / 4) / 4,
-            "vote/policy/margin": (1 / 2 + 0 + 1 + 1 / 2) / 4,
-            "vote/policy/tie_rate": 1 / 4,
-            "vote/policy/abstention_rate": 0,
-            "vote/policy/no_answer_rate": 2 / 16,
-            "vote/policy/distinct_answers": (2 + 2 + 1 + 2) / 4,
-            "vote/teacher/share": (3 / 4 + 1 / 2) / 2,
-            "vote/teacher/margin": (1 / 2 + 1 / 2) / 2,
-            "vote/teacher/tie_rate": 0,
-            "vote/teacher/abstention_rate": 0,
-            "vote/teacher/no_answer_rate": 2 / 8,
-            "vote/teacher/distinct_answers": (2 + 1) / 2,
+            "vote/share": (3 / 4 + 1 / 4 + 1 + 3 / 4) / 4,
+            "vote/margin": (1 / 2 + 0 + 1 + 1 / 2) / 4,
+            "vote/tie_rate": 1 / 4,
+            "vote/abstention_rate": 0,
+            "vote/no_answer_rate": 2 / 16,
+            "vote/distinct_answers": (2 + 2 + 1 + 2) / 4,
+            "teacher_vote/share": (3 / 4 + 1 / 2) / 2,
+            "teacher_vote/margin": (1 / 2 + 1 / 2) / 2,
+            "teacher_vote/tie_rate": 0,
+            "teacher_vote/abstention_rate": 0,
+            "teacher_vote/no_answer_rate": 2 / 8,
+            "teacher_vote/distinct_answers": (2 + 1) / 2,
         }
     )
-    assert vote_metrics(votes(min_margin=0.2))["vote/policy/abstention_rate"] == 1 / 4
+    assert vote_metrics(votes(min_margin=0.2))["vote/abstention_rate"] == 1 / 4
 
 
 def test_agreement_pairs_views_of_a_role_and_roles_on_a_view() -> None:
-    assert agreement_metrics(votes(), EXACT) == {"vote/view_agreement": 1 / 2, "vote/teacher_agreement": 1 / 2}
+    assert agreement_metrics(votes(), EXACT) == {"label/view_agreement": 1 / 2, "label/teacher_agreement": 1 / 2}
 
 
 def test_an_abstaining_vote_agrees_with_nothing() -> None:
-    assert agreement_metrics(votes(min_margin=0.6), EXACT)["vote/view_agreement"] == 0
+    assert agreement_metrics(votes(min_margin=0.6), EXACT)["label/view_agreement"] == 0
 
 
 def test_metrics_without_anything_to_count_are_absent() -> None:
     only_policy = {key: vote for key, vote in votes().items() if key[1:] == ("original", "policy")}
-    assert set(vote_metrics(only_policy)) == {key for key in vote_metrics(votes()) if key.startswith("vote/policy")}
+    assert set(vote_metrics(only_policy)) == {key for key in vote_metrics(votes()) if key.startswith("vote/")}
     assert agreement_metrics(only_policy, EXACT) == {}
     assert vote_metrics({}) == agreement_metrics({}, EXACT) == relation_metrics({}, {}, MATH) == {}
     assert reward_metrics([], []) == gold_metrics([], [], {}, EXACT) == {}
@@ -92,7 +92,8 @@ def test_reward_metrics_count_groups_that_teach_nothing() -> None:
     advantages = [np.float32([0.8, 0.8, -0.8, -0.8]), np.float32([0, 0, 0, 0])]
     assert reward_metrics(judgements, advantages) == {
         "reward/mean": 0.25,
-        "reward/zero_variance_groups": 0.5,
+        "reward/std": pytest.approx(np.sqrt(3) / 4),
+        "advantage/zero_variance_share": 0.5,
         "label/missing_rate": 0.5,
     }
 

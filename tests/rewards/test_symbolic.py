@@ -179,6 +179,23 @@ def test_a_process_that_cannot_start_is_an_error_and_not_a_verdict(
         SymbolicPool(1.0).equivalent("x", "y")
 
 
+def test_what_a_library_prints_is_not_taken_for_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "math_verify.py").write_text(
+        "print('loading', flush=True)\n"
+        "LatexExtractionConfig = dict\n"
+        "def parse(text, *_, **__):\n"
+        "    print('parsing', flush=True)\n"
+        "    return text\n"
+        "def verify(a, b, **_):\n"
+        "    return a.lower() == b.lower()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pool = SymbolicPool(60.0)
+    assert pool.equivalent("x", "X") is True
+    assert pool.equivalent("x", "y") is False
+    pool.close()
+
+
 def test_a_process_that_has_grown_is_retired_with_its_answer_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

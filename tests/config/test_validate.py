@@ -1,0 +1,143 @@
+"""Impossible combinations are refused with one clear message, before any process starts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_coreward.cli import main
+from megatron_coreward.config.load import dump_config, parse_config
+from megatron_coreward.config.validate import validate
+from megatron_coreward.errors import InputError
+
+DENSE = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+    "max_position_embeddings": 4096,
+}
+EXPERTS = DENSE | {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
+
+def tree(tmp_path: Path, model: dict[str, Any] = DENSE) -> dict[str, Any]:
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(model))
+    for name in ("train", "rephrased"):
+        (tmp_path / f"{name}.parquet").touch()
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "steps": 10,
+        "method": "co_rewarding_i",
+        "model": {"hf_path": str(tmp_path / "model")},
+        "data": {
+            "train_files": [str(tmp_path / "train.parquet")],
+            "rephrased_files": [str(tmp_path / "rephrased.parquet")],
+        },
+    }
+
+
+def test_a_config_that_fits_passes(tmp_path: Path) -> None:
+    layout = [
+        "actor.tensor_parallel=2",
+        "actor.pipeline_parallel=2",
+        "actor.virtual_pipeline=2",
+        "actor.data_parallel=8",
+    ]
+    assert validate(parse_config(tree(tmp_path), layout)).num_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["actor.tensor_parallel=3"],
+            r"actor.tensor_parallel: 3 does not divide the model's attention heads \(4\); allowed: 1, 2, 4",
+        ),
+        (["actor.pipeline_parallel=3"], r"3 does not divide the model's layers \(4\)"),
+        (["actor.pipeline_parallel=2", "actor.virtual_pipeline=4"], r"8 does not divide the model's layers \(4\)"),
+        (["actor.virtual_pipeline=2"], "actor.virtual_pipeline: 2 needs actor.pipeline_parallel"),
+        (["actor.expert_parallel=2"], "actor.expert_parallel: 2 for a model without experts"),
+        (["actor.context_parallel=2"], "actor.context_parallel: 2 is not supported yet"),
+        (["actor.sequence_parallel=true"], "actor.sequence_parallel: true needs actor.tensor_parallel"),
+        (["rollout.tensor_parallel=3"], "rollout.tensor_parallel: 3 does not divide"),
+        (["rollout.max_response_tokens=4000"], "4512 tokens, the model has positions for 4096"),
+        (["actor.tokens_per_microbatch=1000"], "actor.tokens_per_microbatch: 1000 does not hold one sequence"),
+        (
+            ["data.batch_size=1", "rollout.n=2", "actor.data_parallel=8"],
+            "actor.data_parallel: 8 ranks for a batch of 4",
+        ),
+        (["loss.updates_per_batch=3"], r"loss.updates_per_batch: 3 does not divide the batch's groups \(256\)"),
+        (["data.rephrased_files=[]"], "data.rephrased_files: method co_rewarding_i needs rephrased questions"),
+        (["loss.kl_reference=teacher"], "loss.kl_reference: teacher, but method co_rewarding_i keeps none"),
+        (["teacher.decay_start=0.99999"], "teacher.decay_start: 0.99999 is above teacher.decay_end"),
+        (["actor.min_lr=1"], "actor.min_lr: 1.0 is above actor.lr"),
+        (["loss.clip_high=0.1"], "loss.clip_high: 0.1 is below loss.clip_low"),
+        (["data.train_files=[nowhere.parquet]"], "data.train_files: nowhere.parquet does not exist"),
+        (["data.val_files=[nowhere.parquet]"], "data.val_files: nowhere.parquet does not exist"),
+        (["model.hf_path=nowhere"], "model.hf_path: no config.json in nowhere"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_refused(tmp_path: Path, changes: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        validate(parse_config(tree(tmp_path), changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["actor.expert_parallel=3", "actor.data_parallel=3"],
+            r"actor.expert_parallel: 3 does not divide the model's experts \(4\)",
+        ),
+        (["actor.expert_parallel=2"], r"actor.expert_parallel: 2 does not divide actor.data_parallel \(1\)"),
+        (["actor.tensor_parallel=2"], "actor.sequence_parallel: Megatron needs true"),
+    ],
+)
+def test_layouts_of_experts_are_checked(tmp_path: Path, changes: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        validate(parse_config(tree(tmp_path, EXPERTS), changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: qwen2, qwen3, llama, qwen3_moe"),
+        ({"hidden_size": None}, "key 'hidden_size' is missing"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window is true; sliding-window attention is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported; supported: llama3"),
+    ],
+)
+def test_models_that_are_not_supported_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"config.json: {message}"):
+        validate(parse_config(tree(tmp_path, DENSE | change)))
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        validate(parse_config(tree(tmp_path), ["actor.tensor_parallel=3", "rollout.max_response_tokens=4000"]))
+    assert str(error.value).count("\n") >= 2
+
+
+def test_the_command_line_answers_with_status_2_and_the_message_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(parse_config(tree(tmp_path))))
+    assert main(["train", str(recipe), "actor.tensor_parallel=3"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: actor.tensor_parallel: 3 does not divide")
+    assert "Traceback" not in told
+    assert not (tmp_path / "run").exists()

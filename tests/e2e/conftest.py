@@ -1,0 +1,60 @@
+"""A small model that answers, made by the demo's warm start; and Ray, stopped in any case."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_coreward.config.load import parse_config
+from megatron_coreward.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    folder: Path
+
+    def config(self, method: str, *overrides: str) -> RunConfig:
+        tree: dict[str, Any] = {
+            "run_dir": str(self.folder / method),
+            "steps": 3,
+            "method": method,
+            "model": {"hf_path": str(self.folder / "start"), "dtype": "float32"},
+            "data": {
+                "train_files": [str(self.folder / "train.parquet")],
+                "rephrased_files": [str(self.folder / "train_rephrased.parquet")],
+                "val_files": [str(self.folder / "heldout.parquet")],
+                "batch_size": 8,
+                "max_prompt_tokens": 64,
+                "system_prompt": None,
+            },
+            "actor": {"tensor_parallel": 2, "tokens_per_microbatch": 2048, "lr": 1e-3, "lr_schedule": "constant"},
+            "rollout": {"n": 4, "max_response_tokens": 32, "kv_cache_gib": 0.25},
+            "teacher": {"n": 4, "decay_start": 0.5},
+            "validation": {"every": 0, "max_problems": 8},
+            "telemetry": {"console": "off"},
+        }
+        return parse_config(tree, overrides)
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
+    from megatron_coreward.demo.model import write_model
+    from megatron_coreward.demo.task import make_splits, write_parquet
+    from megatron_coreward.demo.tokenizer import word_level_tokenizer
+    from megatron_coreward.demo.warm_start import warm_start
+    from megatron_coreward.trainer.cluster import stop_ray
+
+    folder = tmp_path_factory.mktemp("task")
+    splits = make_splits(1, num_train=64, num_heldout=16, num_sft=16)
+    write_parquet(folder, splits)
+    tokenizer = word_level_tokenizer()
+    write_model(folder / "random", tokenizer, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=32, ffn=128)
+    # Sixteen answers, half learned: rollouts vary, and yet votes and labels meet often.
+    examples = [*splits.sft] * 8
+    warm_start(
+        folder / "random", folder / "start", tokenizer, examples, steps=60, seed=1, on_step=lambda step, loss: None
+    )
+    yield Task(folder)
+    stop_ray()

@@ -1,0 +1,146 @@
+"""After an update of its weights, an engine is the model that was sent: transformers, token for token."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_coreward.errors import RunError
+from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.weights.buckets import TensorMeta
+from megatron_coreward.weights.send import HeldBlock
+from tests.rollout.conftest import KINDS, Engines
+from tests.rollout.engine_process import send, two_ranks
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+NUM_NEW = 24
+# Longer than a block of the key-value cache (128 tokens on CPU), so that a second request would find it cached.
+PROMPTS = [np.random.default_rng(i).integers(3, 250, 140 + 7 * i).tolist() for i in range(3)]
+
+
+def greedy(prompt: list[int]) -> SamplingRequest:
+    return SamplingRequest(prompt, n=1, seed=0, temperature=0.0, top_p=1.0, max_tokens=NUM_NEW)
+
+
+def reference(checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logprobs(model: Any, tokens: list[int]) -> np.ndarray:
+    """[P - 1] of tokens 2 to P."""
+    rows = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+    return rows.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
+
+
+def continuation(model: Any, prompt: list[int]) -> list[int]:
+    tokens = model.generate(torch.tensor([prompt]), max_new_tokens=NUM_NEW, do_sample=False)
+    return tokens[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_of_two_updates_makes_the_engine_the_model_that_was_sent(
+    kind: str, engine_of: Engines, checkpoint: Callable[[str, int], Path]
+) -> None:
+    engine = engine_of(kind)
+    answers = []
+    for version in (1, 2):
+        path = checkpoint(kind, version)
+        assert send(engine, *two_ranks(path), version) > 10
+        assert engine.version() == version
+        model = reference(path)
+        # The engine has the prompts' keys and values of the version before in its cache, were it not cleared.
+        samples = [group[0] for group in engine.sample([greedy(p) for p in PROMPTS], version)]
+        for prompt, sample in zip(PROMPTS, samples, strict=True):
+            assert sample.token_ids.tolist() == continuation(model, prompt)
+            expected = logprobs(model, prompt + sample.token_ids.tolist())
+            np.testing.assert_allclose(sample.logprobs, expected[len(prompt) - 1 :], atol=1e-4)
+            np.testing.assert_allclose(engine.score(prompt), expected[: len(prompt) - 1], atol=1e-4)
+            assert sample.weight_version == version
+        answers.append([sample.token_ids.tolist() for sample in samples])
+    assert answers[0] != answers[1]
+
+
+def test_a_tensor_that_is_missing_ends_the_update_and_the_next_full_one_is_right(
+    engine_of: Engines, checkpoint: Callable[[str, int], Path]
+) -> None:
+    engine, path = engine_of("tied"), checkpoint("tied", 3)
+    metas, ranks = two_ranks(path)
+    for lacking in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        layer = lacking.removesuffix(".weight").replace("up_proj", "gate_up_proj")
+        with pytest.raises(RuntimeError, match=f"1 layers did not get all their weights, first '{layer}'"):
+            send(engine, [meta for meta in metas if meta.name != lacking], ranks, 3)
+        assert engine.version() is None
+        with pytest.raises(RunError, match="no weights were published"):
+            engine.sample([greedy([5])], 3)
+    send(engine, metas, ranks, 3)
+    np.testing.assert_allclose(engine.score(PROMPTS[0]), logprobs(reference(path), PROMPTS[0]), atol=1e-4)
+
+
+def test_a_tied_head_needs_the_embedding_and_only_the_embedding(
+    engine_of: Engines, checkpoint: Callable[[str, int], Path]
+) -> None:
+    engine = engine_of("tied")
+    metas, ranks = two_ranks(checkpoint("tied", 3))
+    embedding = next(meta for meta in metas if meta.name == "model.embed_tokens.weight")
+    with pytest.raises(RuntimeError, match="'model.embed_tokens.weight', to which 'lm_head.weight' is tied, is not"):
+        send(engine, [meta for meta in metas if meta != embedding], ranks, 3)
+    head = TensorMeta("lm_head.weight", embedding.shape, "float32")
+    with pytest.raises(RuntimeError, match="'lm_head.weight' is tied to 'model.embed_tokens.weight' in this engine"):
+        send(engine, [*metas, head], ranks, 3)
+
+
+@pytest.mark.parametrize("name", ["model.layers.7.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
+def test_a_tensor_that_the_model_does_not_have_ends_the_update(
+    name: str, engine_of: Engines, checkpoint: Callable[[str, int], Path]
+) -> None:
+    engine = engine_of("tied")
+    metas, ranks = two_ranks(checkpoint("tied", 3))
+    meta = TensorMeta(name, (128,), "float32")
+    block = HeldBlock(name, (slice(None),), lambda: torch.zeros(128))
+    with pytest.raises((RuntimeError, ValueError), match=r"no (module or )?parameter|no parameter for|layers.7"):
+        send(engine, [*metas, meta], [[*ranks[0], block], ranks[1]], 3)
+    assert engine.version() is None
+
+
+def test_buckets_must_come_in_turn_and_all_of_them(engine_of: Engines, checkpoint: Callable[[str, int], Path]) -> None:
+    engine = engine_of("tied")
+    metas, ranks = two_ranks(checkpoint("tied", 3))
+
+    class SkipsOne:
+        def __getattr__(self, method: str) -> Callable[..., Any]:
+            return getattr(engine, method)
+
+        def load_bucket(self, bucket: int) -> None:
+            if bucket != 2:
+                engine.load_bucket(bucket)
+
+    with pytest.raises(RuntimeError, match="bucket 3 arrived, bucket 2 is next"):
+        send(SkipsOne(), metas, ranks, 3)
+    assert engine.version() is None
+
+
+def test_the_engine_refuses_to_sample_with_other_weights_than_were_asked_for(
+    published: Callable[[str, int], Any],
+) -> None:
+    engine = published("tied", 4)
+    with pytest.raises(RunError, match="holds weights of version 4, expected version 5"):
+        engine.sample([greedy([5, 6])], 5)
+
+
+def test_a_tensor_parallel_engine_says_what_was_wrong_with_an_update_and_is_not_used_again(
+    engine_of: Engines, checkpoint: Callable[[str, int], Path]
+) -> None:
+    engine = engine_of("tied, TP 2")
+    metas, ranks = two_ranks(checkpoint("tied, TP 2", 1))
+    with pytest.raises(RuntimeError, match="layers did not get all their weights, first 'model.norm'"):
+        send(engine, [meta for meta in metas if meta.name != "model.norm.weight"], ranks, 1)
+    with pytest.raises(RunError, match="cannot be used any more since an update failed.*'model.norm'"):
+        send(engine, metas, ranks, 1)
+    assert engine.version() is None
+    engine_of.end("tied, TP 2")

@@ -1,0 +1,133 @@
+"""The step does what the paper's algorithm says, in its order, for every method by the same code."""
+
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, MethodName
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.sync import WeightSync
+from tests.trainer.fakes import FakeActors, FakeEngines, make_config, make_problem
+
+PROBE = np.arange(4, dtype=np.int32)
+
+
+def make_trainer(method: str, **changes: Any) -> tuple[Trainer, list[str], FakeActors, FakeEngines]:
+    events: list[str] = []
+    actors, engines = FakeActors(events), FakeEngines(events)
+    sync = WeightSync(actors, engines, lambda refs: refs, run_id="test", bucket_bytes=256, probe=PROBE, max_gap=1e-3)
+    problems = [make_problem(0), make_problem(1)]
+    trainer = Trainer(
+        config=make_config(method, **changes),
+        method=METHODS[method],
+        actors=actors,
+        engines=engines,
+        sync=sync,
+        judge=Judge("exact"),
+        problems_of=lambda step: problems,
+    )
+    return trainer, events, actors, engines
+
+
+def story(events: list[str]) -> list[str]:
+    """The events without the details of a publication."""
+    return [
+        e for e in events if e.split()[0] in ("teacher", "finish", "sample", "stats", "update") and e != "stats policy"
+    ]
+
+
+def test_co_rewarding_i_publishes_samples_both_views_and_updates() -> None:
+    trainer, events, actors, engines = make_trainer("co_rewarding_i")
+    trainer.step(1, PhaseTimer())
+    assert story(events) == ["finish 0", "sample 0", "stats reference", "update"]
+    assert [tuple(r.prompt) for r in engines.requests] == [(10, 1), (10, 2), (11, 1), (11, 2)]
+    assert [r.n for r in engines.requests] == [4] * 4
+    assert len(actors.batches[0]) == 16
+
+
+def test_co_rewarding_ii_moves_the_teacher_first_and_samples_it_before_the_policy() -> None:
+    trainer, events, actors, engines = make_trainer("co_rewarding_ii")
+    trainer.step(1, PhaseTimer())
+    assert story(events) == [
+        "teacher 0.9900",
+        "finish 1",
+        "stats teacher",  # the probe of the publication
+        "sample 1",
+        "finish 0",
+        "sample 0",
+        "stats teacher",  # the KL reference
+        "update",
+    ]
+    assert [r.n for r in engines.requests] == [3, 3, 4, 4]
+    assert len(actors.batches[0]) == 8  # the teacher's completions are not trained on
+
+
+def test_later_steps_publish_the_weights_of_later_updates() -> None:
+    trainer, events, _, _ = make_trainer("co_rewarding_ii")
+    trainer.step(1, PhaseTimer())
+    events.clear()
+    trainer.step(2, PhaseTimer())
+    assert [e for e in events if e.startswith("finish")] == ["finish 3", "finish 2"]
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+def test_every_method_runs_and_gets_what_it_needs(method: MethodName) -> None:
+    trainer, events, actors, _ = make_trainer(method)
+    result = trainer.step(1, PhaseTimer())
+    needs = METHODS[method].needs
+    assert any(e.startswith("teacher") for e in events) == needs.teacher == (method in TEACHER_METHODS)
+    assert (len(needs.views) == 2) == (method in REPHRASED_METHODS)
+    assert {g.group.view for g in result.judged} == set(needs.views)
+    assert np.isfinite(actors.batches[0].advantages).all()
+    assert result.metrics["reward/mean"] == pytest.approx(
+        np.mean([r for g in result.judged if g.rewards is not None for r in g.rewards])
+    )
+
+
+def test_rewards_become_advantages_of_the_batch_in_order() -> None:
+    trainer, _, actors, _ = make_trainer("majority_voting")
+    result = trainer.step(1, PhaseTimer())
+    groups = [g for g in result.judged if g.advantages is not None]
+    expected = np.concatenate([g.advantages for g in groups if g.advantages is not None])
+    np.testing.assert_array_equal(actors.batches[0].advantages, expected)
+    # answers 0, 1, 2, 0: the vote is 0, so rewards are 1, 0, 0, 1
+    assert groups[0].label == "0"
+    np.testing.assert_array_equal(groups[0].rewards, [1, 0, 0, 1])
+    np.testing.assert_allclose(
+        groups[0].advantages, np.array([1, -1, -1, 1]) * 0.5 / (np.sqrt(1 / 3) + 1e-6), rtol=1e-6
+    )
+
+
+def test_one_update_a_batch_reads_no_old_log_probs() -> None:
+    trainer, events, actors, _ = make_trainer("majority_voting", **{"loss.kl_coef": 0})
+    trainer.step(1, PhaseTimer())
+    assert story(events) == ["finish 0", "sample 0", "update"]
+    assert actors.batches[0].old_logprobs is None
+    assert actors.batches[0].reference_logprobs is None
+
+
+def test_several_updates_a_batch_read_old_log_probs_and_cut_whole_groups() -> None:
+    trainer, _, actors, _ = make_trainer("majority_voting", **{"loss.updates_per_batch": 2})
+    trainer.step(1, PhaseTimer())
+    assert [len(batch) for batch in actors.batches] == [4, 4]
+    assert all(batch.old_logprobs is not None for batch in actors.batches)
+    assert trainer.num_updates == 2
+    tokens = [sum(n - 2 for n in batch.sequences.lengths) for batch in actors.batches]
+    for batch, count in zip(actors.batches, tokens, strict=True):
+        np.testing.assert_allclose(batch.token_weights, 1 / count, rtol=1e-6)
+
+
+def test_requests_of_a_step_are_seeded_by_what_is_sampled() -> None:
+    one, other = make_trainer("co_rewarding_ii"), make_trainer("co_rewarding_ii")
+    for trainer, _, _, _ in (one, other):
+        trainer.step(3, PhaseTimer())
+    seeds = [r.seed for r in one[3].requests]
+    assert seeds == [r.seed for r in other[3].requests]
+    assert len(set(seeds)) == len(seeds)
+    one[3].requests.clear()
+    one[0].step(4, PhaseTimer())
+    assert not set(seeds) & {r.seed for r in one[3].requests}
