@@ -5,11 +5,13 @@ rank. Results come from the ranks that have them (`reports`: last pipeline stage
 others return None.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_coreward.actor import cpu_backend
 
@@ -32,8 +34,8 @@ from megatron_coreward.actor.token_stats import Scores, VocabularyShard, score_t
 from megatron_coreward.actor.train_step import pack_loss  # noqa: E402
 from megatron_coreward.config.architecture import read_architecture  # noqa: E402
 from megatron_coreward.types import FloatArray, Sequences, TokenStats, TrainBatch  # noqa: E402
-from megatron_coreward.weights.buckets import TensorMeta  # noqa: E402
-from megatron_coreward.weights.mapping import hf_tensors  # noqa: E402
+from megatron_coreward.weights.buckets import TensorMeta, check_tiling  # noqa: E402
+from megatron_coreward.weights.mapping import Index, hf_tensors  # noqa: E402
 from megatron_coreward.weights.send import SharedMemorySender  # noqa: E402
 
 
@@ -143,16 +145,19 @@ class MegatronActor:
         self.teacher.write_to(self.frozen["teacher"])
 
     def open_sender(self, weights: Weights, segment: str, bucket_bytes: int) -> dict[str, Any]:
-        """Prepares to publish one set of weights through shared memory. Returns what the receiving engines need."""
+        """Prepares to publish one set of weights through shared memory. Returns what the receiving engines need.
+
+        Raises:
+            ValueError: the ranks' blocks do not cover every tensor exactly once.
+        """
+        blocks = owned_blocks(self._modules(weights), self.arch, self.at)
+        metas = [TensorMeta(name, shape, self.setup.dtype) for name, shape in hf_tensors(self.arch).items()]
+        of_all_ranks: list[list[tuple[str, Index]]] = [[] for _ in range(self.at.world_size)]
+        dist.all_gather_object(of_all_ranks, [(block.name, block.index) for block in blocks])
+        check_tiling(metas, itertools.chain.from_iterable(of_all_ranks))
         if weights in self._senders:
             self._senders[weights].close()
-        self._senders[weights] = SharedMemorySender(
-            owned_blocks(self._modules(weights), self.arch, self.at),
-            [TensorMeta(name, shape, self.setup.dtype) for name, shape in hf_tensors(self.arch).items()],
-            bucket_bytes,
-            segment,
-            rank=self.at.rank,
-        )
+        self._senders[weights] = SharedMemorySender(blocks, metas, bucket_bytes, segment, rank=self.at.rank)
         return self._senders[weights].init_info
 
     def write_bucket(self, weights: Weights, bucket: int) -> None:

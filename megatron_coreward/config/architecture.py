@@ -60,7 +60,7 @@ class Architecture:
     experts: Experts | None
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """Rows of the embedding under a tensor-parallel size, as Megatron pads them; those past the vocabulary are 0."""
+        """Embedding rows under a tensor-parallel size, padded as Megatron pads them; the padding is zero."""
         multiple = VOCAB_MULTIPLE * tensor_parallel
         return (self.vocab_size + multiple - 1) // multiple * multiple
 

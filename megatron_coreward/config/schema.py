@@ -60,7 +60,7 @@ class ActorSettings(Component):
     sequence_parallel: bool = False
     backend: Literal["auto", "te", "local"] = "auto"  # layer spec: Transformer Engine where it is installed
     recompute: Literal["none", "full"] = "none"
-    tokens_per_microbatch: Positive = 16384  # padded tokens a micro-batch holds at most; one sequence always fits
+    tokens_per_microbatch: Positive = 16384  # tokens of a micro-batch at most: whole sequences, laid end to end
     lr: Annotated[float, Field(gt=0)] = 3e-6
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_coreward.config.load import parse_config
@@ -28,9 +27,10 @@ from megatron_coreward.trainer.cluster import stop_ray
 from megatron_coreward.trainer.run import train
 
 TRAIN_QUESTIONS = 512
-HELD_OUT_QUESTIONS = 128
-SFT_EXAMPLES = 57_600
-SFT_STEPS = 500
+HELD_OUT_QUESTIONS = 256
+SFT_EXAMPLES = 12_000
+MAX_SFT_STEPS = 1500
+SFT_LOSS = 0.05  # nats a token: right about half of the time at temperature 1
 RL_STEPS = 80
 
 
@@ -111,15 +111,23 @@ def _prepare(console: Console, method: MethodName, run_dir: Path, seed: int, ove
         write_model(random, tokenizer, seed=seed)
         console.print(f"the task: {splits.train[0].texts['original']}")
         console.print(f"rephrased: {splits.train[0].texts['rephrased']}")
-        with Progress(
-            TextColumn("supervised warm start"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn()
-        ) as progress:
-            task = progress.add_task("", total=SFT_STEPS, loss="")
+        with console.status("") as status:
 
-            def advance(step: int, loss: float) -> None:
-                progress.update(task, completed=step, loss=f"loss {loss:.3f}")
+            def show(step: int, loss: float) -> None:
+                status.update(f"supervised warm start: step {step}, loss {loss:.3f}, until {SFT_LOSS}")
 
-            warm_start(random, start, tokenizer, splits.sft, steps=SFT_STEPS, seed=seed, on_step=advance)
+            begin = time.monotonic()
+            steps = warm_start(
+                random,
+                start,
+                tokenizer,
+                splits.sft,
+                max_steps=MAX_SFT_STEPS,
+                target_loss=SFT_LOSS,
+                seed=seed,
+                on_step=show,
+            )
+        console.print(f"supervised warm start: {steps} steps in {time.monotonic() - begin:.0f} s")
     return config
 
 

@@ -4,8 +4,10 @@ Cross-entropy is the policy gradient with an advantage of one everywhere: its gr
 answers. So the warm start is a run of plain updates, and needs no code of its own in the actor.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from megatron_coreward.types import Sequences, TrainBatch
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
+WARMUP_STEPS = 45
+SMOOTHING = 20  # steps over which the loss is averaged before it is held against the target
 
 
 def warm_start(
@@ -27,19 +31,32 @@ def warm_start(
     tokenizer: Any,
     examples: Sequence[tuple[str, str]],
     *,
-    steps: int,
+    max_steps: int,
+    target_loss: float = 0.0,
     seed: int,
     on_step: Callable[[int, float], None],
-) -> None:
+) -> int:
     """Fine-tunes the model in `source` on (question, answer) pairs and writes it to `target`.
 
+    Small models learn to add all of a sudden, and when hangs on the seed: so the end is a loss, not a number of steps.
+
     Args:
-        on_step: hears the number of each step done, from 1, and its mean loss in nats a token.
+        target_loss: mean loss over the last steps, in nats a token, at which it is enough.
+        on_step: hears the number of each step done, from 1, and that mean loss.
+
+    Returns:
+        The number of steps done.
     """
     prompts, responses = _tokenise(tokenizer, examples)
     longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     settings = ActorSettings(
-        data_parallel=2, lr=LEARNING_RATE, weight_decay=0.0, tokens_per_microbatch=2048, lr_schedule="cosine"
+        data_parallel=2,
+        lr=LEARNING_RATE,
+        lr_schedule="constant",
+        lr_warmup=min(1.0, WARMUP_STEPS / max_steps),
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        tokens_per_microbatch=4096,
     )
     start_ray()
     actors = ActorGroup(
@@ -51,7 +68,7 @@ def warm_start(
             dtype="float32",
             temperature=1.0,
             max_sequence_length=longest,
-            total_updates=steps,
+            total_updates=max_steps,
             seed=seed,
             teacher=False,
             frozen_reference=False,
@@ -60,11 +77,16 @@ def warm_start(
     try:
         actors.wait()
         order = np.random.default_rng(seed)
-        for step in range(1, steps + 1):
+        losses: deque[float] = deque(maxlen=SMOOTHING)
+        for step in range(1, max_steps + 1):
             chosen = order.choice(len(examples), BATCH_SIZE, replace=False)
             report = actors.update(_batch([prompts[i] for i in chosen], [responses[i] for i in chosen]))
-            on_step(step, report["nll"] / report["tokens"])
+            losses.append(report["nll"] / report["tokens"])
+            on_step(step, fmean(losses))
+            if len(losses) == SMOOTHING and fmean(losses) < target_loss:
+                break
         actors.export_hf("policy", target.resolve())
+        return step
     finally:
         actors.shutdown()
 

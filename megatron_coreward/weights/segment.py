@@ -13,11 +13,13 @@ import mmap
 import os
 import shutil
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.weights.buckets import SegmentLayout, TensorMeta
+
+if TYPE_CHECKING:
+    import torch
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "megatron_coreward."
@@ -111,7 +113,9 @@ def remove_leftovers() -> None:
             os.close(file)
 
 
-def tensor_at(memory: object, offset: int, meta: TensorMeta) -> torch.Tensor:
+def tensor_at(memory: object, offset: int, meta: TensorMeta) -> "torch.Tensor":
     """The tensor that starts at a byte of a mapping or of any other buffer: a view, no copy."""
+    import torch
+
     count = torch.Size(meta.shape).numel()
     return torch.frombuffer(memory, dtype=getattr(torch, meta.dtype), count=count, offset=offset).view(meta.shape)

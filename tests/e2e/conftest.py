@@ -54,7 +54,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
     # Sixteen answers, half learned: rollouts vary, and yet votes and labels meet often.
     examples = [*splits.sft] * 8
     warm_start(
-        folder / "random", folder / "start", tokenizer, examples, steps=60, seed=1, on_step=lambda step, loss: None
+        folder / "random", folder / "start", tokenizer, examples, max_steps=60, seed=1, on_step=lambda step, loss: None
     )
     yield Task(folder)
     stop_ray()

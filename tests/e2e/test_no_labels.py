@@ -75,8 +75,8 @@ def running(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pr
 
 @pytest.fixture(scope="module")
 def problems(task: Task, running: Processes) -> list[Problem]:
-    """Two batches of problems. The first batch's gold answers are ones that the model gives in the first step: it is too
-    small to be right, and labels that no rollout ever meets would look like noise to any method."""
+    """Two batches of problems. The first batch's gold answers are ones that the model gives in the first step: it is
+    too small to be right, and labels that no rollout ever meets would look like noise to any method."""
     from transformers import AutoTokenizer
 
     from megatron_coreward.data.dataset import load_problems

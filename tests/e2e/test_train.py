@@ -43,7 +43,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     for key in ("val/pass@1", "val/avg@8", "val/maj@8"):
         assert 0 <= float(rows[0][key]) <= 1
         assert 0 <= float(rows[3][key]) <= 1
-    assert not [path for path in finished.rglob("*partial*")]
+    assert not list(finished.rglob("*partial*"))
 
 
 def test_every_step_is_synchronised_with_the_engines(finished: Path) -> None:
