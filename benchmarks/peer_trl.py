@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/peer_trl.py [--steps 6]
 
-Prints one JSON object with the median seconds of a step and samples a second. Take both scripts in one go on one machine.
+Prints one JSON object: the median seconds of a step, samples a second. Run both scripts in one go on one machine.
 """
 
 import argparse
