@@ -32,7 +32,7 @@ def relative(error: torch.Tensor, movement: torch.Tensor) -> float:
 def test_compensation_keeps_the_movement(rate: float) -> None:
     exact, compensated, plain = drift(rate, 200)
     assert relative(compensated - exact, exact) < 0.02
-    assert relative(plain - exact, exact) > 0.1  # what the compensation is for
+    assert relative(plain - exact, exact) > 0.05  # what the compensation is for
 
 
 def test_without_compensation_to_do_it_is_the_plain_average() -> None:

@@ -31,7 +31,7 @@ def workers() -> set[int]:
             try:
                 command = (entry / "cmdline").read_bytes()
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:  # it ended meanwhile
+            except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
                 continue
             if parent == os.getpid() and b"symbolic_worker.py" in command:
                 found.add(int(entry.name))
