@@ -1,8 +1,8 @@
 """The demo: generated word problems, a small model that is right about half of the time, then training without labels.
 
-runs/demo/data/        questions, rephrasings, held-out questions (parquet in the published format)
-runs/demo/start/       the warm-started model
-runs/demo/<method>/    a run directory like any other, with curves.png
+runs/demo/data-<seed>/     questions, rephrasings, held-out questions (parquet in the published format)
+runs/demo/start-<seed>/    the warm-started model; kept, so that further methods start from the same one
+runs/demo/<method>/        a run directory like any other, with curves.png
 """
 
 import shutil
@@ -109,11 +109,11 @@ def demo_config(
 
 
 def _prepare(console: Console, method: MethodName, run_dir: Path, seed: int, overrides: Sequence[str]) -> RunConfig:
-    data, random, start = run_dir / "data", run_dir / "random", run_dir / "start"
+    data, random, start = (run_dir / f"{name}-{seed}" for name in ("data", "random", "start"))
     splits = make_splits(seed, TRAIN_QUESTIONS, HELD_OUT_QUESTIONS, SFT_EXAMPLES)
     data.mkdir(parents=True, exist_ok=True)
     config = demo_config(method, start, write_parquet(data, splits), run_dir, seed, overrides)
-    shutil.rmtree(config.run_dir, ignore_errors=True)
+    shutil.rmtree(run_dir / method, ignore_errors=True)  # of an earlier demo; a run_dir of the user's is left alone
     if not (start / "config.json").is_file():
         tokenizer = word_level_tokenizer()
         write_model(random, tokenizer, seed=seed)
