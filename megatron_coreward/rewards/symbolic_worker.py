@@ -45,8 +45,13 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_REAL, limit_s)
             verdict = equivalent(a, b)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            answer(equivalent=verdict, retire=peak_kib > RETIRE_ABOVE_KIB)
+            answer(equivalent=verdict, retire=_resident_kib() > RETIRE_ABOVE_KIB)
+
+
+def _resident_kib() -> int:
+    """Resident set of this process. (`ru_maxrss` starts at that of the parent that made it, which may be gigabytes.)"""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize() >> 10
 
 
 def _limit_memory() -> None:

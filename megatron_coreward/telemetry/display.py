@@ -66,12 +66,12 @@ def sparkline(values: Sequence[float]) -> str:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return " " * len(values)
-    low, span = min(finite), max(finite) - min(finite)
+    low, span = min(finite) / 2, max(finite) / 2 - min(finite) / 2  # halves, since the whole may overflow
 
     def bar(value: float) -> str:
         if not math.isfinite(value):
             return " "
-        return _BARS[round((value - low) / span * (len(_BARS) - 1))] if span > 0 else _BARS[len(_BARS) // 2 - 1]
+        return _BARS[round((value / 2 - low) / span * (len(_BARS) - 1))] if span > 0 else _BARS[len(_BARS) // 2 - 1]
 
     return "".join(map(bar, values))
 

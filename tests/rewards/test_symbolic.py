@@ -68,6 +68,17 @@ def test_no_process_before_the_first_pair_and_one_for_all_after(pool: SymbolicPo
     assert workers() == started
 
 
+def test_a_process_is_kept_however_large_its_parent_is(pool: SymbolicPool) -> None:
+    """On Linux a new process inherits the parent's peak memory as its own until it has a larger one."""
+    ballast = np.ones(600 << 20, dtype=np.uint8)
+    assert pool.equivalent("x", "y") is False
+    started = workers()
+    assert len(started) == 1
+    assert pool.equivalent("x+x", "2x") is True
+    assert workers() == started
+    assert len(ballast)
+
+
 def test_a_pair_that_runs_over_the_limit_gives_none_on_time_and_the_next_is_answered(pool: SymbolicPool) -> None:
     pool.equivalent("x", "y")
     (first,) = workers()
