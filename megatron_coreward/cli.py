@@ -4,12 +4,14 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import get_args
+from types import ModuleType
 
 from megatron_coreward import __version__
-from megatron_coreward.config.schema import MethodName
+from megatron_coreward.commands import convert, demo, train
 from megatron_coreward.errors import InputError, RunError
+
+
+COMMANDS: tuple[ModuleType, ...] = (demo, train, convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,34 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="train a small model without labels, here and now, with no download")
-    demo.add_argument("--method", choices=get_args(MethodName), default="co_rewarding_i")
-    demo.add_argument(
-        "--compare", action="store_true", help="run every method on the same budget and draw them together"
-    )
-    demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
-    demo.add_argument("--seed", type=int, default=1)
-    demo.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
-    demo.set_defaults(run=_demo)
-
-    train = commands.add_parser("train", help="train from a config file")
-    train.add_argument("config", type=Path, metavar="CONFIG")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, such as actor.lr=1e-5")
-    train.set_defaults(run=_train)
+    for command in COMMANDS:
+        command.add(commands)
     return parser
-
-
-def _train(options: argparse.Namespace) -> None:
-    from megatron_coreward.config.load import load_config
-    from megatron_coreward.trainer.run import train
-
-    print(f"done: {train(load_config(options.config, options.overrides))}")
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from megatron_coreward.demo.run import compare, demo
-
-    if options.compare:
-        compare(options.run_dir, options.seed, options.overrides)
-    else:
-        demo(options.method, options.run_dir, options.seed, options.overrides)

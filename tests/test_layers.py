@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {"actor", "rollout", "weights.send", "weights.receive", "weights.segment", "weights.verify", "checkpoint"}
     ),
     frozenset({"trainer"}),
-    frozenset({"cli", "demo", "launch", "__main__"}),
+    frozenset({"cli", "commands", "demo", "launch", "__main__"}),
 )
 
 

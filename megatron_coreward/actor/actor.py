@@ -22,7 +22,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_coreward.actor import parallel  # noqa: E402
 from megatron_coreward.actor.export import export_hf  # noqa: E402
 from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
-from megatron_coreward.actor.hf_weights import load_hf, owned_blocks  # noqa: E402
+from megatron_coreward.actor.hf_weights import load_hf, load_megatron, owned_blocks  # noqa: E402
 from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
 from megatron_coreward.actor.model import DTYPES, build_chunks  # noqa: E402
 from megatron_coreward.actor.optimizer import build_optimizer, build_scheduler, wrap_chunks  # noqa: E402
@@ -50,7 +50,10 @@ class MegatronActor:
             return build_chunks(self.arch, setup.settings, dtype, setup.max_sequence_length)
 
         chunks = build()
-        load_hf(chunks, self.arch, self.at, setup.hf_path)
+        if setup.megatron_path is None:
+            load_hf(chunks, self.arch, self.at, setup.hf_path)
+        else:
+            load_megatron(chunks, self.arch, setup.megatron_path)
         self.policy = wrap_chunks(chunks)
         self.optimizer = build_optimizer(self.policy, setup.settings, dtype)
         self.scheduler = build_scheduler(self.optimizer, setup.settings, setup.total_updates)

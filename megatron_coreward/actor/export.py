@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from megatron_coreward.actor.hf_weights import owned_blocks
 from megatron_coreward.actor.parallel import Coordinates, device
+from megatron_coreward.checkpoint.hf_description import copy_description
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.weights.mapping import hf_tensors
 
@@ -68,7 +69,7 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, sourc
         pending[name] = tensor
     flush()
     _name_files(partial, weight_map, files, sum(_numel(s) for s in shapes.values()) * dtype.itemsize)
-    _copy_description(source, partial, dtype)
+    copy_description(source, partial, dtype)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     dist.barrier()
@@ -91,15 +92,3 @@ def _name_files(folder: Path, weight_map: dict[str, int], files: int, total_byte
         "weight_map": {tensor: names[i] for tensor, i in weight_map.items()},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _copy_description(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Everything that is not weights, with the dtype of the weights as written."""
-    for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and not path.name.startswith("model.safetensors"):
-            shutil.copy2(path, folder / path.name)
-    config_path = folder / "config.json"
-    config = json.loads(config_path.read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config_path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,20 +1,22 @@
 """Hugging Face tensors in and out of the ranks' parameter shards, by the table of `weights.mapping`."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from megatron_coreward.actor.parallel import Coordinates
+from megatron_coreward.checkpoint.safetensors_files import HfWeights
+from megatron_coreward.checkpoint.torch_dist import MegatronWeights
 from megatron_coreward.config.architecture import Architecture
-from megatron_coreward.errors import InputError
-from megatron_coreward.weights.mapping import Index, blocks, hf_tensors, is_expert, is_replicated
+from megatron_coreward.errors import RunError
+from megatron_coreward.weights.mapping import Index, blocks, is_expert, is_replicated
 from megatron_coreward.weights.send import HeldBlock
 
 _LOCAL_EXPERT = re.compile(r"(\.local_experts\.|\.linear_fc[12]\.weight)(\d+)")
@@ -49,47 +51,34 @@ def load_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, path: P
         InputError: files are missing or damaged, or a tensor is missing, left over or of another shape.
     """
     with ExitStack() as stack:
-        tensors = _open_tensors(path, stack)
-        _check_tensors(tensors, arch, path)
+        weights = HfWeights(path)
+        weights.check(arch)
+        files = {t.file: stack.enter_context(safe_open(t.file, framework="pt")) for t in weights.tensors.values()}
         for name, param in global_parameters(chunks, arch, at):
             param.zero_()  # rows that pad the vocabulary
             for block in blocks(name, arch, *_tensor_parallel(name, at)):
-                param[block.shard_index].copy_(tensors[block.hf_name][block.hf_index])
+                stored = files[weights.tensors[block.hf_name].file].get_slice(block.hf_name)
+                param[block.shard_index].copy_(stored[block.hf_index])
 
 
-def _open_tensors(path: Path, stack: ExitStack) -> dict[str, Any]:
-    """HF name -> lazy slice of the file that holds it."""
-    files = sorted(path.glob("*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
-    if not files:
-        raise InputError(f"model.hf_path: no *.safetensors files in {path}")
-    tensors: dict[str, Any] = {}
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{index} names {file.name}, which does not exist")
-        try:
-            handle = stack.enter_context(safe_open(file, framework="pt"))
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{file}: not a readable safetensors file ({e})") from None
-        tensors.update({name: handle.get_slice(name) for name in handle.keys()})  # noqa: SIM118 (not a dict)
-    return tensors
+@torch.no_grad()
+def load_megatron(chunks: list[GPTModel], arch: Architecture, path: Path) -> None:
+    """Fills this rank's shards from a Megatron distributed checkpoint of any layout, through Megatron's own reader.
 
-
-def _check_tensors(tensors: dict[str, Any], arch: Architecture, path: Path) -> None:
-    expected = hf_tensors(arch)
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise InputError(f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    tolerated = {"lm_head.weight"} if arch.tied else set()
-    extra = [n for n in tensors if n not in expected and n not in tolerated and not n.endswith("rotary_emb.inv_freq")]
-    if extra:
-        raise InputError(f"{path}: {len(extra)} tensors have no place in a {arch.family} model, first {extra[0]!r}")
-    for name, shape in expected.items():
-        if tuple(tensors[name].get_shape()) != shape:
-            found = tuple(tensors[name].get_shape())
-            raise InputError(f"{path}: tensor {name!r} has shape {found}, config.json asks for {shape}")
+    Raises:
+        InputError: no such checkpoint, or not one of this architecture.
+    """
+    MegatronWeights(path, arch).close()  # checks it, and that its metadata is harmless to unpickle
+    for chunk in chunks:
+        for param in chunk.parameters():
+            param.zero_()  # rows that pad the vocabulary
+        # Transformer Engine's FP8 scaling state is not part of a model's weights; a checkpoint may lack it.
+        wanted = {k: v for k, v in chunk.sharded_state_dict().items() if not isinstance(v, ShardedObject)}
+        loaded = dist_checkpointing.load(wanted, str(path))
+        problems = chunk.load_state_dict(loaded, strict=False)
+        missing = [name for name in problems.missing_keys if not name.endswith("_extra_state")]
+        if missing or problems.unexpected_keys:
+            raise RunError(f"{path}: Megatron did not load {(missing or problems.unexpected_keys)[0]!r}")
 
 
 def owned_blocks(chunks: list[GPTModel], arch: Architecture, at: Coordinates) -> list[HeldBlock]:

@@ -140,6 +140,11 @@ def layer_spec(arch: Architecture, backend: str) -> tuple[ModuleSpec, Any]:
             num_experts=num_experts, moe_grouped_gemm=False, qk_layernorm=arch.qk_norm, normalization="RMSNorm"
         )
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TorchRMSNorm
+    if num_experts is not None:  # as Transformer Engine's spec, whose experts have nothing to fuse this norm into
+        keys = spec.submodules.sharded_state_dict_keys_map
+        spec.submodules.sharded_state_dict_keys_map = {
+            name: key for name, key in keys.items() if not name.startswith("pre_mlp_layernorm.")
+        }
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if arch.qk_norm:

@@ -16,7 +16,8 @@ class ActorSetup:
     settings: ActorSettings
     loss: LossSettings
     kl_coef: float
-    hf_path: Path
+    hf_path: Path  # config and tokenizer, and the weights unless `megatron_path` has them
+    megatron_path: Path | None
     dtype: Literal["float32", "bfloat16"]
     temperature: float  # of the rollouts; log-probs are of the distribution sampled from
     max_sequence_length: int

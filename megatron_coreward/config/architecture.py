@@ -73,7 +73,7 @@ def read_architecture(hf_path: Path) -> Architecture:
     """
     path = hf_path / "config.json"
     if not path.is_file():
-        raise InputError(f"model.hf_path: no config.json in {hf_path}")
+        raise InputError(f"no config.json in {hf_path}")
     try:
         config = json.loads(path.read_text())
     except ValueError as e:

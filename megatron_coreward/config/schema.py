@@ -36,6 +36,7 @@ class Component(BaseModel):
 
 class ModelSettings(Component):
     hf_path: Path  # directory with config.json, *.safetensors and tokenizer files
+    megatron_path: Path | None = None  # Megatron checkpoint to start from; hf_path then needs no *.safetensors
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 

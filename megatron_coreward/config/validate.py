@@ -13,7 +13,10 @@ def validate(config: RunConfig) -> Architecture:
     Raises:
         InputError: every problem found, one a line.
     """
-    arch = read_architecture(config.model.hf_path)
+    try:
+        arch = read_architecture(config.model.hf_path)
+    except InputError as e:
+        raise InputError(f"model.hf_path: {e}") from None
     problems = [*_layout(config, arch), *_rollout(config, arch), *_method(config), *_files(config)]
     if problems:
         raise InputError("\n".join(problems))
@@ -106,6 +109,14 @@ def _files(config: RunConfig) -> Iterator[str]:
         "data.rephrased_files": config.data.rephrased_files,
         "data.val_files": config.data.val_files,
     }
+    model = config.model
+    if model.megatron_path is not None:
+        if not any(
+            (folder / "metadata.json").is_file() for folder in (model.megatron_path, model.megatron_path / "megatron")
+        ):
+            yield f"model.megatron_path: {model.megatron_path} is no Megatron distributed checkpoint (no metadata.json)"
+    elif not any(model.hf_path.glob("*.safetensors")):
+        yield f"model.hf_path: no *.safetensors files in {model.hf_path}"
     for key, files in groups.items():
         for file in files:
             if not file.is_file():

@@ -65,6 +65,7 @@ def warm_start(
             loss=LossSettings(kl_coef=0.0),
             kl_coef=0.0,
             hf_path=source.resolve(),
+            megatron_path=None,
             dtype="float32",
             temperature=1.0,
             max_sequence_length=longest,

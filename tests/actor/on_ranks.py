@@ -20,6 +20,7 @@ def make_setup(path: Path, layout: dict[str, Any], **changes: Any) -> ActorSetup
         loss=LossSettings(kl_coef=0.1, kl_reference="frozen"),
         kl_coef=0.1,
         hf_path=path,
+        megatron_path=None,
         dtype="float32",
         temperature=1.0,
         max_sequence_length=128,

@@ -1,0 +1,148 @@
+"""Planning of the weight sync for layouts that need hundreds of GPUs: time to plan, bytes by rank and link, seconds.
+
+    python benchmarks/bench_sync_plan.py [--gigabytes-per-s 50] [--json]
+
+Nothing is moved: the plan is made from the numbers of the published configs, on one core. Seconds are predicted for
+links of the given speed at every rank and worker, with nothing else that costs time.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from megatron_coreward.config.architecture import Architecture, parse_architecture
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
+from megatron_coreward.weights.plan import Params, plan_transfers
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+QWEN3_235B = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 94,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+
+CASES: tuple[tuple[str, dict[str, Any], ActorLayout, EngineLayout], ...] = (
+    (
+        "Llama-3.1-70B, TP8 x PP8 x DP4 -> 64 engines of TP4",
+        LLAMA_70B,
+        ActorLayout(tensor_parallel=8, pipeline_parallel=8, data_parallel=4),
+        EngineLayout(num_engines=64, tensor_parallel=4),
+    ),
+    (
+        # 94 layers: Megatron gives the stages of the embedding and of the head one layer less than the others.
+        "Qwen3-235B-A22B, TP4 x PP8 x EP8 -> 32 engines of TP8",
+        QWEN3_235B,
+        ActorLayout(
+            tensor_parallel=4,
+            pipeline_parallel=8,
+            expert_parallel=8,
+            data_parallel=8,
+            first_stage_layers=11,
+            last_stage_layers=11,
+        ),
+        EngineLayout(num_engines=32, tensor_parallel=8),
+    ),
+    ("Qwen3-8B, TP2 -> 4 engines of TP1", QWEN3_8B, ActorLayout(tensor_parallel=2), EngineLayout(num_engines=4)),
+)
+
+
+def spread(sizes: np.ndarray) -> dict[str, float]:
+    """Least, mean and most, in GB."""
+    return {"min": float(sizes.min()) / 1e9, "mean": float(sizes.mean()) / 1e9, "max": float(sizes.max()) / 1e9}
+
+
+def measure(arch: Architecture, actor: ActorLayout, engines: EngineLayout, bytes_per_s: float) -> dict[str, Any]:
+    """Plans once, with all sums, and lists one worker's transfers."""
+    begin = time.perf_counter()
+    plan = plan_transfers(actor, engines, Params(arch, "bfloat16"))
+    imbalance, seconds = plan.sender_imbalance, plan.seconds(bytes_per_s)
+    planned = time.perf_counter()
+    transfers = sum(1 for _ in plan.incoming(0, 0))
+    listed = time.perf_counter()
+    links = plan.bytes_by_link[plan.bytes_by_link > 0]
+    return {
+        "plan_s": planned - begin,
+        "ranks": actor.world_size,
+        "workers": engines.num_engines * engines.num_workers,
+        "total_gb": plan.total_bytes / 1e9,
+        "sent_by_rank_gb": spread(plan.bytes_sent),
+        "received_by_worker_gb": spread(plan.bytes_received),
+        "links": int(links.size),
+        "by_link_gb": spread(links),
+        "sender_imbalance": imbalance,  # within the ranks that hold the same shards
+        "rank_imbalance": float(plan.bytes_sent.max() / plan.bytes_sent.mean()),  # over all ranks: stages differ
+        "predicted_s": seconds,
+        "first_worker": {"transfers": transfers, "list_s": listed - planned},
+    }
+
+
+def show(title: str, found: dict[str, Any], gigabytes_per_s: float) -> None:
+    def line(what: str, sizes: dict[str, float]) -> str:
+        return f"  {what:<22}{sizes['min']:10.3f}{sizes['mean']:10.3f}{sizes['max']:10.3f}   GB: min, mean, max"
+
+    print(title)
+    print(f"  planned in {found['plan_s']:.3f} s; {found['ranks']} ranks, {found['workers']} workers")
+    print(f"  total bytes           {found['total_gb']:10.1f}   GB, exactly what the workers need")
+    print(line("sent by a rank", found["sent_by_rank_gb"]))
+    print(line("received by a worker", found["received_by_worker_gb"]))
+    print(line("over a link", found["by_link_gb"]) + f"; {found['links']} links")
+    print(f"  sender imbalance      {found['sender_imbalance']:10.4f}   among copies of a shard (aim: at most 1.2)")
+    print(f"  busiest rank to mean  {found['rank_imbalance']:10.4f}   over all ranks (embedding and head lie on few)")
+    print(f"  predicted             {found['predicted_s']:10.3f}   s at {gigabytes_per_s:g} GB/s a link")
+    first = found["first_worker"]
+    print(f"  the first worker's {first['transfers']} transfers listed in {first['list_s']:.3f} s\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes-per-s", type=float, default=50.0, help="speed of a link")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    options = parser.parse_args()
+    results = {}
+    for title, config, actor, engines in CASES:
+        results[title] = measure(parse_architecture(config, title), actor, engines, options.gigabytes_per_s * 1e9)
+        if not options.json:
+            show(title, results[title], options.gigabytes_per_s)
+    if options.json:
+        print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Megatron's `torch_dist` checkpoints, chunk by chunk, without building a model or holding one in memory.
+
+The format is PyTorch's distributed checkpoint: `.metadata` says which chunk of which global tensor lies where, and a
+chunk is what `torch.save` wrote for it, at an offset of a `.distcp` file. Reading takes rows out of the middle of a
+chunk: `torch.save` stores a tensor's bytes as they are, and PyTorch tells where.
+
+Invariants (tests/checkpoint/test_torch_dist.py):
+  1. Nothing that could run code is unpickled: metadata by an allowlist, chunks with `weights_only`.
+  2. The chunks of every slice that is read tile it exactly once.
+"""
+
+import json
+import math
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_coreward.checkpoint.safetensors_files import DTYPES, read_at
+from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.errors import InputError
+from megatron_coreward.weights.buckets import TensorMeta, check_tiling
+from megatron_coreward.weights.checkpoint_keys import (
+    CheckpointTensor,
+    RowRun,
+    checkpoint_tensors,
+    is_other_state,
+    spellings,
+)
+
+DESCRIPTION = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+# All that the metadata of a distributed checkpoint is made of; none of it does anything when it is called.
+_ALLOWED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    *(
+        ("torch.distributed.checkpoint.planner", n)
+        for n in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    ),
+    *(("torch", str(dtype).removeprefix("torch.")) for dtype in (*DTYPES.values(), torch.uint8, torch.int64)),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's metadata")
+        return super().find_class(module, name)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The metadata of a checkpoint.
+
+    Raises:
+        InputError: no `torch_dist` checkpoint, or one whose metadata would run code.
+    """
+    description = path / "metadata.json"
+    try:
+        backend = json.loads(description.read_text())["sharded_backend"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no metadata.json, so this is no Megatron distributed checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{description}: damaged ({type(e).__name__}: {e})") from None
+    if backend != "torch_dist":
+        raise InputError(f"{path}: a checkpoint of format {backend!r}; supported: torch_dist")
+    try:
+        with (path / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, TypeError, ValueError) as e:
+        raise InputError(f"{path / '.metadata'}: not readable ({type(e).__name__}: {e})") from None
+    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+        raise InputError(f"{path / '.metadata'}: not the metadata of a distributed checkpoint")
+    return metadata
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A stored chunk of a slice: rows [row, row + rows) and columns [column, column + columns)."""
+
+    where: _StorageInfo
+    skip: int  # rows of other slices that lie before it in what is stored
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+class MegatronWeights:
+    """A model's weights in a Megatron checkpoint, under their HF names, checked when it is opened."""
+
+    def __init__(self, path: Path, arch: Architecture, prefix: str = "") -> None:
+        """Args:
+            prefix: of the keys, for another set of values than the weights (`teacher.`).
+
+        Raises:
+            InputError: no checkpoint, or not one of this architecture: tensors are missing, left over, of another
+                shape, or stored incompletely.
+        """
+        self.path = path
+        metadata = read_metadata(path)
+        known = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and key.startswith(prefix)
+        }
+        expected = list(checkpoint_tensors(arch))
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._runs: dict[str, list[tuple[CheckpointTensor, RowRun]]] = {}
+        self._chunks: dict[tuple[str, tuple[int, ...]], list[_Chunk]] = {}
+        used: set[str] = set()
+        for tensor in expected:
+            key = next((prefix + k for k in spellings(tensor.key) if prefix + k in known), None)
+            if key is None:
+                raise InputError(f"{path}: tensor {prefix + tensor.key!r} is missing")
+            if key not in used:
+                used.add(key)
+                self._check_shape(key, known[key], tensor, arch)
+                self._collect(key, known[key], tensor, metadata)
+            self._check_slice(key, tensor, known[key].size)
+            for run in tensor.runs:
+                self._dtypes[run.hf_name] = known[key].properties.dtype
+                self._runs.setdefault(run.hf_name, []).append((tensor, run))
+        extra = [key for key in known if key not in used and (prefix or not is_other_state(key))]
+        if extra:
+            raise InputError(f"{path}: {len(extra)} tensors have no place in a {arch.family} model, first {extra[0]!r}")
+        self._key = {t.key: next(prefix + k for k in spellings(t.key) if prefix + k in used) for t in expected}
+        self._files: dict[Path, int] = {}
+        self._data_start: dict[tuple[str, int], int] = {}
+
+    def _check_shape(
+        self, key: str, entry: TensorStorageMetadata, tensor: CheckpointTensor, arch: Architecture
+    ) -> None:
+        found, wanted = tuple(entry.size), tensor.global_shape
+        padded = tensor.name in ("embedding.word_embeddings.weight", "output_layer.weight") and found[0] > wanted[0]
+        if found != wanted and not (padded and found[1:] == wanted[1:]):
+            raise InputError(
+                f"{self.path}: tensor {key!r} has shape {found}, the {arch.family} config asks for {wanted}"
+            )
+        if entry.properties.dtype not in DTYPES.values():
+            raise InputError(f"{self.path}: tensor {key!r} has dtype {entry.properties.dtype}; supported: floats")
+
+    def _collect(self, key: str, entry: TensorStorageMetadata, tensor: CheckpointTensor, metadata: Metadata) -> None:
+        """Sorts the chunks of a global tensor by the slice that they belong to."""
+        leads, rows = len(tensor.lead), entry.size[len(tensor.lead)]
+        for chunk in entry.chunks:
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            where = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            if where is None:
+                raise InputError(f"{self.path}: the chunk of {key!r} at {offsets} is not stored anywhere")
+            if where.transform_descriptors:
+                raise InputError(f"{self.path}: {key!r} is stored with {where.transform_descriptors}; supported: none")
+            if leads and math.prod(sizes[:leads]) > 1 and sizes[leads] != rows:
+                raise InputError(f"{self.path}: a chunk of {key!r} spans several layers but not all of their rows")
+            column, columns = (offsets[leads + 1], sizes[leads + 1]) if len(sizes) > leads + 1 else (0, 1)
+            for place, lead in enumerate(_places(offsets[:leads], sizes[:leads])):
+                skip = place * sizes[leads]
+                self._chunks.setdefault((key, lead), []).append(
+                    _Chunk(where, skip, offsets[leads], sizes[leads], column, columns)
+                )
+
+    def _check_slice(self, key: str, tensor: CheckpointTensor, size: Sequence[int]) -> None:
+        chunks = self._chunks.get((key, tensor.lead), [])
+        shape = (size[len(tensor.lead)], tensor.row_size)
+        label = f"{key} {list(tensor.lead)}" if tensor.lead else key
+        indices = [(slice(c.row, c.row + c.rows), slice(c.column, c.column + c.columns)) for c in chunks]
+        try:
+            check_tiling([TensorMeta(label, shape, "float32")], [(label, index) for index in indices])
+        except ValueError as e:
+            raise InputError(f"{self.path}: {e}") from None
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def read_rows(self, name: str, first_row: int, out: torch.Tensor) -> None:
+        """Fills `out`, which is contiguous and of the tensor's dtype, with rows from `first_row` of an HF tensor on."""
+        stop = first_row + out.shape[0]
+        grid = out.view(out.shape[0], -1)
+        for tensor, run in self._runs[name]:
+            start, end = max(first_row, run.hf_row), min(stop, run.hf_row + run.rows)
+            if start < end:
+                part = grid[start - first_row : end - first_row]
+                self._read_slice(tensor, run.row + start - run.hf_row, part, out.dtype)
+
+    def _read_slice(self, tensor: CheckpointTensor, first_row: int, out: torch.Tensor, dtype: torch.dtype) -> None:
+        stop = first_row + out.shape[0]
+        for chunk in self._chunks[self._key[tensor.key], tensor.lead]:
+            start, end = max(first_row, chunk.row), min(stop, chunk.row + chunk.rows)
+            if start >= end:
+                continue
+            place = self._open(chunk, tensor, dtype)
+            byte = place[1] + (chunk.skip + start - chunk.row) * chunk.columns * dtype.itemsize
+            target = out[start - first_row : end - first_row, chunk.column : chunk.column + chunk.columns]
+            if target.is_contiguous():
+                read_at(place[0], byte, target, self.path / chunk.where.relative_path)
+            else:
+                rows = torch.empty(target.shape, dtype=dtype)
+                read_at(place[0], byte, rows, self.path / chunk.where.relative_path)
+                target.copy_(rows)
+
+    def _open(self, chunk: _Chunk, tensor: CheckpointTensor, dtype: torch.dtype) -> tuple[int, int]:
+        """The open file of a chunk and the byte where the chunk's elements start."""
+        where = chunk.where
+        path = self.path / where.relative_path
+        if path.parent != self.path:
+            raise InputError(f"{self.path}: chunk of {tensor.key!r} lies in {path}, outside of the checkpoint")
+        if path not in self._files:
+            try:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            except OSError as e:
+                raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+        place = (where.relative_path, where.offset)
+        if place not in self._data_start:
+            self._data_start[place] = _locate(path, where, tensor, chunk, dtype)
+        return self._files[path], self._data_start[place]
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+def _places(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    if not offsets:
+        yield ()
+        return
+    for first in range(offsets[0], offsets[0] + sizes[0]):
+        for rest in _places(offsets[1:], sizes[1:]):
+            yield (first, *rest)
+
+
+def _locate(path: Path, where: _StorageInfo, tensor: CheckpointTensor, chunk: _Chunk, dtype: torch.dtype) -> int:
+    """The byte of a file at which the elements of the chunk that `torch.save` wrote start, row by row."""
+    try:
+        with path.open("rb") as file:
+            view: Any = _create_file_view(file, where.offset, where.length)
+            archive: Any = torch._C.PyTorchFileReader(view)
+            start: int = archive.get_record_offset("data/0")
+            view.seek(0)
+            stored = torch.load(view, map_location="meta", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        message = str(e).splitlines()[0]
+        raise InputError(f"{path}: the chunk of {tensor.key!r} at byte {where.offset} is damaged ({message})") from None
+    width = (chunk.columns,) if len(tensor.shape) > 1 else ()
+    if not (
+        isinstance(stored, torch.Tensor)
+        and stored.dtype == dtype
+        and stored.is_contiguous()
+        and stored.storage_offset() == 0
+        and tuple(stored.shape[len(tensor.lead) + 1 :]) == width
+    ):
+        raise InputError(f"{path}: the chunk of {tensor.key!r} at byte {where.offset} is not what .metadata says")
+    return where.offset + start
+
+
+class MegatronWriter:
+    """Writes chunks of a model's weights; several threads may, each to a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._entries: dict[str, TensorStorageMetadata] = {}
+        self._results: list[WriteResult] = []
+
+    def add(self, tensor: CheckpointTensor, dtype: torch.dtype, first_row: int, rows: int) -> MetadataIndex:
+        """Announces a chunk of a slice: rows from `first_row` on. To be called in one thread."""
+        entry = self._entries.setdefault(
+            tensor.key,
+            TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(tensor.global_shape), []),
+        )
+        if entry.properties.dtype != dtype:
+            raise InputError(
+                f"{tensor.name!r} is {dtype}, but {tensor.key!r} of other layers is {entry.properties.dtype}: "
+                "choose one with --dtype"
+            )
+        rest = tensor.shape[1:]
+        offsets = torch.Size((*tensor.lead, first_row, *(0 for _ in rest)))
+        sizes = torch.Size((*(1 for _ in tensor.lead), rows, *rest))
+        entry.chunks.append(ChunkStorageMetadata(offsets, sizes))
+        return MetadataIndex(tensor.key, offsets)
+
+    def write(self, stream: Any, file_name: str, index: MetadataIndex, chunk: torch.Tensor) -> None:
+        """Appends an announced chunk to a file; `chunk` owns its memory and has the chunk's rows."""
+        lead = len(index.offset or ()) - chunk.dim()
+        offset = stream.tell()
+        torch.save(chunk.view((1,) * lead + chunk.shape), stream)
+        where = _StorageInfo(file_name, offset, stream.tell() - offset)
+        self._results.append(WriteResult(index=index, size_in_bytes=where.length, storage_data=where))
+
+    def finish(self) -> None:
+        """Writes what describes the chunks, when all are written."""
+        FileSystemWriter(self._folder).finish(Metadata(dict(self._entries)), [self._results])
+        torch.save({}, self._folder / "common.pt")
+        (self._folder / "metadata.json").write_text(json.dumps(DESCRIPTION))

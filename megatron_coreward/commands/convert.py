@@ -1,0 +1,127 @@
+"""`convert to-megatron | to-hf | verify`: checkpoints between Hugging Face and Megatron."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_coreward.errors import InputError, RunError
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add(commands: Any) -> None:
+    convert = commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron, and their check")
+    actions = convert.add_subparsers(required=True, metavar="ACTION")
+
+    to_megatron = actions.add_parser("to-megatron", help="Hugging Face directory -> Megatron distributed checkpoint")
+    to_hf = actions.add_parser("to-hf", help="Megatron distributed checkpoint -> Hugging Face directory")
+    for action, what in ((to_megatron, "Hugging Face directory"), (to_hf, "Megatron checkpoint, or one of a run")):
+        action.add_argument("source", type=Path, metavar="SRC", help=what)
+        action.add_argument("target", type=Path, metavar="DST", help="must not exist; appears whole or not at all")
+        action.add_argument("--dtype", choices=_DTYPES, help="default: as they are")
+        action.add_argument("--workers", type=_positive, default=min(8, os.cpu_count() or 1), help="threads")
+    to_hf.add_argument("--hf-path", type=Path, help="config.json and tokenizer; default: what the checkpoint brings")
+    to_hf.add_argument("--weights", choices=("policy", "teacher"), default="policy", help="of a run's checkpoint")
+    to_hf.add_argument("--shard-gb", type=float, default=5.0, help="size of a weight file at most, 10^9 bytes")
+    to_megatron.set_defaults(run=_to_megatron)
+    to_hf.set_defaults(run=_to_hf)
+
+    verify = actions.add_parser("verify", help="compare two checkpoints of either kind, or one with its manifest")
+    verify.add_argument("one", type=Path, metavar="A")
+    verify.add_argument("other", type=Path, metavar="B", nargs="?")
+    verify.add_argument("--hf-path", type=Path, help="config.json of Megatron checkpoints that bring none")
+    verify.add_argument("--weights", choices=("policy", "teacher"), default="policy", help="of runs' checkpoints")
+    verify.add_argument(
+        "--logits", action="store_true", help="also run both models: transformers for HF, Megatron for Megatron"
+    )
+    verify.set_defaults(run=_verify)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 1 or more")
+    return int(text)
+
+
+@contextmanager
+def _progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, where that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit=unit, unit_scale=unit == "B", disable=None) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def _to_megatron(options: argparse.Namespace) -> None:
+    from megatron_coreward.checkpoint.convert import to_megatron
+
+    with _progress("to Megatron", "B") as progress:
+        to_megatron(
+            options.source,
+            options.target,
+            dtype=_dtype(options.dtype),
+            workers=options.workers,
+            progress=progress,
+        )
+    print(f"done: {options.target}")
+
+
+def _to_hf(options: argparse.Namespace) -> None:
+    from megatron_coreward.checkpoint.convert import to_hf
+
+    if options.shard_gb <= 0:
+        raise InputError(f"--shard-gb: {options.shard_gb:g}; allowed: above 0")
+    with _progress("to Hugging Face", "B") as progress:
+        to_hf(
+            options.source,
+            options.target,
+            hf_path=options.hf_path,
+            weights=options.weights,
+            dtype=_dtype(options.dtype),
+            shard_bytes=int(options.shard_gb * 1e9),
+            workers=options.workers,
+            progress=progress,
+        )
+    print(f"done: {options.target}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from megatron_coreward.checkpoint.verify import open_checkpoint, verify
+
+    one = open_checkpoint(options.one, options.hf_path, options.weights)
+    other = None
+    if options.other is not None:
+        other = open_checkpoint(options.other, options.hf_path, options.weights)
+    elif one.manifest is None:
+        raise InputError(f"{options.one} has no manifest.json to compare it with; name a second checkpoint")
+    with _progress("verify", " tensors") as progress:
+        found = verify(one, other, progress)
+    for name, gap in found.different.items():
+        print(f"different: {name} (largest absolute difference {gap:.3e})")
+    for name in found.not_as_manifest:
+        print(f"not as its manifest says: {name}")
+    if not found.ok:
+        raise RunError(
+            f"{len(found.different)} of {found.tensors} tensors differ, {len(found.not_as_manifest)} are not as their "
+            "manifest says"
+        )
+    compared = "equal" if other is not None else "as the manifest says"
+    print(f"{found.tensors} tensors are {compared}; manifests checked: {found.manifests}")
+    if options.logits:
+        from megatron_coreward.checkpoint.logits import compare_logits
+
+        print(compare_logits(one, other))
