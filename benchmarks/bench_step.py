@@ -20,6 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
@@ -28,8 +29,8 @@ from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.cluster import start_ray, stop_ray
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.run import probe_tokens, processes
-from megatron_coreward.trainer.sync import WeightSync
+from megatron_coreward.trainer.run import processes
+from megatron_coreward.trainer.sync import open_sync
 from megatron_coreward.types import Problem, Prompt
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 32, 8, 32, 64
@@ -177,21 +178,13 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     )
     problems = make_problems(len(tokenizer))
     rows = []
-    with processes(config) as (actors, engines), Judge("exact") as judge:
+    with processes(config) as (actors, engines, transport), Judge("exact") as judge:
         trainer = Trainer(
             config=config,
             method=METHODS[config.method],
             actors=actors,
             engines=engines,
-            sync=WeightSync(
-                actors,
-                engines,
-                ray.get,
-                run_id="bench",
-                bucket_bytes=2**28,
-                probe=probe_tokens(len(tokenizer), 0),
-                max_gap=1e-3,
-            ),
+            sync=open_sync(config, read_architecture(config.model.hf_path), transport, actors, engines, ray.get),
             judge=judge,
             problems_of=lambda step: problems,
         )

@@ -17,7 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"", "errors", "types", "config", "weights"}),
     frozenset({"data", "rewards", "algorithms", "telemetry", "weights.*"}),
     frozenset(
-        {"actor", "rollout", "weights.send", "weights.receive", "weights.segment", "weights.verify", "checkpoint"}
+        {"actor", "rollout", "weights.send", "weights.receive", "weights.segment", "weights.gloo", "checkpoint"}
     ),
     frozenset({"trainer"}),
     frozenset({"cli", "commands", "demo", "launch", "__main__"}),

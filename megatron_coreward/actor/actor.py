@@ -22,7 +22,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_coreward.actor import parallel  # noqa: E402
 from megatron_coreward.actor.export import export_hf  # noqa: E402
 from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
-from megatron_coreward.actor.hf_weights import load_hf, load_megatron, owned_blocks  # noqa: E402
+from megatron_coreward.actor.hf_weights import held_blocks, load_hf, load_megatron, owned_blocks  # noqa: E402
 from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
 from megatron_coreward.actor.model import DTYPES, build_chunks  # noqa: E402
 from megatron_coreward.actor.optimizer import build_optimizer, build_scheduler, wrap_chunks  # noqa: E402
@@ -34,9 +34,13 @@ from megatron_coreward.actor.token_stats import Scores, VocabularyShard, score_t
 from megatron_coreward.actor.train_step import pack_loss  # noqa: E402
 from megatron_coreward.config.architecture import read_architecture  # noqa: E402
 from megatron_coreward.types import FloatArray, Sequences, TokenStats, TrainBatch  # noqa: E402
-from megatron_coreward.weights.buckets import TensorMeta, check_tiling  # noqa: E402
-from megatron_coreward.weights.mapping import Index, hf_tensors  # noqa: E402
-from megatron_coreward.weights.send import SharedMemorySender  # noqa: E402
+from megatron_coreward.weights.buckets import check_tiling  # noqa: E402
+from megatron_coreward.weights.gloo import GlooSender, Session, serve_store  # noqa: E402
+from megatron_coreward.weights.layouts import ActorLayout  # noqa: E402
+from megatron_coreward.weights.mapping import Index  # noqa: E402
+from megatron_coreward.weights.plan import Params  # noqa: E402
+from megatron_coreward.weights.route import Route, tensors_to_send  # noqa: E402
+from megatron_coreward.weights.send import BlockHash, Sender, SharedMemorySender  # noqa: E402
 
 
 class MegatronActor:
@@ -53,7 +57,7 @@ class MegatronActor:
         if setup.megatron_path is None:
             load_hf(chunks, self.arch, self.at, setup.hf_path)
         else:
-            load_megatron(chunks, self.arch, setup.megatron_path)
+            load_megatron(chunks, self.arch, self.at, setup.megatron_path)
         self.policy = wrap_chunks(chunks)
         self.optimizer = build_optimizer(self.policy, setup.settings, dtype)
         self.scheduler = build_scheduler(self.optimizer, setup.settings, setup.total_updates)
@@ -70,7 +74,8 @@ class MegatronActor:
             size=self.arch.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group() if self.at.tp_size > 1 else None,
         )
-        self._senders: dict[Weights, SharedMemorySender] = {}
+        self._address = address  # of rank 0
+        self._senders: dict[Weights, Sender] = {}
 
     @property
     def reports(self) -> bool:
@@ -147,25 +152,50 @@ class MegatronActor:
         self.teacher.update(decay)
         self.teacher.write_to(self.frozen["teacher"])
 
-    def open_sender(self, weights: Weights, segment: str, bucket_bytes: int) -> dict[str, Any]:
-        """Prepares to publish one set of weights through shared memory. Returns what the receiving engines need.
+    def open_sender(self, weights: Weights, route: Route) -> dict[str, Any]:
+        """Prepares to publish one set of weights. Returns what the receiving engines need.
 
         Raises:
             ValueError: the ranks' blocks do not cover every tensor exactly once.
         """
+        if weights in self._senders:
+            self._senders[weights].close()
+        sender = (
+            self._shared_memory(weights, route) if route.transport == "shared_memory" else self._gloo(weights, route)
+        )
+        self._senders[weights] = sender
+        return sender.init_info
+
+    def _shared_memory(self, weights: Weights, route: Route) -> Sender:
         blocks = owned_blocks(self._modules(weights), self.arch, self.at)
-        metas = [TensorMeta(name, shape, self.setup.dtype) for name, shape in hf_tensors(self.arch).items()]
+        metas = tensors_to_send(self.arch, self.setup.dtype)
         of_all_ranks: list[list[tuple[str, Index]]] = [[] for _ in range(self.at.world_size)]
         dist.all_gather_object(of_all_ranks, [(block.name, block.index) for block in blocks])
         check_tiling(metas, itertools.chain.from_iterable(of_all_ranks))
-        if weights in self._senders:
-            self._senders[weights].close()
-        self._senders[weights] = SharedMemorySender(blocks, metas, bucket_bytes, segment, rank=self.at.rank)
-        return self._senders[weights].init_info
+        segment = f"{route.run_id}-{weights}"
+        return SharedMemorySender(blocks, metas, route.bucket_bytes, segment, self.at.rank, self.at.world_size)
 
-    def write_bucket(self, weights: Weights, bucket: int) -> None:
-        """Copies this rank's blocks of a bucket into the shared segment."""
-        self._senders[weights].write(bucket)
+    def _gloo(self, weights: Weights, route: Route) -> Sender:
+        store = serve_store(self._address, route.timeout_s) if self.at.rank == 0 else None
+        port = [store.port if store is not None else 0]
+        dist.broadcast_object_list(port, src=0)
+        settings = self.setup.settings
+        layout = ActorLayout(
+            tensor_parallel=settings.tensor_parallel,
+            pipeline_parallel=settings.pipeline_parallel,
+            virtual_pipeline=settings.virtual_pipeline,
+            expert_parallel=settings.expert_parallel,
+            data_parallel=settings.data_parallel,
+            context_parallel=settings.context_parallel,
+        )
+        params = Params(self.arch, self.setup.dtype)
+        session = Session(self._address, port[0], route.timeout_s, layout, route.engines, params, route.bucket_bytes)
+        blocks = held_blocks(self._modules(weights), self.arch, self.at)
+        return GlooSender(blocks, session, self.at.rank, store)
+
+    def write_bucket(self, weights: Weights, bucket: int, version: int, hashes: bool = False) -> list[BlockHash]:
+        """Sends this rank's part of a bucket; returns checksums for the engines to compare, if asked for them."""
+        return self._senders[weights].write(bucket, version, hashes)
 
     def _modules(self, weights: Weights) -> list[Any]:
         return [c.module for c in self.policy] if weights == "policy" else self.frozen[weights].chunks

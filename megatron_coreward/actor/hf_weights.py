@@ -2,21 +2,19 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
-from safetensors import safe_open
 
 from megatron_coreward.actor.parallel import Coordinates
+from megatron_coreward.checkpoint.pieces import PIECE_BYTES, Scratch, WeightFiles, cuts
 from megatron_coreward.checkpoint.safetensors_files import HfWeights
 from megatron_coreward.checkpoint.torch_dist import MegatronWeights
 from megatron_coreward.config.architecture import Architecture
-from megatron_coreward.errors import RunError
-from megatron_coreward.weights.mapping import Index, blocks, is_expert, is_replicated
+from megatron_coreward.weights.buckets import block_bounds
+from megatron_coreward.weights.mapping import Index, blocks, hf_tensors, is_expert, is_replicated
 from megatron_coreward.weights.send import HeldBlock
 
 _LOCAL_EXPERT = re.compile(r"(\.local_experts\.|\.linear_fc[12]\.weight)(\d+)")
@@ -43,42 +41,55 @@ def _tensor_parallel(name: str, at: Coordinates) -> tuple[int, int]:
     return (at.expert_tp_rank, at.expert_tp_size) if is_expert(name) else (at.tp_rank, at.tp_size)
 
 
-@torch.no_grad()
 def load_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, path: Path) -> None:
-    """Fills this rank's shards from the safetensors files in `path`, reading only the slices it needs.
+    """Fills this rank's shards from the safetensors files in `path`, reading only the rows it needs.
 
     Raises:
         InputError: files are missing or damaged, or a tensor is missing, left over or of another shape.
     """
-    with ExitStack() as stack:
-        weights = HfWeights(path)
+    with closing(HfWeights(path)) as weights:
         weights.check(arch)
-        files = {t.file: stack.enter_context(safe_open(t.file, framework="pt")) for t in weights.tensors.values()}
-        for name, param in global_parameters(chunks, arch, at):
-            param.zero_()  # rows that pad the vocabulary
-            for block in blocks(name, arch, *_tensor_parallel(name, at)):
-                stored = files[weights.tensors[block.hf_name].file].get_slice(block.hf_name)
-                param[block.shard_index].copy_(stored[block.hf_index])
+        _load(chunks, arch, at, weights)
+
+
+def load_megatron(chunks: list[GPTModel], arch: Architecture, at: Coordinates, path: Path, prefix: str = "") -> None:
+    """Fills this rank's shards from a Megatron distributed checkpoint of any layout, reading only the rows it needs.
+
+    (Megatron's own reader gives the same shards, which a test proves; it unpickles what it finds, and wants every key
+    that its model has, the FP8 scaling state of Transformer Engine too.)
+
+    Args:
+        prefix: of the checkpoint's keys, `teacher.` for a run's teacher.
+
+    Raises:
+        InputError: no such checkpoint, or damaged, or not one of this architecture.
+    """
+    with closing(MegatronWeights(path, arch, prefix)) as weights:
+        _load(chunks, arch, at, weights)
 
 
 @torch.no_grad()
-def load_megatron(chunks: list[GPTModel], arch: Architecture, path: Path) -> None:
-    """Fills this rank's shards from a Megatron distributed checkpoint of any layout, through Megatron's own reader.
+def _load(chunks: list[GPTModel], arch: Architecture, at: Coordinates, weights: WeightFiles) -> None:
+    shapes, scratch = hf_tensors(arch), Scratch()
+    for name, param in global_parameters(chunks, arch, at):
+        param.zero_()  # rows that pad the vocabulary
+        for block in blocks(name, arch, *_tensor_parallel(name, at)):
+            shape, dtype = shapes[block.hf_name], weights.dtype(block.hf_name)
+            (first_row, last_row), *columns = block_bounds(block.hf_name, shape, block.hf_index)
+            target = param[block.shard_index]
+            for first, rows in cuts((last_row - first_row, *shape[1:]), dtype.itemsize, PIECE_BYTES):
+                piece = scratch.take((rows, *shape[1:]), dtype)
+                weights.read_rows(block.hf_name, first_row + first, piece)
+                target[first : first + rows].copy_(piece[(slice(None), *(slice(*c) for c in columns))])
 
-    Raises:
-        InputError: no such checkpoint, or not one of this architecture.
-    """
-    MegatronWeights(path, arch).close()  # checks it, and that its metadata is harmless to unpickle
-    for chunk in chunks:
-        for param in chunk.parameters():
-            param.zero_()  # rows that pad the vocabulary
-        # Transformer Engine's FP8 scaling state is not part of a model's weights; a checkpoint may lack it.
-        wanted = {k: v for k, v in chunk.sharded_state_dict().items() if not isinstance(v, ShardedObject)}
-        loaded = dist_checkpointing.load(wanted, str(path))
-        problems = chunk.load_state_dict(loaded, strict=False)
-        missing = [name for name in problems.missing_keys if not name.endswith("_extra_state")]
-        if missing or problems.unexpected_keys:
-            raise RunError(f"{path}: Megatron did not load {(missing or problems.unexpected_keys)[0]!r}")
+
+def held_blocks(chunks: list[GPTModel], arch: Architecture, at: Coordinates) -> list[HeldBlock]:
+    """Everything that this rank holds, copies that other ranks hold too included."""
+    return [
+        HeldBlock(block.hf_name, block.hf_index, _reader(param, block.shard_index))
+        for name, param in global_parameters(chunks, arch, at)
+        for block in blocks(name, arch, *_tensor_parallel(name, at))
+    ]
 
 
 def owned_blocks(chunks: list[GPTModel], arch: Architecture, at: Coordinates) -> list[HeldBlock]:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from megatron_coreward.actor.packing import Share
 from megatron_coreward.actor.setup import ActorSetup, Weights
 from megatron_coreward.types import Sequences, TokenStats, TrainBatch
+from megatron_coreward.weights.route import Route
 
 if TYPE_CHECKING:
     from megatron_coreward.actor.actor import MegatronActor
+    from megatron_coreward.weights.send import BlockHash
 
 
 class ActorWorker:
@@ -53,11 +55,11 @@ class ActorWorker:
     def move_teacher(self, decay: float) -> None:
         self._rank.move_teacher(decay)
 
-    def open_sender(self, weights: Weights, segment: str, bucket_bytes: int) -> dict[str, Any]:
-        return self._rank.open_sender(weights, segment, bucket_bytes)
+    def open_sender(self, weights: Weights, route: Route) -> dict[str, Any]:
+        return self._rank.open_sender(weights, route)
 
-    def write_bucket(self, weights: Weights, bucket: int) -> None:
-        self._rank.write_bucket(weights, bucket)
+    def write_bucket(self, weights: Weights, bucket: int, version: int, hashes: bool) -> "list[BlockHash]":
+        return self._rank.write_bucket(weights, bucket, version, hashes)
 
     def export_hf(self, weights: Weights, target: Path) -> None:
         self._rank.export_hf(weights, target)

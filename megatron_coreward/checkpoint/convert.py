@@ -3,53 +3,42 @@
     to-megatron   SRC (HF directory)              -> DST: torch_dist files, hf/ (config, tokenizer), manifest.json
     to-hf         SRC (Megatron checkpoint)       -> DST: safetensors, config, tokenizer, manifest.json
 
-Weights pass in pieces of rows: read from the source into a buffer where they belong, hashed, cast if asked to, written.
+Weights pass in pieces of rows: read from the source into a buffer where they belong, cast if asked to, hashed, written.
 Threads share the work: reading, hashing and writing leave Python to itself, and processes would each bring a third of
 a gigabyte of libraries.
 
 Invariants (tests/checkpoint/test_convert.py):
   1. Every tensor of the source is consumed exactly once, every tensor of the target produced exactly once.
   2. A target appears whole, or not at all.
-  3. A worker holds two pieces (three with a cast) of at most PIECE_BYTES or one row, whatever the model's size.
+  3. The buffers of all workers together hold at most BUFFER_BYTES, or some rows each, whatever the model's size.
 """
 
 import math
-import os
-import shutil
-import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
 
 import torch
 from blake3 import blake3
 
 from megatron_coreward.checkpoint.hf_description import copy_description
 from megatron_coreward.checkpoint.manifest import MANIFEST, TensorHash, write_manifest
-from megatron_coreward.checkpoint.safetensors_files import HfWeights, HfWriter, bytes_of
-from megatron_coreward.checkpoint.torch_dist import MegatronWeights, MegatronWriter
-from megatron_coreward.config.architecture import Architecture, read_architecture
+from megatron_coreward.checkpoint.new_directory import new_directory
+from megatron_coreward.checkpoint.pieces import PIECE_BYTES, Scratch, bytes_of, cast, cast_into, cuts, pieces_of
+from megatron_coreward.checkpoint.safetensors_files import HfWeights, HfWriter
+from megatron_coreward.checkpoint.torch_dist import ChunkFile, MegatronWeights, MegatronWriter
+from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.weights.checkpoint_keys import CheckpointTensor, checkpoint_tensors
 from megatron_coreward.weights.mapping import hf_tensors
 
-PIECE_BYTES = 32 * 2**20
+BUFFER_BYTES = 384 * 2**20  # of all workers
+PIECES_A_WORKER = 3  # at once: as read, as written, and what the check of a cast takes
 DESCRIPTION = "hf"  # in a Megatron checkpoint: what the HF directory holds beside weights
-FREE_MARGIN = 64 * 2**20
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-
-
-class WeightFiles(Protocol):
-    """A checkpoint of either format, by HF names (`HfWeights`, `MegatronWeights`)."""
-
-    def dtype(self, name: str) -> torch.dtype: ...
-    def read_rows(self, name: str, first_row: int, out: torch.Tensor) -> None: ...
-    def close(self) -> None: ...
 
 
 def to_megatron(
@@ -68,38 +57,47 @@ def to_megatron(
     """
     arch = read_architecture(source)
     with ExitStack() as stack:
-        weights = HfWeights(source)
-        stack.callback(weights.close)
+        weights = stack.enter_context(closing(HfWeights(source)))
         ignored = weights.check(arch)
-        tensors = list(checkpoint_tensors(arch))
-        dtypes = {name: dtype or weights.dtype(name) for name in hf_tensors(arch)}
-        _check_tied_head(weights, arch, ignored)
-        sizes = [math.prod(t.shape) * dtypes[t.runs[0].hf_name].itemsize for t in tensors]
+        shapes = hf_tensors(arch)
+        dtypes = {name: dtype or weights.dtype(name) for name in shapes}
+        tensors = [(tensor, _stored_dtype(tensor, dtypes)) for tensor in checkpoint_tensors(arch)]
+        sizes = [math.prod(tensor.shape) * stored.itemsize for tensor, stored in tensors]
         folder = stack.enter_context(new_directory(target, sum(sizes)))
         writer = MegatronWriter(folder)
-        pieces = {t.name: _announce(writer, t, dtypes[t.runs[0].hf_name]) for t in tensors}
-        hashes = _Hashes(hf_tensors(arch), dtypes)
-        count = _Count(sum(sizes), progress)
+        piece_bytes = _piece_bytes(workers)
+        chunks = [
+            [
+                (first, rows, writer.add(t, stored, first, rows))
+                for first, rows in cuts(t.shape, stored.itemsize, piece_bytes)
+            ]
+            for t, stored in tensors
+        ]
+        hashes = _Hashes(shapes, dtypes)
 
-        def work(share: Sequence[int], number: int) -> None:
-            file_name = f"__{number}_0.distcp"
-            with (folder / file_name).open("wb", buffering=0) as stream:
+        def work(share: "_Share") -> None:
+            read, written = Scratch(), Scratch()
+            with closing(ChunkFile(folder / f"__{share.worker}_0.distcp")) as file:
                 for place in share:
-                    tensor = tensors[place]
-                    for first_row, rows, index in pieces[tensor.name]:
-                        count.check()
-                        piece = _read_piece(weights, tensor, first_row, rows, dtypes, hashes)
-                        writer.write(stream, file_name, index, piece)
-                        count.add(piece.nbytes)
-                os.fsync(stream.fileno())
+                    tensor, stored = tensors[place]
+                    for first, rows, index in chunks[place]:
+                        piece = written.take((rows, *tensor.shape[1:]), stored)
+                        for run in tensor.runs:
+                            start, stop = max(first, run.row), min(first + rows, run.row + run.rows)
+                            if start >= stop:
+                                continue
+                            part, hf_row = piece[start - first : stop - first], run.hf_row + start - run.row
+                            _read_cast(weights, run.hf_name, hf_row, part, read)
+                            hashes.update(run.hf_name, part)
+                        writer.write(file, index, piece)
+                        share.done(piece.nbytes)
 
-        _share_out(sizes, workers, work, count)
+        _share_out(sizes, workers, work, progress)
         writer.finish()
         (folder / DESCRIPTION).mkdir()
-        stored = {dtypes[name] for name in dtypes}
-        copy_description(source, folder / DESCRIPTION, stored.pop() if len(stored) == 1 else None)
+        copy_description(source, folder / DESCRIPTION, _only(dtypes.values()))
         (folder / DESCRIPTION / MANIFEST).unlink(missing_ok=True)
-        write_manifest(folder, hashes.done(), ignored)
+        write_manifest(folder, hashes.finish(), ignored)
 
 
 def to_hf(
@@ -127,33 +125,34 @@ def to_hf(
     description = describing_directory(source, hf_path)
     arch = read_architecture(description)
     with ExitStack() as stack:
-        stored = MegatronWeights(source, arch, prefix="teacher." if weights == "teacher" else "")
-        stack.callback(stored.close)
+        stored = stack.enter_context(closing(MegatronWeights(source, arch, key_prefix(weights))))
         shapes = hf_tensors(arch)
-        dtypes = {name: dtype or stored.dtype(name) for name in shapes}
-        sizes = [math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()]
-        folder = stack.enter_context(new_directory(target, sum(sizes)))
-        writer = HfWriter(folder, shapes, dtypes, shard_bytes)
-        stack.callback(writer.close)
-        hashes = _Hashes(shapes, dtypes)
-        count = _Count(sum(sizes), progress)
         names = list(shapes)
+        dtypes = {name: dtype or stored.dtype(name) for name in names}
+        sizes = [math.prod(shapes[name]) * dtypes[name].itemsize for name in names]
+        folder = stack.enter_context(new_directory(target, sum(sizes)))
+        writer = stack.enter_context(closing(HfWriter(folder, shapes, dtypes, shard_bytes)))
+        piece_bytes = _piece_bytes(workers)
+        hashes = _Hashes(shapes, dtypes)
 
-        def work(share: Sequence[int], number: int) -> None:
+        def work(share: "_Share") -> None:
+            read, written = Scratch(), Scratch()
             for place in share:
                 name = names[place]
-                for first_row, piece in pieces_of(stored, name, shapes[name]):
-                    count.check()
-                    written = cast(name, piece, dtypes[name])
-                    hashes.update(name, written)
-                    writer.write_rows(name, first_row, written)
-                    count.add(written.nbytes)
+                for first, piece in pieces_of(stored, name, shapes[name], piece_bytes, read):
+                    rows = cast(name, piece, dtypes[name], written)
+                    hashes.update(name, rows)
+                    writer.write_rows(name, first, rows)
+                    share.done(rows.nbytes)
 
-        _share_out(sizes, workers, work, count)
-        writer.sync()
-        several = set(dtypes.values())
-        copy_description(description, folder, several.pop() if len(several) == 1 else None)
-        write_manifest(folder, hashes.done(), [])
+        _share_out(sizes, workers, work, progress)
+        copy_description(description, folder, _only(dtypes.values()))
+        write_manifest(folder, hashes.finish(), [])
+
+
+def key_prefix(weights: str) -> str:
+    """Of the keys of a run's checkpoint under which `policy` or `teacher` weights are."""
+    return "teacher." if weights == "teacher" else ""
 
 
 def megatron_directory(path: Path) -> Path:
@@ -170,7 +169,9 @@ def describing_directory(source: Path, hf_path: Path | None) -> Path:
     """
     if hf_path is not None:
         return hf_path
-    for folder in (source / DESCRIPTION, source.parent / DESCRIPTION):
+    inside = source / DESCRIPTION
+    beside = source.parent / DESCRIPTION if source.name == "megatron" else inside  # in a checkpoint of a run
+    for folder in (inside, beside):
         if (folder / "config.json").is_file():
             return folder
     raise InputError(
@@ -178,190 +179,117 @@ def describing_directory(source: Path, hf_path: Path | None) -> Path:
     )
 
 
-def pieces_of(
-    weights: WeightFiles, name: str, shape: tuple[int, ...], piece_bytes: int = PIECE_BYTES
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows) of a tensor from top to bottom."""
-    dtype = weights.dtype(name)
-    step = max(1, piece_bytes // (math.prod(shape[1:]) * dtype.itemsize))
-    for first in range(0, shape[0], step):
-        piece = torch.empty((min(step, shape[0] - first), *shape[1:]), dtype=dtype)
-        weights.read_rows(name, first, piece)
-        yield first, piece
-
-
-def cast(name: str, piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The piece in another dtype. Raises InputError where a finite value would become infinite."""
-    if piece.dtype == dtype:
-        return piece
-    result = piece.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(piece.dtype).max and bool((result.isinf() & ~piece.isinf()).any()):
-        raise InputError(f"tensor {name!r} has values beyond the range of {dtype}; choose another --dtype")
-    return result
-
-
-def _announce(writer: MegatronWriter, tensor: CheckpointTensor, dtype: torch.dtype) -> list[tuple[int, int, Any]]:
-    """(first row, rows, index) of the chunks of a slice."""
-    step = max(1, PIECE_BYTES // (tensor.row_size * dtype.itemsize))
-    firsts = range(0, tensor.shape[0], step)
-    return [(f, rows, writer.add(tensor, dtype, f, rows)) for f in firsts for rows in (min(step, tensor.shape[0] - f),)]
-
-
-def _read_piece(
-    weights: HfWeights,
-    tensor: CheckpointTensor,
-    first_row: int,
-    rows: int,
-    dtypes: dict[str, torch.dtype],
-    hashes: "_Hashes",
-) -> torch.Tensor:
-    """Rows of a Megatron slice, each run of them read into its place."""
+def _stored_dtype(tensor: CheckpointTensor, dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """The dtype of a Megatron tensor. Raises InputError where the HF tensors that it fuses have several."""
     names = {run.hf_name for run in tensor.runs}
-    sources = {weights.dtype(name) for name in names}
-    dtype = dtypes[tensor.runs[0].hf_name]
-    if len({dtypes[name] for name in names}) > 1:
-        raise InputError(f"tensors of {tensor.name!r} have different dtypes ({', '.join(sorted(names))}): set --dtype")
-    piece = torch.empty((rows, *tensor.shape[1:]), dtype=dtype)
-    for run in tensor.runs:
-        start, stop = max(first_row, run.row), min(first_row + rows, run.row + run.rows)
-        if start >= stop:
-            continue
-        target = piece[start - first_row : stop - first_row]
-        if sources == {dtype}:
-            weights.read_rows(run.hf_name, run.hf_row + start - run.row, target)
-        else:
-            source = torch.empty(target.shape, dtype=weights.dtype(run.hf_name))
-            weights.read_rows(run.hf_name, run.hf_row + start - run.row, source)
-            target.copy_(cast(run.hf_name, source, dtype))
-        hashes.update(run.hf_name, target)
-    return piece
-
-
-def _check_tied_head(weights: HfWeights, arch: Architecture, unneeded: Sequence[str]) -> None:
-    """A tied model may repeat the embedding as its head, but nothing else."""
-    if arch.tied and "lm_head.weight" in unneeded:
-        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-        shape = weights.tensors[head].shape
-        same = shape == weights.tensors[embedding].shape and all(
-            torch.equal(a, b)
-            for (_, a), (_, b) in zip(
-                pieces_of(weights, embedding, shape), pieces_of(weights, head, shape), strict=True
-            )
+    dtype = _only(dtypes[name] for name in names)
+    if dtype is None:
+        raise InputError(
+            f"{', '.join(sorted(names))} become one tensor, but have different dtypes: choose one with --dtype"
         )
-        if not same:
-            raise InputError(
-                f"{weights.path}: config.json has tie_word_embeddings true, but {head!r} is not the embedding"
-            )
+    return dtype
+
+
+def _only(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
+    """The one dtype; None if there are several."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else None
+
+
+def _piece_bytes(workers: int) -> int:
+    return min(PIECE_BYTES, BUFFER_BYTES // (PIECES_A_WORKER * workers))
+
+
+def _read_cast(weights: HfWeights, name: str, first_row: int, out: torch.Tensor, scratch: Scratch) -> None:
+    """Fills `out` with rows of a tensor, in the dtype of `out`."""
+    if weights.dtype(name) == out.dtype:
+        weights.read_rows(name, first_row, out)
+        return
+    rows = scratch.take(tuple(out.shape), weights.dtype(name))
+    weights.read_rows(name, first_row, rows)
+    cast_into(name, rows, out)
 
 
 class _Hashes:
-    """Running hashes of HF tensors whose rows arrive from top to bottom."""
+    """Hashes of HF tensors whose rows arrive from top to bottom; a tensor's all in one thread."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> None:
         self._shapes, self._dtypes = shapes, dtypes
-        self._hashes = {name: blake3() for name in shapes}
-        self._bytes = dict.fromkeys(shapes, 0)
+        self._running: dict[str, tuple[blake3, int]] = {}  # with the bytes so far
+        self._finished: dict[str, TensorHash] = {}
 
     def update(self, name: str, rows: torch.Tensor) -> None:
-        self._hashes[name].update(bytes_of(rows))
-        self._bytes[name] += rows.nbytes
+        shape, dtype = self._shapes[name], self._dtypes[name]
+        running, count = self._running.pop(name, (blake3(), 0))
+        running.update(bytes_of(rows))
+        count += rows.nbytes
+        if name in self._finished or count > math.prod(shape) * dtype.itemsize:
+            raise RunError(f"tensor {name!r}: more bytes were converted than it has")
+        if count == math.prod(shape) * dtype.itemsize:
+            self._finished[name] = TensorHash(str(dtype).removeprefix("torch."), shape, running.hexdigest())
+        else:
+            self._running[name] = (running, count)
 
-    def done(self) -> dict[str, TensorHash]:
+    def finish(self) -> dict[str, TensorHash]:
         """Raises RunError unless every byte of every tensor has passed exactly once."""
-        for name, shape in self._shapes.items():
-            total = math.prod(shape) * self._dtypes[name].itemsize
-            if self._bytes[name] != total:
-                raise RunError(f"tensor {name!r}: {self._bytes[name]} of {total} bytes were converted")
-        return {
-            name: TensorHash(str(self._dtypes[name]).removeprefix("torch."), shape, self._hashes[name].hexdigest())
-            for name, shape in self._shapes.items()
-        }
+        for name in self._shapes:
+            if name not in self._finished:
+                raise RunError(f"tensor {name!r} was not converted as a whole")
+        return self._finished
 
 
-class _Count:
-    """Progress over all workers, and the word to stop when one of them has failed."""
+class _Share:
+    """What one worker takes from the common pile: place after place, until it is empty or another worker has failed."""
 
-    def __init__(self, total: int, progress: Progress) -> None:
-        self._lock, self._done, self._total, self._progress = threading.Lock(), 0, total, progress
-        self.stop = threading.Event()
+    def __init__(self, pile: "_Pile", worker: int) -> None:
+        self._pile, self.worker = pile, worker
 
-    def add(self, count: int) -> None:
+    def __iter__(self) -> Iterator[int]:
+        return self._pile
+
+    def done(self, nbytes: int) -> None:
+        """Counts what has been written, and ends the work of this worker if another one has failed."""
+        self._pile.count(nbytes)
+
+
+class _Pile:
+    """Places to be worked on, the largest first, so that no worker is left alone with a large one in the end."""
+
+    def __init__(self, sizes: Sequence[int], progress: Progress) -> None:
+        self._lock = threading.Lock()
+        self._places = iter(sorted(range(len(sizes)), key=lambda place: -sizes[place]))
+        self._done, self._total, self._progress = 0, sum(sizes), progress
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
         with self._lock:
-            self._done += count
-            self._progress(self._done, self._total)
+            return next(self._places)
 
-    def check(self) -> None:
-        if self.stop.is_set():
+    def count(self, nbytes: int) -> None:
+        if self.stopped:
             raise _Stopped
+        with self._lock:
+            self._done += nbytes
+            self._progress(self._done, self._total)
 
 
 class _Stopped(Exception):
-    pass
+    """Another worker has failed, or the user has had enough."""
 
 
-def _share_out(sizes: Sequence[int], workers: int, work: Callable[[Sequence[int], int], None], count: _Count) -> None:
-    """Gives every worker about the same number of bytes, in runs of neighbours, and raises the first error."""
-    shares: list[list[int]] = [[] for _ in range(max(1, min(workers, len(sizes))))]
-    total, before = sum(sizes), 0
-    for place, size in enumerate(sizes):
-        shares[min(len(shares) - 1, before * len(shares) // total)].append(place)
-        before += size
-    with ThreadPoolExecutor(len(shares), "convert") as pool:
-        futures = [pool.submit(work, share, number) for number, share in enumerate(shares)]
+def _share_out(sizes: Sequence[int], workers: int, work: Callable[[_Share], None], progress: Progress) -> None:
+    """Runs `work` in several threads, and raises the first error of any."""
+    pile = _Pile(sizes, progress)
+    with ThreadPoolExecutor(workers, "convert") as pool:
+        futures = [pool.submit(work, _Share(pile, worker)) for worker in range(min(workers, len(sizes)))]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            count.stop.set()
+            pile.stopped = True
             wait(futures)
     errors = [e for e in (f.exception() for f in futures) if e is not None and not isinstance(e, _Stopped)]
     if errors:
         raise errors[0]
-
-
-@contextmanager
-def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
-    """A directory that gets its name when it is complete, and is removed if anything goes wrong before, SIGTERM
-    included.
-
-    Raises:
-        InputError: the target exists, or its parent does not.
-        RunError: the disk has less than `nbytes` left, or runs full.
-    """
-    if target.exists():
-        raise InputError(f"{target} exists; choose another target, or remove it first")
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"{parent} is no directory, so {target.name} cannot be made in it")
-    free = shutil.disk_usage(parent).free
-    if free < nbytes + FREE_MARGIN:
-        raise RunError(f"{target} needs {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {parent}")
-    partial = parent / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        with _terminable():
-            yield partial
-            os.rename(partial, target)
-    except OSError as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{target} could not be written: {e.strerror} ({e.filename or parent})") from e
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the block with KeyboardInterrupt, so that what it has begun is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)

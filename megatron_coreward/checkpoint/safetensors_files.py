@@ -5,12 +5,15 @@ memory whole; a converter of models larger than memory does neither. The format 
 and the tensors' bytes; checking it strictly is half of the work.
 
 Invariants (tests/checkpoint/test_safetensors_files.py):
-  1. A file is accepted only if its tensors tile its data exactly: nothing truncated, no hole, no overlap, no bytes left.
-  2. A name has one file: two files with it, or an index that says another file, is an error.
+  1. A file is accepted only if its tensors tile its data exactly: nothing truncated, no hole, no overlap, nothing left.
+  2. A name has one file: two files with it, or an index that says another file, is an error; so is a file beside those
+     that the index names, as readers do not agree on which of the two to take.
+  3. Every tensor of a file that is written starts at a multiple of its element size.
 """
 
 import json
 import math
+import operator
 import os
 import re
 import struct
@@ -21,6 +24,7 @@ from typing import Any
 
 import torch
 
+from megatron_coreward.checkpoint.pieces import PIECE_BYTES, OpenFiles, Scratch, bytes_of, pieces_of, write_at
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.errors import InputError
 from megatron_coreward.weights.mapping import hf_tensors
@@ -64,16 +68,16 @@ class HfWeights:
                 name = min(allowed ^ set(found))
                 where = "does not hold it" if name in allowed else "holds it"
                 raise InputError(f"{path / INDEX} disagrees with {file.name} on tensor {name!r}: the file {where}")
-        self._files: dict[Path, int] = {}
+        self._files = OpenFiles()
 
     def check(self, arch: Architecture) -> list[str]:
         """Checks that these are the tensors of the architecture, no more and no less.
 
-        Returns the names that are not needed: the head of a tied model (`check_tied_head` compares it) and buffers that
-        follow from the config.
+        Returns the names that are not needed: a tied model's head, which is read and repeats the embedding, and buffers
+        that follow from the config.
 
         Raises:
-            InputError: tensors are missing, left over, of another shape, or no floats.
+            InputError: tensors are missing, left over or of another shape, or a tied model has a head of its own.
         """
         expected = hf_tensors(arch)
         missing = [name for name in expected if name not in self.tensors]
@@ -92,7 +96,18 @@ class HfWeights:
                 raise InputError(
                     f"{self.path}: tensor {name!r} has shape {self.tensors[name].shape}, config.json asks for {shape}"
                 )
+        if "lm_head.weight" in unneeded and not self._same("lm_head.weight", "model.embed_tokens.weight"):
+            raise InputError(
+                f"{self.path}: config.json has tie_word_embeddings true, but 'lm_head.weight' is not the embedding"
+            )
         return unneeded
+
+    def _same(self, one: str, other: str) -> bool:
+        a, b = self.tensors[one], self.tensors[other]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        ours, theirs = (pieces_of(self, name, a.shape, PIECE_BYTES, Scratch()) for name in (one, other))
+        return all(bytes_of(rows) == bytes_of(others) for (_, rows), (_, others) in zip(ours, theirs, strict=True))
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
@@ -101,42 +116,10 @@ class HfWeights:
         """Fills `out`, which is contiguous and of the tensor's dtype, with rows from `first_row` on."""
         tensor = self.tensors[name]
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        if tensor.file not in self._files:
-            self._files[tensor.file] = os.open(tensor.file, os.O_RDONLY)
-        read_at(self._files[tensor.file], tensor.start + first_row * row_bytes, out, tensor.file)
-
-    def read(self, name: str) -> torch.Tensor:
-        """The whole tensor."""
-        out = torch.empty(self.tensors[name].shape, dtype=self.tensors[name].dtype)
-        self.read_rows(name, 0, out)
-        return out
+        self._files.read(tensor.file, tensor.start + first_row * row_bytes, out)
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def read_at(file: int, start: int, out: torch.Tensor, path: Path) -> None:
-    """Fills a contiguous tensor from a byte of an open file on. Raises InputError where the file ends before."""
-    rest = bytes_of(out)
-    while rest:
-        count = os.preadv(file, [rest], start)
-        if count == 0:
-            raise InputError(f"{path}: truncated: it ends at byte {start}, {len(rest)} bytes too early")
-        rest, start = rest[count:], start + count
-
-
-def write_at(file: int, start: int, tensor: torch.Tensor) -> None:
-    """Writes the memory of a contiguous tensor to an open file."""
-    rest = bytes_of(tensor)
-    while rest:
-        count = os.pwrite(file, rest, start)
-        rest, start = rest[count:], start + count
+        self._files.close()
 
 
 def _files(path: Path) -> dict[Path, set[str] | None]:
@@ -144,7 +127,7 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
     index = path / INDEX
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = json.loads(index.read_text(), object_pairs_hook=_unique)["weight_map"]
             files: dict[Path, set[str] | None] = {path / str(file): set() for file in weight_map.values()}
             for name, file in weight_map.items():
                 names = files[path / str(file)]
@@ -157,6 +140,11 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
                 raise InputError(f"{index} names {file}, which is outside of the model's directory")
             if not file.is_file():
                 raise InputError(f"{index} names {file.name}, which does not exist")
+        beside = sorted(set(path.glob("*.safetensors")) - set(files))
+        if beside:
+            raise InputError(
+                f"{path}: {beside[0].name} lies beside the files that {INDEX} names; remove one or the other"
+            )
         return dict(sorted(files.items()))
     found = sorted(path.glob("*.safetensors"))
     if not found:
@@ -189,7 +177,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise
         raise InputError(f"{file}: not a readable safetensors file ({type(e).__name__}: {e})") from None
     position = 8 + length
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != position:
             raise InputError(f"{file}: tensor {name!r} starts at byte {tensor.start}, expected {position}")
         position += tensor.nbytes
@@ -203,7 +191,7 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key!r} appears twice in the header")
+            raise ValueError(f"{key!r} appears twice")
         found[key] = value
     return found
 
@@ -212,7 +200,9 @@ def _stored(file: Path, data: int, name: str, entry: Mapping[str, Any]) -> Store
     if entry["dtype"] not in DTYPES:
         raise InputError(f"{file}: tensor {name!r} has dtype {entry['dtype']}; supported: {', '.join(DTYPES)}")
     start, stop = entry["data_offsets"]
-    tensor = StoredTensor(file, data + start, tuple(map(int, entry["shape"])), DTYPES[entry["dtype"]])
+    tensor = StoredTensor(file, data + start, tuple(map(operator.index, entry["shape"])), DTYPES[entry["dtype"]])
+    if min(tensor.shape, default=0) < 0:
+        raise InputError(f"{file}: tensor {name!r} has shape {tensor.shape}")
     if stop - start != tensor.nbytes:
         raise InputError(
             f"{file}: tensor {name!r} has {stop - start} bytes, its shape and dtype ask for {tensor.nbytes}"
@@ -253,6 +243,7 @@ class HfWriter:
     ) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
+        names = sorted(names, key=lambda name: -dtypes[name].itemsize)  # keeps every one aligned
         for name in names:
             end = position + math.prod(shapes[name]) * dtypes[name].itemsize
             header[name] = {"dtype": _NAMES[dtypes[name]], "shape": shapes[name], "data_offsets": [position, end]}
@@ -260,7 +251,7 @@ class HfWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
         self._open[file] = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        os.pwrite(self._open[file], struct.pack("<Q", len(text)) + text, 0)
+        write_at(self._open[file], 0, memoryview(struct.pack("<Q", len(text)) + text))
         os.ftruncate(self._open[file], 8 + len(text) + position)
         for name in names:
             start = 8 + len(text) + header[name]["data_offsets"][0]
@@ -270,12 +261,7 @@ class HfWriter:
         """Writes contiguous rows of a tensor to their place."""
         tensor = self.tensors[name]
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        write_at(self._open[tensor.file], tensor.start + first_row * row_bytes, rows)
-
-    def sync(self) -> None:
-        """Returns when the files are on the disk."""
-        for file in self._open.values():
-            os.fsync(file)
+        write_at(self._open[tensor.file], tensor.start + first_row * row_bytes, bytes_of(rows))
 
     def close(self) -> None:
         while self._open:

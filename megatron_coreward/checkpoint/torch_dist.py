@@ -7,16 +7,16 @@ chunk: `torch.save` stores a tensor's bytes as they are, and PyTorch tells where
 Invariants (tests/checkpoint/test_torch_dist.py):
   1. Nothing that could run code is unpickled: metadata by an allowlist, chunks with `weights_only`.
   2. The chunks of every slice that is read tile it exactly once.
+  3. A chunk that is written is on its way to the disk in full, or an error is raised.
 """
 
 import json
-import math
 import os
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
@@ -29,8 +29,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
+from torch.utils.serialization import config as serialization_config
 
-from megatron_coreward.checkpoint.safetensors_files import DTYPES, read_at
+from megatron_coreward.checkpoint.pieces import OpenFiles, write_at
+from megatron_coreward.checkpoint.safetensors_files import DTYPES
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.errors import InputError
 from megatron_coreward.weights.buckets import TensorMeta, check_tiling
@@ -101,12 +103,49 @@ def read_metadata(path: Path) -> Metadata:
         raise InputError(f"{path}: a checkpoint of format {backend!r}; supported: torch_dist")
     try:
         with (path / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, TypeError, ValueError) as e:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+    except Exception as e:  # a damaged pickle can raise anything
         raise InputError(f"{path / '.metadata'}: not readable ({type(e).__name__}: {e})") from None
-    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
-        raise InputError(f"{path / '.metadata'}: not the metadata of a distributed checkpoint")
+    if not _is_well_formed(metadata):
+        raise InputError(f"{path / '.metadata'}: not the metadata of a distributed checkpoint, or damaged")
     return metadata
+
+
+def _is_well_formed(metadata: Any) -> bool:
+    """Whether what was unpickled has the types that the rest of this file counts on."""
+
+    def is_size(value: Any) -> bool:
+        return isinstance(value, torch.Size)
+
+    def is_entry(entry: Any) -> bool:
+        return not isinstance(entry, TensorStorageMetadata) or (
+            is_size(entry.size)
+            and isinstance(entry.properties, TensorProperties)
+            and all(
+                isinstance(c, ChunkStorageMetadata)
+                and is_size(c.offsets)
+                and is_size(c.sizes)
+                and len(c.offsets) == len(c.sizes) == len(entry.size)
+                for c in entry.chunks
+            )
+        )
+
+    try:
+        return isinstance(metadata, Metadata) and all(
+            (
+                all(isinstance(key, str) and is_entry(e) for key, e in metadata.state_dict_metadata.items()),
+                all(
+                    isinstance(i, MetadataIndex)
+                    and isinstance(w, _StorageInfo)
+                    and isinstance(w.relative_path, str)
+                    and isinstance(w.offset, int)
+                    and isinstance(w.length, int)
+                    for i, w in metadata.storage_data.items()
+                ),
+            )
+        )
+    except (AttributeError, TypeError):
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +153,7 @@ class _Chunk:
     """A stored chunk of a slice: rows [row, row + rows) and columns [column, column + columns)."""
 
     where: _StorageInfo
+    sizes: tuple[int, ...]  # of all that is stored there
     skip: int  # rows of other slices that lie before it in what is stored
     row: int
     rows: int
@@ -160,7 +200,7 @@ class MegatronWeights:
         if extra:
             raise InputError(f"{path}: {len(extra)} tensors have no place in a {arch.family} model, first {extra[0]!r}")
         self._key = {t.key: next(prefix + k for k in spellings(t.key) if prefix + k in used) for t in expected}
-        self._files: dict[Path, int] = {}
+        self._files = OpenFiles()
         self._data_start: dict[tuple[str, int], int] = {}
 
     def _check_shape(
@@ -177,7 +217,7 @@ class MegatronWeights:
 
     def _collect(self, key: str, entry: TensorStorageMetadata, tensor: CheckpointTensor, metadata: Metadata) -> None:
         """Sorts the chunks of a global tensor by the slice that they belong to."""
-        leads, rows = len(tensor.lead), entry.size[len(tensor.lead)]
+        leads = len(tensor.lead)
         for chunk in entry.chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             where = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
@@ -185,13 +225,11 @@ class MegatronWeights:
                 raise InputError(f"{self.path}: the chunk of {key!r} at {offsets} is not stored anywhere")
             if where.transform_descriptors:
                 raise InputError(f"{self.path}: {key!r} is stored with {where.transform_descriptors}; supported: none")
-            if leads and math.prod(sizes[:leads]) > 1 and sizes[leads] != rows:
-                raise InputError(f"{self.path}: a chunk of {key!r} spans several layers but not all of their rows")
             column, columns = (offsets[leads + 1], sizes[leads + 1]) if len(sizes) > leads + 1 else (0, 1)
             for place, lead in enumerate(_places(offsets[:leads], sizes[:leads])):
                 skip = place * sizes[leads]
                 self._chunks.setdefault((key, lead), []).append(
-                    _Chunk(where, skip, offsets[leads], sizes[leads], column, columns)
+                    _Chunk(where, sizes, skip, offsets[leads], sizes[leads], column, columns)
                 )
 
     def _check_slice(self, key: str, tensor: CheckpointTensor, size: Sequence[int]) -> None:
@@ -223,35 +261,29 @@ class MegatronWeights:
             start, end = max(first_row, chunk.row), min(stop, chunk.row + chunk.rows)
             if start >= end:
                 continue
-            place = self._open(chunk, tensor, dtype)
-            byte = place[1] + (chunk.skip + start - chunk.row) * chunk.columns * dtype.itemsize
+            path, data = self._locate(chunk, tensor.key, dtype)
+            byte = data + (chunk.skip + start - chunk.row) * chunk.columns * dtype.itemsize
             target = out[start - first_row : end - first_row, chunk.column : chunk.column + chunk.columns]
             if target.is_contiguous():
-                read_at(place[0], byte, target, self.path / chunk.where.relative_path)
+                self._files.read(path, byte, target)
             else:
                 rows = torch.empty(target.shape, dtype=dtype)
-                read_at(place[0], byte, rows, self.path / chunk.where.relative_path)
+                self._files.read(path, byte, rows)
                 target.copy_(rows)
 
-    def _open(self, chunk: _Chunk, tensor: CheckpointTensor, dtype: torch.dtype) -> tuple[int, int]:
-        """The open file of a chunk and the byte where the chunk's elements start."""
+    def _locate(self, chunk: _Chunk, key: str, dtype: torch.dtype) -> tuple[Path, int]:
+        """The file of a chunk and the byte where the chunk's elements start."""
         where = chunk.where
         path = self.path / where.relative_path
         if path.parent != self.path:
-            raise InputError(f"{self.path}: chunk of {tensor.key!r} lies in {path}, outside of the checkpoint")
-        if path not in self._files:
-            try:
-                self._files[path] = os.open(path, os.O_RDONLY)
-            except OSError as e:
-                raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+            raise InputError(f"{self.path}: a chunk of {key!r} lies in {path}, outside of the checkpoint")
         place = (where.relative_path, where.offset)
         if place not in self._data_start:
-            self._data_start[place] = _locate(path, where, tensor, chunk, dtype)
-        return self._files[path], self._data_start[place]
+            self._data_start[place] = _data_start(path, chunk, key, dtype)
+        return path, self._data_start[place]
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
 
 def _places(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -263,8 +295,9 @@ def _places(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int,
             yield (first, *rest)
 
 
-def _locate(path: Path, where: _StorageInfo, tensor: CheckpointTensor, chunk: _Chunk, dtype: torch.dtype) -> int:
+def _data_start(path: Path, chunk: _Chunk, key: str, dtype: torch.dtype) -> int:
     """The byte of a file at which the elements of the chunk that `torch.save` wrote start, row by row."""
+    where = chunk.where
     try:
         with path.open("rb") as file:
             view: Any = _create_file_view(file, where.offset, where.length)
@@ -272,19 +305,46 @@ def _locate(path: Path, where: _StorageInfo, tensor: CheckpointTensor, chunk: _C
             start: int = archive.get_record_offset("data/0")
             view.seek(0)
             stored = torch.load(view, map_location="meta", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        message = str(e).splitlines()[0]
-        raise InputError(f"{path}: the chunk of {tensor.key!r} at byte {where.offset} is damaged ({message})") from None
-    width = (chunk.columns,) if len(tensor.shape) > 1 else ()
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; it holds a chunk of {key!r}") from None
+    except Exception as e:  # a damaged archive can raise anything
+        message = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"{path}: the chunk of {key!r} at byte {where.offset} is damaged ({message})") from None
     if not (
         isinstance(stored, torch.Tensor)
         and stored.dtype == dtype
         and stored.is_contiguous()
         and stored.storage_offset() == 0
-        and tuple(stored.shape[len(tensor.lead) + 1 :]) == width
+        and tuple(stored.shape) == chunk.sizes
     ):
-        raise InputError(f"{path}: the chunk of {tensor.key!r} at byte {where.offset} is not what .metadata says")
+        raise InputError(f"{path}: the chunk of {key!r} at byte {where.offset} is not what .metadata says")
     return where.offset + start
+
+
+class ChunkFile:
+    """A `.distcp` file being written. `torch.save` does not look at how much of a write was done, so this one does."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self.size = 0
+        self.error: OSError | None = None
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            write_at(self._file, self.size, view)
+        except OSError as e:
+            self.error = e
+            raise
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        os.close(self._file)
 
 
 class MegatronWriter:
@@ -312,12 +372,19 @@ class MegatronWriter:
         entry.chunks.append(ChunkStorageMetadata(offsets, sizes))
         return MetadataIndex(tensor.key, offsets)
 
-    def write(self, stream: Any, file_name: str, index: MetadataIndex, chunk: torch.Tensor) -> None:
-        """Appends an announced chunk to a file; `chunk` owns its memory and has the chunk's rows."""
+    def write(self, file: ChunkFile, index: MetadataIndex, chunk: torch.Tensor) -> None:
+        """Appends an announced chunk to a file; `chunk` has the chunk's rows, and a storage of just their size."""
         lead = len(index.offset or ()) - chunk.dim()
-        offset = stream.tell()
-        torch.save(chunk.view((1,) * lead + chunk.shape), stream)
-        where = _StorageInfo(file_name, offset, stream.tell() - offset)
+        offset = file.size
+        try:
+            # No reader looks at the archive's CRC-32, which takes longer than all the rest; the manifest has hashes.
+            with serialization_config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+                torch.save(chunk.view((1,) * lead + chunk.shape), cast(Any, file))
+        except RuntimeError:
+            if file.error is not None:  # torch speaks of an archive only
+                raise file.error from None
+            raise
+        where = _StorageInfo(file.name, offset, file.size - offset)
         self._results.append(WriteResult(index=index, size_in_bytes=where.length, storage_data=where))
 
     def finish(self) -> None:

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from blake3 import blake3
 
-from megatron_coreward.checkpoint.convert import WeightFiles, describing_directory, megatron_directory
+from megatron_coreward.checkpoint.convert import describing_directory, key_prefix, megatron_directory
 from megatron_coreward.checkpoint.manifest import TensorHash, read_manifest
-from megatron_coreward.checkpoint.safetensors_files import HfWeights, bytes_of
+from megatron_coreward.checkpoint.pieces import PIECE_BYTES, Scratch, WeightFiles, bytes_of, cuts
+from megatron_coreward.checkpoint.safetensors_files import HfWeights
 from megatron_coreward.checkpoint.torch_dist import MegatronWeights
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.errors import InputError
@@ -21,17 +22,21 @@ Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint of either format."""
+    """A checkpoint of either format; to be closed."""
 
     path: Path
     arch: Architecture
     description: Path  # directory with config.json and the tokenizer
     weights: WeightFiles
+    kind: str  # of its weights: policy or teacher
     manifest: dict[str, TensorHash] | None
 
     @property
     def is_megatron(self) -> bool:
         return isinstance(self.weights, MegatronWeights)
+
+    def close(self) -> None:
+        self.weights.close()
 
 
 @dataclass
@@ -39,13 +44,14 @@ class Verification:
     """What was found; differences name the tensor and its largest absolute difference."""
 
     tensors: int = 0
+    configs: list[str] = field(default_factory=list)  # what config.json says otherwise: "<key>: <one> and <other>"
     different: dict[str, float] = field(default_factory=dict)
     not_as_manifest: list[str] = field(default_factory=list)  # "<path>: <tensor>"
     manifests: int = 0  # how many of the sides have one
 
     @property
     def ok(self) -> bool:
-        return not self.different and not self.not_as_manifest
+        return not self.different and not self.not_as_manifest and not self.configs
 
 
 def open_checkpoint(path: Path, hf_path: Path | None = None, weights: str = "policy") -> Opened:
@@ -58,50 +64,54 @@ def open_checkpoint(path: Path, hf_path: Path | None = None, weights: str = "pol
     if (inner / "metadata.json").is_file():
         description = describing_directory(inner, hf_path)
         arch = read_architecture(description)
-        prefix = "teacher." if weights == "teacher" else ""
-        manifest = None if prefix else read_manifest(inner)
-        return Opened(inner, arch, description, MegatronWeights(inner, arch, prefix), manifest)
+        manifest = None if weights == "teacher" else read_manifest(inner)
+        files: WeightFiles = MegatronWeights(inner, arch, key_prefix(weights))
+        return Opened(inner, arch, description, files, weights, manifest)
     if not path.is_dir():
         raise InputError(f"{path} is no directory; expected a Hugging Face model or a Megatron checkpoint")
     arch = read_architecture(path)
-    files = HfWeights(path)
-    files.check(arch)
-    return Opened(path, arch, path, files, read_manifest(path))
+    hf = HfWeights(path)
+    hf.check(arch)
+    return Opened(path, arch, path, hf, "policy", read_manifest(path))
 
 
 def verify(one: Opened, other: Opened | None, progress: Progress = lambda done, total: None) -> Verification:
-    """Compares every tensor of two checkpoints, and each with its manifest where it has one.
+    """Compares every tensor and the config of two checkpoints, and each with its manifest where it has one.
 
     Tensors of different dtypes are the same if every value is. Raises InputError if the shapes of the models differ.
     """
     shapes = hf_tensors(one.arch)
-    if other is not None and hf_tensors(other.arch) != shapes:
-        theirs = hf_tensors(other.arch)
-        name = next(n for n in [*shapes, *theirs] if shapes.get(n) != theirs.get(n))
+    if other is not None and (others := hf_tensors(other.arch)) != shapes:
+        name = next(n for n in [*shapes, *others] if shapes.get(n) != others.get(n))
         raise InputError(
             f"{one.path} and {other.path} are not of one architecture: {name!r} is {shapes.get(name)} in one, "
-            f"{theirs.get(name)} in the other"
+            f"{others.get(name)} in the other"
         )
     sides = [side for side in (one, other) if side is not None]
     found = Verification(manifests=sum(side.manifest is not None for side in sides))
+    if other is not None:
+        theirs = asdict(other.arch)
+        found.configs = [f"{k}: {v} and {theirs[k]}" for k, v in asdict(one.arch).items() if v != theirs[k]]
+    for side in sides:
+        unknown = sorted(set(side.manifest or ()) - set(shapes))
+        found.not_as_manifest += [f"{side.path}: {name} (no such tensor)" for name in unknown]
+    scratches = [Scratch() for _ in sides]
     for name, shape in shapes.items():
-        _verify_tensor(sides, name, shape, found)
+        _verify_tensor(sides, name, shape, found, scratches)
         found.tensors += 1
         progress(found.tensors, len(shapes))
     return found
 
 
-def _verify_tensor(sides: list[Opened], name: str, shape: tuple[int, ...], found: Verification) -> None:
+def _verify_tensor(
+    sides: list[Opened], name: str, shape: tuple[int, ...], found: Verification, scratches: list[Scratch]
+) -> None:
     hashes = [blake3() for _ in sides]
     worst = -1.0
-    # Pieces of the same rows on both sides, whatever their dtypes.
-    row_bytes = math.prod(shape[1:]) * 8
-    step = max(1, (32 * 2**20) // row_bytes)
-    for first in range(0, shape[0], step):
-        rows = min(step, shape[0] - first)
+    for first, rows in cuts(shape, 4, PIECE_BYTES):  # the same rows on both sides, whatever their dtypes
         pieces = []
-        for side, running in zip(sides, hashes, strict=True):
-            piece = torch.empty((rows, *shape[1:]), dtype=side.weights.dtype(name))
+        for side, running, scratch in zip(sides, hashes, scratches, strict=True):
+            piece = scratch.take((rows, *shape[1:]), side.weights.dtype(name))
             side.weights.read_rows(name, first, piece)
             running.update(bytes_of(piece))
             pieces.append(piece)

@@ -49,15 +49,15 @@ def _positive(text: str) -> int:
 @contextmanager
 def _progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, where that is a terminal."""
-    from tqdm import tqdm
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    with tqdm(desc=what, unit=unit, unit_scale=unit == "B", disable=None) as bar:
-
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield update
+    console = Console(stderr=True)
+    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (what, BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _dtype(name: str | None) -> Any:
@@ -69,7 +69,7 @@ def _dtype(name: str | None) -> Any:
 def _to_megatron(options: argparse.Namespace) -> None:
     from megatron_coreward.checkpoint.convert import to_megatron
 
-    with _progress("to Megatron", "B") as progress:
+    with _progress("to Megatron", "bytes") as progress:
         to_megatron(
             options.source,
             options.target,
@@ -85,7 +85,7 @@ def _to_hf(options: argparse.Namespace) -> None:
 
     if options.shard_gb <= 0:
         raise InputError(f"--shard-gb: {options.shard_gb:g}; allowed: above 0")
-    with _progress("to Hugging Face", "B") as progress:
+    with _progress("to Hugging Face", "bytes") as progress:
         to_hf(
             options.source,
             options.target,
@@ -100,16 +100,23 @@ def _to_hf(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from megatron_coreward.checkpoint.logits import check_memory, compare_logits
     from megatron_coreward.checkpoint.verify import open_checkpoint, verify
 
     one = open_checkpoint(options.one, options.hf_path, options.weights)
     other = None
     if options.other is not None:
         other = open_checkpoint(options.other, options.hf_path, options.weights)
+    elif options.logits:
+        raise InputError("--logits compares two checkpoints; name a second one")
     elif one.manifest is None:
         raise InputError(f"{options.one} has no manifest.json to compare it with; name a second checkpoint")
-    with _progress("verify", " tensors") as progress:
+    if options.logits:
+        check_memory(one)
+    with _progress("verify", "tensors") as progress:
         found = verify(one, other, progress)
+    for line in found.configs:
+        print(f"the configs differ: {line}")
     for name, gap in found.different.items():
         print(f"different: {name} (largest absolute difference {gap:.3e})")
     for name in found.not_as_manifest:
@@ -117,11 +124,9 @@ def _verify(options: argparse.Namespace) -> None:
     if not found.ok:
         raise RunError(
             f"{len(found.different)} of {found.tensors} tensors differ, {len(found.not_as_manifest)} are not as their "
-            "manifest says"
+            f"manifest says, {len(found.configs)} settings differ"
         )
     compared = "equal" if other is not None else "as the manifest says"
     print(f"{found.tensors} tensors are {compared}; manifests checked: {found.manifests}")
-    if options.logits:
-        from megatron_coreward.checkpoint.logits import compare_logits
-
+    if options.logits and other is not None:
         print(compare_logits(one, other))

@@ -116,7 +116,10 @@ class LossSettings(Component):
 
 
 class SyncSettings(Component):
-    bucket_mib: Annotated[float, Field(gt=0)] = 256.0
+    transport: Literal["auto", "shared_memory", "gloo"] = "auto"  # auto: shared memory on one host, gloo across hosts
+    bucket_mib: Annotated[float, Field(gt=0)] = 256.0  # a rank and an engine worker hold two buckets at most
+    hashes: bool = False  # compare checksums of every block where it is loaded
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0  # for a message between hosts
     max_logprob_gap: Annotated[float, Field(gt=0)] | None = None  # nats, mean over probe tokens; null: by dtype
 
 

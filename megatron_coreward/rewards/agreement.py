@@ -10,6 +10,7 @@ from statistics import fmean
 
 import numpy as np
 
+from megatron_coreward.algorithms.accuracy import wilson_interval
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.evidence import GroupKey
 from megatron_coreward.rewards.methods.base import Judgement
@@ -112,7 +113,8 @@ def gold_metrics(
     """How right labels and rollouts were, over the groups whose question has a gold answer.
 
     `label/accuracy`: groups whose label is equivalent to the gold answer (a missing label is wrong; left out for a
-    method that gives no labels at all); `rollout/accuracy`: rollouts whose answer is.
+    method that gives no labels at all), with the ends of its 95% interval as `_low` and `_high`; `rollout/accuracy`:
+    rollouts whose answer is.
     """
     known = [
         (group, judgement, gold)
@@ -122,7 +124,9 @@ def gold_metrics(
     metrics: dict[str, float] = {}
     if any(judgement.label is not None for _, judgement, _ in known):
         hits = [judge.equivalent(judgement.label, gold) for _, judgement, gold in known]
-        metrics["label/accuracy"] = fmean(hits)
+        accuracy = wilson_interval(sum(hits), len(hits))
+        metrics["label/accuracy"] = accuracy.value
+        metrics |= {"label/accuracy_low": accuracy.low, "label/accuracy_high": accuracy.high}
     if known:
         right = [judge.equivalent(answer, gold) for group, _, gold in known for answer in group.answers]
         metrics["rollout/accuracy"] = fmean(right)

@@ -1,16 +1,67 @@
-r"""The final answer of a response: what stands in its last box.
+r"""The final answer of a response: what stands in its last box or, where asked for, in another form.
 
-Invariants: one pass over the text, so time is linear in its length whatever it holds; never raises.
+Invariants: time is linear in the length of the text whatever it holds; never raises for a text.
 """
 
 import re
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+AnswerForm = Literal["boxed", "hashes", "plain"]
 
 # A control word that opens a box, any other control sequence (an escaped brace is no brace), or a brace.
 _TOKEN = re.compile(r"\\(?P<box>boxed|fbox)(?![A-Za-z])(?:\s*(?P<open>\{))?|\\.|[{}]", re.DOTALL)
 _UNBRACED = re.compile(r"\\boxed[ \t]+([^$\n{}]+)")
 
 
-def extract_answer(text: str) -> str | None:
+# "The final answer is", "Answer:", "**Answer** =", each up to where the answer starts.
+_ANNOUNCED = re.compile(r"\banswer\b[*_]*+(?:\s++is\b)?+\s*+[:=]?+[\s*_]*+", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\.(?=\s|$)")
+_LONE_VALUE = re.compile(r"[$*]*+[+-]?(?:\d[\d,]*+(?:\.\d++)?|\.\d++)(?:/\d++)?%?[$*.]*+|\${1,2}[^$]++\${1,2}\.?+")
+
+
+def extract_answer(text: str, forms: Sequence[AnswerForm] = ("boxed",)) -> str | None:
+    r"""The final answer of `text` in the first of the given forms that it has; None where it has none of them.
+
+    `boxed`: the last balanced `\boxed{...}`; `hashes`: what follows the last `####` on its line, as in GSM8K; `plain`:
+    what the last "answer is", "answer:" or "answer =" announces, or else a last line that is nothing but a number or a
+    formula between dollar signs. Raises ValueError for an unknown form.
+    """
+    readers = {"boxed": _boxed, "hashes": _hashes, "plain": _plain}
+    for form in forms:
+        if form not in readers:
+            raise ValueError(f"unknown form of answers {form!r}; allowed: {', '.join(get_args(AnswerForm))}")
+        if (answer := readers[form](text)) is not None:
+            return answer
+    return None
+
+
+def _hashes(text: str) -> str | None:
+    _, mark, after = text.rpartition("####")
+    return _bare(after.split("\n", 1)[0]) if mark else None
+
+
+def _plain(text: str) -> str | None:
+    start = max((announced.end() for announced in _ANNOUNCED.finditer(text)), default=None)
+    if start is not None:
+        line = text[start:].split("\n", 1)[0]
+        end = _SENTENCE_END.search(line)
+        return _bare(line[: end.start()] if end else line)
+    last_line = text.rstrip().rpartition("\n")[2].strip()
+    return _bare(last_line) if _LONE_VALUE.fullmatch(last_line) else None
+
+
+def _bare(answer: str) -> str | None:
+    """Without the emphasis, the math delimiters and the full stop around it; None for nothing."""
+    answer = answer.strip().strip("*_ ").rstrip(".")
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        if len(answer) > len(opening + closing) and answer.startswith(opening) and answer.endswith(closing):
+            answer = answer[len(opening) : -len(closing)]
+            break
+    return answer.strip() or None
+
+
+def _boxed(text: str) -> str | None:
     r"""Content of the last balanced `\boxed{...}` of `text`, stripped; None where there is none or it is empty.
 
     Boxes that are never closed (a response that was cut) are passed over. "Last" is by opening, so of nested boxes the

@@ -10,6 +10,7 @@ rational numbers are compared exactly and never leave this process; a comparison
 """
 
 import atexit
+import hashlib
 from collections.abc import Sequence
 from functools import cache
 from threading import Lock
@@ -39,7 +40,7 @@ class Judge:
         self.comparisons = 0
         self.timeouts = 0
         self._pool = SymbolicPool(timeout_s, num_workers)
-        self._verdicts: dict[tuple[str, str], bool] = {}  # in order of arrival
+        self._verdicts: dict[bytes, bool] = {}  # by the digest of a pair, in order of arrival
         self._lock = Lock()
 
     def equivalent(self, a: str | None, b: str | None) -> bool:
@@ -91,18 +92,24 @@ class Judge:
         if not self._symbolic or not a.may_equal(b):
             return False
         pair = (a.text, b.text) if a.text < b.text else (b.text, a.text)
+        key = _digest(pair)
         with self._lock:
-            known = self._verdicts.get(pair)
+            known = self._verdicts.get(key)
         if known is not None:
             return known
         verdict = self._pool.equivalent(*pair)
         with self._lock:
             self.comparisons += 1
             self.timeouts += verdict is None
-            self._verdicts[pair] = bool(verdict)
+            self._verdicts[key] = bool(verdict)
             if len(self._verdicts) > CACHE_SIZE:
                 del self._verdicts[next(iter(self._verdicts))]
         return bool(verdict)
+
+
+def _digest(pair: tuple[str, str]) -> bytes:
+    """A name for a pair that is short however long its answers are."""
+    return hashlib.blake2b(repr(pair).encode(), digest_size=16).digest()
 
 
 def has_answer(answer: str | None) -> TypeGuard[str]:

@@ -1,7 +1,8 @@
 r"""Surface normalisation of LaTeX answers: the many spellings of one value become one string.
 
-Invariants: pure and deterministic; an answer longer than `MAX_LENGTH` is not looked into, so the cost of one answer is
-bounded; numbers are exact (`fractions.Fraction`), never floats; what is left of an expression is still valid LaTeX.
+Invariants: pure and deterministic; an answer longer than `MAX_LENGTH` or nested deeper than `MAX_DEPTH` is not looked
+into, so the cost of one answer is bounded; numbers are exact (`fractions.Fraction`), never floats; what is left of an
+expression is still valid LaTeX.
 """
 
 import re
@@ -11,9 +12,10 @@ from functools import lru_cache
 from typing import Literal
 
 MAX_LENGTH = 1000  # characters; no final answer that means anything is longer
+MAX_DEPTH = 30  # brackets open at once; what is nested deeper is no answer, and parsing it takes seconds
 MAX_EXPONENT = 1000  # of powers and scientific notation that are evaluated; also a bound on the digits of a power
 
-Kind = Literal["number", "numbers", "point", "word", "expression", "opaque"]
+Kind = Literal["number", "numbers", "point", "word", "scalar", "plural", "expression", "opaque"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,9 @@ class CanonicalAnswer:
     """An answer in normal form; two of the same `text` are equivalent.
 
     kind: `number` a rational; `numbers` an unordered list or set of rationals; `point` rationals in brackets (a tuple
-    or an interval); `word` plain text or a choice; `opaque` too long to look into; `expression` everything else.
+    or an interval); `word` plain text or a choice; `scalar` another expression with one value; `plural` another list,
+    set, tuple, interval, union or matrix; `opaque` too long or nested too deep to look into; `expression` everything
+    else.
     """
 
     text: str
@@ -30,14 +34,17 @@ class CanonicalAnswer:
     def may_equal(self, other: "CanonicalAnswer") -> bool:
         """Whether mathematics could still equate two forms of different text, or the forms alone rule it out."""
         kinds = {self.kind, other.kind}
-        if kinds & {"word", "opaque"}:
+        if kinds & {"word", "opaque"} or (kinds & _ONE_VALUE and kinds & _SEVERAL_VALUES):
             return False
         if kinds == {"point"}:  # in other brackets the same numbers may be a tuple again
             return (self.text[0], self.text[-1]) != (other.text[0], other.text[-1])
-        return "expression" in kinds or kinds == {"numbers", "point"}
+        return kinds not in ({"number"}, {"numbers"})
 
 
-@lru_cache(maxsize=16384)
+_ONE_VALUE = frozenset({"number", "scalar"})
+_SEVERAL_VALUES = frozenset({"numbers", "point", "plural"})
+
+
 def canonical(answer: str) -> CanonicalAnswer:
     r"""The normal form of an extracted answer.
 
@@ -46,8 +53,12 @@ def canonical(answer: str) -> CanonicalAnswer:
     and `\{2,1\}`. The question fixes the unit, the percent and currency sign and the name on the left of a lone equals
     sign, so these are dropped. `a,bcd` is read as one number with a thousands separator, `a, bcd` as two numbers.
     """
-    if len(answer) > MAX_LENGTH:
-        return CanonicalAnswer(answer.strip(), "opaque")
+    # Not remembered: a memory of megabyte answers would be gigabytes.
+    return CanonicalAnswer(answer.strip(), "opaque") if len(answer) > MAX_LENGTH else _canonical(answer)
+
+
+@lru_cache(maxsize=8192)
+def _canonical(answer: str) -> CanonicalAnswer:
     text = _collapse(answer.translate(_SYMBOLS))
     for pattern, replacement in _CLEANUP:
         text = pattern.sub(replacement, text)
@@ -141,6 +152,14 @@ _BARE_SECOND = re.compile(r" ?(\d|[A-Za-z]|\\[A-Za-z]+(?![A-Za-z{]))", re.ASCII)
 _SLASH = re.compile(r"(?<![\w.})])(-?\d+)/(\d+)(?![\w.{(\\^])", re.ASCII)
 _DECIMAL_FRACTION = re.compile(r"\d*\.\d+", re.ASCII)
 
+_BRACKET = re.compile(r"\\?[{}]|[()\[\],]")
+_STEP = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+# Numbers and names under operations and functions that make one value of them.
+_SCALAR = re.compile(
+    r"(?:[ 0-9A-Za-z+\-*/^_{}().!]|\\(?:frac|binom|sqrt|cdot|times|pi|theta|phi|alpha|beta|lambda|omega|"
+    r"(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log)(?![A-Za-z]))+",
+    re.ASCII,
+)
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])")  # of a multiple-choice question
 _WORD = re.compile(r"[A-Za-z]{3,}|no", re.IGNORECASE | re.ASCII)  # one or two letters are variables
 
@@ -229,7 +248,35 @@ def _classify(text: str) -> CanonicalAnswer:
             return CanonicalAnswer(f"{text[0]}{','.join(map(str, numbers))}{text[-1]}", "point")
     elif (numbers := _numbers(text.removeprefix(r"\{").removesuffix(r"\}"))) is not None:
         return CanonicalAnswer(",".join(map(str, sorted(numbers))), "numbers")
-    return CanonicalAnswer(text, "expression")
+    if _depth(text) > MAX_DEPTH:
+        return CanonicalAnswer(text, "opaque")
+    if _SCALAR.fullmatch(text):
+        return CanonicalAnswer(text, "scalar")
+    return CanonicalAnswer(text, "plural" if _is_plural(text) else "expression")
+
+
+def _depth(text: str) -> int:
+    """How many brackets are open at once, at most; those that nothing closes count."""
+    depth = deepest = 0
+    for token in _BRACKET.finditer(text):
+        depth += _STEP.get(token[0][-1], 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _is_plural(text: str) -> bool:
+    r"""Whether an expression surely stands for several values: a list, a bracketed list, a union or a matrix."""
+    if r"\pm" in text or r"\mp" in text or "=" in text:
+        return False
+    if r"\cup" in text or (text.startswith(r"\begin{") and text.endswith("}")):
+        return True
+    depth, commas, closed_early = 0, [], False  # commas: how deep each of them stands
+    for token in _BRACKET.finditer(text):
+        if token[0] == ",":
+            commas.append(depth)
+        depth += _STEP.get(token[0][-1], 0)
+        closed_early |= depth == 0 and token.end() < len(text)
+    return depth == 0 and (0 in commas or (1 in commas and not closed_early and text[0] in "([\\"))
 
 
 def _numbers(text: str) -> list[Fraction] | None:

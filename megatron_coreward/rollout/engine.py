@@ -63,8 +63,9 @@ class RolloutEngine:
         cpu_threads: int = 1,
         seed: int = 0,
         weight_transfer: str = "shared_memory",
+        own_weights: int | None = None,
     ) -> None:
-        """Starts the engine with meaningless weights.
+        """Starts the engine with meaningless weights, or with those of the model directory.
 
         Args:
             model_path: directory with config, generation config and tokenizer.
@@ -73,7 +74,9 @@ class RolloutEngine:
             kv_cache_gib: key-value cache of each rank, without a GPU.
             gpu_memory_utilization: share of a GPU's memory that the engine takes.
             cpu_threads: of each rank, without a GPU.
-            weight_transfer: vLLM weight-transfer backend: "shared_memory" for actors on this host, or one of vLLM's.
+            weight_transfer: vLLM weight-transfer backend: "shared_memory" for actors on this host, "gloo" for actors on
+                any, or one of vLLM's.
+            own_weights: load the directory's weights as this version, to sample without any update; None: wait for one.
         """
         on_cpu = environment.prepare(cpu_threads)
 
@@ -104,13 +107,18 @@ class RolloutEngine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             seed=seed,
-            load_format="dummy",  # weights are published before they are used
+            load_format="dummy"
+            if own_weights is None
+            else "auto",  # mostly, weights are published before they are used
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer),
             enable_prefix_caching=True,  # the n samples of a prompt share its keys and values
             logprobs_mode="processed_logprobs",  # of the distribution sampled from
             **where,
         )
         self._tokenizer: Any = self._llm.get_tokenizer()
+        if own_weights is not None:
+            self._llm.llm_engine.set_weight_version(str(own_weights))
+            self._version = own_weights
 
     @property
     def version(self) -> int | None:
@@ -197,9 +205,14 @@ class RolloutEngine:
                 self._init_info = dict(init_info)
             self._llm.start_weight_update()
 
-    def load_bucket(self, bucket: int) -> None:
-        """Loads the bucket that the sender has written; its slot may be overwritten afterwards."""
-        self.update({"bucket": bucket})
+    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any] = ()) -> None:
+        """Loads the bucket that the sender has written; its slot may be overwritten afterwards.
+
+        Args:
+            hashes: `BlockHash`es of the bucket's blocks, to compare them with what arrived.
+        """
+        plain = [[h.name, h.bounds, h.crc32] for h in hashes]
+        self.update({"bucket": bucket, "version": version, "hashes": plain})
 
     def update(self, update_info: Mapping[str, Any]) -> None:
         """Receives a part of the weights, described as the weight-transfer backend in use wants it."""

@@ -31,8 +31,8 @@ class RolloutWorker:
     def start_update(self, init_info: Mapping[str, Any]) -> None:
         self._engine.start_update(init_info)
 
-    def load_bucket(self, bucket: int) -> None:
-        self._engine.load_bucket(bucket)
+    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any] = ()) -> None:
+        self._engine.load_bucket(bucket, version, hashes)
 
     def update(self, update_info: Mapping[str, Any]) -> None:
         self._engine.update(update_info)

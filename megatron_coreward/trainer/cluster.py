@@ -15,9 +15,11 @@ from megatron_coreward.actor.packing import plan_packs, shares
 from megatron_coreward.actor.setup import ActorSetup, Weights
 from megatron_coreward.actor.worker import ActorWorker
 from megatron_coreward.config.schema import RolloutSettings
+from megatron_coreward.errors import InputError
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.types import FloatArray, IntArray, Sequences, TokenStats, TrainBatch
+from megatron_coreward.weights.route import Route, Transport
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 3600.0
@@ -47,6 +49,22 @@ def stop_ray() -> None:
     """Ends the processes of this run; a cluster that was joined stays."""
     if ray.is_initialized():
         ray.shutdown()
+
+
+def resolve_transport(transport: str) -> Transport:
+    """What `sync.transport` means on the cluster that was joined.
+
+    Raises:
+        InputError: shared memory was asked for and the cluster has several hosts.
+    """
+    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if transport == "shared_memory" and len(hosts) > 1:
+        raise InputError(
+            f"sync.transport: shared_memory reaches one host, the cluster has {len(hosts)}; use auto or gloo"
+        )
+    if transport == "gloo" or len(hosts) > 1:
+        return "gloo"
+    return "shared_memory"
 
 
 def _options(num_gpus: int, cpu_threads: int) -> dict[str, Any]:
@@ -140,13 +158,13 @@ class ActorGroup:
         """teacher <- decay * teacher + (1 - decay) * policy."""
         self._all("move_teacher", decay)
 
-    def open_sender(self, weights: Weights, segment: str, bucket_bytes: int) -> dict[str, Any]:
+    def open_sender(self, weights: Weights, route: Route) -> dict[str, Any]:
         """Prepares to publish one set of weights; returns what the receiving engines need to know."""
-        return self._all("open_sender", weights, segment, bucket_bytes)[0]  # type: ignore[no-any-return]
+        return self._all("open_sender", weights, route)[0]  # type: ignore[no-any-return]
 
-    def write_bucket(self, weights: Weights, bucket: int) -> list[Any]:
-        """Starts writing a bucket on every rank; `ray.get` waits for the result."""
-        return [rank.write_bucket.remote(weights, bucket) for rank in self._ranks]
+    def write_bucket(self, weights: Weights, bucket: int, version: int, hashes: bool) -> list[Any]:
+        """Starts writing a bucket on every rank; `ray.get` waits, and brings the checksums of each rank's blocks."""
+        return [rank.write_bucket.remote(weights, bucket, version, hashes) for rank in self._ranks]
 
     def save(self, target: Any) -> None:
         """Writes the training state under `target`."""
@@ -168,8 +186,21 @@ class ActorGroup:
 class EngineGroup:
     """All rollout engines."""
 
-    def __init__(self, model_path: Any, settings: RolloutSettings, dtype: str, max_model_len: int, seed: int) -> None:
-        """Starts the processes; `wait` returns once the engines are up."""
+    def __init__(
+        self,
+        model_path: Any,
+        settings: RolloutSettings,
+        dtype: str,
+        max_model_len: int,
+        seed: int,
+        own_weights: int | None = None,
+        transport: Transport = "shared_memory",
+    ) -> None:
+        """Starts the processes; `wait` returns once the engines are up.
+
+        Args:
+            own_weights: sample from the weights of `model_path`, under this version, before any update.
+        """
         remote = ray.remote(RolloutWorker).options(**_options(settings.tensor_parallel, settings.cpu_threads))
         self._engines = [
             remote.remote(
@@ -182,6 +213,8 @@ class EngineGroup:
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 cpu_threads=settings.cpu_threads,
                 seed=seed,
+                own_weights=own_weights,
+                weight_transfer=transport,
             )
             for _ in range(settings.num_engines)
         ]
@@ -209,12 +242,18 @@ class EngineGroup:
         return self._all("score", token_ids)
 
     def start_update(self, init_info: dict[str, Any]) -> None:
-        """Begins an update of all weights on every engine."""
-        self._all("start_update", init_info)
+        """Begins an update of all weights on every engine; one that must know its number is told it."""
+        numbered = "engine" in init_info
+        calls = [
+            engine.start_update.remote(init_info | {"engine": i} if numbered else init_info)
+            for i, engine in enumerate(self._engines)
+        ]
+        ray.get(calls, timeout=CALL_TIMEOUT_S)
 
-    def load_bucket(self, bucket: int) -> list[Any]:
+    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any]) -> list[Any]:
         """Starts loading a bucket on every engine; `ray.get` waits for the result."""
-        return [engine.load_bucket.remote(bucket) for engine in self._engines]
+        sent = ray.put(list(hashes))
+        return [engine.load_bucket.remote(bucket, version, sent) for engine in self._engines]
 
     def finish_update(self, version: int) -> None:
         """Ends the update and names the weights."""

@@ -1,13 +1,12 @@
 """Validation on held-out questions with gold answers: pass@1, avg@k, maj@k."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from megatron_coreward.algorithms.accuracy import sampled_scores
 from megatron_coreward.config.schema import ValidationSettings
 from megatron_coreward.rewards.equivalence import Judge
-from megatron_coreward.rewards.voting import majority_vote
+from megatron_coreward.rewards.scoring import score_answers
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
 from megatron_coreward.types import Problem, RolloutGroup
 
@@ -57,18 +56,21 @@ def evaluate(
             seed=seed,
         )
 
-    def right(answers: Iterable[tuple[Problem, str | None]]) -> float:
-        return float(np.mean([judge.equivalent(answer, problem.gold) for problem, answer in answers]))
-
-    def each(groups: Sequence[RolloutGroup]) -> Iterable[tuple[Problem, str | None]]:
-        return ((p, answer) for p, group in zip(problems, groups, strict=True) for answer in group.answers)
-
-    sampled = draw(settings.n, settings.temperature)
-    majorities = [majority_vote(group.answers, judge).label for group in sampled]
+    verdicts = [
+        score_answers(group.answers, problem.gold, judge)
+        for problem, group in zip(problems, draw(settings.n, settings.temperature), strict=True)
+    ]
+    likeliest = [
+        judge.equivalent(group.answers[0], problem.gold)
+        for problem, group in zip(problems, draw(1, GREEDY), strict=True)
+    ]
+    scores = sampled_scores(
+        [verdict.right for verdict in verdicts], [verdict.majority_right for verdict in verdicts], likeliest
+    )
     return Accuracy(
-        pass_at_1=right(each(draw(1, GREEDY))),
-        avg_at_k=right(each(sampled)),
-        maj_at_k=right(zip(problems, majorities, strict=True)),
+        pass_at_1=float(scores["pass@1"].mean()),
+        avg_at_k=float(scores[f"avg@{settings.n}"].mean()),
+        maj_at_k=float(scores[f"maj@{settings.n}"].mean()),
         k=settings.n,
         num_problems=len(problems),
     )

@@ -1,18 +1,17 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from transformers import AutoTokenizer
 
 from megatron_coreward.actor.setup import ActorSetup
+from megatron_coreward.checkpoint.convert import megatron_directory
 from megatron_coreward.checkpoint.store import Position, load_checkpoint, save_checkpoint, saved_steps
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
@@ -22,17 +21,16 @@ from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.telemetry import label_history
 from megatron_coreward.telemetry.console import open_view
 from megatron_coreward.telemetry.rollout_dump import discard_rollouts, dump_rollouts
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.trainer.cluster import ActorGroup, EngineGroup, start_ray
+from megatron_coreward.trainer.cluster import ActorGroup, EngineGroup, resolve_transport, start_ray
 from megatron_coreward.trainer.evaluate import Accuracy, evaluate
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.sync import WeightSync, weight_version
-from megatron_coreward.types import IntArray
-
-PROBE_TOKENS = 64
+from megatron_coreward.trainer.sync import open_sync, weight_version
+from megatron_coreward.weights.route import Transport
 
 
 def train(config: RunConfig) -> Path:
@@ -62,22 +60,14 @@ def train(config: RunConfig) -> Path:
             )
         )
         view.note("starting Ray, actors and rollout engines")
-        actors, engines = stack.enter_context(processes(config))
+        actors, engines, transport = stack.enter_context(processes(config))
         judge = stack.enter_context(Judge(config.rewards.equivalence, config.rewards.judge_timeout_s))
         run = Trainer(
             config=config,
             method=METHODS[config.method],
             actors=actors,
             engines=engines,
-            sync=WeightSync(
-                actors,
-                engines,
-                ray.get,
-                run_id=secrets.token_hex(6),
-                bucket_bytes=int(config.sync.bucket_mib * 2**20),
-                probe=probe_tokens(arch.vocab_size, config.seed),
-                max_gap=config.sync.max_logprob_gap or 0.0,
-            ),
+            sync=open_sync(config, arch, transport, actors, engines, ray.get),
             judge=judge,
             problems_of=sampler.batch,
         )
@@ -96,6 +86,12 @@ def train(config: RunConfig) -> Path:
             )
         )
 
+        labels = stack.enter_context(
+            label_history.LabelHistory(
+                config.run_dir / label_history.FILE_NAME, judge.equivalent, first_step=0 if done is None else first
+            )
+        )
+
         def record(step: int, metrics: dict[str, float]) -> None:
             sinks.write(step, metrics)
             view.write(step, metrics)
@@ -107,6 +103,7 @@ def train(config: RunConfig) -> Path:
         for step in range(first, config.steps + 1):
             timer = PhaseTimer(view.phase)
             result = run.step(step, timer)
+            result.metrics.update(labels.observe(step, result.judged))
             if config.telemetry.dump_rollouts:
                 dump_rollouts(config.run_dir, step, result.judged)
             if held_out is not None and _due(step, config.validation.every, config.steps):
@@ -140,20 +137,26 @@ def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy
 
 
 @contextmanager
-def processes(config: RunConfig) -> Iterator[tuple[ActorGroup, EngineGroup]]:
-    """The actors and engines of a run, started side by side and ended in any case."""
+def processes(config: RunConfig) -> Iterator[tuple[ActorGroup, EngineGroup, Transport]]:
+    """The actors and engines of a run, and how weights travel between them; started side by side, ended in any case."""
     start_ray()
+    transport = resolve_transport(config.sync.transport)
     max_sequence = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     with ExitStack() as stack:
         actors = ActorGroup(actor_setup(config, max_sequence))
         stack.callback(actors.shutdown)
         engines = EngineGroup(
-            config.model.hf_path.resolve(), config.rollout, config.model.dtype, max_sequence + 1, config.seed
+            config.model.hf_path.resolve(),
+            config.rollout,
+            config.model.dtype,
+            max_sequence + 1,
+            config.seed,
+            transport=transport,
         )
         stack.callback(engines.shutdown)
         actors.wait()
         engines.wait()
-        yield actors, engines
+        yield actors, engines, transport
 
 
 def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
@@ -164,6 +167,7 @@ def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
         loss=config.loss,
         kl_coef=kl_coef,
         hf_path=config.model.hf_path.resolve(),
+        megatron_path=config.model.megatron_path and megatron_directory(config.model.megatron_path).resolve(),
         dtype=config.model.dtype,
         temperature=config.rollout.temperature,
         max_sequence_length=max_sequence,
@@ -172,11 +176,6 @@ def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
         teacher=METHODS[config.method].needs.teacher,
         frozen_reference=kl_coef > 0 and config.loss.kl_reference == "frozen",
     )
-
-
-def probe_tokens(vocab_size: int, seed: int) -> IntArray:
-    """[PROBE_TOKENS] tokens drawn over the whole vocabulary: they touch more of the embedding than any text."""
-    return np.random.default_rng(seed).integers(0, vocab_size, PROBE_TOKENS).astype(np.int32)
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, ProblemSet | None]:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_coreward.rewards.answer import extract_answer
+from megatron_coreward.rewards.answer import AnswerForm, extract_answer
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.types import Completion, Problem, Role, RolloutGroup, View
 
@@ -33,6 +33,8 @@ def sample_groups(
     version: int,
     step: int,
     seed: int,
+    top_p: float = 1.0,
+    answer_forms: Sequence[AnswerForm] = ("boxed",),
 ) -> list[RolloutGroup]:
     """`n` completions for every view of every problem: one group each, problem after problem."""
     asked = [(problem, view) for problem in problems for view in views]
@@ -42,24 +44,26 @@ def sample_groups(
             n=n,
             seed=request_seed(seed, step, problem.uid, view, role),
             temperature=temperature,
-            top_p=1.0,
+            top_p=top_p,
             max_tokens=max_tokens,
         )
         for problem, view in asked
     ]
     answers = engines.sample(requests, version)
     return [
-        RolloutGroup(problem.uid, view, role, problem.prompts[view], tuple(_completion(sample) for sample in samples))
+        RolloutGroup(
+            problem.uid, view, role, problem.prompts[view], tuple(_completion(s, answer_forms) for s in samples)
+        )
         for (problem, view), samples in zip(asked, answers, strict=True)
     ]
 
 
-def _completion(sample: Sample) -> Completion:
+def _completion(sample: Sample, answer_forms: Sequence[AnswerForm]) -> Completion:
     return Completion(
         token_ids=sample.token_ids,
         logprobs=sample.logprobs,
         text=sample.text,
-        answer=extract_answer(sample.text),
+        answer=extract_answer(sample.text, answer_forms),
         finish_reason=sample.finish_reason,
         weight_version=sample.weight_version,
     )

@@ -4,6 +4,7 @@ A version number names the weights: 2u for the policy after u updates, 2u + 1 fo
 stamped on every completion, and an engine that holds another version refuses to sample.
 """
 
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import RunError
 from megatron_coreward.types import FloatArray, IntArray, Role, Sequences, TokenStats
-from megatron_coreward.weights.buckets import SegmentLayout
+from megatron_coreward.weights.layouts import EngineLayout
+from megatron_coreward.weights.route import Route, Transport
+
+PROBE_TOKENS = 64
 
 
 def weight_version(role: Role, num_updates: int) -> int:
@@ -24,8 +30,8 @@ def weight_version(role: Role, num_updates: int) -> int:
 class PublishingActors(Protocol):
     """What publishing needs of the actors (`trainer.cluster.ActorGroup`)."""
 
-    def open_sender(self, weights: Any, segment: str, bucket_bytes: int) -> dict[str, Any]: ...
-    def write_bucket(self, weights: Any, bucket: int) -> list[Any]: ...
+    def open_sender(self, weights: Any, route: Route) -> dict[str, Any]: ...
+    def write_bucket(self, weights: Any, bucket: int, version: int, hashes: bool) -> list[Any]: ...
     def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
 
 
@@ -33,7 +39,7 @@ class ReceivingEngines(Protocol):
     """What publishing needs of the engines (`trainer.cluster.EngineGroup`)."""
 
     def start_update(self, init_info: dict[str, Any]) -> None: ...
-    def load_bucket(self, bucket: int) -> list[Any]: ...
+    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any]) -> list[Any]: ...
     def finish_update(self, version: int) -> None: ...
     def score(self, token_ids: IntArray) -> list[FloatArray]: ...
 
@@ -55,20 +61,22 @@ class WeightSync:
         engines: ReceivingEngines,
         wait: Any,
         *,
-        run_id: str,
-        bucket_bytes: int,
+        route: Route,
+        num_buckets: int,
         probe: IntArray,
         max_gap: float,
+        hashes: bool = False,
     ) -> None:
         """`wait` resolves what `write_bucket` and `load_bucket` return (`ray.get`).
 
         Args:
-            run_id: makes the names of shared-memory segments unique on a host.
+            num_buckets: into which `route.bucket_bytes` cuts the model.
+            hashes: compare checksums of every block where it is loaded.
             probe: [P] tokens whose log-probs must agree after every publication.
             max_gap: mean absolute difference in nats that is still taken for arithmetic.
         """
         self._actors, self._engines, self._wait = actors, engines, wait
-        self._run_id, self._bucket_bytes = run_id, bucket_bytes
+        self._route, self._num_buckets, self._hashes = route, num_buckets, hashes
         self._probe = Sequences([probe], np.asarray([1], dtype=np.int32))
         self._max_gap = max_gap
         self._init_info: dict[Role, dict[str, Any]] = {}
@@ -85,10 +93,9 @@ class WeightSync:
         begin = time.perf_counter()
         self._published = None
         if role not in self._init_info:
-            segment = f"coreward-{self._run_id}-{role}"
-            self._init_info[role] = self._actors.open_sender(role, segment, self._bucket_bytes)
+            self._init_info[role] = self._actors.open_sender(role, self._route)
         self._engines.start_update(self._init_info[role])
-        self._transfer(role, len(SegmentLayout.from_json(self._init_info[role]).buckets))
+        self._transfer(role, version)
         self._engines.finish_update(version)
         gap = self._probe_gap(role)
         if not gap <= self._max_gap:
@@ -99,16 +106,45 @@ class WeightSync:
         self._published = version
         return SyncReport(time.perf_counter() - begin, gap)
 
-    def _transfer(self, role: Role, buckets: int) -> None:
-        """Two slots: while the engines load one bucket, the actors write the next."""
+    def _transfer(self, role: Role, version: int) -> None:
+        """While the engines load one bucket, the actors write the next."""
         loading: list[Any] = []
-        for bucket in range(buckets):
-            writing = self._actors.write_bucket(role, bucket)
-            self._wait([*writing, *loading])
-            loading = self._engines.load_bucket(bucket)
+        for bucket in range(self._num_buckets):
+            writing = self._actors.write_bucket(role, bucket, version, self._hashes)
+            written = self._wait([*writing, *loading])[: len(writing)]
+            loading = self._engines.load_bucket(bucket, version, [h for of_rank in written for h in of_rank])
         self._wait(loading)
 
     def _probe_gap(self, role: Role) -> float:
         expected = self._actors.token_stats(self._probe, role, 1.0).logprobs[0]
         scores: Sequence[FloatArray] = self._engines.score(self._probe.token_ids[0])
         return max(float(np.abs(score - expected).mean()) for score in scores)
+
+
+def open_sync(
+    config: RunConfig,
+    arch: Architecture,
+    transport: Transport,
+    actors: PublishingActors,
+    engines: ReceivingEngines,
+    wait: Any,
+) -> WeightSync:
+    """The publication that a run is configured for."""
+    layout = EngineLayout(config.rollout.num_engines, config.rollout.tensor_parallel)
+    bucket_bytes = int(config.sync.bucket_mib * 2**20)
+    route = Route(transport, f"coreward-{secrets.token_hex(6)}", bucket_bytes, layout, config.sync.timeout_s)
+    return WeightSync(
+        actors,
+        engines,
+        wait,
+        route=route,
+        num_buckets=route.num_buckets(arch, config.model.dtype),
+        probe=probe_tokens(arch.vocab_size, config.seed),
+        max_gap=config.sync.max_logprob_gap or 0.0,
+        hashes=config.sync.hashes,
+    )
+
+
+def probe_tokens(vocab_size: int, seed: int, count: int = PROBE_TOKENS) -> IntArray:
+    """[count] tokens drawn over the whole vocabulary: they touch more of the embedding than any text."""
+    return np.random.default_rng(seed).integers(0, vocab_size, count).astype(np.int32)

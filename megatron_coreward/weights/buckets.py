@@ -19,7 +19,9 @@ from itertools import combinations
 from typing import Any
 
 ALIGNMENT = 64  # bytes: a cache line, and enough for any vector load
-HEADER_BYTES = 4096  # a page before the slots, for the digest of the layout
+HEADER_BYTES = 65536  # before the slots: the digest of the layout, and who has written what
+MARK_BYTES = 16  # version and bucket, two 64-bit integers
+_MARKS = 64  # byte of the first mark
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 Index = tuple[slice, ...]
@@ -98,10 +100,14 @@ class SegmentLayout:
     metas: tuple[TensorMeta, ...]
     bucket_bytes: int
     num_slots: int = 2
+    num_writers: int = 1
 
     def __post_init__(self) -> None:
         if self.num_slots < 1:
             raise ValueError(f"num_slots is {self.num_slots}; it must be at least 1")
+        most = (HEADER_BYTES - _MARKS) // (MARK_BYTES * self.num_slots)
+        if not 1 <= self.num_writers <= most:
+            raise ValueError(f"num_writers is {self.num_writers}; allowed for {self.num_slots} slots: 1 to {most}")
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -130,6 +136,10 @@ class SegmentLayout:
         """The byte of the segment at which the slot of a bucket starts."""
         return HEADER_BYTES + bucket_index % self.num_slots * self.slot_bytes
 
+    def mark_start(self, bucket_index: int, writer: int) -> int:
+        """The byte of the segment where a writer says that a bucket is in its slot, and of which version."""
+        return _MARKS + MARK_BYTES * (bucket_index % self.num_slots * self.num_writers + writer)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, for any transport; `from_json` reads it."""
         return {
@@ -137,12 +147,13 @@ class SegmentLayout:
             "tensors": [[m.name, list(m.shape), m.dtype] for m in self.metas],
             "bucket_bytes": self.bucket_bytes,
             "num_slots": self.num_slots,
+            "num_writers": self.num_writers,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SegmentLayout":
         metas = tuple(TensorMeta(name, tuple(shape), dtype) for name, shape, dtype in data["tensors"])
-        return cls(data["segment"], metas, data["bucket_bytes"], data["num_slots"])
+        return cls(data["segment"], metas, data["bucket_bytes"], data["num_slots"], data["num_writers"])
 
 
 def block_bounds(name: str, shape: Sequence[int], index: Index) -> tuple[tuple[int, int], ...]:

@@ -1,29 +1,35 @@
-"""The receiving side of a weight transfer through shared memory: an engine of vLLM's weight-transfer interface.
+"""The receiving side of a weight transfer: engines of vLLM's weight-transfer interface, one for each way to travel.
 
-vLLM finds it under the name "shared_memory" through the entry point `vllm.general_plugins` (`register`); nothing of
-vLLM is patched. It serves engines on the host of the actor, on CPU and on GPU, with any tensor parallelism: each worker
-maps the segment and takes its own shards out of the full tensors.
+vLLM finds them by name through the entry point `vllm.general_plugins` (`register`); nothing of vLLM is patched.
+  shared_memory  engines on the host of the actor, on CPU and on GPU, with any tensor parallelism: each worker maps the
+                 segment and takes its own shards out of the full tensors.
+  gloo           engines on any host: each worker receives its own shards, and nothing else (`weights.gloo`).
+What follows the arrival of a bucket is the same for both.
 
 Invariants (tests/rollout/test_weight_sync.py):
   1. An update takes every bucket once, in order, and leaves no parameter as it was: a tensor that is missing or that
      the model does not know ends the update with an error.
-  2. Nothing refers to a slot once `update_weights` has returned, so the slot may be overwritten.
-  3. A tied output layer (lm_head = embed_tokens) computes with the new embedding, and experts with their new weights.
+  2. Nothing refers to a bucket's memory once `update_weights` has returned, so it may be overwritten.
+  3. A bucket of another version, or one that a sender has not completed, is refused.
+  4. A tied output layer (lm_head = embed_tokens) computes with the new embedding, and experts with their new weights.
 
 Why 2 takes care: vLLM's layerwise reload keeps the tensors it is given until a layer is complete, and a fused layer
-(q, k and v; gate and up) may straddle two buckets. Why 3 takes care: CPU linear layers multiply with a packed copy of
+(q, k and v; gate and up) may straddle two buckets. Why 4 takes care: CPU linear layers multiply with a packed copy of
 their weight; the reload packs a tied weight again for the embedding only, and the head would go on with the old copy.
 Experts have a case of their own (`_forget_expert_kernels`).
 """
 
 import gc
 import mmap
+import struct
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -33,71 +39,76 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.weights.buckets import Bucket, SegmentLayout
+from megatron_coreward.weights.gloo import Inbox, Session
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
+from megatron_coreward.weights.plan import Params
 from megatron_coreward.weights.segment import open_segment, tensor_at
+from megatron_coreward.weights.send import crc32
 
-BACKEND = "shared_memory"
+InitInfo = TypeVar("InitInfo", bound=WeightTransferInitInfo)
 
 
 @cache  # vLLM may call it more than once in a process, and refuses a second registration
 def register() -> None:
-    """Entry point: makes the backend known to vLLM."""
+    """Entry point: makes the backends known to vLLM."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+    WeightTransferEngineFactory.register_engine("shared_memory", SharedMemoryEngine)
+    WeightTransferEngineFactory.register_engine("gloo", GlooEngine)
 
 
 @dataclass
-class SharedMemoryInitInfo(WeightTransferInitInfo):
-    """`SegmentLayout.to_json()` of the sender."""
-
-    segment: str
-    tensors: list[Any] = field(repr=False)
-    bucket_bytes: int
-    num_slots: int
-
-    @property
-    def layout(self) -> SegmentLayout:
-        return SegmentLayout.from_json(vars(self))
-
-
-@dataclass
-class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """The next bucket, which all ranks have written."""
+class BucketUpdateInfo(WeightTransferUpdateInfo):
+    """The next bucket, which all ranks have written or are about to send."""
 
     bucket: int
+    version: int
+    hashes: list[Any] = field(default_factory=list, repr=False)  # `BlockHash`es: [name, bounds, crc32]
 
 
-class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
-    """Loads the buckets of a segment into the model of one vLLM worker."""
+class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generic[InitInfo]):
+    """Loads a model's tensors, bucket by bucket, into one vLLM worker."""
 
-    init_info_cls = SharedMemoryInitInfo
-    update_info_cls = SharedMemoryUpdateInfo
+    update_info_cls = BucketUpdateInfo
     supports_draft_weight_update = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._layout: SegmentLayout | None = None
-        self._memory: mmap.mmap | None = None  # mapped for the length of an update, so never that of a former segment
-        self._next_bucket = 0
+        self._buckets: tuple[Bucket, ...] = ()
+        self._next_bucket: int | None = None  # None: no update is under way
         self._tied: dict[str, list[str]] = {}  # name of a parameter -> its other names
         self._reloading = False  # layers wait for weights; still so when the update before this one failed
 
-    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
-        self._layout = init_info.layout
+    @abstractmethod
+    def _begin(self) -> None:
+        """Gets ready for the buckets of an update."""
+
+    @abstractmethod
+    def _take(self, bucket: int, version: int) -> tuple[Any, int]:
+        """A buffer with the full tensors of a bucket, and the byte where the bucket starts.
+
+        Raises:
+            RuntimeError: the bucket is incomplete, or of another version.
+        """
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Lets go of the memory of an update."""
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        if self._layout is None:
-            raise RuntimeError("init_weight_transfer_engine was not called: the segment is not known")
+        if not self._buckets:
+            raise RuntimeError("init_weight_transfer_engine was not called: the sender is not known")
         if self._reloading:  # puts the layers back; the weights of a failed update are overwritten below
             finalize_layerwise_reload(self.model, self.model_config)
             self._reloading = False
-        self._memory = open_segment(self._layout, writable=False)
+        self._begin()
         self._next_bucket = 0
         self._tied = _tied_parameters(self.model)
-        self._check_tied_names(self._layout)
+        self._check_tied_names()
         self._reloading = True
         if self.device.type == "cpu":
             _forget_expert_kernels(self.model)
@@ -108,46 +119,49 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
         if self.device.type != "cpu":  # the base class synchronizes always, which torch refuses without an accelerator
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+    def receive_weights(self, update_info: BucketUpdateInfo) -> None:
         """Loads one bucket, and checks after the last one that the model is complete.
 
         Raises:
-            RuntimeError: the bucket is out of turn, one of its tensors is unknown to the model, or, after the last
-                bucket, a layer lacks weights.
+            RuntimeError: the bucket is out of turn, incomplete or damaged, one of its tensors is unknown to the model,
+                or, after the last bucket, a layer lacks weights.
         """
-        if self._layout is None or self._memory is None:
+        if self._next_bucket is None:
             raise RuntimeError("no weight update is under way")
-        if update_info.bucket != self._next_bucket:
+        if update_info.bucket != self._next_bucket or update_info.bucket >= len(self._buckets):
             raise RuntimeError(f"bucket {update_info.bucket} arrived, bucket {self._next_bucket} is next")
-        bucket = self._layout.bucket(update_info.bucket)
-        lent = self._load(bucket, self._memory, self._layout.slot_start(update_info.bucket))
+        bucket = self._buckets[update_info.bucket]
+        memory, start = self._take(update_info.bucket, update_info.version)
+        _check_hashes(bucket, memory, start, update_info.hashes)
+        lent = self._load(bucket, memory, start)
         if any(ref() is not None for ref in lent.values()):
             gc.collect()
         kept = [name for name, ref in lent.items() if ref() is not None]
         if kept:
-            raise RuntimeError(f"vLLM keeps a reference to {kept[0]!r} that would outlive the tensor's slot")
+            raise RuntimeError(f"vLLM keeps a reference to {kept[0]!r} that would outlive the tensor's memory")
         self._next_bucket += 1
-        if self._next_bucket == len(self._layout.buckets):
+        if self._next_bucket == len(self._buckets):
             self._check_complete()
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        if self._layout is None or self._next_bucket != len(self._layout.buckets):
+        if not self._buckets or self._next_bucket != len(self._buckets):
             raise RuntimeError(f"the update ends after {self._next_bucket} buckets, which are not all")
         finalize_layerwise_reload(self.model, self.model_config)
         self._reloading = False
-        self._memory = None
+        self._next_bucket = None
+        self._end()
 
     def shutdown(self) -> None:
-        self._memory = None
+        self._end()
 
-    def _load(self, bucket: Bucket, memory: mmap.mmap, slot: int) -> dict[str, "weakref.ref[Any]"]:
-        """Hands views of the slot to the model, and copies those that it does not use up at once.
+    def _load(self, bucket: Bucket, memory: Any, start: int) -> dict[str, "weakref.ref[Any]"]:
+        """Hands views of the memory to the model, and copies those that it does not use up at once.
 
         Returns what tells whether views of a tensor still exist: references to the buffers that they hold on to.
         """
-        raw = np.frombuffer(memory, np.uint8, bucket.nbytes, slot)
+        raw = np.frombuffer(memory, np.uint8, bucket.nbytes, start)
         first_byte = raw.ctypes.data
         lent: dict[str, weakref.ref[Any]] = {}
         weights: list[tuple[str, torch.Tensor]] = []
@@ -176,8 +190,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
             if loaded is not None and not loaded:
                 raise RuntimeError(f"the model has no parameter for {pair[0]!r}")
 
-    def _check_tied_names(self, layout: SegmentLayout) -> None:
-        sent = {meta.name for meta in layout.metas}
+    def _check_tied_names(self) -> None:
+        sent = {entry.meta.name for bucket in self._buckets for entry in bucket.entries}
         for name, others in self._tied.items():
             if name not in sent:
                 raise RuntimeError(f"{name!r}, to which {others[0]!r} is tied, is not among the tensors that are sent")
@@ -189,6 +203,120 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
         lacking = list(_incomplete_layers(self.model))
         if lacking:
             raise RuntimeError(f"{len(lacking)} layers did not get all their weights, first {lacking[0]}")
+
+
+@dataclass
+class SharedMemoryInitInfo(WeightTransferInitInfo):
+    """`SegmentLayout.to_json()` of the sender."""
+
+    segment: str
+    tensors: list[Any] = field(repr=False)
+    bucket_bytes: int
+    num_slots: int
+    num_writers: int
+
+
+class SharedMemoryEngine(BucketEngine[SharedMemoryInitInfo]):
+    """Reads the buckets in the slots of a segment (`weights.segment`)."""
+
+    init_info_cls = SharedMemoryInitInfo
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._layout: SegmentLayout | None = None
+        self._memory: mmap.mmap | None = None  # mapped for the length of an update, so never that of a former segment
+
+    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        self._layout = SegmentLayout.from_json(vars(init_info))
+        self._buckets = self._layout.buckets
+
+    def _begin(self) -> None:
+        assert self._layout is not None
+        self._memory = open_segment(self._layout, writable=False)
+
+    def _take(self, bucket: int, version: int) -> tuple[Any, int]:
+        assert self._layout is not None
+        assert self._memory is not None
+        for writer in range(self._layout.num_writers):
+            found = struct.unpack_from("<2q", self._memory, self._layout.mark_start(bucket, writer))
+            if found != (version, bucket):
+                raise RuntimeError(
+                    f"rank {writer} left bucket {found[1]} of version {found[0]} in the slot, expected bucket {bucket} "
+                    f"of version {version}"
+                )
+        return self._memory, self._layout.slot_start(bucket)
+
+    def _end(self) -> None:
+        self._memory = None
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """`GlooSender.init_info`, with the number of this engine."""
+
+    address: str
+    port: int
+    timeout_s: float
+    actor: dict[str, Any]
+    engines: dict[str, Any]
+    dtype: str
+    bucket_bytes: int
+    engine: int
+
+
+class GlooEngine(BucketEngine[GlooInitInfo]):
+    """Receives its worker's blocks in one piece of memory while it loads the bucket before them from another."""
+
+    init_info_cls = GlooInitInfo
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._inbox: Inbox | None = None
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        if self._inbox is not None:
+            self._inbox.close()
+        parallel = self.parallel_config
+        session = Session(
+            address=init_info.address,
+            port=init_info.port,
+            timeout_s=init_info.timeout_s,
+            actor=ActorLayout(**init_info.actor),
+            engines=EngineLayout(**init_info.engines),
+            params=Params(read_architecture(Path(self.model_config.model)), init_info.dtype),
+            bucket_bytes=init_info.bucket_bytes,
+        )
+        self._inbox = Inbox(session, init_info.engine, parallel.rank % session.engines.num_workers)
+        self._buckets = session.buckets
+
+    def _begin(self) -> None:
+        assert self._inbox is not None
+        self._inbox.begin()
+
+    def _take(self, bucket: int, version: int) -> tuple[Any, int]:
+        assert self._inbox is not None
+        return self._inbox.take(bucket, version), 0
+
+    def _end(self) -> None:
+        if self._inbox is not None:
+            self._inbox.end()
+
+    def shutdown(self) -> None:
+        if self._inbox is not None:
+            self._inbox.close()
+
+
+def _check_hashes(bucket: Bucket, memory: Any, start: int, hashes: list[Any]) -> None:
+    """Compares what arrived with what was written. Raises RuntimeError naming the first block that differs."""
+    if not hashes:
+        return
+    entries = {entry.meta.name: entry for entry in bucket.entries}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        for name, bounds, expected in hashes:
+            tensor = tensor_at(memory, start + entries[name].offset, entries[name].meta)
+            if crc32(tensor[tuple(slice(*cut) for cut in bounds)]) != expected:
+                raise RuntimeError(f"block {bounds} of {name!r} is not what its sender wrote")
 
 
 def _tied_parameters(model: torch.nn.Module) -> dict[str, list[str]]:

@@ -4,14 +4,16 @@ A tensor-parallel actor fills a full Hugging Face tensor in place: each rank cop
 holds into the tensor's place in the slot of the current bucket. One writer a block, so the writes need no lock.
 
 The order of a transfer, which the trainer keeps: all ranks construct; all ranks `write(i)`; then the engines load
-bucket i, while the ranks may already `write(i + 1)`, because it goes into another slot.
+bucket i, while the ranks may already `write(i + 1)`, because it goes into another slot. Behind its blocks, each rank
+leaves a mark of version and bucket, by which an engine knows that a slot is complete and fresh.
 """
 
 import mmap
+import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -37,6 +39,28 @@ class BlockHash:
     crc32: int
 
 
+class Sender(Protocol):
+    """One rank's end of a transfer, over whatever carries it."""
+
+    @property
+    def init_info(self) -> dict[str, Any]:
+        """What the receiving engines need to know, as plain data (`RolloutEngine.start_update`)."""
+        ...
+
+    def write(self, bucket_index: int, version: int, hashes: bool = False) -> list[BlockHash]:
+        """Sends this rank's part of a bucket; returns checksums to be compared where the engines load, if asked to."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of everything. May be repeated."""
+        ...
+
+
+def crc32(tensor: torch.Tensor) -> int:
+    """Checksum of a tensor's elements, row by row."""
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
 class SharedMemorySender:
     """One rank's end of the transfer. Rank 0 creates the segment; the others attach to it at their first write.
 
@@ -50,6 +74,7 @@ class SharedMemorySender:
         bucket_bytes: int,
         segment: str,
         rank: int,
+        num_ranks: int,
         num_slots: int = 2,
     ) -> None:
         """Opens this rank's end.
@@ -63,7 +88,7 @@ class SharedMemorySender:
             ValueError: a block of an unknown tensor, or one that does not fit the tensor's shape.
             RunError: rank 0 could not create the segment.
         """
-        self.layout = SegmentLayout(segment, tuple(metas), bucket_bytes, num_slots)
+        self.layout = SegmentLayout(segment, tuple(metas), bucket_bytes, num_slots, num_ranks)
         by_name: dict[str, list[HeldBlock]] = {meta.name: [] for meta in metas}
         shapes = {meta.name: meta.shape for meta in metas}
         for block in blocks:
@@ -71,7 +96,7 @@ class SharedMemorySender:
                 raise ValueError(f"this rank holds a block of {block.name!r}, which is not among the tensors to send")
             block_bounds(block.name, shapes[block.name], block.index)
             by_name[block.name].append(block)
-        self._blocks = by_name
+        self._blocks, self._rank = by_name, rank
         self._owned = OwnedSegment(self.layout) if rank == 0 else None
         self._memory: mmap.mmap | None = self._owned.memory if self._owned else None
 
@@ -85,7 +110,7 @@ class SharedMemorySender:
         return self.layout.to_json()
 
     @torch.no_grad()
-    def write(self, bucket_index: int, hashes: bool = False) -> list[BlockHash]:
+    def write(self, bucket_index: int, version: int, hashes: bool = False) -> list[BlockHash]:
         """Copies this rank's blocks of a bucket into the bucket's slot, in the dtype of the tensor that travels.
 
         Returns a checksum of each block that was written, if asked for them.
@@ -112,9 +137,10 @@ class SharedMemorySender:
                     )
                 target.copy_(value)
                 if hashes:
-                    raw = target.contiguous().view(-1).view(torch.uint8).numpy()
                     bounds = block_bounds(block.name, entry.meta.shape, block.index)
-                    written.append(BlockHash(block.name, bounds, zlib.crc32(raw.data)))
+                    written.append(BlockHash(block.name, bounds, crc32(target)))
+        mark = self.layout.mark_start(bucket_index, self._rank)
+        struct.pack_into("<2q", self._memory, mark, version, bucket_index)
         return written
 
     def close(self) -> None:

@@ -60,16 +60,16 @@ class Processes:
 def running(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     import ray
 
-    from megatron_coreward.trainer.run import probe_tokens, processes
-    from megatron_coreward.trainer.sync import WeightSync
+    from megatron_coreward.config.architecture import read_architecture
+    from megatron_coreward.trainer.run import processes
+    from megatron_coreward.trainer.sync import open_sync
 
     config = task.config("co_rewarding_i+ii", *ONLY_REWARDS)
     initial = tmp_path_factory.mktemp("initial")
-    with processes(config) as (actors, engines):
+    with processes(config) as (actors, engines, transport):
         actors.save(initial)
-        sync = WeightSync(
-            actors, engines, ray.get, run_id="no-labels", bucket_bytes=2**20, probe=probe_tokens(50, 1), max_gap=1e-3
-        )
+        arch = read_architecture(config.model.hf_path)
+        sync = open_sync(config, arch, transport, actors, engines, ray.get)
         yield Processes(task, actors, engines, sync, initial)
 
 

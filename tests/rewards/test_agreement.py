@@ -106,7 +106,10 @@ def test_gold_metrics_score_labels_and_rollouts_where_gold_is_known() -> None:
         Judgement("9", np.float32([1, 1])),
     ]
     golds = {"a": "1", "b": ".5", "unknown": None}
-    assert gold_metrics(groups, judgements, golds, MATH) == {"label/accuracy": 1 / 2, "rollout/accuracy": 2 / 4}
+    metrics = gold_metrics(groups, judgements, golds, MATH)
+    assert metrics.pop("label/accuracy_low") == pytest.approx(0.0945, abs=1e-4)  # Wilson, 1 of 2
+    assert metrics.pop("label/accuracy_high") == pytest.approx(0.9055, abs=1e-4)
+    assert metrics == {"label/accuracy": 1 / 2, "rollout/accuracy": 2 / 4}
     missing = [Judgement(None, judgements[0].rewards), judgements[1], judgements[2]]
     assert gold_metrics(groups, missing, golds, MATH)["label/accuracy"] == 1 / 2
     without = [Judgement(None, judgement.rewards) for judgement in judgements]

@@ -49,6 +49,52 @@ def test_an_empty_last_box_is_no_answer_even_after_a_full_one() -> None:
     assert extract_answer(r"\boxed{12} \boxed{}") is None
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("He has 3 + 4 = 7 apples.\n#### 7", "7"),
+        ("#### 1\nno:\n#### 1,234 \nthanks", "1,234"),
+        ("#### $x+1$.", "x+1"),
+        ("####", None),
+        ("#### \n7", None),
+        ("7", None),
+    ],
+)
+def test_hashes_announce_the_rest_of_their_line(text: str, answer: str | None) -> None:
+    assert extract_answer(text, ("hashes",)) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So the answer is 42.", "42"),
+        ("The final answer is $\\frac{1}{2}$. I hope it is correct.", "\\frac{1}{2}"),
+        ("Answer: 3.5", "3.5"),
+        ("**Answer:** 12", "12"),
+        ("answer = \\(x^2\\)", "x^2"),
+        ("The answer is 1. Wait, the answer is 2", "2"),
+        ("We add and get\n\n 42 ", "42"),
+        ("We add and get\n$$x+1$$", "x+1"),
+        ("We add and get 42", None),
+        ("The answer is", None),
+        ("answers: 42", None),
+        ("", None),
+    ],
+)
+def test_plain_answers_are_announced_or_stand_alone_in_the_last_line(text: str, answer: str | None) -> None:
+    assert extract_answer(text, ("plain",)) == answer
+
+
+def test_forms_are_tried_in_order_and_only_those_asked_for() -> None:
+    text = r"the answer is 1, \boxed{2}" + "\n#### 3"
+    assert extract_answer(text) == "2"
+    assert extract_answer(text, ("hashes", "boxed")) == "3"
+    assert extract_answer("#### 3", ("boxed", "hashes", "plain")) == "3"
+    assert extract_answer("#### 3") is None
+    with pytest.raises(ValueError, match="allowed: boxed, hashes, plain"):
+        extract_answer(text, ("latex",))  # type: ignore[arg-type]
+
+
 @given(st.text(alphabet=r"\boxedf{} $5" + "\n", max_size=60))
 def test_any_text_gives_a_stripped_part_of_it_or_nothing(text: str) -> None:
     answer = extract_answer(text)
@@ -80,10 +126,19 @@ def test_what_is_boxed_last_comes_back(before: str, content: str) -> None:
         "\\",
         "\x00",
         r"\fbox{",
+        "####",
+        "answer ",
+        "answer is" + " " * 1000,
+        "answer: $",
+        ". ",
+        "$",
+        "1,",
+        "\n",
     ],
 )
 def test_hostile_megabytes_take_linear_time(unit: str) -> None:
     text = unit * (1_000_000 // len(unit))
     start = time.monotonic()
-    extract_answer(text)
+    for form in ("boxed", "hashes", "plain"):
+        extract_answer(text, (form,))
     assert time.monotonic() - start < 5.0

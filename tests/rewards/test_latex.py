@@ -99,6 +99,17 @@ def test_what_looks_alike_and_differs_is_kept_apart(a: str, b: str) -> None:
         ("(1,2)", "1,2", True),
         ("(1,2,3)", "[1,2,3]", True),
         (r"(1,\pi)", "(1,3)", True),
+        (r"(1,\pi)", "3", False),
+        (r"2\sqrt{2}", "(1,3)", False),
+        (r"2\sqrt{2}", r"1,\pi", False),
+        (r"2\sqrt{2}", r"(0,\infty)\cup(2,3)", False),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\sqrt{2}", False),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)", True),
+        (r"1\pm\sqrt{2}", r"1+\sqrt{2},1-\sqrt{2}", True),
+        ("[0,5]", r"0\le x\le5", True),
+        (r"(-\infty,\infty)", r"\mathbb{R}", True),
+        (r"\{\pi\}", r"\pi", True),
+        (r"f(1,2)", r"(1+x)f(2,3)", True),
     ],
 )
 def test_forms_alone_settle_what_needs_no_algebra(a: str, b: str, open_question: bool) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.weights.buckets import TensorMeta, check_tiling
-from megatron_coreward.weights.send import HeldBlock, SharedMemorySender
+from megatron_coreward.weights.send import BlockHash, HeldBlock, SharedMemorySender
 
 START_TIMEOUT_S = 240  # on a machine that is busy with other things
 CALL_TIMEOUT_S = 60
@@ -87,15 +87,16 @@ def send(
     sent = {meta.name for meta in metas}
     segment = f"test-{os.getpid()}"
     senders = [
-        SharedMemorySender([b for b in blocks if b.name in sent], metas, bucket_bytes, segment, rank)
+        SharedMemorySender([b for b in blocks if b.name in sent], metas, bucket_bytes, segment, rank, len(ranks))
         for rank, blocks in enumerate(ranks)
     ]
     try:
         engine.start_update(senders[0].init_info)
         for bucket in range(senders[0].num_buckets):
+            hashes: list[BlockHash] = []
             for sender in senders:
-                sender.write(bucket)
-            engine.load_bucket(bucket)
+                hashes += sender.write(bucket, version, hashes=True)
+            engine.load_bucket(bucket, version, hashes)
         engine.finish_update(version)
         return senders[0].num_buckets
     finally:

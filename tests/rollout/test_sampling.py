@@ -153,10 +153,10 @@ def test_there_is_nothing_to_score_or_sample_during_an_update(
         def __getattr__(self, method: str) -> Callable[..., Any]:
             return getattr(engine, method)
 
-        def load_bucket(self, bucket: int) -> None:
+        def load_bucket(self, bucket: int, *args: Any) -> None:
             for ask in (lambda: engine.sample([REQUEST], VERSION), lambda: engine.score(PROMPT)):
                 with pytest.raises(RunError, match="no weights were published"):
                     ask()
-            engine.load_bucket(bucket)
+            engine.load_bucket(bucket, *args)
 
     send(Asks(), *two_ranks(checkpoint("untied", VERSION)), VERSION, bucket_bytes=10**6)

@@ -1,5 +1,6 @@
 """After an update of its weights, an engine is the model that was sent: transformers, token for token."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import SamplingRequest
-from megatron_coreward.weights.buckets import TensorMeta
+from megatron_coreward.weights.buckets import SegmentLayout, TensorMeta
+from megatron_coreward.weights.segment import open_segment
 from megatron_coreward.weights.send import HeldBlock
 from tests.rollout.conftest import KINDS, Engines
 from tests.rollout.engine_process import send, two_ranks
@@ -116,13 +118,59 @@ def test_buckets_must_come_in_turn_and_all_of_them(engine_of: Engines, checkpoin
         def __getattr__(self, method: str) -> Callable[..., Any]:
             return getattr(engine, method)
 
-        def load_bucket(self, bucket: int) -> None:
+        def load_bucket(self, bucket: int, *args: Any) -> None:
             if bucket != 2:
-                engine.load_bucket(bucket)
+                engine.load_bucket(bucket, *args)
 
     with pytest.raises(RuntimeError, match="bucket 3 arrived, bucket 2 is next"):
         send(SkipsOne(), metas, ranks, 3)
     assert engine.version() is None
+
+
+class Interferes:
+    """An engine before whose third bucket something happens to the segment."""
+
+    def __init__(self, engine: Any, damage: Callable[[SegmentLayout, Any], None]) -> None:
+        self._engine, self._damage = engine, damage
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return getattr(self._engine, method)
+
+    def start_update(self, init_info: dict[str, Any]) -> None:
+        self._layout = SegmentLayout.from_json(init_info)
+        self._engine.start_update(init_info)
+
+    def load_bucket(self, bucket: int, *args: Any) -> None:
+        if bucket == 2:
+            self._damage(self._layout, open_segment(self._layout, writable=True))
+        self._engine.load_bucket(bucket, *args)
+
+
+def flip_a_bit(layout: SegmentLayout, memory: Any) -> None:
+    memory[layout.slot_start(2)] ^= 1
+
+
+def take_a_mark_away(layout: SegmentLayout, memory: Any) -> None:
+    """As if rank 1 had not written: the mark of bucket 0 is still in the slot."""
+    struct.pack_into("<2q", memory, layout.mark_start(2, 1), 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, r"block .* of '.*' is not what its sender wrote"),
+        (take_a_mark_away, "rank 1 left bucket 0 of version 3 in the slot, expected bucket 2 of version 3"),
+    ],
+)
+def test_a_bucket_that_is_damaged_or_incomplete_is_never_served(
+    damage: Callable[..., None], message: str, engine_of: Engines, checkpoint: Callable[[str, int], Path]
+) -> None:
+    engine = engine_of("tied")
+    with pytest.raises(RuntimeError, match=message):
+        send(Interferes(engine, damage), *two_ranks(checkpoint("tied", 3)), 3)
+    assert engine.version() is None
+    with pytest.raises(RunError, match="no weights were published"):
+        engine.sample([greedy([5])], 3)
 
 
 def test_the_engine_refuses_to_sample_with_other_weights_than_were_asked_for(

@@ -9,7 +9,10 @@ from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.types import FloatArray, IntArray, Problem, Prompt, Sequences, TokenStats, TrainBatch, View
-from megatron_coreward.weights.buckets import SegmentLayout, TensorMeta
+from megatron_coreward.weights.layouts import EngineLayout
+from megatron_coreward.weights.route import Route
+
+ROUTE = Route("shared_memory", "test", 256, EngineLayout(), 60.0)
 
 VIEWS: tuple[View, ...] = ("original", "rephrased")
 
@@ -56,12 +59,11 @@ class FakeActors:
         names = ["tokens", "clipped", "entropy", "self_certainty", "logprob_gap", "loss/policy", "loss/total"]
         return dict.fromkeys([*names, "max:logprob_gap", "lr", "grad_norm"], 1.0)
 
-    def open_sender(self, weights: Any, segment: str, bucket_bytes: int) -> dict[str, Any]:
+    def open_sender(self, weights: Any, route: Route) -> dict[str, Any]:
         self.events.append(f"open {weights}")
-        metas = tuple(TensorMeta(f"t{i}", (64,), "float32") for i in range(3))
-        return SegmentLayout(segment, metas, 256).to_json()
+        return {}
 
-    def write_bucket(self, weights: Any, bucket: int) -> list[Any]:
+    def write_bucket(self, weights: Any, bucket: int, version: int, hashes: bool) -> list[Any]:
         self.events.append(f"write {weights} {bucket}")
         return [f"written {bucket}"]
 
@@ -79,7 +81,7 @@ class FakeEngines:
         self.events.append("start")
         self.version = None
 
-    def load_bucket(self, bucket: int) -> list[Any]:
+    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any]) -> list[Any]:
         self.events.append(f"load {bucket}")
         return [f"loaded {bucket}"]
 

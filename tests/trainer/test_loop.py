@@ -11,7 +11,7 @@ from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.sync import WeightSync
-from tests.trainer.fakes import FakeActors, FakeEngines, make_config, make_problem
+from tests.trainer.fakes import ROUTE, FakeActors, FakeEngines, make_config, make_problem
 
 PROBE = np.arange(4, dtype=np.int32)
 
@@ -19,7 +19,9 @@ PROBE = np.arange(4, dtype=np.int32)
 def make_trainer(method: str, **changes: Any) -> tuple[Trainer, list[str], FakeActors, FakeEngines]:
     events: list[str] = []
     actors, engines = FakeActors(events), FakeEngines(events)
-    sync = WeightSync(actors, engines, lambda refs: refs, run_id="test", bucket_bytes=256, probe=PROBE, max_gap=1e-3)
+    sync = WeightSync(
+        actors, engines, lambda refs: [[] for _ in refs], route=ROUTE, num_buckets=3, probe=PROBE, max_gap=1e-3
+    )
     problems = [make_problem(0), make_problem(1)]
     trainer = Trainer(
         config=make_config(method, **changes),

@@ -5,16 +5,21 @@ import pytest
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.trainer.sync import WeightSync, weight_version
-from tests.trainer.fakes import FakeActors, FakeEngines
+from tests.trainer.fakes import ROUTE, FakeActors, FakeEngines
 
 
 def make_sync(events: list[str], engine_score: float = -1.0, waited: list[list[str]] | None = None) -> WeightSync:
+    def wait(refs: list[str]) -> list[list[str]]:
+        if waited is not None:
+            waited.append(refs)
+        return [[] for _ in refs]
+
     return WeightSync(
         FakeActors(events),
         FakeEngines(events, engine_score),
-        (waited.append if waited is not None else lambda refs: None),
-        run_id="test",
-        bucket_bytes=256,
+        wait,
+        route=ROUTE,
+        num_buckets=3,
         probe=np.arange(5, dtype=np.int32),
         max_gap=1e-3,
     )

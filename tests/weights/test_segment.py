@@ -50,7 +50,7 @@ def test_what_one_end_writes_the_other_reads(layout: SegmentLayout) -> None:
 
 def test_a_process_that_attached_leaves_the_segment_to_its_owner(layout: SegmentLayout) -> None:
     owned = OwnedSegment(layout)
-    process = in_another_process("open_segment(layout, writable=True)[4096:4100] = b'left'", layout)
+    process = in_another_process("open_segment(layout, writable=True)[65536:65540] = b'left'", layout)
     assert process.wait(timeout=60) == 0
     assert segment_path(layout.segment).exists()
     assert owned.memory[HEADER_BYTES : HEADER_BYTES + 4] == b"left"

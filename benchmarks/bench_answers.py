@@ -1,0 +1,231 @@
+r"""How well and how fast answers are judged: spellings, differences, groups, and strings that want to break the judge.
+
+    python benchmarks/bench_answers.py [--answers FILE] [--pairs 20000] [--hostile 100000]
+
+FILE is a parquet file in the published format; without it the MATH test set beside the checkout is read where it is
+there, and what needs it is left out where it is not. Prints one JSON object:
+
+spellings  share of (answer, respelling) pairs, weighted by the answer, that are equivalent; the failures by respelling
+different  share of random pairs of answers with different values that are told apart; the pairs that are not
+grouping   seconds for the classes of 128 questions x 16 answers, with and without what was learned before
+hostile    of N pairs: rate, slowest, comparisons that ran over the limit, memory of this process and of the workers
+"""
+
+import argparse
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from os import chdir, getcwd, getpid
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.answer_cases import MARKER, hostile, variants
+from megatron_coreward.data.parquet import read_rows
+from megatron_coreward.rewards import latex
+from megatron_coreward.rewards.answer import extract_answer
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.latex import canonical
+
+MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
+QUESTIONS, SAMPLES = 128, 16
+HOSTILE_TIMEOUT_S = 0.5
+START_SLACK_S = 60.0  # a new process on a crowded machine; the judge's own promise is its limit plus this
+
+
+def spellings(answers: Sequence[str]) -> dict[str, Any]:
+    """Every answer against each of its respellings."""
+    tried, missed = Counter[str](), Counter[str]()
+    failures: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    with Judge("math", timeout_s=10.0) as judge:
+        for answer, count in Counter(answers).items():
+            for name, respelt in variants(answer):
+                tried[name] += count
+                if not judge.equivalent(respelt, answer):
+                    missed[name] += count
+                    failures[name].append((answer, respelt))
+        share = 1 - missed.total() / tried.total()
+        return {
+            "answers": len(answers),
+            "respellings": len(tried),
+            "pairs": tried.total(),
+            "equivalent": share,
+            "worst": min((1 - missed[name] / tried[name], name) for name in tried),
+            "needed_algebra": judge.comparisons,
+            "failures": failures,
+        }
+
+
+def different(answers: Sequence[str], pairs: int, seed: int = 0) -> dict[str, Any]:
+    """Random pairs of answers; a pair counts where a person would call it different, by the spelling alone: the
+    strings without white space, `\\left`, `\\right`, `\\text` and the `d` of `\\dfrac` are not the same."""
+    rng = random.Random(seed)
+    by_look = {_look(answer): answer for answer in answers}
+    distinct = sorted(by_look.values())
+    equated = []
+    begin = time.perf_counter()
+    with Judge("math", timeout_s=10.0) as judge:
+        for _ in range(pairs):
+            a, b = rng.sample(distinct, 2)
+            if judge.equivalent(a, b):
+                equated.append((a, b))
+        return {
+            "pairs": pairs,
+            "distinct_answers": len(distinct),
+            "told_apart": 1 - len(equated) / pairs,
+            "equated": equated,
+            "needed_algebra": judge.comparisons,
+            "over_the_limit": judge.timeouts,
+            "seconds": time.perf_counter() - begin,
+        }
+
+
+def _look(answer: str) -> str:
+    for piece in (" ", "\n", r"\left", r"\right", r"\text", r"\,", r"\;", r"\!", "$", "{", "}"):
+        answer = answer.replace(piece, "")
+    return answer.replace(r"\dfrac", r"\frac").replace("dollars", "").rstrip(".")
+
+
+def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share: float = 0.6) -> dict[str, Any]:
+    """A step's worth of groups as rollouts make them: right answers in several spellings, and some wrong ones.
+
+    With `right_share` 0 every answer of a group is another question's.
+    """
+    rng = random.Random(1)
+    pool = sorted(
+        {
+            answer
+            for answer in answers
+            if not algebra_only or canonical(answer).kind in ("scalar", "plural", "expression")
+        }
+    )
+    groups = []
+    for right in rng.sample(pool, QUESTIONS):
+        spelt = [right, *(respelt for _, respelt in variants(right))]
+        wrong = rng.sample(pool, 4 if right_share else SAMPLES)
+        draw = [rng.choice(spelt) if rng.random() < right_share else wrong[i % len(wrong)] for i in range(SAMPLES)]
+        groups.append([None if rng.random() < 0.05 else answer for answer in draw])
+    latex._canonical.cache_clear()
+    with Judge("math", timeout_s=5.0, num_workers=1) as judge:
+        seconds = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            classes = [judge.classes(group) for group in groups]
+            seconds.append(time.perf_counter() - begin)
+        return {
+            "groups": len(groups),
+            "cold_s": seconds[0],
+            "warm_s": seconds[1],
+            "comparisons": judge.comparisons,
+            "over_the_limit": judge.timeouts,
+            "classes_mean": sum(len(set(group) - {None}) for group in classes) / len(classes),
+        }
+
+
+def hostile_run(count: int, workers: int = 2, seed: int = 0, timeout_s: float = HOSTILE_TIMEOUT_S) -> dict[str, Any]:
+    """Extraction and comparison of `count` hostile pairs, by as many threads as there are worker processes.
+
+    Raises AssertionError where a comparison takes longer than it may, where an answer was executed, and where honest
+    pairs are no longer answered.
+    """
+    here = getcwd()
+    slowest = (0.0, "")
+    memory: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder, Judge("math", timeout_s=timeout_s, num_workers=workers) as judge:
+        chdir(folder)  # what an answer that is executed would leave behind lies here
+        try:
+            assert judge.equivalent("x+x", "2x")  # the processes start
+
+            def one(pair: tuple[str, str]) -> tuple[float, str]:
+                begin = time.perf_counter()
+                extract_answer(rf"so \boxed{{{pair[0]}}} and {pair[1]}")
+                verdict, reverse = judge.equivalent(*pair), judge.equivalent(*pair[::-1])
+                assert verdict == reverse, pair
+                return time.perf_counter() - begin, pair[0]
+
+            begin = time.perf_counter()
+            memory.append(_memory_mib())
+            with ThreadPoolExecutor(workers) as threads:
+                cases = hostile(seed, count)
+                while part := list(islice(cases, max(1, min(count // 8, 1000)))):
+                    slowest = max(slowest, *threads.map(one, part))
+                    memory.append(_memory_mib())
+            seconds = time.perf_counter() - begin
+            assert judge.equivalent("y+y", "2y"), "honest pairs are no longer answered"
+            assert not list(Path(folder).rglob(f"*{MARKER}*")), "an answer was executed"
+        finally:
+            chdir(here)
+        assert slowest[0] < 2 * (timeout_s + START_SLACK_S), f"{slowest[0]:.1f} s for {slowest[1][:200]!r}"
+        return {
+            "pairs": count,
+            "seconds": seconds,
+            "pairs_per_s": count / seconds,
+            "slowest_s": slowest[0],
+            "slowest": slowest[1][:80],
+            "comparisons": judge.comparisons,
+            "over_the_limit": judge.timeouts,
+            "limit_s": timeout_s,
+            "memory_mib": memory,
+        }
+
+
+def _memory_mib() -> dict[str, float]:
+    """Resident memory of this process and of its worker processes together."""
+    page = resource.getpagesize()
+
+    def resident(pid: int) -> float:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page / 2**20
+
+    children = []
+    for task in Path(f"/proc/{getpid()}/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            try:
+                children.append(resident(int(pid)))
+            except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                continue
+    return {"driver": round(resident(getpid())), "workers": round(sum(children)), "num_workers": len(children)}
+
+
+def _golds(file: Path) -> list[str]:
+    return [row.ground_truth for row in read_rows(file) if row.ground_truth is not None]
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answers", type=Path, help="parquet file in the published format")
+    parser.add_argument("--pairs", type=int, default=20_000)
+    parser.add_argument("--hostile", type=int, default=2_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("spellings", "different", "grouping", "hostile"))
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    file = options.answers or (MATH if MATH.exists() else None)
+    answers = _golds(file) if file is not None and options.only != "hostile" else []
+    wanted = (options.only,) if options.only else ("spellings", "different", "grouping", "hostile")
+    result: dict[str, Any] = {}
+    if answers:
+        if "spellings" in wanted:
+            result["spellings"] = spellings(answers)
+        if "different" in wanted:
+            result["different"] = different(answers, options.pairs, options.seed)
+        if "grouping" in wanted:
+            result["grouping"] = grouping(answers)
+            result["grouping_algebra_only"] = grouping(answers, algebra_only=True)
+            result["grouping_all_different"] = grouping(answers, right_share=0)
+    elif options.only != "hostile":
+        result["left_out"] = f"{MATH} is not there: spellings, different and grouping need --answers"
+    if "hostile" in wanted:
+        result["hostile"] = hostile_run(options.hostile, options.workers, options.seed)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""How stable pseudo-labels are: the label of a question now against the one it had when it was last labelled.
+
+RUN/labels.jsonl holds one line a step, `{"step": 3, "labels": [[uid, view, label], ...]}`. It is a file of its own, not
+a look back into the dumps of rollouts: those may be turned off and weigh megabytes a step, a line of labels weighs
+kilobytes. Read by people, and by this module on resuming; never by training.
+
+Invariants, each held by a test: a step is on disk when `observe` returns; opening for `first_step` forgets that step
+and later ones, so a resumed run counts what an uninterrupted one would; a part of a line that a kill left is dropped.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+
+from megatron_coreward.errors import RunError
+from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.telemetry.rollout_dump import JudgedGroup
+
+FILE_NAME = "labels.jsonl"
+
+Key = tuple[str, str]  # uid, view
+
+
+class LabelHistory:
+    """The last label of every question and view."""
+
+    def __init__(self, path: Path, same: Callable[[str, str], bool], first_step: int = 0) -> None:
+        """`same` says whether two labels are one answer (`Judge.equivalent`); `first_step` is the next to be observed.
+
+        Raises RunError where a whole line of the file is not a step's labels.
+        """
+        self._same = same
+        self._last: dict[Key, str] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._read(path, first_step)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def observe(self, step: int, judged: Iterable[JudgedGroup]) -> dict[str, float]:
+        """Takes over the labels of a step's policy groups and returns how they changed.
+
+        `label/flip_rate`: of the labels whose question had one before, in the same view, the share that is another
+        answer; `label/seen_before_share`: the share of labels whose question had one before. A group without a label
+        counts in neither and leaves the last one as it was. Without any label there are no metrics.
+        """
+        labels: dict[Key, str] = {
+            (item.group.uid, item.group.view): item.label
+            for item in judged
+            if item.group.role == "policy" and item.label is not None
+        }
+        if not labels:
+            return {}
+        flips = [not self._same(self._last[key], label) for key, label in labels.items() if key in self._last]
+        line = json.dumps({"step": step, "labels": [[*key, label] for key, label in labels.items()]})
+        os.write(self._descriptor, line.encode() + b"\n")
+        os.fsync(self._descriptor)
+        self._last.update(labels)
+        metrics = {"label/seen_before_share": len(flips) / len(labels)}
+        return metrics | ({"label/flip_rate": sum(flips) / len(flips)} if flips else {})
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> "LabelHistory":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, path: Path, first_step: int) -> None:
+        *lines, part = path.read_bytes().split(b"\n")
+        kept = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                step, labels = int(row["step"]), {(uid, view): label for uid, view, label in row["labels"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{path}, line {number}: not the labels of a step ({error})") from error
+            if step < first_step:
+                kept.append(line + b"\n")
+                self._last.update(labels)
+        if part or len(kept) != len(lines):
+            with replaced_whole(path) as temporary:
+                temporary.write_bytes(b"".join(kept))
