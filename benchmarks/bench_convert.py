@@ -1,14 +1,15 @@
 """The converter against a plain file copy of the same bytes: seconds, GB/s, peak memory.
 
-    python benchmarks/bench_convert.py [--gigabytes 2] [--folder /dev/shm] [--repeat 3] [--workers 2] [--json]
+    python benchmarks/bench_convert.py [--gigabytes 2] [--folder /dev/shm] [--repeat 5] [--workers 2] [--json]
 
-Writes a random bf16 model of Qwen3's shape (hidden 2048, a vocabulary of 151,936, as many layers as fill the size), takes
-it to Megatron and back, and copies it with `cp`; all of it ends on the disk (fsync). Each conversion is a process of its
-own, whose peak memory is its VmHWM. The order alternates from one repetition to the next, so that none of the three
-always finds the page cache as another one has left it; the source itself is in the cache throughout, for all of them.
+Writes a random bf16 model of Qwen3's shape (hidden 2048, a vocabulary of 151,936, as many layers as fill the size),
+takes it to Megatron and back, and copies it with `cp`; all of it ends on the disk (fsync). Each of the three is a process of
+its own, which measures its work once everything is imported, and its peak memory (VmHWM); "command s" has the start of
+Python and the import of torch with it. (The copy starts the same way: a virtual machine may take freed memory back
+within seconds, and then the first to touch it again pays several seconds a gigabyte.)
 
-Two times are given for a conversion: that of the work, which is held against the copy, and that of the whole command, with
-the start of Python and the import of torch. Figures are medians. Everything that was written is removed in the end.
+The order changes from turn to turn; the source is in the page cache throughout. Figures are medians of as many turns as
+asked for, after one that does not count. Everything that was written is removed in the end.
 """
 
 import argparse
@@ -46,17 +47,22 @@ CONFIG = {
 }
 GIB = 2**30
 
-# What a child runs: the command line, then its own peak memory and the seconds that the work took.
+# What a child runs: the command line or a copy; then its own peak memory and the seconds that the work took.
 CHILD = """
-import json, sys, time
+import json, subprocess, sys, time
+from pathlib import Path
 import megatron_coreward.checkpoint.convert
+from megatron_coreward.checkpoint.new_directory import sync_directory
 from megatron_coreward.cli import main
 begin = time.perf_counter()
-status = main(sys.argv[2:])
+if sys.argv[2] == "copy":
+    subprocess.run(["cp", "-r", "--reflink=never", *sys.argv[3:]], check=True)
+    sync_directory(Path(sys.argv[4]))
+elif main(sys.argv[2:]) != 0:
+    sys.exit(1)
 seconds = time.perf_counter() - begin
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 json.dump({"seconds": seconds, "peak_bytes": peak}, open(sys.argv[1], "w"))
-sys.exit(status)
 """
 
 
@@ -81,30 +87,15 @@ def write_random_model(folder: Path, gigabytes: float) -> tuple[int, int]:
     return sum(sizes(layers)), max(sizes(layers))
 
 
-def sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        file = os.open(path, os.O_RDONLY)
-        os.fsync(file)
-        os.close(file)
-
-
-def copy(source: Path, target: Path) -> dict[str, float]:
-    begin = time.perf_counter()
-    subprocess.run(["cp", "-r", "--reflink=never", source, target], check=True, timeout=3600)
-    sync(target)
-    return {"seconds": time.perf_counter() - begin}
-
-
-def convert(action: str, source: Path, target: Path, options: list[str], report: Path) -> dict[str, float]:
-    root = str(Path(__file__).parents[1])
-    command = [sys.executable, "-c", CHILD, report, "convert", action, source, target, *options]
+def child(report: Path, *arguments: object) -> dict[str, float]:
+    """Runs a conversion or a copy in a process of its own."""
     begin = time.perf_counter()
     subprocess.run(
-        list(map(str, command)),
+        [sys.executable, "-c", CHILD, str(report), *map(str, arguments)],
         check=True,
         timeout=3600,
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )
     return {**json.loads(report.read_text()), "command_s": time.perf_counter() - begin}
 
@@ -113,27 +104,27 @@ def measure(folder: Path, gigabytes: float, repeat: int, options: list[str]) -> 
     model = folder / "model"
     model.mkdir()
     total, largest = write_random_model(model, gigabytes)
-    sync(model)
-    megatron = folder / "megatron"  # what `to-hf` reads
-    convert("to-megatron", model, megatron, options, folder / "report.json")
-    target = folder / "target"
-    cases = {
-        "copy": lambda: copy(model, target),
-        "to-megatron": lambda: convert("to-megatron", model, target, options, folder / "report.json"),
-        "to-hf": lambda: convert("to-hf", megatron, target, options, folder / "report.json"),
+    megatron, target, report = folder / "megatron", folder / "target", folder / "report.json"
+    child(report, "convert", "to-megatron", model, megatron, *options)  # what `to-hf` reads
+    cases: dict[str, list[object]] = {
+        "copy": ["copy", model, target],
+        "to-megatron": ["convert", "to-megatron", model, target, *options],
+        "to-hf": ["convert", "to-hf", megatron, target, *options],
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
-    for turn in range(repeat):
+    for turn in range(-1, repeat):  # the first turn does not count: it touches memory that nobody has used before
         names = list(cases)[turn % 3 :] + list(cases)[: turn % 3]
         for name in names:
-            runs[name].append(cases[name]())
+            run = child(report, *cases[name])
+            if turn >= 0:
+                runs[name].append(run)
             shutil.rmtree(target)
             os.sync()
     medians = {
         name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
     }
-    medians["to-megatron"]["peak_bytes"] = max(run["peak_bytes"] for run in runs["to-megatron"])
-    medians["to-hf"]["peak_bytes"] = max(run["peak_bytes"] for run in runs["to-hf"])
+    for name, found in runs.items():
+        medians[name]["peak_bytes"] = max(run["peak_bytes"] for run in found)
     return {
         "bytes": total,
         "largest_tensor_bytes": largest,
@@ -150,19 +141,21 @@ def show(found: dict[str, Any]) -> None:
     print(f"{'':<14}{'s':>8}{'GB/s':>8}{'of copy':>9}{'command s':>11}{'peak GiB':>10}{'bound GiB':>11}")
     for name, run in runs.items():
         line = f"{name:<14}{run['seconds']:8.2f}{gigabytes / run['seconds']:8.2f}"
-        if "peak_bytes" in run:
+        if name != "copy":
             ratio, bound = runs["copy"]["seconds"] / run["seconds"], found["bound_bytes"] / GIB
             line += f"{ratio:9.2f}{run['command_s']:11.2f}{run['peak_bytes'] / GIB:10.2f}{bound:11.2f}"
         print(line)
+    best = {name: min(seconds) for name, seconds in found["all_seconds"].items()}
     for name, seconds in found["all_seconds"].items():
-        print(f"  {name}: {', '.join(f'{s:.2f}' for s in seconds)} s")
+        of_copy = "" if name == "copy" else f"; best against the copy's best: {best['copy'] / best[name]:.2f}"
+        print(f"  {name}: {', '.join(f'{s:.2f}' for s in seconds)} s{of_copy}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the model, 10^9 bytes")
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary directory")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dtype", help="cast on the way")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
