@@ -100,6 +100,7 @@ def _close() -> None:
     _sender.close()
 
 
+_session: Session
 _needed: dict[str, tuple[slice, ...]]
 _own: dict[str, torch.Tensor]
 _layout: SegmentLayout
@@ -108,7 +109,8 @@ _inbox: Inbox
 
 def _start_worker(session: Session, worker: int, info: dict[str, Any], transport: str) -> None:
     """In the process of a worker that does nothing but keep its blocks."""
-    global _needed, _own, _layout, _inbox
+    global _session, _needed, _own, _layout, _inbox
+    _session = session
     torch.set_num_threads(1)
     arch = session.params.arch
     _needed = {n: tuple(slice(*cut) for cut in bounds) for n, bounds in session.engines.needed(worker, arch)}
@@ -127,12 +129,12 @@ def _worker_begin(transport: str) -> None:
         _inbox.begin()
 
 
-def _worker_take(session: Session, bucket: int, version: int, transport: str) -> None:
+def _worker_take(bucket: int, version: int, transport: str) -> None:
     if transport == "gloo":
         memory, start = _inbox.take(bucket, version), 0
     else:
         memory, start = _segment(), _layout.slot_start(bucket)
-    for entry in session.buckets[bucket].entries:
+    for entry in _session.buckets[bucket].entries:
         if entry.meta.name in _needed:
             tensor = tensor_at(memory, start + entry.offset, entry.meta)
             _own[entry.meta.name].copy_(tensor[_needed[entry.meta.name]])
@@ -242,7 +244,7 @@ def measure(
 
         def plain(version: int) -> None:
             everywhere(workers, _worker_begin, way)
-            transfer(ranks, workers, buckets, version, lambda p, b: p.submit(_worker_take, session, b, version, way))
+            transfer(ranks, workers, buckets, version, lambda p, b: p.submit(_worker_take, b, version, way))
             everywhere(workers, _worker_end, way)
 
         figures = {"transfer": timed(plain)}

@@ -27,8 +27,9 @@ from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
 from megatron_coreward.actor.model import DTYPES, build_chunks  # noqa: E402
 from megatron_coreward.actor.optimizer import build_optimizer, build_scheduler, wrap_chunks  # noqa: E402
 from megatron_coreward.actor.packing import Share  # noqa: E402
+from megatron_coreward.actor.saving import FileHashes, Saving  # noqa: E402
 from megatron_coreward.actor.setup import ActorSetup, Weights  # noqa: E402
-from megatron_coreward.actor.state import load_state, save_state  # noqa: E402
+from megatron_coreward.actor.state import begin_save, load_state  # noqa: E402
 from megatron_coreward.actor.teacher import EmaTeacher, FrozenModel  # noqa: E402
 from megatron_coreward.actor.token_stats import Scores, VocabularyShard, score_tokens  # noqa: E402
 from megatron_coreward.actor.train_step import pack_loss  # noqa: E402
@@ -76,6 +77,7 @@ class MegatronActor:
         )
         self._address = address  # of rank 0
         self._senders: dict[Weights, Sender] = {}
+        self._saving: Saving | None = None
 
     @property
     def reports(self) -> bool:
@@ -127,19 +129,24 @@ class MegatronActor:
     def update(self, batch: TrainBatch, share: Share) -> dict[str, float] | None:
         """One optimizer step on the batch. Returns sums over this rank's tokens, and the step's global figures.
 
+        A gradient that is not finite moves nothing, neither weights nor moments. The schedule goes on.
+
         Raises:
-            FloatingPointError: the gradient is not finite; the weights are as before.
+            FloatingPointError: the gradient is not finite, and the setup does not say to skip such updates.
         """
         stats = self.accumulate(batch, share)
         self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
-        if not np.isfinite(grad_norm):  # the same on every rank, and before any weight has moved
+        finite = bool(np.isfinite(grad_norm))  # the same on every rank
+        if not finite and not self.setup.skip_bad_gradients:
             raise FloatingPointError(f"the gradient of this step is not finite (norm {grad_norm})")
         self.scheduler.step(1)
-        self.optimizer.step()
+        if finite:
+            self.optimizer.step()
         if stats is None or not self.reports:
             return None
-        report = {"grad_norm": float(grad_norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        report = {"grad_norm": float(grad_norm), "lr": lr, "max:skipped": float(not finite)}
         for key in stats[0]:
             values = torch.stack([of_pack[key] for of_pack in stats])
             report[key] = float(values.max() if key.startswith("max:") else values.sum())
@@ -204,9 +211,33 @@ class MegatronActor:
         """Writes a Hugging Face model directory, loadable with transformers."""
         export_hf(self._modules(weights), self.arch, self.at, self.setup.hf_path, target)
 
+    def begin_save(self, target: Path) -> None:
+        """Begins to write the training state of all ranks into `target`, an empty directory; training may go on.
+
+        Raises:
+            RuntimeError: the save before this one was not finished.
+        """
+        if self._saving is not None:
+            raise RuntimeError("the checkpoint before this one was not finished")
+        self._saving = begin_save(self.policy, self.optimizer, self.scheduler, self.teacher, target)
+
+    def save_written(self) -> bool:
+        """Whether this rank's part of the save under way is written: `finish_save` will not wait for it."""
+        return self._saving is None or self._saving.written
+
+    def finish_save(self) -> FileHashes:
+        """Completes the save under way. Returns size and hash of the files that this rank has written.
+
+        Raises:
+            OSError: a rank could not write its part.
+        """
+        saving, self._saving = self._saving, None
+        return saving.finish() if saving is not None else {}
+
     def save(self, target: Path) -> None:
-        """Writes the training state of all ranks into the directory `target`, which must not exist yet."""
-        save_state(self.policy, self.optimizer, self.scheduler, self.teacher, target)
+        """Writes the training state of all ranks into `target`, an empty directory."""
+        self.begin_save(target)
+        self.finish_save()
 
     def load(self, source: Path) -> None:
         """Takes the training state from `source`, written under any layout."""

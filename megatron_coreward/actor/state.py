@@ -6,8 +6,8 @@ seed and step). The frozen reference is the model that the run started from and 
 
 Everything that belongs to a parameter is saved in the parameter's own shape, as the model's weights are, so that any
 tensor, pipeline or data-parallel layout can read it. (Megatron's own resharding of optimizer state does not know
-torch's AdamW: in 0.16 it fails on the step count.) For the length of a call, the shards gathered over data-parallel
-ranks take 12 bytes (20 with a teacher) per parameter of a model-parallel rank.
+torch's AdamW: in 0.16 it fails on the step count.) While it is saved, the shards gathered over data-parallel ranks take
+12 bytes (20 with a teacher) per parameter of a model-parallel rank.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_coreward.actor.optimizer import MOMENTS, set_step_count, step_count
+from megatron_coreward.actor.saving import Saving
 from megatron_coreward.actor.shards import FlatWeights, MainShard, main_shards
 from megatron_coreward.actor.teacher import EmaTeacher
 
@@ -65,14 +66,15 @@ def _fp32(entry: Any) -> dict[str, Any]:
     return {"dtype": torch.float32} if hasattr(entry, "dtype") else {}
 
 
-def save_state(
+def begin_save(
     policy: Policy,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     teacher: EmaTeacher | None,
     target: Path,
-) -> None:
-    """Writes the state of all ranks into the directory `target`, which exists and is empty. Called on every rank."""
+) -> Saving:
+    """Begins to write the state of all ranks into the directory `target`, which exists and is empty. Called on every
+    rank; training may go on at once."""
     state = _model_state(policy)
     for name, slots in _quantities(optimizer, teacher).items():
         whole = FlatWeights(policy, torch.float32)
@@ -80,7 +82,8 @@ def save_state(
         state[name] = _quantity_state(policy, whole, name)
     state["scheduler"] = scheduler.state_dict()
     state["optimizer_steps"] = step_count(optimizer)
-    dist_checkpointing.save(state, str(target))
+    live = [tensor for chunk in policy for tensor in (*chunk.parameters(), *chunk.module.buffers())]
+    return Saving(state, live, target)
 
 
 @torch.no_grad()
@@ -91,7 +94,7 @@ def load_state(
     teacher: EmaTeacher | None,
     source: Path,
 ) -> None:
-    """Reads what `save_state` wrote, under whatever layout this is. Called on every rank."""
+    """Reads what `begin_save` wrote, under whatever layout this is. Called on every rank."""
     wholes = {name: FlatWeights(policy, torch.float32) for name in _quantities(optimizer, teacher)}
     wanted = _model_state(policy)
     wanted |= {name: _quantity_state(policy, whole, name) for name, whole in wholes.items()}

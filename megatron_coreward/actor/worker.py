@@ -11,6 +11,7 @@ from megatron_coreward.weights.route import Route
 
 if TYPE_CHECKING:
     from megatron_coreward.actor.actor import MegatronActor
+    from megatron_coreward.actor.saving import FileHashes
     from megatron_coreward.weights.send import BlockHash
 
 
@@ -66,6 +67,15 @@ class ActorWorker:
 
     def save(self, target: Path) -> None:
         self._rank.save(target)
+
+    def begin_save(self, target: Path) -> None:
+        self._rank.begin_save(target)
+
+    def save_written(self) -> bool:
+        return self._rank.save_written()
+
+    def finish_save(self) -> "FileHashes":
+        return self._rank.finish_save()
 
     def load(self, source: Path) -> None:
         self._rank.load(source)

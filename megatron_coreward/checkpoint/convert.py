@@ -31,7 +31,7 @@ from megatron_coreward.checkpoint.safetensors_files import HfWeights, HfWriter
 from megatron_coreward.checkpoint.torch_dist import ChunkFile, MegatronWeights, MegatronWriter
 from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.errors import InputError, RunError
-from megatron_coreward.weights.checkpoint_keys import CheckpointTensor, checkpoint_tensors
+from megatron_coreward.weights.checkpoint_keys import CheckpointTensor, checkpoint_tensors, extra_state_keys
 from megatron_coreward.weights.mapping import hf_tensors
 
 BUFFER_BYTES = 384 * 2**20  # of all workers
@@ -93,7 +93,7 @@ def to_megatron(
                         share.done(piece.nbytes)
 
         _share_out(sizes, workers, work, progress)
-        writer.finish()
+        writer.finish(extra_state_keys(arch))
         (folder / DESCRIPTION).mkdir()
         copy_description(source, folder / DESCRIPTION, _only(dtypes.values()))
         (folder / DESCRIPTION / MANIFEST).unlink(missing_ok=True)

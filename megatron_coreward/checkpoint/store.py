@@ -1,28 +1,55 @@
-"""The checkpoints of a run directory: each appears whole or not at all, the newest can be found, old ones go.
+"""The checkpoints of a run directory: each appears whole or not at all, damage is found, old ones go.
 
 checkpoints/step_000010/megatron/        distributed checkpoint of the actors
-checkpoints/step_000010/trainer.json     where the run stands
+checkpoints/step_000010/trainer.json     where the run stands, its score, and the states of what else has one
+checkpoints/step_000010/config.yaml      the resolved configuration it was made with
+checkpoints/step_000010/labels.jsonl     the label history up to there
+checkpoints/step_000010/manifest.json    size and blake3 of every file above
+checkpoints/damaged_step_000012/         one that failed its check: set aside, never read again
+
+Invariants (tests/checkpoint/test_store.py):
+  1. A directory with a step's name was written in full and is durable.
+  2. A checkpoint with a missing, shortened or changed file is not read, and metadata that would run code is refused.
+  3. The newest `keep` checkpoints stay, and the one with the best score.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
+from blake3 import blake3
+
+from megatron_coreward.checkpoint.torch_dist import read_metadata
 from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry.files import sync_directory
 
 _NAME = re.compile(r"step_(\d+)")
+MANIFEST = "manifest.json"
+TRAINER = "trainer.json"
+ACTORS = "megatron"
+
+Hashes = Mapping[str, tuple[int, str]]  # file -> bytes, blake3
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands after a step. The data position is a function of the step."""
+    """Where a run stands after a step. What is drawn, batches and rollouts, is a function of seed and step."""
 
-    step: int  # steps done
+    step: int  # steps done; also the batches taken from the data
     num_updates: int  # optimizer steps done
+    teacher_moves: int = 0  # the last step whose EMA the teacher has taken; the step after `step` may be begun
+    score: float | None = None  # of the metric by which the best checkpoint is kept
+    extra: dict[str, Any] = field(default_factory=dict)  # JSON: the states of what else has one, by name
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that must not be read; the message names the file and what is wrong with it."""
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -31,7 +58,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Steps with a whole checkpoint, oldest first."""
+    """Steps with a checkpoint, oldest first."""
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         return []
@@ -39,35 +66,153 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def save_checkpoint(run_dir: Path, position: Position, write_actors: Callable[[Path], None], keep: int) -> Path:
-    """Writes a checkpoint beside its final place, moves it there in one step, and then removes all but `keep`.
+def new_checkpoint(run_dir: Path, position: Position, files: Mapping[str, bytes]) -> Path:
+    """Begins a checkpoint beside its final place; `publish` ends it.
 
     Args:
-        write_actors: writes the actors' state into the directory that it is given, which exists and is empty.
+        files: what else to keep in it, by name.
+
+    Returns:
+        The directory for the actors' part (absolute, empty).
     """
-    final = checkpoint_path(run_dir, position.step)
-    partial = final.with_name(f".{final.name}.partial")
+    partial = _partial(run_dir, position.step)
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "megatron").mkdir(parents=True)
-    write_actors((partial / "megatron").resolve())
-    (partial / "trainer.json").write_text(json.dumps(asdict(position)) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
+    (partial / ACTORS).mkdir(parents=True)
+    (partial / TRAINER).write_text(json.dumps(asdict(position), indent=1, allow_nan=False) + "\n")
+    for name, content in files.items():
+        (partial / name).write_bytes(content)
+    return (partial / ACTORS).resolve()
+
+
+def publish(
+    run_dir: Path,
+    step: int,
+    hashes: Hashes,
+    *,
+    keep: int,
+    best: Literal["highest", "lowest"] = "highest",
+) -> Path:
+    """Gives a checkpoint that is written in full its name, and removes those that are not to be kept.
+
+    Args:
+        hashes: size and blake3 of files of the actors' part that are known already; the others are read here.
+    """
+    partial, final = _partial(run_dir, step), checkpoint_path(run_dir, step)
+    known = {f"{ACTORS}/{name}": tuple(entry) for name, entry in hashes.items()}
+    entries = {}
+    for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+        name = path.relative_to(partial).as_posix()
+        if name not in known:
+            _sync_file(path)
+            known[name] = (path.stat().st_size, _hash(path))
+        entries[name] = {"bytes": known[name][0], "blake3": known[name][1]}
+    manifest = partial / MANIFEST
+    manifest.write_text(json.dumps({"format": 1, "files": entries}, indent=1) + "\n")
+    _sync_file(manifest)
+    for folder in (partial / ACTORS, partial):
+        sync_directory(folder)
+    _remove(final)
     os.replace(partial, final)
-    for step in saved_steps(run_dir)[:-keep]:
-        shutil.rmtree(checkpoint_path(run_dir, step))
+    sync_directory(final.parent)
+    for old in set(saved_steps(run_dir)) - _to_keep(run_dir, keep, best):
+        _remove(checkpoint_path(run_dir, old))
     return final
 
 
-def load_checkpoint(run_dir: Path, step: int, read_actors: Callable[[Path], None]) -> Position:
-    """Hands the actors their state and returns where the run stood.
+def discard_unfinished(run_dir: Path) -> None:
+    """Removes what a process that died has left half-written or half-removed."""
+    for path in (run_dir / "checkpoints").glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_position(path: Path) -> Position:
+    """Where the run stood. Raises DamagedCheckpoint where the description is missing or damaged."""
+    try:
+        return Position(**json.loads((path / TRAINER).read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise DamagedCheckpoint(f"{path / TRAINER}: damaged ({e})") from None
+
+
+def check_checkpoint(path: Path, contents: bool = True) -> Position:
+    """Makes sure that a checkpoint is what was written, before anything is loaded from it.
+
+    Args:
+        contents: compare checksums too, not only names and sizes.
 
     Raises:
-        InputError: the checkpoint's description is missing or damaged.
+        DamagedCheckpoint: naming the first file that is missing, of another size, changed, or not to be trusted.
     """
-    path = checkpoint_path(run_dir, step)
     try:
-        position = Position(**json.loads((path / "trainer.json").read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        raise InputError(f"{path}: damaged checkpoint ({e}); remove it to go on from the one before") from None
-    read_actors((path / "megatron").resolve())
-    return position
+        wanted = {
+            name: (int(entry["bytes"]), str(entry["blake3"]))
+            for name, entry in json.loads((path / MANIFEST).read_text())["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged ({type(e).__name__}: {e})") from None
+    for name, (size, _) in wanted.items():
+        file = path / name
+        if ".." in Path(name).parts or not file.is_file():
+            raise DamagedCheckpoint(f"{file}: missing")
+        if file.stat().st_size != size:
+            raise DamagedCheckpoint(f"{file}: {file.stat().st_size} bytes, {size} were written")
+    for required in (TRAINER, f"{ACTORS}/.metadata", f"{ACTORS}/common.pt"):
+        if required not in wanted:
+            raise DamagedCheckpoint(f"{path / MANIFEST}: names no {required}")
+    if contents:
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            for name, found in zip(wanted, pool.map(lambda name: _hash(path / name), wanted), strict=True):
+                if found != wanted[name][1]:
+                    raise DamagedCheckpoint(f"{path / name}: its content is not what was written (blake3)")
+    try:
+        read_metadata(path / ACTORS)
+    except InputError as e:
+        raise DamagedCheckpoint(str(e)) from None
+    return read_position(path)
+
+
+def set_aside(path: Path) -> Path:
+    """Takes a damaged checkpoint out of the row, for people to look at."""
+    aside = path.with_name(f"damaged_{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    return aside
+
+
+def _to_keep(run_dir: Path, keep: int, best: Literal["highest", "lowest"]) -> set[int]:
+    steps = saved_steps(run_dir)
+    kept = set(steps[-keep:])
+    scores: dict[int, float] = {}
+    for step in steps:
+        try:
+            score = read_position(checkpoint_path(run_dir, step)).score
+        except DamagedCheckpoint:
+            continue  # only reading it for a resume is an error; here it is one without a score
+        if score is not None:
+            scores[step] = score
+    if scores:
+        wanted = max(scores.values()) if best == "highest" else min(scores.values())
+        kept.add(max(step for step, score in scores.items() if score == wanted))
+    return kept
+
+
+def _partial(run_dir: Path, step: int) -> Path:
+    final = checkpoint_path(run_dir, step)
+    return final.with_name(f".{final.name}.partial")
+
+
+def _remove(path: Path) -> None:
+    """Takes the name away first, so that a process that dies half-way leaves no checkpoint with holes."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _hash(path: Path) -> str:
+    return str(blake3().update_mmap(path).hexdigest())

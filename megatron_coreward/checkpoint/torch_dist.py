@@ -13,7 +13,7 @@ Invariants (tests/checkpoint/test_torch_dist.py):
 import json
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,8 @@ from typing import Any, cast
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -184,6 +186,7 @@ class MegatronWeights:
         self._runs: dict[str, list[tuple[CheckpointTensor, RowRun]]] = {}
         self._chunks: dict[tuple[str, tuple[int, ...]], list[_Chunk]] = {}
         used: set[str] = set()
+        places: dict[tuple[str, int], str] = {}
         for tensor in expected:
             key = next((prefix + k for k in spellings(tensor.key) if prefix + k in known), None)
             if key is None:
@@ -191,7 +194,7 @@ class MegatronWeights:
             if key not in used:
                 used.add(key)
                 self._check_shape(key, known[key], tensor, arch)
-                self._collect(key, known[key], tensor, metadata)
+                self._collect(key, known[key], tensor, metadata, places)
             self._check_slice(key, tensor, known[key].size)
             for run in tensor.runs:
                 self._dtypes[run.hf_name] = known[key].properties.dtype
@@ -215,19 +218,32 @@ class MegatronWeights:
         if entry.properties.dtype not in DTYPES.values():
             raise InputError(f"{self.path}: tensor {key!r} has dtype {entry.properties.dtype}; supported: floats")
 
-    def _collect(self, key: str, entry: TensorStorageMetadata, tensor: CheckpointTensor, metadata: Metadata) -> None:
-        """Sorts the chunks of a global tensor by the slice that they belong to."""
+    def _collect(
+        self,
+        key: str,
+        entry: TensorStorageMetadata,
+        tensor: CheckpointTensor,
+        metadata: Metadata,
+        places: dict[tuple[str, int], str],
+    ) -> None:
+        """Sorts the chunks of a global tensor by the slice that they belong to; `places` are those taken, by key."""
         leads = len(tensor.lead)
         for chunk in entry.chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            if not all(0 <= o < o + n <= whole for o, n, whole in zip(offsets, sizes, entry.size, strict=True)):
+                raise InputError(f"{self.path}: a chunk of {key!r} at {offsets} of size {sizes} is not inside of it")
             where = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
             if where is None:
                 raise InputError(f"{self.path}: the chunk of {key!r} at {offsets} is not stored anywhere")
+            place = (where.relative_path, where.offset)
+            if place in places:
+                raise InputError(f"{self.path}: chunks of {places[place]!r} and {key!r} lie in one place, {place}")
+            places[place] = key
             if where.transform_descriptors:
                 raise InputError(f"{self.path}: {key!r} is stored with {where.transform_descriptors}; supported: none")
             column, columns = (offsets[leads + 1], sizes[leads + 1]) if len(sizes) > leads + 1 else (0, 1)
-            for place, lead in enumerate(_places(offsets[:leads], sizes[:leads])):
-                skip = place * sizes[leads]
+            for number, lead in enumerate(_places(offsets[:leads], sizes[:leads])):
+                skip = number * sizes[leads]
                 self._chunks.setdefault((key, lead), []).append(
                     _Chunk(where, sizes, skip, offsets[leads], sizes[leads], column, columns)
                 )
@@ -387,8 +403,15 @@ class MegatronWriter:
         where = _StorageInfo(file.name, offset, file.size - offset)
         self._results.append(WriteResult(index=index, size_in_bytes=where.length, storage_data=where))
 
-    def finish(self) -> None:
-        """Writes what describes the chunks, when all are written."""
-        FileSystemWriter(self._folder).finish(Metadata(dict(self._entries)), [self._results])
+    def finish(self, extra_state_keys: Iterable[str]) -> None:
+        """Writes what describes the chunks, when all are written, and nothing much under the keys of extra states."""
+        file_name = "extra_state.distcp"
+        torch.save([None], self._folder / file_name)  # as Megatron writes the extra state of a layer without FP8
+        where = _StorageInfo(file_name, 0, (self._folder / file_name).stat().st_size)
+        entries: dict[str, STORAGE_TYPES] = dict(self._entries)
+        for key in extra_state_keys:
+            entries[key] = BytesStorageMetadata()
+            self._results.append(WriteResult(MetadataIndex(key), where.length, where))
+        FileSystemWriter(self._folder).finish(Metadata(entries), [self._results])
         torch.save({}, self._folder / "common.pt")
         (self._folder / "metadata.json").write_text(json.dumps(DESCRIPTION))

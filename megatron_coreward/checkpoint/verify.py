@@ -116,7 +116,7 @@ def _verify_tensor(
             running.update(bytes_of(piece))
             pieces.append(piece)
         if len(pieces) == 2 and not _same(*pieces):
-            gap = (pieces[0].double() - pieces[1].double()).abs().nan_to_num(nan=math.inf).max()
+            gap = (pieces[0].double() - pieces[1].double()).abs().nan_to_num(nan=math.inf, posinf=math.inf).max()
             worst = max(worst, float(gap))
     if worst >= 0:
         found.different[name] = worst

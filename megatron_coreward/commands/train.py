@@ -14,6 +14,10 @@ def add(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_coreward.config.load import load_config
+    from megatron_coreward.trainer.preemption import Preempted
     from megatron_coreward.trainer.run import train
 
-    print(f"done: {train(load_config(options.config, options.overrides))}")
+    try:
+        print(f"done: {train(load_config(options.config, options.overrides))}")
+    except Preempted as request:  # it did what it was asked to do
+        print(request)

@@ -76,22 +76,27 @@ def read_architecture(hf_path: Path) -> Architecture:
         raise InputError(f"no config.json in {hf_path}")
     try:
         config = json.loads(path.read_text())
-    except ValueError as e:
+    except (OSError, ValueError) as e:
         raise InputError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected an object, found {type(config).__name__}")
     return parse_architecture(config, where=str(path))
 
 
 def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     """See `read_architecture`; `where` names the source in messages."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"{where}: model_type is {model_type!r}; supported: {', '.join(FAMILIES)}")
     qkv_bias, qk_norm, is_moe = FAMILIES[model_type]
 
-    def need(key: str) -> Any:
-        if config.get(key) is None:
+    def size(key: str, default: int | None = None) -> int:
+        value = default if config.get(key) is None else config[key]
+        if value is None:
             raise InputError(f"{where}: key {key!r} is missing")
-        return config[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{where}: {key} is {value!r}; allowed: a whole number of at least 1")
+        return value
 
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"{where}: hidden_act is {config['hidden_act']!r}; supported: silu")
@@ -101,29 +106,29 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
         raise InputError(f"{where}: attention_bias of Qwen3 models is not supported")
     if config.get("use_sliding_window"):
         raise InputError(f"{where}: use_sliding_window is true; sliding-window attention is not supported")
-    heads = need("num_attention_heads")
+    heads = size("num_attention_heads")
     experts = None
     if is_moe:
         if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
             raise InputError(f"{where}: decoder_sparse_step != 1 and mlp_only_layers are not supported")
         experts = Experts(
-            num=config.get("num_experts") or need("num_local_experts"),
-            top_k=need("num_experts_per_tok"),
-            ffn_size=need("moe_intermediate_size"),
+            num=size("num_experts" if config.get("num_experts") is not None else "num_local_experts"),
+            top_k=size("num_experts_per_tok"),
+            ffn_size=size("moe_intermediate_size"),
             normalise_top_k=bool(config.get("norm_topk_prob", False)),
         )
     # transformers 5 writes rope_parameters; older files have rope_theta beside rope_scaling.
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     return Architecture(
         family=model_type,
-        num_layers=need("num_hidden_layers"),
-        hidden_size=need("hidden_size"),
+        num_layers=size("num_hidden_layers"),
+        hidden_size=size("hidden_size"),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or need("hidden_size") // heads,
-        ffn_size=need("intermediate_size"),
-        vocab_size=need("vocab_size"),
-        max_position=need("max_position_embeddings"),
+        num_kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", size("hidden_size") // heads),
+        ffn_size=size("intermediate_size"),
+        vocab_size=size("vocab_size"),
+        max_position=size("max_position_embeddings"),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
@@ -140,9 +145,12 @@ def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise InputError(f"{where}: rope scaling of type {kind!r} is not supported; supported: llama3")
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position=int(rope["original_max_position_embeddings"]),
-    )
+    try:
+        return RopeScaling(
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_max_position=int(rope["original_max_position_embeddings"]),
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{where}: rope scaling of type llama3 is incomplete ({type(e).__name__}: {e})") from None

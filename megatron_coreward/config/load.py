@@ -26,7 +26,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise InputError(f"config file {path} does not exist")
     try:
         tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e:
+    except OSError as e:
+        raise InputError(f"config file {path} cannot be read ({e.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: not valid YAML ({str(e).splitlines()[0]})") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected keys and values, found {type(tree).__name__}")

@@ -134,7 +134,25 @@ class ValidationSettings(Component):
 class CheckpointSettings(Component):
     every: NonNegative = 0  # steps; 0: only at the end
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest checkpoint of run_dir
-    keep: Positive = 3
+    keep: Positive = 3  # the newest so many stay
+    best_metric: str | None = None  # such as val/avg@8: the checkpoint that is best by it stays too
+    best_is: Literal["highest", "lowest"] = "highest"
+    asynchronous: bool = True  # train on while the files are written; they get their name when all are complete
+    verify: Literal["full", "sizes"] = "full"  # before resuming: full compares checksums of all files
+
+
+class FaultSettings(Component):
+    engine_restarts: NonNegative = 3  # engines that may die and be started anew in a run; the next one ends it
+    max_restarts: NonNegative = 0  # times that all processes are started anew from the newest checkpoint
+    bad_gradient: Literal["stop", "skip"] = "stop"  # NaN or infinite: weights and moments stay as they are either way
+    max_skipped_updates: Positive = 3  # of `skip`, in a row; one more ends the run
+    stop_signals: tuple[Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"], ...] = ("SIGTERM",)  # save and leave
+
+
+class WatchdogSettings(Component):
+    warn_after_s: Annotated[float, Field(gt=0)] = 300.0  # says what is awaited, of whom, and says it again
+    limit_s: Annotated[float, Field(gt=0)] = 3600.0  # ends the run when a result takes longer
+    start_limit_s: Annotated[float, Field(gt=0)] = 600.0  # the same for the start of a process
 
 
 class TelemetrySettings(Component):
@@ -158,4 +176,6 @@ class RunConfig(Component):
     sync: SyncSettings = SyncSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    faults: FaultSettings = FaultSettings()
+    watchdog: WatchdogSettings = WatchdogSettings()
     telemetry: TelemetrySettings = TelemetrySettings()

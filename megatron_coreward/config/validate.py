@@ -1,10 +1,22 @@
-"""Combinations that cannot work, found before any process starts: layout against model, batch against layout, files."""
+"""Combinations that cannot work, found before any process starts: layout against model, batch against layout, files.
 
+Pure but for asking whether files exist. What needs more than that (contents of files, this machine, an earlier run) is
+checked in `trainer.preflight`, which begins with what is here.
+"""
+
+import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
 
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, RunConfig
 from megatron_coreward.errors import InputError
+
+# Mean gap of log-probs between engine and actor that rounding alone may make; a limit below it refuses every sync.
+LEAST_LOGPROB_GAP = {"float32": 1e-6, "bfloat16": 1e-3}  # nats
 
 
 def validate(config: RunConfig) -> Architecture:
@@ -13,14 +25,21 @@ def validate(config: RunConfig) -> Architecture:
     Raises:
         InputError: every problem found, one a line.
     """
+    problems = [*setting_problems(config), *file_problems(config)]
     try:
         arch = read_architecture(config.model.hf_path)
     except InputError as e:
-        raise InputError(f"model.hf_path: {e}") from None
-    problems = [*_layout(config, arch), *_rollout(config, arch), *_method(config), *_files(config)]
+        raise InputError("\n".join([f"model.hf_path: {e}", *problems])) from None
+    problems = [*model_problems(config, arch), *problems]
     if problems:
         raise InputError("\n".join(problems))
     return arch
+
+
+def model_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
+    """What the model cannot do under this config."""
+    yield from _layout(config, arch)
+    yield from _rollout(config, arch)
 
 
 def _divides(what: str, number: int, key: str, divisor: int) -> Iterator[str]:
@@ -44,12 +63,8 @@ def _layout(config: RunConfig, arch: Architecture) -> Iterator[str]:
     yield from _divides(
         "the model's layers", arch.num_layers, "actor.pipeline_parallel x actor.virtual_pipeline", pp * vpp
     )
-    if vpp > 1 and pp == 1:
-        yield f"actor.virtual_pipeline: {vpp} needs actor.pipeline_parallel of 2 or more, found 1"
     if a.context_parallel > 1:
         yield f"actor.context_parallel: {a.context_parallel} is not supported yet; allowed: 1"
-    if a.sequence_parallel and tp == 1:
-        yield "actor.sequence_parallel: true needs actor.tensor_parallel of 2 or more, found 1"
     if arch.experts is None:
         if a.expert_parallel > 1:
             yield f"actor.expert_parallel: {a.expert_parallel} for a model without experts; allowed: 1"
@@ -70,40 +85,66 @@ def _rollout(config: RunConfig, arch: Architecture) -> Iterator[str]:
             f"data.max_prompt_tokens + rollout.max_response_tokens: {longest} tokens, the model has positions for "
             f"{arch.max_position}"
         )
-    if longest > config.actor.tokens_per_microbatch:
+
+
+def setting_problems(config: RunConfig) -> Iterator[str]:
+    """What contradicts itself, whatever the model."""
+    for key, value in numbers(config):
+        if not math.isfinite(value):
+            yield f"{key}: {value} is no finite number"
+    a, r, loss = config.actor, config.rollout, config.loss
+    if a.virtual_pipeline > 1 and a.pipeline_parallel == 1:
+        yield f"actor.virtual_pipeline: {a.virtual_pipeline} needs actor.pipeline_parallel of 2 or more, found 1"
+    if a.sequence_parallel and a.tensor_parallel == 1:
+        yield "actor.sequence_parallel: true needs actor.tensor_parallel of 2 or more, found 1"
+    longest = config.data.max_prompt_tokens + r.max_response_tokens
+    if longest > a.tokens_per_microbatch:
         yield (
-            f"actor.tokens_per_microbatch: {config.actor.tokens_per_microbatch} does not hold one sequence of "
+            f"actor.tokens_per_microbatch: {a.tokens_per_microbatch} does not hold one sequence of "
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
         )
     views = 2 if config.method in REPHRASED_METHODS else 1
     sequences = config.data.batch_size * views * r.n
-    if sequences < config.actor.data_parallel:
-        yield f"actor.data_parallel: {config.actor.data_parallel} ranks for a batch of {sequences} sequences"
-    if config.data.batch_size * views % config.loss.updates_per_batch:
+    if sequences < a.data_parallel:
+        yield f"actor.data_parallel: {a.data_parallel} ranks for a batch of {sequences} sequences"
+    if config.data.batch_size * views % loss.updates_per_batch:
         yield (
-            f"loss.updates_per_batch: {config.loss.updates_per_batch} does not divide the batch's groups "
+            f"loss.updates_per_batch: {loss.updates_per_batch} does not divide the batch's groups "
             f"({config.data.batch_size * views})"
         )
-
-
-def _method(config: RunConfig) -> Iterator[str]:
-    rephrased = config.method in REPHRASED_METHODS
-    if rephrased and not config.data.rephrased_files:
+    if config.method in REPHRASED_METHODS and not config.data.rephrased_files:
         yield f"data.rephrased_files: method {config.method} needs rephrased questions, none are given"
-    if config.method not in TEACHER_METHODS and config.loss.kl_reference == "teacher":
+    if config.method not in TEACHER_METHODS and loss.kl_reference == "teacher":
         yield f"loss.kl_reference: teacher, but method {config.method} keeps none; allowed: frozen, auto"
     if config.teacher.decay_start > config.teacher.decay_end:
         yield (
             f"teacher.decay_start: {config.teacher.decay_start} is above teacher.decay_end "
             f"({config.teacher.decay_end}); the decay grows"
         )
-    if config.actor.min_lr > config.actor.lr:
-        yield f"actor.min_lr: {config.actor.min_lr} is above actor.lr ({config.actor.lr})"
-    if config.loss.clip_high < config.loss.clip_low:
-        yield f"loss.clip_high: {config.loss.clip_high} is below loss.clip_low ({config.loss.clip_low})"
+    if a.min_lr > a.lr:
+        yield f"actor.min_lr: {a.min_lr} is above actor.lr ({a.lr})"
+    if loss.clip_high < loss.clip_low:
+        yield f"loss.clip_high: {loss.clip_high} is below loss.clip_low ({loss.clip_low})"
+    gap, least = config.sync.max_logprob_gap, LEAST_LOGPROB_GAP[config.model.dtype]
+    if gap is not None and gap < least:
+        yield (
+            f"sync.max_logprob_gap: {gap} is less than rounding makes of model.dtype {config.model.dtype}; "
+            f"allowed: {least} or more, or null"
+        )
 
 
-def _files(config: RunConfig) -> Iterator[str]:
+def numbers(component: BaseModel, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every float of a config with its key."""
+    for name in type(component).model_fields:
+        value = getattr(component, name)
+        if isinstance(value, BaseModel):
+            yield from numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            yield f"{prefix}{name}", value
+
+
+def file_problems(config: RunConfig) -> Iterator[str]:
+    """Files that are missing, given twice, or in the way."""
     groups = {
         "data.train_files": config.data.train_files,
         "data.rephrased_files": config.data.rephrased_files,
@@ -115,11 +156,24 @@ def _files(config: RunConfig) -> Iterator[str]:
             (folder / "metadata.json").is_file() for folder in (model.megatron_path, model.megatron_path / "megatron")
         ):
             yield f"model.megatron_path: {model.megatron_path} is no Megatron distributed checkpoint (no metadata.json)"
-    elif not any(model.hf_path.glob("*.safetensors")):
+    elif model.hf_path.is_dir() and not any(model.hf_path.glob("*.safetensors")):
         yield f"model.hf_path: no *.safetensors files in {model.hf_path}"
     for key, files in groups.items():
-        for file in files:
+        for place, file in enumerate(files):
             if not file.is_file():
                 yield f"{key}: {file} does not exist"
+            elif file in files[:place]:
+                yield f"{key}: {file} is given twice"
+            elif key == "data.rephrased_files" and file in config.data.train_files:
+                yield f"{key}: {file} is in data.train_files too; allowed: the rephrasings of those questions"
     if config.run_dir.exists() and not config.run_dir.is_dir():
         yield f"run_dir: {config.run_dir} is a file"
+    for key, path in (("model.hf_path", model.hf_path), ("model.megatron_path", model.megatron_path)):
+        if path is not None and _overwritten(config.run_dir, path):
+            yield f"run_dir: {config.run_dir} would overwrite {key} {path}; choose another run_dir"
+
+
+def _overwritten(run_dir: Path, path: Path) -> bool:
+    """Whether a run writes where it would read from."""
+    ours = Path(os.path.realpath(run_dir))
+    return Path(os.path.realpath(path)) in (ours, ours / "hf")

@@ -5,7 +5,7 @@ without the run. A file appears whole or not at all.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -86,11 +86,16 @@ def discard_rollouts(run_dir: Path, first_step: int) -> None:
             path.unlink()
 
 
-def dump_rollouts(run_dir: Path, step: int, judged: Sequence[JudgedGroup]) -> Path:
-    """Writes the completions of a step, group by group in the given order; an older file of that step is replaced."""
+def dump_rollouts(
+    run_dir: Path, step: int, judged: Sequence[JudgedGroup], notes: Mapping[str, str] | None = None
+) -> Path:
+    """Writes the completions of a step, group by group in the given order; an older file of that step is replaced.
+
+    `notes` are kept beside them in the file (`read_notes`).
+    """
     path = rollouts_path(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = _to_table(judged).replace_schema_metadata({"step": str(step)})
+    table = _to_table(judged).replace_schema_metadata({**(notes or {}), "step": str(step)})
     with replaced_whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     return path
@@ -108,6 +113,15 @@ def read_rollouts(path: Path) -> list[JudgedGroup]:
     columns = {name: _column_values(table.column(name)) for name in SCHEMA.names}
     rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
     return [_from_rows(list(members)) for _, members in groupby(rows, key=lambda row: row["group"])]
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """What `dump_rollouts` was given as notes, and the step. Raises InputError for what is no file of rollouts."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path}: not a file of rollouts ({error})") from error
+    return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
 
 
 def _to_table(judged: Sequence[JudgedGroup]) -> Any:

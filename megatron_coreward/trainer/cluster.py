@@ -1,10 +1,11 @@
 """The processes of a run: Ray, the group of actor ranks, the group of rollout engines.
 
 To the loop each group looks like one object; how its calls are cut over processes is told here and nowhere else. Calls
-that fail raise the worker's error, with its traceback, in the driver.
+that fail raise the worker's error, with its traceback, in the driver. Every wait goes through the watchdog.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +19,11 @@ from megatron_coreward.config.schema import RolloutSettings
 from megatron_coreward.errors import InputError
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.rollout.worker import RolloutWorker
+from megatron_coreward.trainer.watchdog import Watchdog
 from megatron_coreward.types import FloatArray, IntArray, Sequences, TokenStats, TrainBatch
 from megatron_coreward.weights.route import Route, Transport
 
-START_TIMEOUT_S = 600.0
-CALL_TIMEOUT_S = 3600.0
+PATIENCE_S = 20.0  # with workers that are asked to leave
 
 
 def start_ray() -> None:
@@ -90,23 +91,28 @@ def _options(num_gpus: int, cpu_threads: int) -> dict[str, Any]:
 class ActorGroup:
     """All ranks of the Megatron actor."""
 
-    def __init__(self, setup: ActorSetup) -> None:
+    def __init__(self, setup: ActorSetup, watchdog: Watchdog | None = None) -> None:
         """Starts the processes; `wait` returns once the ranks are built."""
         self.setup = setup
+        self._watchdog = watchdog or Watchdog()
         remote = ray.remote(ActorWorker).options(**_options(1, setup.settings.cpu_threads))
         self._ranks = [remote.remote() for _ in range(setup.settings.world_size)]
-        address, port = ray.get(self._ranks[0].address.remote(), timeout=START_TIMEOUT_S)
+        for i, rank in enumerate(self._ranks):
+            self._watchdog.name(rank, "actor rank", i)
+        limit = self._watchdog.settings.start_limit_s
+        (address, port), *_ = self._watchdog.get([self._ranks[0].address.remote()], "its address", limit_s=limit)
         self._started = [rank.start.remote(setup, i, address, port) for i, rank in enumerate(self._ranks)]
         self._dp_ranks: list[int] = []
 
     def wait(self) -> None:
         """Returns once all ranks hold the model."""
-        self._dp_ranks = [dp_rank for dp_rank, _ in ray.get(self._started, timeout=START_TIMEOUT_S)]
+        limit = self._watchdog.settings.start_limit_s
+        started = self._watchdog.get(self._started, "its model", limit_s=limit, interruptible=True)
+        self._dp_ranks = [dp_rank for dp_rank, _ in started]
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         """The method on every rank with the same arguments."""
-        calls = [getattr(rank, method).remote(*args) for rank in self._ranks]
-        return ray.get(calls, timeout=CALL_TIMEOUT_S)  # type: ignore[no-any-return]
+        return self._watchdog.get([getattr(rank, method).remote(*args) for rank in self._ranks], method)
 
     def _plan(self, sequences: Sequences) -> list[Any]:
         s = self.setup.settings
@@ -126,7 +132,7 @@ class ActorGroup:
             getattr(rank, method).remote(*sent[dp_rank])
             for rank, dp_rank in zip(self._ranks, self._dp_ranks, strict=True)
         ]
-        return ray.get(calls, timeout=CALL_TIMEOUT_S)  # type: ignore[no-any-return]
+        return self._watchdog.get(calls, method)
 
     def token_stats(self, sequences: Sequences, weights: Weights, temperature: float) -> TokenStats:
         """Statistics of the response tokens of all sequences, in their order."""
@@ -170,6 +176,18 @@ class ActorGroup:
         """Writes the training state under `target`."""
         self._all("save", target)
 
+    def begin_save(self, target: Any) -> None:
+        """Begins to write the training state under `target`; returns once training may change it."""
+        self._all("begin_save", target)
+
+    def save_written(self) -> bool:
+        """Whether every rank has written its part."""
+        return all(self._all("save_written"))
+
+    def finish_save(self) -> dict[str, tuple[int, str]]:
+        """Completes the save under way; returns size and hash of the files that the ranks wrote."""
+        return {name: entry for files in self._all("finish_save") for name, entry in files.items()}
+
     def load(self, source: Any) -> None:
         """Takes the training state from `source`."""
         self._all("load", source)
@@ -178,9 +196,9 @@ class ActorGroup:
         """Writes a Hugging Face model directory."""
         self._all("export_hf", weights, target)
 
-    def shutdown(self) -> None:
+    def shutdown(self, patience_s: float = PATIENCE_S) -> None:
         """Ends the ranks."""
-        _end(self._ranks)
+        _end(self._ranks, patience_s)
 
 
 class EngineGroup:
@@ -195,47 +213,80 @@ class EngineGroup:
         seed: int,
         own_weights: int | None = None,
         transport: Transport = "shared_memory",
+        watchdog: Watchdog | None = None,
     ) -> None:
         """Starts the processes; `wait` returns once the engines are up.
 
         Args:
             own_weights: sample from the weights of `model_path`, under this version, before any update.
         """
-        remote = ray.remote(RolloutWorker).options(**_options(settings.tensor_parallel, settings.cpu_threads))
-        self._engines = [
-            remote.remote(
-                model_path,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                tensor_parallel=settings.tensor_parallel,
-                max_num_seqs=settings.max_num_seqs,
-                kv_cache_gib=settings.kv_cache_gib,
-                gpu_memory_utilization=settings.gpu_memory_utilization,
-                cpu_threads=settings.cpu_threads,
-                seed=seed,
-                own_weights=own_weights,
-                weight_transfer=transport,
-            )
-            for _ in range(settings.num_engines)
-        ]
+        self._watchdog = watchdog or Watchdog()
+        self._model_path, self._options = model_path, _options(settings.tensor_parallel, settings.cpu_threads)
+        self._arguments = {
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "tensor_parallel": settings.tensor_parallel,
+            "max_num_seqs": settings.max_num_seqs,
+            "kv_cache_gib": settings.kv_cache_gib,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "cpu_threads": settings.cpu_threads,
+            "seed": seed,
+            "own_weights": own_weights,
+            "weight_transfer": transport,
+        }
+        self._engines = [self._start(i) for i in range(settings.num_engines)]
         self._started = [engine.ready.remote() for engine in self._engines]
+        self.sampling_seconds: list[
+            float
+        ] = []  # of each engine, in the last call of `sample`; emptied when it is taken
+
+    def _start(self, index: int) -> Any:
+        engine = ray.remote(RolloutWorker).options(**self._options).remote(self._model_path, **self._arguments)
+        self._watchdog.name(engine, "engine", index)
+        return engine
 
     def wait(self) -> None:
         """Returns once all engines are up."""
-        ray.get(self._started, timeout=START_TIMEOUT_S)
+        limit = self._watchdog.settings.start_limit_s
+        self._watchdog.get(self._started, "its start", limit_s=limit, interruptible=True)
+
+    def restart(self, index: int) -> None:
+        """Puts a new engine, without weights, in the place of one that died."""
+        ray.kill(self._engines[index])
+        self._engines[index] = self._start(index)
+        self._started = [self._engines[index].ready.remote()]
+        self.wait()
 
     def _all(self, method: str, *args: Any) -> list[Any]:
-        calls = [getattr(engine, method).remote(*args) for engine in self._engines]
-        return ray.get(calls, timeout=CALL_TIMEOUT_S)  # type: ignore[no-any-return]
+        return self._watchdog.get([getattr(engine, method).remote(*args) for engine in self._engines], method)
 
     def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
-        """Samples of all requests, in their order; engine i takes requests i, i + n, i + 2n ..."""
+        """Samples of all requests, in their order; engine i takes requests i, i + n, i + 2n ...
+
+        The shares are fixed: were they given out as engines become free, the sizes of an engine's batches, and with
+        them the rounding of its matrix products, would depend on timing, and no run could be repeated bit by bit.
+        `sampling_seconds` tells a slow engine.
+        """
         n = len(self._engines)
+        begin = time.perf_counter()
+        seconds = [0.0] * n
+
+        def done(engine: int) -> None:
+            seconds[engine] = time.perf_counter() - begin
+
         calls = [engine.sample.remote(list(requests[i::n]), expected_version) for i, engine in enumerate(self._engines)]
         results: list[list[Sample]] = [[] for _ in requests]
-        for i, part in enumerate(ray.get(calls, timeout=CALL_TIMEOUT_S)):
+        for i, part in enumerate(self._watchdog.get(calls, "rollouts", interruptible=True, on_result=done)):
             results[i::n] = part
+        self.sampling_seconds = seconds
         return results
+
+    def take_sampling_metrics(self) -> dict[str, float]:
+        """How long the slowest and the fastest engine sampled since this was asked last; empty: not at all."""
+        seconds, self.sampling_seconds = self.sampling_seconds, []
+        if not seconds:
+            return {}
+        return {"rollout/slowest_engine_s": max(seconds), "rollout/fastest_engine_s": min(seconds)}
 
     def score(self, token_ids: IntArray) -> list[FloatArray]:
         """[P - 1] log-probs of tokens 2 to P, from each engine."""
@@ -248,7 +299,7 @@ class EngineGroup:
             engine.start_update.remote(init_info | {"engine": i} if numbered else init_info)
             for i, engine in enumerate(self._engines)
         ]
-        ray.get(calls, timeout=CALL_TIMEOUT_S)
+        self._watchdog.get(calls, "start_update")
 
     def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any]) -> list[Any]:
         """Starts loading a bucket on every engine; `ray.get` waits for the result."""
@@ -259,14 +310,14 @@ class EngineGroup:
         """Ends the update and names the weights."""
         self._all("finish_update", version)
 
-    def shutdown(self) -> None:
+    def shutdown(self, patience_s: float = PATIENCE_S) -> None:
         """Ends the engines."""
-        _end(self._engines)
+        _end(self._engines, patience_s)
 
 
-def _end(workers: Sequence[Any]) -> None:
+def _end(workers: Sequence[Any], patience_s: float) -> None:
     """Asks the workers to leave and ends those that do not."""
     calls = [worker.shutdown.remote() for worker in workers]
-    ray.wait(calls, num_returns=len(calls), timeout=20)
+    ray.wait(calls, num_returns=len(calls), timeout=patience_s)
     for worker in workers:
         ray.kill(worker)

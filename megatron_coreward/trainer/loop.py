@@ -7,6 +7,7 @@ The step is the same for every method. It branches on what the method needs, nev
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from megatron_coreward.algorithms.advantages import group_advantages
@@ -19,6 +20,7 @@ from megatron_coreward.telemetry.rollout_dump import JudgedGroup
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer import step_metrics
 from megatron_coreward.trainer.batch import mini_batches, to_batch, to_sequences
+from megatron_coreward.trainer.journal import Recorded, RolloutJournal
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
 from megatron_coreward.trainer.sync import SyncReport, WeightSync, weight_version
 from megatron_coreward.types import FloatArray, Problem, Role, RolloutGroup, Sequences, TokenStats, TrainBatch
@@ -42,7 +44,7 @@ class StepResult:
 
 @dataclass(slots=True)
 class Trainer:
-    """The parts of a run, and the one counter that training advances."""
+    """The parts of a run, and the counters that training advances."""
 
     config: RunConfig
     method: Method
@@ -51,7 +53,10 @@ class Trainer:
     sync: WeightSync
     judge: Judge
     problems_of: Callable[[int], Sequence[Problem]]  # the batch of a step, counted from 0
+    journal: RolloutJournal | None = None  # keeps what a step has sampled, and gives it to a run that died in it
+    surviving: Callable[[Callable[[], Any]], Any] = lambda ask: ask()  # asks engines again after one has died
     num_updates: int = 0  # optimizer steps so far
+    teacher_moves: int = 0  # the last step whose EMA the teacher has taken
     syncs: list[SyncReport] = field(default_factory=list)  # of the step under way
 
     def step(self, number: int, timer: PhaseTimer) -> StepResult:
@@ -60,16 +65,20 @@ class Trainer:
         decay = teacher_decay(number - 1, config.steps, config.teacher.decay_start, config.teacher.decay_end)
         roles: tuple[Role, ...] = ("teacher", "policy") if needs.teacher else ("policy",)
 
-        if needs.teacher:
+        if needs.teacher and self.teacher_moves < number:  # it has moved where a run was stopped within the step
             with timer.phase("teacher_ema"):
                 self.actors.move_teacher(decay)
+            self.teacher_moves = number
 
         problems = self.problems_of(number - 1)
         rollouts: dict[Role, list[RolloutGroup]] = {"teacher": [], "policy": []}
-        for role in roles:
-            self.publish(role, timer)
-            with timer.phase("rollout"):
-                rollouts[role] = self._sample(problems, role, number)
+        with timer.phase("journal"):
+            recorded = self._recorded(number, problems)
+        if recorded is not None:
+            rollouts, self.syncs = recorded.rollouts, recorded.syncs
+        else:
+            for role in roles:
+                rollouts[role] = self.surviving(partial(self._publish_and_sample, problems, role, number, timer))
         groups = rollouts["policy"]
 
         with timer.phase("token_stats"):
@@ -87,8 +96,13 @@ class Trainer:
                 golds=self._golds(problems) if needs.gold else None,
                 min_margin=config.rewards.min_margin,
             )
-            judgements = [self.method.judge(group, evidence) for group in groups]
+            judgements = recorded.judgements if recorded else [self.method.judge(group, evidence) for group in groups]
             advantages = [group_advantages(judgement.rewards) for judgement in judgements]
+
+        judged = _judged(groups, judgements, advantages, rollouts["teacher"])
+        if self.journal is not None and recorded is None:
+            with timer.phase("journal"):
+                self.journal.write(number, judged, self.syncs)
 
         with timer.phase("update"):
             several = config.loss.updates_per_batch > 1
@@ -112,7 +126,7 @@ class Trainer:
             metrics["teacher/decay"] = decay
         metrics |= step_metrics.label_quality(groups, evidence.votes(), judgements, self._golds(problems), self.judge)
         self.syncs = []
-        return StepResult(_judged(groups, judgements, advantages, rollouts["teacher"]), metrics)
+        return StepResult(judged, metrics)
 
     def publish(self, role: Role, timer: PhaseTimer) -> None:
         """Brings a role's present weights to the engines, unless they hold them already."""
@@ -126,20 +140,30 @@ class Trainer:
         """Whose weights the KL term holds the policy to."""
         return "teacher" if self.config.loss.kl_reference == "teacher" else "reference"
 
-    def _sample(self, problems: Sequence[Problem], role: Role, step: int) -> list[RolloutGroup]:
+    def _publish_and_sample(
+        self, problems: Sequence[Problem], role: Role, step: int, timer: PhaseTimer
+    ) -> list[RolloutGroup]:
         config = self.config
-        return sample_groups(
-            self.engines,
-            problems,
-            self.method.needs.views,
-            role,
-            n=config.teacher.n if role == "teacher" else config.rollout.n,
-            temperature=config.rollout.temperature,
-            max_tokens=config.rollout.max_response_tokens,
-            version=weight_version(role, self.num_updates),
-            step=step,
-            seed=config.seed,
-        )
+        self.publish(role, timer)
+        with timer.phase("rollout"):
+            return sample_groups(
+                self.engines,
+                problems,
+                self.method.needs.views,
+                role,
+                n=config.teacher.n if role == "teacher" else config.rollout.n,
+                temperature=config.rollout.temperature,
+                max_tokens=config.rollout.max_response_tokens,
+                version=weight_version(role, self.num_updates),
+                step=step,
+                seed=config.seed,
+            )
+
+    def _recorded(self, step: int, problems: Sequence[Problem]) -> Recorded | None:
+        if self.journal is None:
+            return None
+        version = weight_version("policy", self.num_updates)
+        return self.journal.read(step, problems, self.method.needs.views, version)
 
     def _stats(self, sequences: Sequences, weights: str) -> TokenStats:
         return self.actors.token_stats(sequences, weights, self.config.rollout.temperature)

@@ -1,36 +1,55 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
-import os
+import datetime
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 from transformers import AutoTokenizer
 
 from megatron_coreward.actor.setup import ActorSetup
 from megatron_coreward.checkpoint.convert import megatron_directory
-from megatron_coreward.checkpoint.store import Position, load_checkpoint, save_checkpoint, saved_steps
+from megatron_coreward.checkpoint.store import (
+    ACTORS,
+    DamagedCheckpoint,
+    Position,
+    check_checkpoint,
+    checkpoint_path,
+    discard_unfinished,
+    saved_steps,
+    set_aside,
+)
+from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import validate
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.data.sampler import BatchSampler
-from megatron_coreward.errors import InputError
+from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry import label_history
 from megatron_coreward.telemetry.console import open_view
-from megatron_coreward.telemetry.rollout_dump import discard_rollouts, dump_rollouts
+from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.telemetry.rollout_dump import discard_rollouts
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.cluster import ActorGroup, EngineGroup, resolve_transport, start_ray
 from megatron_coreward.trainer.evaluate import Accuracy, evaluate
+from megatron_coreward.trainer.journal import RolloutJournal, fingerprint_of
 from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.preemption import Preempted, StopRequest, StopSignals
+from megatron_coreward.trainer.recovery import EngineRecovery
+from megatron_coreward.trainer.session import UNFINISHED, Session
 from megatron_coreward.trainer.sync import open_sync, weight_version
+from megatron_coreward.trainer.watchdog import Watchdog, WorkerDied
 from megatron_coreward.weights.route import Transport
+from megatron_coreward.weights.segment import remove_leftovers
 
 
 def train(config: RunConfig) -> Path:
@@ -41,54 +60,93 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         InputError: before any process starts, if config, model or data cannot work.
+        Preempted: the run was asked to stop; what it had done is saved.
+        RunError: the run cannot go on; the message names the cause and from where it would go on.
     """
     arch = validate(config)
     if config.telemetry.wandb_project is not None:
         require_wandb(config.telemetry.wandb_project)
     tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
     problems, held_out = _load_data(config, tokenizer)
-    sampler = BatchSampler(problems, config.data.batch_size, config.seed, config.data.shuffle)
-    done = _claim_run_dir(config)
+    restarts = config.faults.max_restarts
+    while True:
+        start = _claim_run_dir(config)
+        start_ray()  # before the signals are taken: it sets a handler of its own
+        try:
+            with StopSignals(config.faults.stop_signals) as stop:
+                _run(config, arch, problems, held_out, start, stop)
+            return config.run_dir
+        except Preempted as request:
+            raise Preempted(f"{request}; {resume_hint(config)}") from None
+        except WorkerDied as death:
+            if restarts == 0:
+                raise RunError(f"{death}; {resume_hint(config)}") from death
+            restarts -= 1
+            start.notes.append(f"{death}; all processes are started anew (faults.max_restarts: {restarts} left)")
+            _log(config, start.notes[-1])
+        except RunError as error:
+            raise RunError(f"{error}; {resume_hint(config)}") from error
 
+
+def _run(
+    config: RunConfig,
+    arch: Architecture,
+    problems: ProblemSet,
+    held_out: ProblemSet | None,
+    start: "_Start",
+    stop: StopRequest,
+) -> None:
+    """One attempt, from the start of the processes to the final model."""
+    sampler = BatchSampler(problems, config.data.batch_size, config.seed, config.data.shuffle)
+    position, steps_done = start.position, start.position.step if start.position else 0
     with ExitStack() as stack:
         view = stack.enter_context(
             open_view(
                 config.telemetry.console,
                 title=f"{config.method} in {config.run_dir}",
                 total_steps=config.steps,
-                steps_done=done or 0,
+                steps_done=steps_done,
             )
         )
+        for note in start.notes:
+            view.note(note)
         view.note("starting Ray, actors and rollout engines")
-        actors, engines, transport = stack.enter_context(processes(config))
+
+        def tell(text: str) -> None:
+            view.note(text)
+            _log(config, text)
+
+        watchdog = Watchdog(config.watchdog, tell, stop)
+        actors, engines, transport = stack.enter_context(processes(config, watchdog))
         judge = stack.enter_context(Judge(config.rewards.equivalence, config.rewards.judge_timeout_s))
+        sync = open_sync(config, arch, transport, actors, engines, partial(watchdog.get, awaited="a bucket of weights"))
+        journal = RolloutJournal(
+            config.run_dir, fingerprint_of(config), first_step=steps_done + 1, keep=config.telemetry.dump_rollouts
+        )
         run = Trainer(
             config=config,
             method=METHODS[config.method],
             actors=actors,
             engines=engines,
-            sync=open_sync(config, arch, transport, actors, engines, ray.get),
+            sync=sync,
             judge=judge,
             problems_of=sampler.batch,
+            journal=journal,
+            surviving=EngineRecovery(engines, sync, config.faults.engine_restarts, tell),
         )
-        first = 1
-        if done is not None:
-            position = load_checkpoint(config.run_dir, done, actors.load)
-            run.num_updates, first = position.num_updates, position.step + 1
-            discard_rollouts(config.run_dir, first)
-            view.note(f"resumed after step {position.step}")
         sinks = stack.enter_context(
             open_sinks(
                 config.run_dir,
-                first_step=0 if done is None else first,
+                first_step=0 if position is None else steps_done + (UNFINISHED not in position.extra),
                 wandb_project=config.telemetry.wandb_project,
                 config=config.model_dump(mode="json"),
             )
         )
-
         labels = stack.enter_context(
             label_history.LabelHistory(
-                config.run_dir / label_history.FILE_NAME, judge.equivalent, first_step=0 if done is None else first
+                config.run_dir / label_history.FILE_NAME,
+                judge.equivalent,
+                first_step=0 if position is None else steps_done + 1,
             )
         )
 
@@ -96,30 +154,27 @@ def train(config: RunConfig) -> Path:
             sinks.write(step, metrics)
             view.write(step, metrics)
 
-        if held_out is not None and done is None and config.validation.at_start:
-            timer = PhaseTimer(view.phase)
-            accuracy = _validate(run, held_out, timer)
-            record(0, accuracy.metrics() | timer.metrics())
-        for step in range(first, config.steps + 1):
-            timer = PhaseTimer(view.phase)
-            result = run.step(step, timer)
-            result.metrics.update(labels.observe(step, result.judged))
-            if config.telemetry.dump_rollouts:
-                dump_rollouts(config.run_dir, step, result.judged)
-            if held_out is not None and _due(step, config.validation.every, config.steps):
-                result.metrics.update(_validate(run, held_out, timer).metrics())
-            if _due(step, config.checkpoint.every, config.steps):
-                with timer.phase("checkpoint"):
-                    position = Position(step, run.num_updates)
-                    save_checkpoint(config.run_dir, position, actors.save, config.checkpoint.keep)
-            record(step, result.metrics | timer.metrics())
+        session = Session(
+            config=config,
+            run=run,
+            checkpoints=CheckpointWriter(config, actors, journal.covered),
+            stop=stop,
+            validate=None if held_out is None else lambda timer: _validate(run, held_out, timer).metrics(),
+            observe=lambda step, judged: labels.observe(step, judged) | engines.take_sampling_metrics(),
+            record=record,
+            new_timer=lambda: PhaseTimer(view.phase),
+        )
+        if position is None:
+            session.validate_at_start()
+        else:
+            actors.load((checkpoint_path(config.run_dir, position.step) / ACTORS).resolve())
+            session.resume(position)
+            view.note(f"resumed after step {position.step}")
+        if journal.num_recorded:
+            view.note(f"the journal has the rollouts of {journal.num_recorded} further steps")
+        session.train()
         view.note("writing the final model")
         actors.export_hf("policy", (config.run_dir / "hf").resolve())
-    return config.run_dir
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
 
 
 def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy:
@@ -137,14 +192,20 @@ def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy
 
 
 @contextmanager
-def processes(config: RunConfig) -> Iterator[tuple[ActorGroup, EngineGroup, Transport]]:
-    """The actors and engines of a run, and how weights travel between them; started side by side, ended in any case."""
+def processes(
+    config: RunConfig, watchdog: Watchdog | None = None
+) -> Iterator[tuple[ActorGroup, EngineGroup, Transport]]:
+    """The actors and engines of a run, and how weights travel between them; started side by side, ended in any case.
+
+    After an error nobody waits for them: they may hang in a collective whose partner is gone, or in rollouts.
+    """
     start_ray()
+    watchdog = watchdog or Watchdog(config.watchdog)
     transport = resolve_transport(config.sync.transport)
     max_sequence = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     with ExitStack() as stack:
-        actors = ActorGroup(actor_setup(config, max_sequence))
-        stack.callback(actors.shutdown)
+        actors = ActorGroup(actor_setup(config, max_sequence), watchdog)
+        stack.push(partial(_leave, actors))
         engines = EngineGroup(
             config.model.hf_path.resolve(),
             config.rollout,
@@ -152,11 +213,20 @@ def processes(config: RunConfig) -> Iterator[tuple[ActorGroup, EngineGroup, Tran
             max_sequence + 1,
             config.seed,
             transport=transport,
+            watchdog=watchdog,
         )
-        stack.callback(engines.shutdown)
+        stack.push(partial(_leave, engines))
         actors.wait()
         engines.wait()
         yield actors, engines, transport
+
+
+def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: object) -> None:
+    if kind is None:
+        group.shutdown()
+    else:
+        group.shutdown(patience_s=0.5)
+        remove_leftovers()
 
 
 def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
@@ -175,6 +245,7 @@ def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
         seed=config.seed,
         teacher=METHODS[config.method].needs.teacher,
         frozen_reference=kl_coef > 0 and config.loss.kl_reference == "frozen",
+        skip_bad_gradients=config.faults.bad_gradient == "skip",
     )
 
 
@@ -203,26 +274,71 @@ def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, ProblemSe
     return problems, held_out
 
 
-def _claim_run_dir(config: RunConfig) -> int | None:
-    """Writes the resolved config; returns the newest checkpoint's step if the run goes on from one.
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """From where an attempt goes on."""
+
+    position: Position | None  # None: from the beginning
+    notes: list[str]
+
+
+def _claim_run_dir(config: RunConfig) -> _Start:
+    """Finds the newest checkpoint that is whole, sets damaged ones aside, and writes the resolved config.
 
     Raises:
-        InputError: the directory holds a run that must not be overwritten, or one of another config.
+        InputError: the directory holds a run that must not be overwritten, or only damaged checkpoints.
     """
-    run_dir = config.run_dir
+    run_dir, settings = config.run_dir, config.checkpoint
     saved = saved_steps(run_dir)
-    if saved and config.checkpoint.resume == "never":
+    if saved and settings.resume == "never":
         raise InputError(f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir")
-    if saved and saved[-1] >= config.steps:
+    if saved and saved[-1] >= config.steps and (run_dir / "hf").is_dir():
         raise InputError(
             f"run_dir: the run in {run_dir} has done its {saved[-1]} steps; raise steps or choose another run_dir"
         )
+    discard_unfinished(run_dir)
+    position, notes = None, []
+    for step in reversed(saved):
+        path = checkpoint_path(run_dir, step)
+        try:
+            position = check_checkpoint(path, contents=settings.verify == "full")
+            break
+        except DamagedCheckpoint as error:
+            notes.append(f"damaged checkpoint, set aside as {set_aside(path).name}: {error}")
+    if saved and position is None:
+        raise InputError("\n".join([f"run_dir: {run_dir} has no checkpoint that is whole", *notes]))
+    if position is not None and notes:
+        notes.append(f"going on from the checkpoint of step {position.step}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    partial = run_dir / ".config.yaml.partial"
-    partial.write_text(dump_config(config))
-    os.replace(partial, run_dir / "config.yaml")
-    if not saved:
+    with replaced_whole(run_dir / "config.yaml") as temporary:
+        temporary.write_text(dump_config(config))
+    if position is None:
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-        discard_rollouts(run_dir, 0)
-        return None
-    return saved[-1]
+        if settings.resume == "never":
+            discard_rollouts(run_dir, 0)
+    elif not (run_dir / label_history.FILE_NAME).exists():
+        _restore_labels(config, position)
+    for note in notes:
+        _log(config, note)
+    return _Start(position, notes)
+
+
+def _restore_labels(config: RunConfig, position: Position) -> None:
+    kept = checkpoint_path(config.run_dir, position.step) / label_history.FILE_NAME
+    if kept.is_file():
+        shutil.copyfile(kept, config.run_dir / label_history.FILE_NAME)
+
+
+def _log(config: RunConfig, text: str) -> None:
+    """What befell the run stays in its directory too, whatever the console shows."""
+    with (config.run_dir / "events.log").open("a") as file:
+        file.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')} {text}\n")
+
+
+def resume_hint(config: RunConfig) -> str:
+    """How to go on, in words."""
+    saved = saved_steps(config.run_dir)
+    where = f"goes on after step {saved[-1]}" if saved else "starts anew (no checkpoint yet)"
+    if config.checkpoint.resume == "never":
+        return f"with checkpoint.resume=auto the same command {where}"
+    return f"the same command {where}, in {config.run_dir}"

@@ -44,8 +44,9 @@ def collect(
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
         "rollout/truncated_share": float(np.mean(cut_off)),
-        "rollout/tokens_per_s": sampled / seconds["rollout"],
     }
+    if "rollout" in seconds:  # else the rollouts are those of the journal
+        metrics["rollout/tokens_per_s"] = sampled / seconds["rollout"]
     metrics |= _loss(config, updates)
     if syncs:
         metrics["sync/seconds"] = sum(report.seconds for report in syncs)
@@ -68,6 +69,7 @@ def _loss(config: RunConfig, updates: Sequence[Mapping[str, float]]) -> dict[str
         "rollout/self_certainty": mean("self_certainty"),
         "optim/lr": updates[-1]["lr"],
         "optim/grad_norm": updates[-1]["grad_norm"],
+        "optim/skipped_updates": sum(update.get("max:skipped", 0.0) for update in updates),
         # Later updates of a batch have moved away from the weights that sampled it.
         "sync/logprob_gap": updates[0]["logprob_gap"] / max(1.0, updates[0]["tokens"]),
         "sync/logprob_gap_max": updates[0]["max:logprob_gap"],

@@ -106,6 +106,12 @@ class WeightSync:
         self._published = version
         return SyncReport(time.perf_counter() - begin, gap)
 
+    def forget(self) -> None:
+        """Takes nothing for published any more: an engine is new. The next `publish` reaches all of them."""
+        self._published = None
+        if self._route.transport == "gloo":  # the new one has to join a new group; everybody else leaves the old one
+            self._init_info.clear()
+
     def _transfer(self, role: Role, version: int) -> None:
         """While the engines load one bucket, the actors write the next."""
         loading: list[Any] = []

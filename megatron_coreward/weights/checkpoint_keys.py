@@ -80,6 +80,26 @@ def checkpoint_tensors(arch: Architecture) -> Iterator[CheckpointTensor]:
         yield CheckpointTensor(name, key, lead, lead_shape, (rows, *columns), tuple(runs))
 
 
+def extra_state_keys(arch: Architecture) -> Iterator[str]:
+    """Keys of the objects that Megatron's reader wants beside the weights: what Transformer Engine keeps for FP8.
+
+    One for each linear layer, attention and norm of either layer spec; a reader passes over those that its own lacks.
+    """
+    modules = ["self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"]
+    if arch.qk_norm:
+        modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+    modules += ["mlp.linear_fc1", "mlp.linear_fc2"] if arch.experts is None else ["pre_mlp_layernorm"]
+    num_experts = 0 if arch.experts is None else arch.experts.num
+    for i in range(arch.num_layers):
+        for module in modules:
+            yield f"decoder.layers.{module}{EXTRA_STATE}/shard_{i}_{arch.num_layers}"
+        for e in range(num_experts):
+            for fc in ("linear_fc1", "linear_fc2"):
+                place = f"shard_{i}.{e}_{arch.num_layers}.{num_experts}"
+                yield f"decoder.layers.mlp.experts.experts.{fc}{EXTRA_STATE}/{place}"
+    yield f"decoder.final_layernorm{EXTRA_STATE}/shard_0_1"
+
+
 def spellings(key: str) -> tuple[str, ...]:
     """The key, and others under which other layer specs keep the same parameter."""
     if key == "decoder.layers.pre_mlp_layernorm.weight":  # Megatron's local spec of experts

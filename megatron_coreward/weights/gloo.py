@@ -187,7 +187,7 @@ class Inbox:
     """A worker's end of the transfer: messages of the next bucket arrive while the present one is loaded."""
 
     def __init__(self, session: Session, engine: int, worker: int) -> None:
-        self._session = session
+        self.session = session
         self._rank = session.number(engine, worker)
         # [bucket] -> sender -> transfers in the plan's order
         self._expected: list[dict[int, list[Transfer]]] = [{} for _ in session.buckets]
@@ -208,7 +208,7 @@ class Inbox:
         """
         if self._arriving is not None:
             raise RuntimeError("a weight update over gloo failed before; this engine has to be started anew")
-        largest = max(bucket.nbytes for bucket in self._session.buckets)
+        largest = max(bucket.nbytes for bucket in self.session.buckets)
         self._memory = torch.empty(largest, dtype=torch.uint8)
         self._arriving = self._thread.submit(self._receive, 0)
 
@@ -223,22 +223,22 @@ class Inbox:
         messages = self._arriving.result()
         if self._first_update:
             self._memory.fill_(0xFF)  # NaN in every float format
-        entries = {entry.meta.name: entry for entry in self._session.buckets[bucket].entries}
+        entries = {entry.meta.name: entry for entry in self.session.buckets[bucket].entries}
         tensors = {name: tensor_at(self._memory.numpy(), e.offset, e.meta) for name, e in entries.items()}
         for sender, transfers in self._expected[bucket].items():
-            payload = _unpack(messages.pop(sender), sender, version, bucket, getattr(torch, self._session.params.dtype))
+            payload = _unpack(messages.pop(sender), sender, version, bucket, getattr(torch, self.session.params.dtype))
             position = 0
             for transfer in transfers:
                 target = tensors[transfer.name][transfer.index]
                 target.copy_(payload[position : position + target.numel()].view(target.shape))
                 position += target.numel()
-        if bucket + 1 < len(self._session.buckets):
+        if bucket + 1 < len(self.session.buckets):
             self._arriving = self._thread.submit(self._receive, bucket + 1)
         return self._memory.numpy().data
 
     def _receive(self, bucket: int) -> dict[int, torch.Tensor]:
         if self._group is None:
-            self._group = self._session.join(self._rank)
+            self._group = self.session.join(self._rank)
         works, messages = [], {}
         for sender, transfers in sorted(self._expected[bucket].items()):
             size = _HEADER_BYTES + sum(transfer.nbytes for transfer in transfers)

@@ -271,23 +271,24 @@ class GlooEngine(BucketEngine[GlooInitInfo]):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._inbox: Inbox | None = None
+        self._inbox: Inbox | None = None  # of the sender whose turn it is
+        self._inboxes: dict[tuple[str, int], Inbox] = {}
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        if self._inbox is not None:
-            self._inbox.close()
-        parallel = self.parallel_config
-        session = Session(
-            address=init_info.address,
-            port=init_info.port,
-            timeout_s=init_info.timeout_s,
-            actor=ActorLayout(**init_info.actor),
-            engines=EngineLayout(**init_info.engines),
-            params=Params(read_architecture(Path(self.model_config.model)), init_info.dtype),
-            bucket_bytes=init_info.bucket_bytes,
-        )
-        self._inbox = Inbox(session, init_info.engine, parallel.rank % session.engines.num_workers)
-        self._buckets = session.buckets
+        meeting = (init_info.address, init_info.port)
+        if meeting not in self._inboxes:  # policy and teacher take turns; each has its own connections
+            session = Session(
+                *meeting,
+                timeout_s=init_info.timeout_s,
+                actor=ActorLayout(**init_info.actor),
+                engines=EngineLayout(**init_info.engines),
+                params=Params(read_architecture(Path(self.model_config.model)), init_info.dtype),
+                bucket_bytes=init_info.bucket_bytes,
+            )
+            worker = self.parallel_config.rank % session.engines.num_workers
+            self._inboxes[meeting] = Inbox(session, init_info.engine, worker)
+        self._inbox = self._inboxes[meeting]
+        self._buckets = self._inbox.session.buckets
 
     def _begin(self) -> None:
         assert self._inbox is not None
@@ -302,8 +303,8 @@ class GlooEngine(BucketEngine[GlooInitInfo]):
             self._inbox.end()
 
     def shutdown(self) -> None:
-        if self._inbox is not None:
-            self._inbox.close()
+        for inbox in self._inboxes.values():
+            inbox.close()
 
 
 def _check_hashes(bucket: Bucket, memory: Any, start: int, hashes: list[Any]) -> None:

@@ -147,3 +147,35 @@ def refuses_bad_gradient(rank: int, path: Path, port: int, batch: TrainBatch) ->
     same = all(torch.equal(a, b) for a, b in zip(before, actor.policy[0].parameters(), strict=True))
     actor.shutdown()
     return raised, same
+
+
+def stats_of_converted(
+    rank: int, checkpoint: Path, layouts: list[dict[str, Any]], ports: list[int], sequences: Sequences
+) -> list[tuple[tuple[int, ...], Any, list[str]]]:
+    """For each layout in turn, with a converted checkpoint: the rows and statistics of the sequences, and the names of
+    parameters into which Megatron's own reader puts other values than ours."""
+    results = []
+    for layout, port in zip(layouts, ports, strict=True):
+        setup = make_setup(checkpoint / "hf", layout, megatron_path=checkpoint, teacher=False, frozen_reference=False)
+        actor = start(rank, setup, port)
+        share = share_of(actor, sequences)
+        stats = actor.token_stats(sequences.select(share.rows), share, "policy", 1.0)
+        results.append((share.rows, stats, _unlike_megatrons_reader(actor, checkpoint)))
+        actor.shutdown()
+    return results
+
+
+@torch.no_grad()
+def _unlike_megatrons_reader(actor: Any, checkpoint: Path) -> list[str]:
+    from megatron.core import dist_checkpointing
+
+    chunks = {f"model{i}": wrapped.module for i, wrapped in enumerate(actor.policy)}
+    ours = {(k, name): param.clone() for k, chunk in chunks.items() for name, param in chunk.named_parameters()}
+    assert all(bool(param.any()) for param in ours.values())
+    for chunk in chunks.values():
+        for param in chunk.parameters():
+            param.zero_()
+    loaded = dist_checkpointing.load({k: chunk.sharded_state_dict() for k, chunk in chunks.items()}, str(checkpoint))
+    for k, chunk in chunks.items():
+        chunk.load_state_dict(loaded[k])
+    return [name for (k, name), param in ours.items() if not torch.equal(param, chunks[k].get_parameter(name))]

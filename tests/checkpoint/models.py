@@ -34,7 +34,7 @@ TINY_MOE = TINY | {
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """GQA ratios, heads that are not hidden / heads wide, odd vocabularies, tied or not, with QKV bias, with experts."""
+    """GQA ratios, heads of any width, odd vocabularies, tied or not, with QKV bias, with experts."""
     groups, queries = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     config = TINY_MOE | {
         "model_type": draw(st.sampled_from(["qwen2", "qwen3", "llama", "qwen3_moe"])),

@@ -45,7 +45,7 @@ def test_any_rows_of_what_the_library_wrote_are_read(model: dict[str, Any], firs
 
 @given(model=models, shard_bytes=st.integers(1, 400))
 def test_what_is_written_the_library_reads(model: dict[str, Any], shard_bytes: int) -> None:
-    """Mixed dtypes of odd sizes too: the library refuses tensors that do not lie at a multiple of their element size."""
+    """Mixed dtypes of odd sizes too: the library refuses tensors that lie at no multiple of their element size."""
     tensors = {name: random_tensor(*kind) for name, kind in model.items() if name != "__metadata__"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -83,7 +83,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: f.write_bytes(struct.pack("<Q", 8) + b"{[}     "),
         "not a readable safetensors file",
     ),
-    "header is a list": (lambda f: f.write_bytes(struct.pack("<Q", 8) + b"[]      "), "not a readable safetensors file"),
+    "header is a list": (
+        lambda f: f.write_bytes(struct.pack("<Q", 8) + b"[]      "),
+        "not a readable safetensors file",
+    ),
     "truncated": (lambda f: f.write_bytes(f.read_bytes()[:-1]), "truncated"),
     "bytes left over": (lambda f: f.write_bytes(f.read_bytes() + b"x"), "bytes are left over"),
     "hole": (lambda f: rewrite(f, lambda h: shift(h, 2)), "starts at byte"),
@@ -124,7 +127,9 @@ def test_no_prefix_of_a_file_is_accepted(cut: int) -> None:
 
 def test_a_tensor_twice_in_one_header_is_refused(tmp_path: Path) -> None:
     path = write_hf(tmp_path / "m", TINY, random_tensors(TINY, torch.float32))
-    text = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    text = (
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    )
     (path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 4)
     with pytest.raises(InputError, match="'a' appears twice"):
         HfWeights(path)
@@ -209,7 +214,9 @@ class TestCheck:
             self.check(tmp_path, tensors)
 
     def test_another_shape_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"'model.embed_tokens.weight' has shape \(7, 6\), config.json asks for \(8"):
+        with pytest.raises(
+            InputError, match=r"'model.embed_tokens.weight' has shape \(7, 6\), config.json asks for \(8"
+        ):
             self.check(tmp_path, random_tensors(TINY, torch.float32), vocab_size=8)
 
     def test_buffers_that_follow_from_the_config_are_passed_over(self, tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""`evaluate run | compare | harness`: how good a model is, whether one is better than another, and others' benchmarks."""
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from megatron_coreward.config.schema import SYSTEM_PROMPT
+
+
+def add(commands: Any) -> None:
+    from megatron_coreward.rewards.answer import AnswerForm
+
+    evaluate = commands.add_parser(
+        "evaluate", help="pass@1, avg@k, pass@k, maj@k on prepared questions, with intervals"
+    )
+    actions = evaluate.add_subparsers(required=True, metavar="ACTION")
+
+    run = actions.add_parser("run", help="sample answers and judge them; goes on where it was interrupted")
+    run.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
+    run.add_argument("files", type=Path, nargs="+", metavar="FILE", help="parquet, as prepare-data writes it")
+    run.add_argument("--out", type=Path, required=True, help="directory for journal, result.json and page.html")
+    run.add_argument("--name", help="of the model in tables; default: its path")
+    run.add_argument("--n", type=int, default=8, help="samples a question")
+    run.add_argument("--temperature", type=float, default=1.0)
+    run.add_argument("--top-p", type=float, default=1.0)
+    run.add_argument("--max-tokens", type=int, default=3072, help="of an answer")
+    run.add_argument("--no-greedy", action="store_true", help="without the greedy answer, which pass@1 is of")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    run.add_argument("--equivalence", choices=("exact", "math"), default="math")
+    run.add_argument(
+        "--answer-form",
+        action="append",
+        choices=get_args(AnswerForm),
+        help="where final answers stand, tried in the order given; default: boxed",
+    )
+    run.add_argument("--num-engines", type=int, default=1)
+    run.add_argument("--tensor-parallel", type=int, default=1)
+    run.add_argument("--kv-cache-gib", type=float, default=1.0, help="an engine rank, without GPUs")
+    run.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    run.add_argument("--batch-questions", type=int, default=64, help="what an interruption can lose")
+    run.add_argument("--max-problems", type=int)
+    prompt = run.add_mutually_exclusive_group()
+    prompt.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="default: that of training")
+    prompt.add_argument("--keep-system-prompt", action="store_true", help="use the files' own")
+    run.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
+    run.set_defaults(run=_run)
+
+    compare = actions.add_parser("compare", help="paired test of two evaluations of the same questions")
+    compare.add_argument("a", type=Path, metavar="A", help="directory or result.json of an evaluation")
+    compare.add_argument("b", type=Path, metavar="B")
+    compare.add_argument("--out", type=Path, help="directory for the comparison as JSON and a page")
+    compare.set_defaults(run=_compare)
+
+    harness = actions.add_parser("harness", help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM")
+    harness.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
+    harness.add_argument("benchmarks", nargs="+", metavar="BENCHMARK")
+    harness.add_argument("--out", type=Path, required=True)
+    harness.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    harness.add_argument("--limit", type=int, help="the first so many questions of each task")
+    harness.add_argument("--tensor-parallel", type=int, default=1)
+    harness.add_argument("--max-model-len", type=int)
+    harness.add_argument("--no-chat-template", action="store_true")
+    harness.add_argument("--allow-code", action="store_true", help="run code that the model wrote")
+    harness.add_argument("--include-path", type=Path, help="directory with further task definitions")
+    harness.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
+    harness.set_defaults(run=_harness)
+
+
+def _converter(hf_path: Path | None) -> Any:
+    """Writes a Megatron checkpoint into an empty folder as a Hugging Face model."""
+    from megatron_coreward.checkpoint.convert import to_hf
+
+    def convert(source: Path, folder: Path) -> None:
+        folder.rmdir()  # the converter makes it anew, whole or not at all
+        to_hf(source, folder, hf_path=hf_path)
+
+    return convert
+
+
+def _run(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from megatron_coreward.telemetry.evaluation import result_table
+    from megatron_coreward.trainer.cluster import stop_ray
+    from megatron_coreward.trainer.evaluation import Engines, Judging, Sampling, evaluate_files
+
+    with tqdm(desc="questions", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            result = evaluate_files(
+                options.model,
+                options.files,
+                options.out,
+                Sampling(
+                    n=options.n,
+                    temperature=options.temperature,
+                    top_p=options.top_p,
+                    max_tokens=options.max_tokens,
+                    greedy=not options.no_greedy,
+                    seed=options.seed,
+                    dtype=options.dtype,
+                ),
+                Judging(options.equivalence, tuple(options.answer_form or ("boxed",))),
+                Engines(
+                    num_engines=options.num_engines,
+                    tensor_parallel=options.tensor_parallel,
+                    kv_cache_gib=options.kv_cache_gib,
+                    gpu_memory_utilization=options.gpu_memory_utilization,
+                    batch_questions=options.batch_questions,
+                ),
+                system_prompt=None if options.keep_system_prompt else options.system_prompt,
+                max_problems=options.max_problems,
+                convert=_converter(options.hf_path),
+                name=options.name,
+                on_progress=progress,
+            )
+        finally:
+            stop_ray()
+    _show(result_table(result))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from megatron_coreward.telemetry.evaluation import comparison_table
+    from megatron_coreward.trainer.evaluation import compare_files
+
+    _show(comparison_table(compare_files(options.a, options.b, options.out)))
+
+
+def _harness(options: argparse.Namespace) -> None:
+    from megatron_coreward.trainer.evaluation import hf_model_dir
+    from megatron_coreward.trainer.harness import run_harness
+
+    with hf_model_dir(options.model, _converter(options.hf_path)) as hf_path:
+        results = run_harness(
+            hf_path,
+            options.benchmarks,
+            options.out,
+            dtype=options.dtype,
+            tensor_parallel=options.tensor_parallel,
+            max_model_len=options.max_model_len,
+            limit=options.limit,
+            chat_template=not options.no_chat_template,
+            allow_code=options.allow_code,
+            include_path=options.include_path,
+        )
+    for task, metrics in results.items():
+        print(task, *(f"{metric} {value:.4f}" for metric, value in metrics.items()), sep="  ")
+
+
+def _show(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)

@@ -1,0 +1,82 @@
+"""When a run's state is written: begun at the end of a step, published when all ranks have written their part.
+
+At most one checkpoint is under way. It holds the values of the moment at which it was begun; training goes on.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from megatron_coreward.checkpoint import store
+from megatron_coreward.checkpoint.store import Hashes, Position
+from megatron_coreward.config.load import dump_config
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import RunError
+from megatron_coreward.telemetry import label_history
+
+
+class SavingActors(Protocol):
+    """What a checkpoint needs of the actors (`trainer.cluster.ActorGroup`)."""
+
+    def begin_save(self, target: Path) -> None: ...
+    def save_written(self) -> bool: ...
+    def finish_save(self) -> Hashes: ...
+
+
+class CheckpointWriter:
+    def __init__(self, config: RunConfig, actors: SavingActors, published: Callable[[int], None]) -> None:
+        """`published` hears the step of every checkpoint that is complete."""
+        self._config, self._actors, self._published = config, actors, published
+        self._under_way: int | None = None
+
+    def begin(self, position: Position) -> None:
+        """Takes a snapshot of the run and begins to write it, after the checkpoint before it is complete.
+
+        Raises:
+            RunError: this checkpoint or the one before it cannot be written; those that are complete stay.
+        """
+        self.finish()
+        run_dir = self._config.run_dir
+        labels = run_dir / label_history.FILE_NAME
+        files = {"config.yaml": dump_config(self._config).encode()}
+        if labels.is_file():
+            files[labels.name] = labels.read_bytes()
+        try:
+            self._actors.begin_save(store.new_checkpoint(run_dir, position, files))
+        except (OSError, RunError) as error:
+            raise self._failed(position.step, error) from error
+        self._under_way = position.step
+        if not self._config.checkpoint.asynchronous:
+            self.finish()
+
+    @property
+    def under_way(self) -> bool:
+        return self._under_way is not None
+
+    def poll(self) -> None:
+        """Completes the checkpoint under way if its files are written; does not wait for them."""
+        if self._under_way is not None and self._actors.save_written():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the checkpoint under way. Raises RunError if it cannot be written."""
+        if self._under_way is None:
+            return
+        step, self._under_way = self._under_way, None
+        settings = self._config.checkpoint
+        try:
+            hashes = self._actors.finish_save()
+            store.publish(self._config.run_dir, step, hashes, keep=settings.keep, best=settings.best_is)
+        except (OSError, RunError) as error:
+            raise self._failed(step, error) from error
+        self._published(step)
+
+    def _failed(self, step: int, error: Exception) -> RunError:
+        from megatron_coreward.trainer.watchdog import WorkerDied
+
+        if isinstance(error, WorkerDied):
+            return error
+        store.discard_unfinished(self._config.run_dir)
+        whole = store.saved_steps(self._config.run_dir)
+        kept = f"those of steps {', '.join(map(str, whole))} are whole" if whole else "there is none before it"
+        return RunError(f"the checkpoint of step {step} could not be written ({error}); {kept}")

@@ -1,0 +1,41 @@
+"""An engine that dies is started anew, and what was asked of the engines is asked again."""
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from megatron_coreward.trainer.sync import WeightSync
+from megatron_coreward.trainer.watchdog import WorkerDied
+
+T = TypeVar("T")
+
+
+class RestartableEngines(Protocol):
+    def restart(self, index: int) -> None: ...
+
+
+class EngineRecovery:
+    """Runs what needs the engines. Rollouts are functions of weights and seeds, so what is repeated is the same."""
+
+    def __init__(
+        self, engines: RestartableEngines, sync: WeightSync, max_restarts: int, tell: Callable[[str], None]
+    ) -> None:
+        """Args:
+        max_restarts: engines that may be started anew in a run; the next death ends it.
+        """
+        self._engines, self._sync, self._left, self._tell = engines, sync, max_restarts, tell
+
+    def __call__(self, ask: Callable[[], T]) -> T:
+        """`ask()`, which publishes weights and then samples, and once more for every engine that dies in it.
+
+        Raises WorkerDied for an actor rank, and for an engine when no restart is left.
+        """
+        while True:
+            try:
+                return ask()
+            except WorkerDied as death:
+                if death.kind != "engine" or self._left == 0:
+                    raise
+                self._left -= 1
+                self._tell(f"{death}; starting it anew ({self._left} restarts left, faults.engine_restarts)")
+                self._engines.restart(death.index)
+                self._sync.forget()

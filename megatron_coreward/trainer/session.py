@@ -1,0 +1,130 @@
+"""The steps of one attempt at a run, in order, with what surrounds each: validation, row of metrics, checkpoint.
+
+Invariants (tests/trainer/test_session.py, tests/e2e/test_resume.py):
+  1. The row of a step is on disk before the checkpoint that covers it: a resumed run never lacks one.
+  2. A run that is asked to stop saves all that it has done. A step whose update is done is never done again, a step
+     whose update has not begun is begun again.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from megatron_coreward.checkpoint.store import Position
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import RunError
+from megatron_coreward.telemetry.rollout_dump import JudgedGroup
+from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.checkpoints import CheckpointWriter
+from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.preemption import Preempted, StopRequest
+
+UNFINISHED = "unfinished_row"  # of a checkpoint that was written between a step's update and its validation
+
+Row = dict[str, float]
+
+
+class Stateful(Protocol):
+    """Something whose state belongs into a checkpoint (a guard, say): plain JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(slots=True)
+class Session:
+    """What the steps of an attempt work with, and how far they are."""
+
+    config: RunConfig
+    run: Trainer
+    checkpoints: CheckpointWriter
+    stop: StopRequest
+    validate: Callable[[PhaseTimer], Row] | None  # None: there is nothing held out
+    observe: Callable[[int, Sequence[JudgedGroup]], Row]  # further metrics of a step
+    record: Callable[[int, Row], None]
+    new_timer: Callable[[], PhaseTimer]
+    stateful: dict[str, Stateful] = field(default_factory=dict)  # what else is saved with a checkpoint, by name
+    done: int = 0  # steps whose row is written
+    saved: int = 0  # the last of them that a checkpoint covers
+    skipped: int = 0  # steps in a row without an update
+
+    def resume(self, position: Position) -> None:
+        """Takes over where an earlier attempt stood; the actors have loaded their part."""
+        self.run.num_updates, self.run.teacher_moves = position.num_updates, position.teacher_moves
+        for name, part in self.stateful.items():
+            if name in position.extra:
+                part.load_state_dict(position.extra[name])
+        self.done = self.saved = position.step
+        if UNFINISHED in position.extra:
+            row = {k: math.nan if value is None else value for k, value in position.extra[UNFINISHED].items()}
+            self._complete(position.step, row, self.new_timer())
+
+    def validate_at_start(self) -> None:
+        """The row of step 0."""
+        if self.validate is not None and self.config.validation.at_start:
+            timer = self.new_timer()
+            self.record(0, self._validated(timer) | timer.metrics())
+
+    def train(self) -> None:
+        """All steps that are left. Raises Preempted, with everything saved, when the run was asked to stop."""
+        config, timer = self.config, self.new_timer()
+        try:
+            for step in range(self.done + 1, config.steps + 1):
+                self.stop.check()
+                result = self.run.step(step, timer)
+                row = self._complete(step, result.metrics | self.observe(step, result.judged), timer)
+                timer = self.new_timer()  # the checkpoint's time belongs to the next row: this one is written before it
+                with timer.phase("checkpoint"):
+                    self.checkpoints.poll()
+                    if due(step, config.checkpoint.every, config.steps):
+                        self._save(row)
+            self.checkpoints.finish()
+        except Preempted:
+            if self.done > self.saved and not self.checkpoints.under_way:
+                self._save({})
+            self.checkpoints.finish()
+            raise
+
+    def _complete(self, step: int, row: Row, timer: PhaseTimer) -> Row:
+        """Validates if it is time, and records the row of a step whose update is done."""
+        if self.validate is not None and due(step, self.config.validation.every, self.config.steps):
+            try:
+                row = row | self._validated(timer)
+            except Preempted:
+                self.checkpoints.begin(self._position(step, row, {UNFINISHED: _to_json(row)}))
+                raise
+        self.record(step, row | timer.metrics())
+        self.done = step
+        self.skipped = self.skipped + 1 if row.get("optim/skipped_updates") else 0
+        limit = self.config.faults.max_skipped_updates
+        if self.skipped > limit:
+            raise RunError(
+                f"the gradient was not finite in {self.skipped} steps in a row (faults.max_skipped_updates: {limit}); "
+                f"the learning rate (actor.lr: {self.config.actor.lr:g}) may be too high"
+            )
+        return row
+
+    def _validated(self, timer: PhaseTimer) -> Row:
+        assert self.validate is not None
+        metrics: Row = self.run.surviving(partial(self.validate, timer))
+        return metrics
+
+    def _save(self, row: Row) -> None:
+        self.checkpoints.begin(self._position(self.done, row, {}))
+        self.saved = self.done
+
+    def _position(self, step: int, row: Row, more: dict[str, Any]) -> Position:
+        extra = {name: part.state_dict() for name, part in self.stateful.items()} | more
+        score = row.get(self.config.checkpoint.best_metric or "")
+        return Position(step, self.run.num_updates, self.run.teacher_moves, score, extra)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after this one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _to_json(row: Row) -> dict[str, float | None]:
+    return {key: float(value) if math.isfinite(value) else None for key, value in row.items()}

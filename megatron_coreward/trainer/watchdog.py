@@ -1,0 +1,134 @@
+"""Waiting for workers: says what is awaited, of whom and for how long, and ends a wait that has become a stall.
+
+Every result of a worker passes here. A worker that died is one clear error that names it, even when others report first
+that their peer has gone.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
+
+from megatron_coreward.config.schema import WatchdogSettings
+from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.trainer.preemption import StopRequest
+
+Kind = Literal["actor rank", "engine", "worker"]
+
+LOOK_EVERY_S = 0.5  # how soon a request to stop is seen
+PEERS_S = 5.0  # a peer's death may be known a little later than the error that it caused elsewhere
+_DEATHS = (RayActorError, ActorDiedError, ActorUnavailableError, WorkerCrashedError)
+
+
+class WorkerDied(RunError):
+    """A process of the run is gone."""
+
+    def __init__(self, kind: Kind, index: int, awaited: str, cause: Exception) -> None:
+        reason = str(cause).strip().splitlines()
+        super().__init__(
+            f"{kind} {index} died while {awaited} was awaited of it"
+            f" ({type(cause).__name__}: {reason[0] if reason else 'no reason given'})"
+        )
+        self.kind, self.index = kind, index
+
+
+class Watchdog:
+    """Waits for results of workers that it knows by name."""
+
+    def __init__(
+        self,
+        settings: WatchdogSettings | None = None,
+        tell: Callable[[str], None] = lambda text: None,
+        stop: StopRequest | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args:
+        tell: takes a line for people about a wait that is long.
+        stop: ends an interruptible wait.
+        """
+        self.settings = settings or WatchdogSettings()
+        self.tell = tell
+        self._stop = stop
+        self._clock = clock
+        self._names: dict[Any, tuple[Kind, int]] = {}  # of Ray actors, by id
+
+    def name(self, worker: Any, kind: Kind, index: int) -> None:
+        """Makes a worker known."""
+        self._names[worker._actor_id] = (kind, index)
+
+    def get(
+        self,
+        calls: Sequence[Any],
+        awaited: str,
+        *,
+        limit_s: float | None = None,
+        interruptible: bool = False,
+        on_result: Callable[[int], None] | None = None,
+    ) -> list[Any]:
+        """The results of calls, in their order.
+
+        Args:
+            awaited: what it is, for messages.
+            limit_s: seconds after which the wait is a stall; None: `watchdog.limit_s`.
+            interruptible: whether a request to stop the run ends the wait (the workers go on with it).
+            on_result: hears the place of each call whose result has come.
+
+        Raises:
+            WorkerDied: a worker is gone.
+            RunError: the limit has passed; a worker met an error of the machine or of the numbers.
+            Preempted: the run was asked to stop.
+        """
+        begin = self._clock()
+        limit = self.settings.limit_s if limit_s is None else limit_s
+        warn_at = min(self.settings.warn_after_s, limit)
+        places = {call: place for place, call in enumerate(calls)}
+        results: list[Any] = [None] * len(calls)
+        pending = list(calls)
+        while pending:
+            if interruptible and self._stop is not None:
+                self._stop.check()
+            ready, pending = ray.wait(pending, num_returns=1, timeout=LOOK_EVERY_S)
+            for call in ready:
+                results[places[call]] = self._result(call, pending, awaited)
+                if on_result is not None:
+                    on_result(places[call])
+            waited = self._clock() - begin
+            if pending and waited >= limit:
+                raise RunError(
+                    f"stalled: {awaited} was awaited of {self._who(pending)} for {waited:.0f} s "
+                    f"(limit: {limit:.0f} s, watchdog.{'limit_s' if limit_s is None else 'start_limit_s'})"
+                )
+            if pending and waited >= warn_at:
+                self.tell(f"still waiting for {awaited} of {self._who(pending)} after {waited:.0f} s")
+                warn_at = waited + self.settings.warn_after_s
+        return results
+
+    def _who(self, calls: Sequence[Any]) -> str:
+        return ", ".join(f"{kind} {index}" for kind, index in sorted(map(self._name_of, calls)))
+
+    def _name_of(self, call: Any) -> tuple[Kind, int]:
+        return self._names.get(call.task_id().actor_id(), ("worker", 0))
+
+    def _result(self, call: Any, pending: Sequence[Any], awaited: str) -> Any:
+        try:
+            return ray.get(call)
+        except _DEATHS as error:
+            raise self._death(call, awaited, error) from error
+        except RayTaskError as error:
+            ready: list[Any] = ray.wait(list(pending), num_returns=len(pending), timeout=PEERS_S)[0] if pending else []
+            for other in ready:
+                try:
+                    ray.get(other)
+                except _DEATHS as death:
+                    raise self._death(other, awaited, death) from error
+                except Exception:
+                    continue
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, (OSError, FloatingPointError)) and not isinstance(error, (InputError, RunError)):
+                raise RunError(f"{awaited}: {self._who([call])}: {cause}") from error
+            raise
+
+    def _death(self, call: Any, awaited: str, error: Exception) -> WorkerDied:
+        return WorkerDied(*self._name_of(call), awaited, error)

@@ -1,0 +1,33 @@
+"""Weights may travel any way: training over gloo is training through shared memory, and verify-sync proves either."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_coreward.cli import main
+from tests.e2e.conftest import Task
+from tests.e2e.test_train import digest, run
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.e2e, pytest.mark.timeout(400)]
+
+
+def test_a_run_over_gloo_is_the_run_through_shared_memory(task: Task) -> None:
+    weights = {}
+    for transport in ("shared_memory", "gloo"):
+        changes = [f"run_dir={task.folder / transport}", f"sync.transport={transport}", "sync.hashes=true"]
+        small = ["steps=2", "rollout.num_engines=2", "sync.bucket_mib=0.1", "validation.at_start=false"]
+        weights[transport] = digest(run(task, *changes, *small))
+    assert weights["gloo"] == weights["shared_memory"]
+
+
+@pytest.mark.parametrize("transport", ["gloo", pytest.param("shared_memory", marks=pytest.mark.slow)])
+def test_verify_sync_publishes_every_role_and_says_what_it_found(
+    transport: str, task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(task.config("co_rewarding_ii", "sync.bucket_mib=0.1").model_dump(mode="json")))
+    assert main(["verify-sync", str(config), f"sync.transport={transport}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["policy", "teacher", "policy", "teacher", "the"]
+    assert "checksums equal" in lines[0]

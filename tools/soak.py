@@ -1,0 +1,324 @@
+"""Kills processes of a training run at random moments, resumes it, and compares it with one that was never interrupted.
+
+python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine rank worker] [--folder runs/soak]
+
+Every trial ends with the same rows of metrics (but for times), bit-identical weights, no process left and no segment of
+shared memory left, or it has failed and the status is 1. The model and its data are made anew in the folder; a trial
+takes about a minute on two cores.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_coreward.config.load import dump_config, parse_config
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.telemetry.jsonl import Row, read_rows
+
+MARK = "MEGATRON_COREWARD_SOAK"  # environment variable by which all processes of a run are found, adopted or not
+TITLES = {"engine": "ray::RolloutWorker", "rank": "ray::ActorWorker", "worker": "ray::IDLE", "raylet": "raylet"}
+METHODS = ("co_rewarding_i", "co_rewarding_ii")
+LIMIT_S = 300.0  # of one attempt
+
+
+@dataclasses.dataclass
+class Attempt:
+    """`megatron-coreward train` in a process group of its own."""
+
+    process: subprocess.Popen[str]
+    mark: str
+    config: RunConfig
+
+    @staticmethod
+    def start(config: RunConfig, *, niceness: int = 0) -> "Attempt":
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        recipe = config.run_dir.with_suffix(".recipe.yaml")
+        recipe.write_text(dump_config(config))
+        mark = f"{config.run_dir.name}-{time.monotonic_ns()}"
+        environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment.pop("RAY_ADDRESS", None)
+        command = [sys.executable, "-m", "megatron_coreward", "train", str(recipe)]
+        process = subprocess.Popen(
+            ["nice", "-n", str(niceness), *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[1],
+            start_new_session=True,
+        )
+        return Attempt(process, mark, config)
+
+    def processes(self, title: str | None = None) -> list[psutil.Process]:
+        """All living processes of the attempt, or those whose command line starts with a title."""
+        return [p for p in _alive() if _environment(p).get(MARK) == self.mark and _is_called(p, title)]
+
+    def victims(self, kind: str) -> list[psutil.Process]:
+        if kind == "driver":
+            return [p for p in self.processes() if p.pid == self.process.pid]
+        return [p for p in self.processes() if TITLES[kind] in " ".join(_command(p)) and p.pid != self.process.pid]
+
+    def kill(self, kind: str, chance: random.Random) -> bool:
+        """Ends a process of a kind, the driver with its whole group; False where there is none."""
+        if kind == "driver":
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return True
+        found = self.victims(kind)
+        if found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                chance.choice(found).kill()
+        return bool(found)
+
+    def wait(self, timeout_s: float = LIMIT_S) -> tuple[int, str]:
+        """Exit status and output. The attempt is ended when it takes too long."""
+        try:
+            output, _ = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise
+        return self.process.returncode, output
+
+    def end(self) -> None:
+        """Ends whatever is left of it."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def orphans(self, patience_s: float = 20.0) -> list[str]:
+        """Processes that are still there some time after the driver has gone."""
+        deadline = time.monotonic() + patience_s
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return [" ".join(_command(p))[:60] for p in left]
+
+
+def _alive() -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def _environment(process: psutil.Process) -> Mapping[str, str]:
+    try:
+        return process.environ()
+    except (psutil.Error, OSError):
+        return {}
+
+
+def _command(process: psutil.Process) -> Sequence[str]:
+    try:
+        return process.cmdline()
+    except (psutil.Error, OSError):
+        return []
+
+
+def _is_called(process: psutil.Process, title: str | None) -> bool:
+    return title is None or title in " ".join(_command(process))
+
+
+def leftover_segments() -> list[str]:
+    """Segments of shared memory whose owner is gone: nobody holds their lock."""
+    found = []
+    for path in Path("/dev/shm").glob("megatron_coreward.*"):
+        with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.append(path.name)
+    return found
+
+
+def digest(run_dir: Path) -> str:
+    """Of the final model's weights."""
+    return hashlib.sha256((run_dir / "hf" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def comparable(row: Row) -> dict[str, object]:
+    """A row of metrics without the times and rates, which no two runs share."""
+    return {k: v for k, v in row.items() if "time" not in k and not k.endswith(("_s", "/seconds"))}
+
+
+def comparable_rows(run_dir: Path) -> list[dict[str, object]]:
+    return [comparable(row) for row in read_rows(run_dir / "metrics.jsonl")]
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step with a row; -1 before the first."""
+    path = run_dir / "metrics.jsonl"
+    rows = read_rows(path) if path.exists() else []
+    return int(rows[-1]["step"] or 0) if rows else -1
+
+
+def make_task(folder: Path) -> None:
+    """A tiny model that answers some questions, and the questions."""
+    from megatron_coreward.demo.model import write_model
+    from megatron_coreward.demo.task import make_splits, write_parquet
+    from megatron_coreward.demo.tokenizer import word_level_tokenizer
+    from megatron_coreward.demo.warm_start import warm_start
+    from megatron_coreward.trainer.cluster import stop_ray
+
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = make_splits(1, num_train=64, num_heldout=16, num_sft=16)
+    write_parquet(folder, splits)
+    tokenizer = word_level_tokenizer()
+    write_model(folder / "random", tokenizer, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=32, ffn=128)
+    examples = [*splits.sft] * 8
+    try:
+        warm_start(
+            folder / "random",
+            folder / "start",
+            tokenizer,
+            examples,
+            max_steps=60,
+            seed=1,
+            on_step=lambda step, loss: None,
+        )
+    finally:
+        stop_ray()
+
+
+def task_config(task: Path, run_dir: Path, method: str, *overrides: str) -> RunConfig:
+    tree: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "steps": 6,
+        "method": method,
+        "model": {"hf_path": str(task / "start"), "dtype": "float32"},
+        "data": {
+            "train_files": [str(task / "train.parquet")],
+            "rephrased_files": [str(task / "train_rephrased.parquet")],
+            "val_files": [str(task / "heldout.parquet")],
+            "batch_size": 8,
+            "max_prompt_tokens": 64,
+            "system_prompt": None,
+        },
+        "actor": {"tensor_parallel": 2, "tokens_per_microbatch": 2048, "lr": 1e-3, "lr_schedule": "constant"},
+        "rollout": {"num_engines": 2, "n": 4, "max_response_tokens": 32, "kv_cache_gib": 0.25},
+        "teacher": {"n": 4, "decay_start": 0.5},
+        "validation": {"every": 3, "max_problems": 8},
+        "checkpoint": {"every": 2},
+        "faults": {"engine_restarts": 3},
+        "watchdog": {"limit_s": 120},
+        "telemetry": {"console": "plain"},
+    }
+    return parse_config(tree, overrides)
+
+
+@dataclasses.dataclass
+class Trial:
+    method: str
+    victim: str
+    moment_s: float
+    at_step: int = -1
+    statuses: list[int] = dataclasses.field(default_factory=list)
+    message: str = ""
+    problems: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.Random, niceness: int) -> None:
+    """One kill, and as many attempts as it takes."""
+    begin = time.monotonic()
+    attempt = Attempt.start(config, niceness=niceness)
+    time.sleep(trial.moment_s)
+    while attempt.process.poll() is None and not attempt.kill(trial.victim, chance):
+        time.sleep(0.2)
+    trial.at_step = last_step(config.run_dir)
+    for number in range(3):
+        try:
+            status, output = attempt.wait()
+        except subprocess.TimeoutExpired:
+            trial.problems.append(f"attempt {number + 1} was not done after {LIMIT_S:.0f} s")
+            break
+        trial.statuses.append(status)
+        if number == 0 and status not in (0, -signal.SIGKILL):
+            lines = [line for line in output.splitlines() if "the run failed" in line]
+            trial.message = lines[-1] if lines else ""
+            if not lines or "the same command" not in lines[-1]:
+                trial.problems.append(f"no clear message: ...{output[-300:]!r}")
+        if orphans := attempt.orphans():
+            trial.problems.append(f"left after attempt {number + 1}: {orphans}")
+            attempt.end()
+        if status == 0:
+            break
+        attempt = Attempt.start(config, niceness=niceness)
+    trial.seconds = time.monotonic() - begin
+    if trial.statuses[-1:] != [0]:
+        trial.problems.append(f"did not end well: {trial.statuses}")
+        return
+    if digest(config.run_dir) != digest(reference):
+        trial.problems.append("other weights")
+    for expected, found in zip(comparable_rows(reference), comparable_rows(config.run_dir), strict=True):
+        if expected != found:
+            keys = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
+            trial.problems.append(f"step {found['step']}: {', '.join(keys[:4])} differ")
+    if left := leftover_segments():
+        trial.problems.append(f"shared memory left: {left}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--victims", nargs="+", default=["driver", "engine", "rank", "worker"], choices=["driver", *TITLES]
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
+    parser.add_argument("--niceness", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    task = (options.folder / "task").resolve()
+    if not (task / "start" / "config.json").is_file():
+        make_task(task)
+
+    durations: dict[str, float] = {}
+    references: dict[str, Path] = {}
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for method in METHODS:
+        references[method] = (options.folder / stamp / f"{method}-reference").resolve()
+        begin = time.monotonic()
+        attempt = Attempt.start(task_config(task, references[method], method), niceness=options.niceness)
+        status, output = attempt.wait()
+        durations[method] = time.monotonic() - begin
+        if status != 0:
+            print(output)
+            return 1
+        print(f"{method} without interruption: {durations[method]:.0f} s", flush=True)
+
+    trials = []
+    print(
+        f"{'trial':>5} {'method':<16} {'victim':<7} {'at s':>5} {'step':>4} {'statuses':<12} {'s':>4} outcome",
+        flush=True,
+    )
+    for number in range(1, options.trials + 1):
+        victim, method = options.victims[(number - 1) % len(options.victims)], METHODS[(number - 1) // 2 % 2]
+        trial = Trial(method, victim, chance.uniform(0.1, 0.95) * durations[method])
+        run_dir = (options.folder / stamp / f"trial-{number:03d}").resolve()
+        run_trial(trial, task_config(task, run_dir, method), references[method], chance, options.niceness)
+        trials.append(trial)
+        outcome = "; ".join(trial.problems) or "same"
+        print(
+            f"{number:>5} {method:<16} {victim:<7} {trial.moment_s:>5.1f} {trial.at_step:>4} {trial.statuses!s:<12} "
+            f"{trial.seconds:>4.0f} {outcome}{f'  [{trial.message}]' if trial.message else ''}",
+            flush=True,
+        )
+    failed = sum(bool(trial.problems) for trial in trials)
+    print(f"{len(trials) - failed} of {len(trials)} trials: same metrics, same weights, nothing left behind")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
