@@ -135,10 +135,9 @@ def leftover_segments() -> list[str]:
     """Segments of shared memory whose owner is gone: nobody holds their lock."""
     found = []
     for path in Path("/dev/shm").glob("megatron_coreward.*"):
-        with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                found.append(path.name)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found.append(path.name)
     return found
 
 
@@ -221,7 +220,8 @@ def task_config(task: Path, run_dir: Path, method: str, *overrides: str) -> RunC
 class Trial:
     method: str
     victim: str
-    moment_s: float
+    after_row: int  # the kill comes once this row is written (0: the validation before training; -1: from the start)
+    delay_s: float  # and this much time has passed since
     at_step: int = -1
     statuses: list[int] = dataclasses.field(default_factory=list)
     message: str = ""
@@ -233,7 +233,9 @@ def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.R
     """One kill, and as many attempts as it takes."""
     begin = time.monotonic()
     attempt = Attempt.start(config, niceness=niceness)
-    time.sleep(trial.moment_s)
+    while attempt.process.poll() is None and last_step(config.run_dir) < trial.after_row:
+        time.sleep(0.05)
+    time.sleep(trial.delay_s)
     while attempt.process.poll() is None and not attempt.kill(trial.victim, chance):
         time.sleep(0.2)
     trial.at_step = last_step(config.run_dir)
@@ -284,7 +286,8 @@ def main() -> int:
     if not (task / "start" / "config.json").is_file():
         make_task(task)
 
-    durations: dict[str, float] = {}
+    step_s: dict[str, float] = {}
+    start_s = 1.0
     references: dict[str, Path] = {}
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for method in METHODS:
@@ -292,26 +295,29 @@ def main() -> int:
         begin = time.monotonic()
         attempt = Attempt.start(task_config(task, references[method], method), niceness=options.niceness)
         status, output = attempt.wait()
-        durations[method] = time.monotonic() - begin
         if status != 0:
             print(output)
             return 1
-        print(f"{method} without interruption: {durations[method]:.0f} s", flush=True)
+        duration = time.monotonic() - begin
+        times = [float(row["step_time_s"] or 0) for row in read_rows(references[method] / "metrics.jsonl")]
+        step_s[method], start_s = max(times[1:]), duration - sum(times)
+        print(f"{method} without interruption: {duration:.0f} s, {sum(times):.0f} s of it in its steps", flush=True)
 
     trials = []
     print(
-        f"{'trial':>5} {'method':<16} {'victim':<7} {'at s':>5} {'step':>4} {'statuses':<12} {'s':>4} outcome",
+        f"{'trial':>5} {'method':<16} {'victim':<7} {'row':>3} {'+s':>5} {'step':>4} {'statuses':<12} {'s':>4} outcome",
         flush=True,
     )
     for number in range(1, options.trials + 1):
         victim, method = options.victims[(number - 1) % len(options.victims)], METHODS[(number - 1) // 2 % 2]
-        trial = Trial(method, victim, chance.uniform(0.1, 0.95) * durations[method])
+        row = chance.randrange(-1, 6)
+        trial = Trial(method, victim, row, chance.uniform(0, start_s if row < 0 else step_s[method]))
         run_dir = (options.folder / stamp / f"trial-{number:03d}").resolve()
         run_trial(trial, task_config(task, run_dir, method), references[method], chance, options.niceness)
         trials.append(trial)
         outcome = "; ".join(trial.problems) or "same"
         print(
-            f"{number:>5} {method:<16} {victim:<7} {trial.moment_s:>5.1f} {trial.at_step:>4} {trial.statuses!s:<12} "
+            f"{number:>5} {method:<16} {victim:<7} {trial.after_row:>3} {trial.delay_s:>5.1f} {trial.at_step:>4} {trial.statuses!s:<12} "
             f"{trial.seconds:>4.0f} {outcome}{f'  [{trial.message}]' if trial.message else ''}",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""`evaluate run | compare | harness`: how good a model is, whether one is better than another, and others' benchmarks."""
+"""`evaluate run | compare | harness`: how good a model is, whether one beats another, and the harness of the field."""
 
 import argparse
 from pathlib import Path

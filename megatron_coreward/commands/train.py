@@ -14,10 +14,11 @@ def add(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_coreward.config.load import load_config
-    from megatron_coreward.trainer.preemption import Preempted
+    from megatron_coreward.trainer.preflight import preflight
+
+    config = load_config(options.config, options.overrides)
+    preflight(config)  # before torch and Ray are imported, which takes longer than all of its checks
+
     from megatron_coreward.trainer.run import train
 
-    try:
-        print(f"done: {train(load_config(options.config, options.overrides))}")
-    except Preempted as request:  # it did what it was asked to do
-        print(request)
+    print(f"done: {train(config)}")

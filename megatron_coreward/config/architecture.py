@@ -85,7 +85,7 @@ def read_architecture(hf_path: Path) -> Architecture:
 
 def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     """See `read_architecture`; `where` names the source in messages."""
-    model_type = config.get("model_type")
+    model_type: Any = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"{where}: model_type is {model_type!r}; supported: {', '.join(FAMILIES)}")
     qkv_bias, qk_norm, is_moe = FAMILIES[model_type]

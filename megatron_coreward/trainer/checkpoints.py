@@ -49,10 +49,6 @@ class CheckpointWriter:
         if not self._config.checkpoint.asynchronous:
             self.finish()
 
-    @property
-    def under_way(self) -> bool:
-        return self._under_way is not None
-
     def poll(self) -> None:
         """Completes the checkpoint under way if its files are written; does not wait for them."""
         if self._under_way is not None and self._actors.save_written():

@@ -47,7 +47,7 @@ class Session:
     new_timer: Callable[[], PhaseTimer]
     stateful: dict[str, Stateful] = field(default_factory=dict)  # what else is saved with a checkpoint, by name
     done: int = 0  # steps whose row is written
-    saved: int = 0  # the last of them that a checkpoint covers
+    saved: int = 0  # the last step that a checkpoint covers
     skipped: int = 0  # steps in a row without an update
 
     def resume(self, position: Position) -> None:
@@ -82,7 +82,7 @@ class Session:
                         self._save(row)
             self.checkpoints.finish()
         except Preempted:
-            if self.done > self.saved and not self.checkpoints.under_way:
+            if self.done > self.saved:
                 self._save({})
             self.checkpoints.finish()
             raise
@@ -94,6 +94,7 @@ class Session:
                 row = row | self._validated(timer)
             except Preempted:
                 self.checkpoints.begin(self._position(step, row, {UNFINISHED: _to_json(row)}))
+                self.saved = step
                 raise
         self.record(step, row | timer.metrics())
         self.done = step

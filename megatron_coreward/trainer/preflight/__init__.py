@@ -1,7 +1,7 @@
 """Everything that can be known to be wrong with a run before it costs anything: no process, no GPU, no model in memory.
 
-Neither torch nor Ray nor an engine is imported, so that an answer takes a second and not ten. Every check runs, whatever
-the others found, as far as it can; the message has all problems, one a line.
+Neither torch nor Ray nor an engine is imported, so that an answer takes a second and not ten. Every check runs,
+whatever the others found, as far as it can; the message has all problems, one a line.
 
 | module | asks |
 |---|---|

@@ -22,7 +22,7 @@ from megatron_coreward.weights.mapping import hf_tensors
 from megatron_coreward.weights.route import tensors_to_send
 
 SHARED_MEMORY = Path("/dev/shm")
-# What a run writes into its directory. A link there would lead its writes, and the removal of old checkpoints, elsewhere.
+# What a run writes into its directory: a link there would lead its writes, and the removal of checkpoints, elsewhere.
 OWN_NAMES = (
     "checkpoints",
     "config.yaml",
@@ -181,8 +181,8 @@ def _run_dir(config: RunConfig) -> Iterator[str]:
     except OSError as error:
         yield f"run_dir: {here} cannot be written ({folder}: {error.strerror}); choose another run_dir"
     inside = Path(os.path.realpath(here))
-    for name in OWN_NAMES:
-        link = here / name
+    saved = here / "checkpoints"
+    for link in (*(here / name for name in OWN_NAMES), *(saved.iterdir() if saved.is_dir() else ())):
         if link.is_symlink() and not Path(os.path.realpath(link)).is_relative_to(inside):
             yield (
                 f"run_dir: {link} is a link to {os.path.realpath(link)}, outside of the run directory; a run writes "

@@ -1,7 +1,6 @@
 """Installed packages against the ranges that this project names, by their metadata: nothing is imported."""
 
 import importlib.metadata
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
-from megatron_coreward.telemetry.sinks import require_wandb
 
 NAME = "megatron-coreward"
 OPTIONAL = {"transformer-engine"}  # of the extra `gpu`: only where actor.backend asks for it
@@ -44,8 +42,6 @@ def requirements() -> list[Requirement]:
 
 def problems(config: RunConfig) -> Iterator[str]:
     """Packages that are missing or of another version than this project was tested with."""
-    if sys.version_info < (3, 11):
-        yield f"Python: found {sys.version.split()[0]}; allowed: 3.11 or later"
     extra = "gpu" if installed("vllm") is not None else "cpu"
     hint = f"pip install '{NAME}[{extra}]', or make env in a checkout"
     for wanted in requirements():
@@ -59,6 +55,8 @@ def problems(config: RunConfig) -> Iterator[str]:
         elif not wanted.specifier.contains(found, prereleases=True):
             yield f"package {wanted.name}: found {found}; allowed: {wanted.specifier} ({hint})"
     if config.telemetry.wandb_project is not None:
+        from megatron_coreward.telemetry.sinks import require_wandb  # with TensorBoard, which takes a while to import
+
         try:
             require_wandb(config.telemetry.wandb_project)
         except InputError as error:

@@ -1,7 +1,7 @@
 """The questions: files, pairs, gold answers, and prompts that fit, without tokenising what is short anyway.
 
-A token covers at least one byte, so a prompt of fewer bytes than the limit has fewer tokens: only the others are rendered
-and counted, next to one of each kind of conversation. The run itself counts them all once more, with transformers.
+A token covers at least one byte, so a prompt of fewer bytes than the limit has fewer tokens: only the others are
+rendered and counted, next to one of each kind of conversation. The run itself counts all once more, with transformers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,7 @@
 """A tokenizer straight from its files, for counting tokens before a run: transformers' own takes seconds to import.
 
-It renders the chat template as transformers does (the same sandboxed Jinja with the same settings) and tokenises with the
-same library. The run's prompts come from transformers; a test holds that both agree.
+It renders the chat template as transformers does (the same sandboxed Jinja with the same settings) and tokenises with
+the same library. The run's prompts come from transformers; a test holds that both agree.
 """
 
 import json

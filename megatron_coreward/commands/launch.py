@@ -1,0 +1,93 @@
+"""`launch local | slurm | kubernetes | skypilot CONFIG [key=value ...]`: a run on this machine or on a cluster."""
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_coreward.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_coreward.launch.follow import Backend
+    from megatron_coreward.launch.job import Job
+
+_HELP = {
+    "local": "on this machine, again and again until it is finished",
+    "slurm": "as a Slurm job, with containers (Pyxis) or without",
+    "kubernetes": "as a KubeRay RayJob",
+    "skypilot": "as a SkyPilot managed job",
+}
+
+
+def add(commands: Any) -> None:
+    launch = commands.add_parser("launch", help="run on a cluster, follow it, and submit it again until it is finished")
+    kinds = launch.add_subparsers(required=True, metavar="WHERE")
+    for kind, text in _HELP.items():
+        parser = kinds.add_parser(kind, help=text)
+        parser.add_argument("config", type=Path, metavar="CONFIG")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
+        parser.add_argument("--cluster", type=Path, metavar="FILE", help="the cluster's settings (launch/clusters/)")
+        parser.add_argument("--nodes", type=_positive, default=1)
+        parser.add_argument("--gpus-per-node", type=_count, default=0, help="0: a run on CPUs (default)")
+        parser.add_argument("--time", metavar="[D-]H:M:S", help="time limit of a job; default: the cluster's")
+        parser.add_argument("--name", help="in the queue; default: the name of run_dir")
+        parser.add_argument("--max-resubmits", type=_count, default=20, help="default: 20")
+        parser.add_argument("--dry-run", action="store_true", help="print exactly what would be submitted")
+        parser.add_argument("--detach", action="store_true", help="submit and leave")
+        parser.set_defaults(run=_launch, kind=kind)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 1 or more")
+    return int(text)
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from megatron_coreward.config.load import load_config
+    from megatron_coreward.launch.follow import follow
+    from megatron_coreward.launch.job import make_job
+
+    if options.detach and options.kind == "local":
+        raise InputError("--detach: a local run ends with its launcher; put the launcher into the background")
+    job = make_job(
+        load_config(options.config, options.overrides),
+        options.name,
+        options.nodes,
+        options.gpus_per_node,
+        options.time,
+    )
+    warnings.filterwarnings("ignore", module="fastapi")  # what nemo-run imports
+    logging.getLogger("nemo_run").setLevel(logging.WARNING)
+    backend = _backend(options.kind, job, options.cluster)
+    if options.dry_run:
+        print(backend.preview())
+    else:
+        follow(backend, max_resubmits=options.max_resubmits, detach=options.detach)
+
+
+def _backend(kind: str, job: "Job", cluster: Path | None) -> "Backend":
+    from megatron_coreward.launch import settings
+
+    if kind == "local":
+        from megatron_coreward.launch.local import Local
+
+        return Local(job, settings.load_cluster(settings.LocalCluster, cluster))
+    if kind == "slurm":
+        from megatron_coreward.launch.slurm import Slurm
+
+        return Slurm(job, settings.load_cluster(settings.SlurmCluster, cluster))
+    if kind == "kubernetes":
+        from megatron_coreward.launch.kubernetes import Kubernetes
+
+        return Kubernetes(job, settings.load_cluster(settings.KubernetesCluster, cluster))
+    from megatron_coreward.launch.skypilot import SkyPilot
+
+    return SkyPilot(job, settings.load_cluster(settings.SkyPilotCluster, cluster))

@@ -1,0 +1,70 @@
+"""`prepare-data SOURCE --out FILE`: question sets into the parquet format that training reads, with a summary."""
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from megatron_coreward.config.schema import SYSTEM_PROMPT
+from megatron_coreward.errors import InputError
+
+
+def add(commands: Any) -> None:
+    from megatron_coreward.data.sources import GENERIC, SOURCES, AnswerFrom
+
+    prepare = commands.add_parser("prepare-data", help="question sets into the parquet format that training reads")
+    prepare.add_argument("source", choices=(*SOURCES, GENERIC), metavar="SOURCE", help=", ".join((*SOURCES, GENERIC)))
+    prepare.add_argument("--input", type=Path, nargs="+", default=[], help="local parquet or jsonl; default: the hub")
+    prepare.add_argument("--out", type=Path, required=True, help="parquet file to write")
+    prepare.add_argument("--split", help="default: the source's first")
+    prepare.add_argument("--against", type=Path, nargs="+", default=[], help="prepared files to count shared questions")
+    prepare.add_argument("--tokenizer", type=Path, help="model directory; adds lengths in tokens")
+    prepare.add_argument("--question-column")
+    prepare.add_argument("--answer-column")
+    prepare.add_argument("--answer-from", choices=get_args(AnswerFrom), help="how the answer stands in its column")
+    prepare.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="'' for none")
+    prepare.add_argument("--limit", type=int, help="the first so many rows only")
+    prepare.add_argument("--json", action="store_true", help="the summary as JSON")
+    prepare.set_defaults(run=_prepare)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from megatron_coreward.data.hub import fetch
+    from megatron_coreward.data.prepare import prepare
+    from megatron_coreward.data.sources import find_source
+
+    source = find_source(
+        options.source,
+        question=options.question_column,
+        answer=options.answer_column,
+        answer_from=options.answer_from,
+    )
+    split = options.split or (source.splits[0] if source.splits else "train")
+    if source.splits and split not in source.splits:
+        raise InputError(f"--split: {source.name} has {', '.join(source.splits)}, found {split}")
+    tokenizer = None
+    if options.tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        if not options.tokenizer.is_dir():
+            raise InputError(f"--tokenizer: {options.tokenizer} is no model directory")
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    summary = prepare(
+        source,
+        options.input or fetch(source, split),
+        options.out,
+        split=split,
+        system_prompt=options.system_prompt or None,
+        against=options.against,
+        tokenizer=tokenizer,
+        limit=options.limit,
+    )
+    if options.json:
+        print(summary.to_json())
+        return
+    print(f"{options.out}: {summary.rows} questions, {summary.duplicates} of them repeat an earlier one")
+    for unit, lengths in (("characters", summary.characters), ("tokens", summary.tokens)):
+        if lengths is not None:
+            print(f"  {unit}: {lengths.least} to {lengths.most}, median {lengths.median}, 99% up to {lengths.p99}")
+    print("  answers: " + ", ".join(f"{count} {name}" for name, count in summary.answer_types.items()))
+    for file, count in summary.overlaps.items():
+        print(f"  questions that {file} has too: {count}")

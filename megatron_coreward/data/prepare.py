@@ -1,0 +1,312 @@
+"""`prepare-data`: question sets as they are published, into the parquet format that training reads.
+
+Files are read and written in batches of rows, so a set of any size takes the memory of one batch. What is written is
+checked row by row first; a file appears whole or not at all.
+"""
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_coreward.data.parquet import SCHEMA, read_rows
+from megatron_coreward.data.sources import AnswerFrom, DataSource
+from megatron_coreward.errors import InputError
+from megatron_coreward.rewards.answer import extract_answer
+from megatron_coreward.telemetry.files import replaced_whole
+
+BATCH_ROWS = 4096
+PUBLISHED = {"prompt", "reward_model", "data_source", "extra_info"}  # columns of a file that is prepared already
+
+_INTEGER = re.compile(r"[+-]?\d{1,3}(,\d{3})+|[+-]?\d+")
+_DECIMAL = re.compile(r"[+-]?(\d[\d,]*)?\.\d+")
+_FRACTION = re.compile(r"[+-]?(\\[dt]?frac\s*(\{[+-]?\d+\}|\d)\s*(\{\d+\}|\d)|\d+\s*/\s*\d+)")
+_WORDS = re.compile(r"(\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z .,'-]*)")
+
+
+class Tokenizer(Protocol):
+    def __call__(self, text: list[str]) -> Any: ...
+
+
+@dataclass(slots=True)
+class Lengths:
+    """Of the questions, in one unit."""
+
+    least: int = 0
+    median: int = 0
+    p99: int = 0
+    most: int = 0
+
+
+@dataclass(slots=True)
+class Summary:
+    """What is in a prepared file."""
+
+    rows: int = 0
+    without_answer: int = 0
+    characters: Lengths = field(default_factory=Lengths)
+    tokens: Lengths | None = None
+    answer_types: dict[str, int] = field(default_factory=dict)
+    duplicates: int = 0  # rows whose question, normalised, an earlier row has
+    overlaps: dict[str, int] = field(default_factory=dict)  # other file -> rows whose question it has too
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+def answer_type(answer: str | None) -> str:
+    """`integer`, `decimal`, `fraction`, `text`, `expression`, or `none`."""
+    text = "" if answer is None else answer.strip().strip("$").removesuffix("%").strip()
+    if not text:
+        return "none"
+    for name, pattern in (("integer", _INTEGER), ("decimal", _DECIMAL), ("fraction", _FRACTION), ("text", _WORDS)):
+        if pattern.fullmatch(text):
+            return "text" if name == "text" and len(text) > 1 else "expression" if name == "text" else name
+    return "expression"
+
+
+def normalised(question: str) -> str:
+    """What makes two questions the same: letters, digits and signs, without case, spacing and layout."""
+    return re.sub(r"\s+", "", unicodedata.normalize("NFKC", question)).casefold()
+
+
+def prepare(
+    source: DataSource,
+    inputs: Sequence[Path],
+    target: Path,
+    *,
+    split: str,
+    system_prompt: str | None,
+    against: Sequence[Path] = (),
+    tokenizer: Tokenizer | None = None,
+    limit: int | None = None,
+) -> Summary:
+    """Writes `target` in the published schema and says what is in it.
+
+    Args:
+        inputs: parquet or jsonl files, in order. Files that have the published columns keep their prompts and answers.
+        system_prompt: put before each question; None: no system message.
+        against: prepared files; questions that they share with this one are counted (train/test overlap).
+        limit: the first so many rows only.
+
+    Raises:
+        InputError: naming file, row and column: a file cannot be read, a column is missing, a question is blank, an
+            answer is absent where the source promises one, or there are no rows.
+    """
+    if target.suffix != ".parquet":
+        raise InputError(f"{target}: the prepared file must end with .parquet")
+    statistics = _Statistics(tokenizer, {str(path): _questions_of(path) for path in against})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_whole(target) as temporary:
+        with pq.ParquetWriter(temporary, SCHEMA) as writer:
+            for batch in _batches(_records(source, inputs, split, system_prompt, limit)):
+                statistics.add(batch)
+                writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
+        if statistics.rows == 0:
+            raise InputError(f"{', '.join(map(str, inputs))}: found no rows; allowed: at least one")
+    return statistics.summary()
+
+
+def describe(file: Path, *, against: Sequence[Path] = (), tokenizer: Tokenizer | None = None) -> Summary:
+    """The summary of a file that is prepared already."""
+    statistics = _Statistics(tokenizer, {str(path): _questions_of(path) for path in against})
+    rows = read_rows(file)
+    for start in range(0, len(rows), BATCH_ROWS):
+        statistics.add(
+            [
+                {"prompt": list(row.messages), "reward_model": {"ground_truth": row.ground_truth}}
+                for row in rows[start : start + BATCH_ROWS]
+            ]
+        )
+    return statistics.summary()
+
+
+def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    for record in records:
+        batch.append(record)
+        if len(batch) == BATCH_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _records(
+    source: DataSource, inputs: Sequence[Path], split: str, system_prompt: str | None, limit: int | None
+) -> Iterator[dict[str, Any]]:
+    index = 0
+    for file in inputs:
+        if _is_published(file):
+            for row in read_rows(file):
+                if limit is not None and index >= limit:
+                    return
+                if not isinstance(row.index, int):
+                    raise InputError(f"{file}, column extra_info.index: found {row.index!r}; allowed: integers")
+                yield {
+                    "data_source": row.source,
+                    "prompt": list(row.messages),
+                    "ability": source.ability,
+                    "reward_model": {"ground_truth": row.ground_truth, "style": "rule"},
+                    "extra_info": {"index": row.index, "split": split},
+                }
+                index += 1
+            continue
+        for number, (question, answer) in enumerate(_raw_rows(source, file)):
+            if limit is not None and index >= limit:
+                return
+            yield _record(source, file, number, question, answer, index, split, system_prompt)
+            index += 1
+
+
+def _record(
+    source: DataSource,
+    file: Path,
+    number: int,
+    question: Any,
+    answer: Any,
+    index: int,
+    split: str,
+    system_prompt: str | None,
+) -> dict[str, Any]:
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"{file}, row {number}, column {source.question}: found {question!r}; allowed: a question")
+    gold = read_answer(answer, source.answer_from)
+    if gold is None:
+        wanted = {"as-is": "an answer", "boxed": r"a solution with a \boxed{} answer", "hashes": "an answer after ####"}
+        found = repr(answer) if len(repr(answer)) < 80 else f"{repr(answer)[:77]}..."
+        raise InputError(
+            f"{file}, row {number}, column {source.answer}: found {found}; allowed: {wanted[source.answer_from]}"
+        )
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return {
+        "data_source": source.data_source,
+        "prompt": [*system, {"role": "user", "content": question}],
+        "ability": source.ability,
+        "reward_model": {"ground_truth": gold, "style": "rule"},
+        "extra_info": {"index": index, "split": split},
+    }
+
+
+def read_answer(value: Any, answer_from: AnswerFrom) -> str | None:
+    """The gold answer in a cell; None where there is none. A whole number stored as a float is written as one."""
+    if value is None or isinstance(value, bool):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    if answer_from == "as-is":
+        return text or None
+    return extract_answer(text, ("boxed",) if answer_from == "boxed" else ("hashes",))
+
+
+def _is_published(file: Path) -> bool:
+    if file.suffix != ".parquet" or not file.is_file():
+        return False
+    try:
+        return set(pq.read_schema(file).names) >= PUBLISHED
+    except (pa.ArrowException, OSError):
+        return False  # reading it says what is wrong
+
+
+def _raw_rows(source: DataSource, file: Path) -> Iterator[tuple[Any, Any]]:
+    """(question, answer) cells of a file."""
+    if not file.is_file():
+        raise InputError(f"{file}: found nothing there; allowed: a parquet or jsonl file")
+    if file.suffix in (".jsonl", ".json"):
+        yield from _json_rows(source, file)
+        return
+    try:
+        with pq.ParquetFile(file) as parquet:
+            for column in (source.question, source.answer):
+                if column not in parquet.schema_arrow.names:
+                    raise InputError(
+                        f"{file}: found no column {column}, only {', '.join(parquet.schema_arrow.names)}; name the "
+                        "columns with --question-column and --answer-column"
+                    )
+            columns = list(dict.fromkeys((source.question, source.answer)))
+            for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
+                yield from zip(batch[source.question].to_pylist(), batch[source.answer].to_pylist(), strict=True)
+    except (pa.ArrowException, OSError) as e:
+        raise InputError(f"{file}: found a file that does not read as parquet ({e}); allowed: parquet, jsonl") from e
+
+
+def _json_rows(source: DataSource, file: Path) -> Iterator[tuple[Any, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    raise InputError(f"{file}, row {number}: not a JSON object on one line ({e})") from None
+                for column in (source.question, source.answer):
+                    if not isinstance(row, dict) or column not in row:
+                        raise InputError(
+                            f"{file}, row {number}: found no column {column}; allowed: a JSON object with it"
+                        )
+                yield row[source.question], row[source.answer]
+        except UnicodeDecodeError as e:
+            raise InputError(f"{file}: not UTF-8 text ({e})") from None
+
+
+def _questions_of(file: Path) -> set[str]:
+    return {normalised(row.messages[-1]["content"]) for row in read_rows(file)}
+
+
+class _Statistics:
+    """A summary under way. Of each question it keeps a hash and its lengths."""
+
+    def __init__(self, tokenizer: Tokenizer | None, others: dict[str, set[str]]) -> None:
+        self._tokenizer = tokenizer
+        self._others = {name: {hash(question) for question in questions} for name, questions in others.items()}
+        self._characters: list[int] = []
+        self._tokens: list[int] = []
+        self._types: Counter[str] = Counter()
+        self._seen: set[int] = set()
+        self._duplicates = 0
+        self._overlaps = dict.fromkeys(others, 0)
+
+    @property
+    def rows(self) -> int:
+        return len(self._characters)
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        questions = [record["prompt"][-1]["content"] for record in records]
+        self._characters += map(len, questions)
+        if self._tokenizer is not None:
+            self._tokens += [len(ids) for ids in self._tokenizer(questions)["input_ids"]]
+        self._types.update(answer_type(record["reward_model"]["ground_truth"]) for record in records)
+        for question in questions:
+            key = hash(normalised(question))
+            self._duplicates += key in self._seen
+            self._seen.add(key)
+            for name, theirs in self._others.items():
+                self._overlaps[name] += key in theirs
+
+    def summary(self) -> Summary:
+        return Summary(
+            rows=self.rows,
+            without_answer=self._types["none"],
+            characters=_lengths(self._characters),
+            tokens=_lengths(self._tokens) if self._tokenizer is not None else None,
+            answer_types=dict(self._types.most_common()),
+            duplicates=self._duplicates,
+            overlaps=self._overlaps,
+        )
+
+
+def _lengths(values: Sequence[int]) -> Lengths:
+    if not values:
+        return Lengths()
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return Lengths(ordered[0], ordered[last // 2], ordered[round(last * 0.99)], ordered[-1])

@@ -1,0 +1,163 @@
+"""What a cluster is: account, image, mounts, environment and secrets, from a small file. Unknown keys are errors.
+
+Secrets are references only: a file that is read inside the job, or a key of a Kubernetes secret. Their values appear in no
+script, no manifest and no log.
+"""
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError
+
+from megatron_coreward.config.schema import Component, Positive
+from megatron_coreward.errors import InputError
+
+
+def _environment_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        raise ValueError("an environment variable is named in capitals, digits and underscores")
+    return name
+
+
+def _time_limit(text: str) -> str:
+    if not re.fullmatch(r"(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d", text):
+        raise ValueError("expected [days-]hours:minutes:seconds, such as 04:00:00")
+    return text
+
+
+def _mount(text: str) -> str:
+    source, _, target = text.partition(":")
+    if not source.startswith("/") or not target.startswith("/"):
+        raise ValueError("expected /on/the/host:/in/the/container")
+    return text
+
+
+EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
+TimeLimit = Annotated[str, AfterValidator(_time_limit)]
+Mount = Annotated[str, AfterValidator(_mount)]
+
+
+class SecretFile(Component):
+    file: PurePosixPath  # read inside the job, where the training runs
+
+
+class SecretKey(Component):
+    secret: str  # name of the Kubernetes secret
+    key: str
+
+
+class LocalCluster(Component):
+    kind: Literal["local"] = "local"
+    env: dict[EnvironmentName, str] = {}
+    secrets: dict[EnvironmentName, SecretFile] = {}
+    python: str | None = None  # null: the one that launches
+
+
+class SSH(Component):
+    host: str
+    user: str
+    identity: str | None = None  # file of the private key; null: what the SSH agent has
+
+
+class SlurmCluster(Component):
+    kind: Literal["slurm"] = "slurm"
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclusive: bool = False
+    cpus_per_task: Positive | None = None  # a node runs one task
+    mem: str | None = None  # a node, such as 400G
+    time: TimeLimit = "04:00:00"
+    stop_before_s: Positive = 300  # SIGTERM so long before the time limit: training saves and leaves
+    sbatch: dict[str, str] = {}  # further options, such as {reservation: maintenance}
+    image: str | None = None  # for Pyxis, such as nvcr.io#nvidia/pytorch:25.06-py3 or a .sqsh file; null: no container
+    mounts: tuple[Mount, ...] = ()
+    env: dict[EnvironmentName, str] = {}
+    secrets: dict[EnvironmentName, SecretFile] = {}
+    setup: tuple[str, ...] = ()  # shell lines on every node before Ray starts, such as module load cuda
+    python: str | None = None  # null: the one that launches, or that of the image
+    workdir: PurePosixPath | None = None  # to which relative paths of the recipe refer; null: where launch is run
+    job_dir: PurePosixPath | None = None  # scripts and logs, seen by all nodes; null: run_dir/launch
+    ssh: SSH | None = None  # the login node; null: launch runs there
+    object_store_gib: Annotated[float, Field(gt=0)] | None = None  # Ray's, a node; null: Ray's choice
+
+
+class KubernetesCluster(Component):
+    kind: Literal["kubernetes"]
+    image: str
+    namespace: str = "default"
+    claims: dict[str, str] = Field(min_length=1)  # persistent volume claim -> where it is mounted; run_dir is in one
+    shared_memory: str = "64Gi"  # of /dev/shm, a pod
+    head_cpu: str = "4"
+    head_memory: str = "32Gi"
+    worker_cpu: str | None = None
+    worker_memory: str | None = None
+    node_selector: dict[str, str] = {}
+    tolerations: tuple[dict[str, Any], ...] = ()
+    service_account: str | None = None
+    image_pull_secrets: tuple[str, ...] = ()
+    time: TimeLimit | None = None
+    env: dict[EnvironmentName, str] = {}
+    secrets: dict[EnvironmentName, SecretKey] = {}
+    python: str = "python"
+    workdir: PurePosixPath = PurePosixPath("/workspace")
+    ray_version: str = "2.60.0"
+
+
+class SkyPilotCluster(Component):
+    kind: Literal["skypilot"]
+    infra: str | None = None  # such as k8s/my-context or aws/us-east-1; null: SkyPilot's choice
+    gpus: str | None = None  # such as H100
+    image: str | None = None  # such as docker:registry.example.org/coreward:gpu
+    cpus: Positive | None = None
+    memory: Positive | None = None  # GB
+    use_spot: bool = True
+    storage: dict[str, dict[str, Any]] = Field(min_length=1)  # where it is mounted -> SkyPilot's description of it
+    files: dict[str, str] = {}  # in the job -> here
+    env: dict[EnvironmentName, str] = {}
+    secrets: dict[EnvironmentName, SecretFile] = {}
+    setup: tuple[str, ...] = ()
+    python: str = "python"
+    workdir: PurePosixPath = PurePosixPath("~/sky_workdir")
+
+
+Cluster = TypeVar("Cluster", LocalCluster, SlurmCluster, KubernetesCluster, SkyPilotCluster)
+
+
+def load_cluster(model: type[Cluster], path: Path | None) -> Cluster:
+    """Reads a cluster's file; without one, every setting has its default.
+
+    Raises:
+        InputError: naming the file and the key, what was found and what is allowed.
+    """
+    kind = model.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
+    tree: Any = {"kind": kind}
+    if path is not None:
+        if not path.is_file():
+            raise InputError(f"--cluster: {path} does not exist")
+        try:
+            tree = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as e:
+            raise InputError(f"{path}: not valid YAML ({str(e).splitlines()[0]})") from None
+        if not isinstance(tree, dict):
+            raise InputError(f"{path}: expected keys and values, found {type(tree).__name__}")
+        if tree.get("kind") != kind:
+            raise InputError(f"{path}: kind is {tree.get('kind')!r}, and launch {kind} needs kind: {kind}")
+    try:
+        return model.model_validate(tree)
+    except ValidationError as e:
+        where = str(path) if path is not None else f"launch {kind} without --cluster"
+        raise InputError("\n".join(_explain(where, model, error) for error in e.errors())) from None
+
+
+def _explain(where: str, model: type[Component], error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        allowed = f"; allowed: {', '.join(model.model_fields)}" if len(error["loc"]) == 1 else ""
+        return f"{where}: unknown key {key!r}{allowed}"
+    if error["type"] == "missing":
+        return f"{where}: key {key!r} is missing"
+    return f"{where}: {key}: {error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"

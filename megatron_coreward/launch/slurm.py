@@ -1,0 +1,229 @@
+"""Slurm, through nemo-run's `SlurmExecutor`: with containers (Pyxis) and without.
+
+With containers the batch script is that of nemo-run's `RayJob` (`SlurmRayRequest`: Ray in a container on every node). It
+cannot do without containers, so there the script is that of nemo-run's plain `SlurmExecutor` (`SlurmBatchRequest`), with
+one task a node that starts Ray (`scripts.node_script`). The requests are used directly, not through `RayJob` and
+`Experiment`: these ask for accounting (`sacct`), which small clusters lack, and know no dry run without `squeue`.
+
+Time limit and preemption: Slurm sends SIGTERM to the steps (`stop_before_s` before the limit), the training saves, the
+attempt exits with 75, and the batch script requeues its own job. That needs no launcher that is still there. What the
+script could not requeue (a node that died, a limit without warning) is submitted again by `follow`.
+"""
+
+import os
+import re
+import secrets
+import shlex
+import sys
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.launch import scripts
+from megatron_coreward.launch.follow import Outcome, exit_outcome
+from megatron_coreward.launch.job import Job
+from megatron_coreward.launch.settings import SlurmCluster
+
+SUBMIT = ("sbatch", "--requeue", "--parsable")
+SCRIPT = "job.sbatch"
+MAX_REQUEUES = 100  # of one job by itself
+_RETRY_STATES = ("TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REQUEUED", "DEADLINE")
+
+
+class Slurm:
+    """One job on a Slurm cluster."""
+
+    def __init__(self, job: Job, cluster: SlurmCluster) -> None:
+        self.job, self.cluster = job, cluster
+        directory = cluster.job_dir or PurePosixPath(job.config.run_dir.resolve()) / "launch"
+        if not directory.is_absolute():
+            raise InputError(f"job_dir: {directory}; allowed: an absolute path that all nodes see")
+        if cluster.ssh is not None and (cluster.job_dir is None or cluster.workdir is None):
+            raise InputError("ssh: set job_dir and workdir too, to absolute paths over there")
+        if cluster.mounts and cluster.image is None:
+            raise InputError("mounts: there is no image; mounts are for containers")
+        self.directory = directory
+        self.files = self._files()
+        self._shown = 0
+        self._tunnel = self._executor().tunnel
+
+    def preview(self) -> str:
+        parts = [f"# ==> {self.directory / name}\n{text}" for name, text in self.files.items()]
+        return "\n".join([*parts, f"# ==> submitted with\n{self._submit_command()}"])
+
+    def submit(self) -> str:
+        there = shlex.quote(str(self.directory))
+        keep = " ".join(shlex.quote(str(self.directory / name)) for name in (scripts.STATUS,))
+        self._run(f"mkdir -p {there}/code {there}/logs && rm -f {keep}")
+        self._shown = self._size()
+        token = self.directory / scripts.TOKEN
+        for name, text in self.files.items():
+            self._put(text, self.directory / name)
+        self._put(secrets.token_hex(32), token)
+        self._run(f"chmod 600 {shlex.quote(str(token))}")
+        return str(self._run(self._submit_command())).strip().split(";")[0]
+
+    def poll(self, job: str) -> Outcome | None:
+        listed = self._tunnel.run(f"squeue -h -j {job} -o %T", warn=True, hide=True)
+        if listed.return_code == 0 and listed.stdout.strip():
+            return None
+        if listed.return_code != 0 and "Invalid job id" not in listed.stderr:
+            return None  # the controller does not answer; it will
+        state = self._state(job)
+        text = self._tunnel.run(f"cat {shlex.quote(str(self.directory / scripts.STATUS))}", warn=True, hide=True)
+        status = int(text.stdout) if text.return_code == 0 and text.stdout.strip() else None
+        if status == 0:
+            return exit_outcome(0, state)
+        if state == "CANCELLED":
+            return Outcome("cancelled", "somebody has cancelled it; the same command goes on from its last checkpoint")
+        if status is None and state not in _RETRY_STATES:
+            return Outcome("failed", f"state {state} before the training could say how it ended; see {self.directory}")
+        return exit_outcome(status, f"state {state}")
+
+    def new_log(self, job: str) -> str:
+        path = shlex.quote(str(self.directory / scripts.LOG))
+        text = str(self._tunnel.run(f"tail -c +{self._shown + 1} {path}", warn=True, hide=True).stdout)
+        whole, newline, _ = text.rpartition("\n")
+        self._shown += len((whole + newline).encode())
+        return whole + newline
+
+    def interrupted(self, job: str) -> str:
+        return f"job {job} goes on without us; `scancel {job}` ends it, and the same launch command shows it again"
+
+    def _files(self) -> dict[str, str]:
+        c, job = self.cluster, self.job
+        python = c.python or ("python" if c.image else sys.executable)
+        workdir = c.workdir or PurePosixPath(os.getcwd())
+        contained = c.image is not None
+        files = {
+            scripts.CONFIG: job.config_text,
+            scripts.DRIVER: scripts.driver_script(
+                self.directory, python, workdir, c.secrets, setup=c.setup if contained else ()
+            ),
+        }
+        if not contained:
+            files[scripts.NODE] = scripts.node_script(
+                self.directory, python, job.nodes, job.gpus_per_node, c.setup, c.object_store_gib
+            )
+        files[SCRIPT] = self._ray_script() if contained else self._plain_script()
+        return files
+
+    def _ray_script(self) -> str:
+        """The batch script of nemo-run's RayJob; the attempt runs in the container of the Ray head."""
+        from nemo_run.run.ray.slurm import SlurmRayRequest
+
+        # A signal to all steps is for the training; Ray and its workers ignore it, or there would be nothing to save with.
+        before_ray = ["trap '' TERM USR1", *self.cluster.setup, *scripts.exports(scripts.RAY_ENVIRONMENT)]
+        request = SlurmRayRequest(
+            name=self.job.name,
+            cluster_dir=str(self.directory),
+            template_name="ray.sub.j2",
+            executor=self._executor(f'export {scripts.RAY_HEAD}="$ip_head"'),
+            pre_ray_start_commands=before_ray,
+            command=f"bash {self.directory / scripts.DRIVER}",
+            workdir=str(self.directory),
+            launch_cmd=list(SUBMIT),
+        )
+        return str(request.materialize())
+
+    def _plain_script(self) -> str:
+        """The batch script of nemo-run's SlurmExecutor, which runs `node.sh` once a node."""
+        from nemo_run.core.execution.slurm import SlurmBatchRequest
+
+        # Not twice the same port for a job that is run again: what is left of the last attempt may still hold it.
+        port = "$(( 20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 20000 ))"
+        request = SlurmBatchRequest(
+            launch_cmd=list(SUBMIT),
+            jobs=[self.job.name],
+            command_groups=[["bash", shlex.quote(str(self.directory / scripts.NODE))]],
+            executor=self._executor(f'export {scripts.RAY_HEAD}="${{head_node_ip%% *}}:{port}"'),
+            max_retries=0,  # its template would requeue whatever failed, bad input too
+            extra_env={},
+        )
+        return str(request.materialize())
+
+    def _executor(self, *setup: str) -> Any:
+        from nemo_run.core.execution.slurm import SlurmExecutor, SlurmJobDetails
+        from nemo_run.core.packaging.base import Packager
+        from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
+
+        c, job = self.cluster, self.job
+        parent = str(self.directory.parent)
+        if c.ssh is None:
+            tunnel: Any = LocalTunnel(job_dir=parent)
+        else:
+            tunnel = SSHTunnel(job_dir=parent, host=c.ssh.host, user=c.ssh.user, identity=c.ssh.identity)
+        folder = self.directory / "logs"
+        token = str(self.directory / scripts.TOKEN)
+        env = {**c.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
+        executor = SlurmExecutor(
+            account=c.account,
+            partition=c.partition,
+            qos=c.qos,
+            constraint=c.constraint,
+            exclusive=True if c.exclusive else None,
+            cpus_per_task=c.cpus_per_task,
+            mem=c.mem,
+            time=job.time or c.time,
+            nodes=job.nodes,
+            ntasks_per_node=1,
+            gpus_per_node=job.gpus_per_node or None,
+            signal=f"TERM@{c.stop_before_s}",
+            additional_parameters=dict(c.sbatch) or None,
+            container_image=c.image,
+            container_mounts=list(c.mounts),
+            env_vars={name: shlex.quote(value) for name, value in env.items()},
+            setup_lines="\n".join(["", *self._requeue_lines(), *setup]),
+            job_details=SlurmJobDetails(job_name=job.name, folder=str(folder)),
+            job_name_prefix="coreward-",
+            packager=Packager(),
+            tunnel=tunnel,
+            retries=1,
+        )
+        executor.job_dir = str(self.directory)
+        return executor
+
+    def _requeue_lines(self) -> list[str]:
+        """The batch script puts its own job back into the queue where that is what the attempt needs."""
+        status = shlex.quote(str(self.directory / scripts.STATUS))
+        return [
+            f"rm -f {status}",
+            "requeue_if_stopped() {",
+            "    local status=$?",
+            f'    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MAX_REQUEUES} ] && '
+            '{ [ "$status" -eq 75 ] || [ "$status" -ge 128 ]; }; then',
+            '        scontrol requeue "$SLURM_JOB_ID" && sleep 60',
+            "    fi",
+            "}",
+            "trap requeue_if_stopped ERR",
+        ]
+
+    def _state(self, job: str) -> str:
+        """PENDING, RUNNING, COMPLETED, TIMEOUT ...; UNKNOWN where neither controller nor accounting remember it."""
+        shown = self._tunnel.run(f"scontrol show job -o {job}", warn=True, hide=True)
+        found = re.search(r"\bJobState=(\w+)", shown.stdout)
+        if found:
+            return found[1]
+        kept = self._tunnel.run(f"sacct -X -n -P -o State -j {job}", warn=True, hide=True).stdout.split()
+        return kept[0] if kept else "UNKNOWN"
+
+    def _submit_command(self) -> str:
+        return shlex.join([*SUBMIT, str(self.directory / SCRIPT)])
+
+    def _size(self) -> int:
+        found = self._tunnel.run(f"wc -c < {shlex.quote(str(self.directory / scripts.LOG))}", warn=True, hide=True)
+        return int(found.stdout) if found.return_code == 0 else 0
+
+    def _run(self, command: str) -> str:
+        done = self._tunnel.run(command, warn=True, hide=True)
+        if done.return_code != 0:
+            raise RunError(f"{command.split()[0]} failed: {(done.stderr or done.stdout).strip()}")
+        return str(done.stdout)
+
+    def _put(self, text: str, target: PurePosixPath) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / "file"
+            local.touch(mode=0o600)
+            local.write_text(text)
+            self._tunnel.put(str(local), str(target))

@@ -1,0 +1,99 @@
+"""What tests/actor/test_saving.py runs on the ranks."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from megatron_coreward.types import TrainBatch
+from tests.actor.on_ranks import make_setup, share_of, start
+
+
+def _state(actor: Any) -> list[torch.Tensor]:
+    """Weights, main parameters, moments, teacher: copies."""
+    from megatron_coreward.actor.shards import main_shards
+
+    shards = [t for s in main_shards(actor.optimizer) for t in (s.value, s.state["exp_avg"], s.state["exp_avg_sq"])]
+    weights = [param for chunk in actor.policy for param in chunk.parameters()]
+    return [t.detach().clone() for t in (*weights, *shards, *actor.teacher.values, *actor.teacher.compensations)]
+
+
+def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def save_while_training(
+    rank: int, path: Path, layout: dict[str, Any], port: int, batch: TrainBatch, folder: Path
+) -> dict[str, Any]:
+    """Two updates and a move of the teacher between the beginning of a save and its end."""
+    from megatron_coreward.actor.saving import hash_file
+
+    actor = start(rank, make_setup(path, layout), port)
+    share = share_of(actor, batch.sequences)
+    part = batch.select(share.rows)
+    actor.update(part, share)
+    actor.move_teacher(0.5)
+    before = _state(actor)
+    if rank == 0:
+        (folder / "state").mkdir()
+    torch.distributed.barrier()
+    actor.begin_save(folder / "state")
+    children = len(psutil.Process().children(recursive=True))
+    for _ in range(2):
+        actor.update(part, share)
+        actor.move_teacher(0.5)
+    moved = not _same(before, _state(actor))
+    hashes = actor.finish_save()
+    children += len(psutil.Process().children(recursive=True))
+    right = all(
+        ((folder / "state" / name).stat().st_size, hash_file(folder / "state" / name)) == tuple(entry)
+        for name, entry in hashes.items()
+    )
+    actor.load(folder / "state")
+    restored = _same(before, _state(actor))
+    actor.shutdown()
+    return {"children": children, "same as at the beginning": moved and restored, "hashes are right": right}
+
+
+def save_to_full_disk(rank: int, path: Path, port: int, folder: Path) -> str:
+    """The file of rank 1 lies on a device that is always full. Returns the error that this rank saw."""
+    actor = start(rank, make_setup(path, {"tensor_parallel": 2}), port)
+    if rank == 0:
+        for name in ("state", "again"):
+            (folder / name).mkdir()
+        (folder / "state" / "__1_0.distcp").symlink_to("/dev/full")
+    torch.distributed.barrier()
+    actor.begin_save(folder / "state")
+    try:
+        actor.finish_save()
+        seen = "no error"
+    except OSError as error:
+        seen = str(error)
+    actor.save(folder / "again")
+    actor.load(folder / "again")
+    actor.shutdown()
+    return seen
+
+
+def skip_bad_gradient(rank: int, path: Path, port: int, batch: TrainBatch) -> dict[str, Any]:
+    """An update with an infinite advantage where such updates are skipped, then a sound one."""
+    actor = start(rank, make_setup(path, {}, skip_bad_gradients=True), port)
+    share = share_of(actor, batch.sequences)
+    actor.update(batch.select(share.rows), share)
+    before = _state(actor)
+    bad = dataclasses.replace(batch, advantages=np.full(len(batch), np.inf, dtype=np.float32)).select(share.rows)
+    report = actor.update(bad, share)
+    after = _state(actor)
+    num_weights = len(list(actor.policy[0].parameters()))
+    sound = actor.update(batch.select(share.rows), share)
+    outcome = {
+        "weights as before": _same(before[:num_weights], after[:num_weights]),
+        "moments as before": _same(before[num_weights:], after[num_weights:]),
+        "reported": report["max:skipped"],
+        "next update is finite": bool(np.isfinite(sound["grad_norm"])) and not _same(after, _state(actor)),
+    }
+    actor.shutdown()
+    return outcome

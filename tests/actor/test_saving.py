@@ -1,0 +1,43 @@
+"""A checkpoint is written while training goes on: a snapshot, by a thread, and an error reaches every rank."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_coreward.demo.model import write_model
+from megatron_coreward.demo.tokenizer import byte_level_tokenizer
+from tests.actor import save_on_ranks
+from tests.actor.ranks import free_port, run_ranks
+from tests.actor.test_parity import make_batch
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    write_model(path, byte_level_tokenizer(), hidden=64, ffn=96)
+    return path
+
+
+@pytest.mark.parametrize("layout", [{"tensor_parallel": 2}, {"data_parallel": 2}], ids=["TP 2", "DP 2"])
+def test_the_values_saved_are_those_of_the_moment_and_no_process_is_started(
+    model: Path, tmp_path: Path, layout: dict[str, int]
+) -> None:
+    for outcome in run_ranks(
+        2, save_on_ranks.save_while_training, model, layout, free_port(), make_batch(259), tmp_path
+    ):
+        assert outcome == {"children": 0, "same as at the beginning": True, "hashes are right": True}
+
+
+def test_a_disk_that_is_full_on_one_rank_is_an_error_on_all_and_the_next_save_works(
+    model: Path, tmp_path: Path
+) -> None:
+    first, second = run_ranks(2, save_on_ranks.save_to_full_disk, model, free_port(), tmp_path)
+    assert first == second
+    assert "actor rank 1" in first
+    assert "No space left on device" in first
+
+
+def test_a_skipped_update_moves_nothing_and_training_goes_on(model: Path) -> None:
+    assert run_ranks(1, save_on_ranks.skip_bad_gradient, model, free_port(), make_batch(259)) == [
+        {"weights as before": True, "moments as before": True, "reported": 1.0, "next update is finite": True}
+    ]

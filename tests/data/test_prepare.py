@@ -1,0 +1,206 @@
+"""prepare-data: every source becomes the published format, or one message says which cell is in the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_coreward.cli import main
+from megatron_coreward.data import prepare as module
+from megatron_coreward.data.hub import split_files
+from megatron_coreward.data.parquet import SCHEMA, read_rows
+from megatron_coreward.data.prepare import answer_type, describe, normalised, prepare, read_answer
+from megatron_coreward.data.sources import SOURCES, find_source
+from megatron_coreward.errors import InputError
+
+MATH = Path(__file__).parents[3] / "shared" / "data" / "math"
+RAW = [
+    {"problem": f"What is {i} + {i}?", "solution": f"It is \\boxed{{{2 * i}}}.", "answer": f"{2 * i}"}
+    for i in range(10)
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def run(source: str, files: list[Path], out: Path, **changes: Any) -> module.Summary:
+    settings: dict[str, Any] = {"split": "train", "system_prompt": "Think."} | changes
+    return prepare(find_source(source), files, out, **settings)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+@pytest.mark.parametrize("source", ["math", "open-rs", "math500"])
+def test_rows_become_the_published_format(name: str, source: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    summary = run(source, [write(tmp_path / name, RAW)], out)
+    assert pq.read_schema(out).equals(SCHEMA)
+    rows = read_rows(out)
+    assert [row.ground_truth for row in rows] == [str(2 * i) for i in range(10)]
+    assert [row.index for row in rows] == list(range(10))
+    assert rows[3].messages == ({"role": "system", "content": "Think."}, {"role": "user", "content": "What is 3 + 3?"})
+    assert rows[0].source == SOURCES[source].data_source
+    assert (summary.rows, summary.answer_types, summary.duplicates) == (10, {"integer": 10}, 0)
+
+
+def test_gsm8k_answers_stand_after_the_hashes_and_floats_of_amc_are_whole_numbers(tmp_path: Path) -> None:
+    gsm = write(tmp_path / "g.jsonl", [{"question": "How many?", "answer": "3 * 4 = 12\n#### 1,200"}])
+    run("gsm8k", [gsm], tmp_path / "g.parquet")
+    assert read_rows(tmp_path / "g.parquet")[0].ground_truth == "1,200"
+    amc = write(tmp_path / "a.parquet", [{"problem": "How many?", "answer": 142.0}])
+    run("amc", [amc], tmp_path / "out.parquet")
+    assert read_rows(tmp_path / "out.parquet")[0].ground_truth == "142"
+
+
+def test_a_set_of_any_size_is_written_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_ROWS", 4)
+    out = tmp_path / "out.parquet"
+    run("math", [write(tmp_path / "a.jsonl", RAW), write(tmp_path / "b.jsonl", RAW)], out, limit=15)
+    assert [pq.ParquetFile(out).metadata.row_group(i).num_rows for i in range(4)] == [4, 4, 4, 3]
+    assert [row.index for row in read_rows(out)] == list(range(15))
+
+
+def test_duplicates_and_questions_of_other_files_are_counted(tmp_path: Path) -> None:
+    other = tmp_path / "test.parquet"
+    run("math", [write(tmp_path / "b.jsonl", RAW[:3])], other)
+    twice = [*RAW, RAW[4] | {"problem": " what  is 4 + 4? "}]
+    summary = run("math", [write(tmp_path / "a.jsonl", twice)], tmp_path / "out.parquet", against=[other])
+    assert (summary.duplicates, summary.overlaps) == (1, {str(other): 3})
+    assert describe(tmp_path / "out.parquet", against=[other]) == summary
+
+
+def test_a_prepared_file_passes_through_as_it_is(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.parquet", tmp_path / "2.parquet"
+    run("math", [write(tmp_path / "a.jsonl", RAW)], first)
+    run("gsm8k", [first], second, system_prompt="Another.")
+    assert read_rows(second) == read_rows(first)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"problem": "Q"}], r"row 0: found no column solution"),
+        (
+            [RAW[0], {"problem": " ", "solution": "\\boxed{1}"}],
+            r"row 1, column problem: found ' '; allowed: a question",
+        ),
+        ([RAW[0], {"problem": "Q", "solution": "so 4"}], r"row 1, column solution: found 'so 4'; .*\\boxed"),
+        ([{"problem": 3, "solution": "\\boxed{1}"}], r"row 0, column problem: found 3"),
+        ([], "found no rows"),
+    ],
+)
+def test_a_bad_cell_is_named_and_nothing_is_left(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    file, out = write(tmp_path / "a.jsonl", rows), tmp_path / "out.parquet"
+    with pytest.raises(InputError, match=message):
+        run("math", [file], out)
+    assert sorted(tmp_path.iterdir()) == [file]
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    broken = tmp_path / "a.jsonl"
+    broken.write_text("{\n")
+    parquet = tmp_path / "a.parquet"
+    parquet.write_bytes(b"PAR1 is not enough")
+    columns = write(tmp_path / "b.parquet", [{"q": "a", "a": "b"}])
+    for file, message in (
+        (broken, "row 0: not a JSON object"),
+        (parquet, "does not read as parquet"),
+        (columns, "found no column problem, only q, a; name the columns"),
+        (tmp_path / "none.jsonl", "found nothing there"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run("math", [file], tmp_path / "out.parquet")
+
+
+def test_the_command_prints_a_summary_and_answers_bad_input_with_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", [{"q": "How many?", "a": "1/2"}])
+    custom = ["prepare-data", "custom", "--input", str(file), "--out", str(tmp_path / "out.parquet")]
+    assert main(custom) == 2
+    assert "needs --question-column" in capsys.readouterr().err
+    assert main([*custom, "--question-column", "q", "--answer-column", "a", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer_types"] == {"fraction": 1}
+    assert main(["prepare-data", "math500", "--split", "train", "--out", "x.parquet"]) == 2
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def unreachable(*args: Any, **kwargs: Any) -> list[str]:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
+    assert main(["prepare-data", "gsm8k", "--out", str(tmp_path / "x.parquet")]) == 2
+    assert "openai/gsm8k could not be fetched" in capsys.readouterr().err
+
+
+def test_files_of_a_split_are_found_in_the_layouts_of_the_hub() -> None:
+    gsm = [
+        "README.md",
+        "main/test-00000-of-00001.parquet",
+        "main/train-00000-of-00001.parquet",
+        "socratic/train-0.parquet",
+    ]
+    assert split_files(gsm, "main", "train") == ["main/train-00000-of-00001.parquet"]
+    assert split_files(["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], None, "train") == [
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+    ]
+    assert split_files(["test.jsonl"], None, "test") == ["test.jsonl"]
+    assert split_files(["test.jsonl"], None, "train") == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("12", "integer"),
+        ("-1,200", "integer"),
+        ("0.5", "decimal"),
+        ("50%", "integer"),
+        (r"\frac{1}{2}", "fraction"),
+        ("3/4", "fraction"),
+        (r"\text{(A)}", "text"),
+        ("Monday", "text"),
+        ("x", "expression"),
+        (r"\sqrt{2}", "expression"),
+        ("", "none"),
+        (None, "none"),
+    ],
+)
+def test_types_of_answers(answer: str | None, kind: str) -> None:
+    assert answer_type(answer) == kind
+
+
+@given(st.text(), st.sampled_from(["as-is", "boxed", "hashes"]))
+def test_any_text_has_an_answer_or_none_and_a_type(text: str, form: Any) -> None:
+    answer = read_answer(text, form)
+    assert answer is None or answer.strip()
+    assert answer_type(answer) in {"integer", "decimal", "fraction", "text", "expression", "none"}
+
+
+@given(st.text(), st.text(alphabet=" \t\n"))
+def test_spacing_and_case_do_not_make_another_question(text: str, space: str) -> None:
+    assert normalised(space + text + space) == normalised(text)
+
+
+@pytest.mark.skipif(not MATH.is_dir(), reason="the MATH files are not beside the checkout")
+def test_the_published_math_files_load_and_pair_up() -> None:
+    originals = read_rows(MATH / "train_original.parquet")
+    rephrased = read_rows(MATH / "train_rewrite_Qwen3-32B.parquet")
+    assert len(originals) == 7500
+    assert {row.uid for row in originals} == {row.uid for row in rephrased}
+    summary = describe(MATH / "train_original.parquet", against=[MATH / "test.parquet"])
+    assert summary.rows == 7500
+    assert (summary.without_answer, summary.duplicates) == (2, 2)

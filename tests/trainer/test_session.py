@@ -1,0 +1,272 @@
+"""What surrounds a step: rows before checkpoints, a clean stop at any point, steps that teach nothing."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_coreward.checkpoint.store import Hashes, Position, check_checkpoint, checkpoint_path, saved_steps
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import RunError
+from megatron_coreward.rollout.engine import Sample
+from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.checkpoints import CheckpointWriter
+from megatron_coreward.trainer.preemption import Preempted, StopRequest
+from megatron_coreward.trainer.session import UNFINISHED, Session
+from megatron_coreward.types import TrainBatch
+from tests.checkpoint.test_store import write_actors
+from tests.trainer.fakes import FakeActors, FakeEngines
+from tests.trainer.test_loop import make_trainer
+
+
+class SavingFakes:
+    """Actors whose files are written when somebody waits for them, or when `slow` says so."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events, self.target, self.slow = events, Path(), True
+        self.error: Exception | None = None
+
+    def begin_save(self, target: Path) -> None:
+        self.events.append("begin save")
+        self.target = target
+
+    def save_written(self) -> bool:
+        return not self.slow
+
+    def finish_save(self) -> Hashes:
+        if self.error is not None:
+            raise self.error
+        write_actors(self.target)
+        self.events.append("saved")
+        return {}
+
+
+@dataclasses.dataclass
+class World:
+    session: Session
+    events: list[str]
+    actors: FakeActors
+    engines: FakeEngines
+    saving: SavingFakes
+    rows: list[tuple[int, dict[str, float]]]
+    stop: StopRequest
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Callable[..., World]:
+    def make(method: str = "co_rewarding_ii", validate: Any = None, **changes: Any) -> World:
+        changes = {"run_dir": tmp_path, "steps": 4, "telemetry.console": "plain"} | changes
+        trainer, events, actors, engines = make_trainer(method, **changes)
+        config: RunConfig = trainer.config
+        saving, stop, rows = SavingFakes(events), StopRequest(), []
+
+        def record(step: int, row: dict[str, float]) -> None:
+            events.append(f"row {step}")
+            rows.append((step, row))
+
+        session = Session(
+            config=config,
+            run=trainer,
+            checkpoints=CheckpointWriter(config, saving, lambda step: events.append(f"published {step}")),
+            stop=stop,
+            validate=validate,
+            observe=lambda step, judged: {},
+            record=record,
+            new_timer=PhaseTimer,
+        )
+        return World(session, events, actors, engines, saving, rows, stop)
+
+    return make
+
+
+def told(events: list[str], *words: str) -> list[str]:
+    return [e for e in events if e.split()[0] in words]
+
+
+def test_rows_come_before_the_checkpoints_that_cover_them_and_training_goes_on_meanwhile(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    w = world(**{"checkpoint.every": 2})
+    w.session.train()
+    assert told(w.events, "row", "begin", "saved", "published", "update") == [
+        *("update", "row 1", "update", "row 2", "begin save"),
+        *("update", "row 3", "update", "row 4", "saved", "published 2"),  # the next checkpoint waits for the one before
+        *("begin save", "saved", "published 4"),
+    ]
+    assert saved_steps(tmp_path) == [2, 4]
+
+
+def test_a_checkpoint_whose_files_are_written_is_published_at_the_next_step(world: Callable[..., World]) -> None:
+    w = world(**{"checkpoint.every": 2})
+    w.saving.slow = False
+    w.session.train()
+    assert told(w.events, "row", "published")[:4] == ["row 1", "row 2", "row 3", "published 2"]
+
+
+def test_without_asynchronous_saving_a_checkpoint_is_complete_before_the_next_step(world: Callable[..., World]) -> None:
+    w = world(**{"checkpoint.every": 2, "checkpoint.asynchronous": "false"})
+    w.session.train()
+    assert told(w.events, "row", "published")[:4] == ["row 1", "row 2", "published 2", "row 3"]
+
+
+def interrupt_sampling(w: World, role_version: int) -> None:
+    sample = w.engines.sample
+
+    def interrupted(requests: Any, version: int) -> list[list[Sample]]:
+        if version == role_version:
+            w.stop.signal = "SIGTERM"
+            w.stop.check()
+        return sample(requests, version)
+
+    w.engines.sample = interrupted  # type: ignore[method-assign]
+
+
+def test_a_stop_in_the_rollouts_saves_the_step_before_and_the_teacher_does_not_move_twice(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    w = world()
+    interrupt_sampling(w, role_version=4)  # the policy's rollouts of step 3, after the teacher's
+    with pytest.raises(Preempted):
+        w.session.train()
+    assert [step for step, _ in w.rows] == [1, 2]
+    position = check_checkpoint(checkpoint_path(tmp_path, 2))
+    assert (position.step, position.num_updates, position.teacher_moves) == (2, 2, 3)
+
+    again = world()
+    again.session.resume(position)
+    again.session.train()
+    assert [step for step, _ in again.rows] == [3, 4]
+    assert len(told(w.events, "teacher")) + len(told(again.events, "teacher")) == 4
+
+
+def test_a_stop_in_the_validation_keeps_the_step_and_the_row_is_finished_later(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    stop = StopRequest()
+
+    def interrupted(timer: PhaseTimer) -> dict[str, float]:
+        stop.signal = "SIGTERM"
+        stop.check()
+        return {}
+
+    options = {"validation.every": 2, "checkpoint.best_metric": "val/avg@8"}
+    w = world(validate=interrupted, **options)
+    with pytest.raises(Preempted):
+        w.session.train()
+    assert [step for step, _ in w.rows] == [1]
+    position = check_checkpoint(checkpoint_path(tmp_path, 2))
+    assert (position.step, position.num_updates) == (2, 2)
+    assert position.extra[UNFINISHED]["optim/lr"] == 1.0
+
+    again = world(validate=lambda timer: {"val/avg@8": 0.5}, **options)
+    again.session.resume(position)
+    again.session.train()
+    assert [step for step, _ in again.rows] == [2, 3, 4]
+    assert again.rows[0][1]["val/avg@8"] == 0.5
+    assert again.rows[0][1]["reward/mean"] == position.extra[UNFINISHED]["reward/mean"]
+    assert len(told(again.events, "update")) == 2
+    assert check_checkpoint(checkpoint_path(tmp_path, 4)).score == 0.5
+
+
+def test_a_stop_between_steps_saves_what_no_checkpoint_covers(world: Callable[..., World], tmp_path: Path) -> None:
+    w = world(**{"checkpoint.every": 2})
+    w.session.record = lambda step, row: setattr(w.stop, "signal", "SIGTERM" if step == 3 else None)
+    with pytest.raises(Preempted):
+        w.session.train()
+    assert saved_steps(tmp_path) == [2, 3]
+
+
+def test_what_else_has_a_state_is_saved_and_restored(world: Callable[..., World], tmp_path: Path) -> None:
+    class Guard:
+        def __init__(self) -> None:
+            self.alarms = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"alarms": self.alarms}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.alarms = state["alarms"]
+
+    w, guard = world(), Guard()
+    w.session.stateful["guard"] = guard
+    guard.alarms = 3
+    w.session.train()
+    again, other = world(), Guard()
+    again.session.stateful["guard"] = other
+    again.session.resume(check_checkpoint(checkpoint_path(tmp_path, 4)))
+    assert other.alarms == 3
+
+
+def test_a_full_disk_ends_the_run_and_names_the_checkpoints_that_are_whole(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    w = world(**{"checkpoint.every": 2, "checkpoint.asynchronous": "false"})
+    w.session.record = lambda step, row: setattr(
+        w.saving, "error", OSError(28, "No space left on device") if step == 4 else None
+    )
+    with pytest.raises(RunError, match="step 4 could not be written .*No space left.*; those of steps 2 are whole"):
+        w.session.train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+    check_checkpoint(checkpoint_path(tmp_path, 2))
+
+
+def answering(w: World, **changes: Any) -> None:
+    """All samples of the engines, changed."""
+    sample = w.engines.sample
+
+    def changed(requests: Any, version: int) -> list[list[Sample]]:
+        return [[dataclasses.replace(s, **changes) for s in group] for group in sample(requests, version)]
+
+    w.engines.sample = changed  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("method", ["co_rewarding_i", "co_rewarding_ii", "majority_voting"])
+def test_a_step_in_which_every_answer_is_empty_teaches_nothing_and_says_so(
+    world: Callable[..., World], method: str
+) -> None:
+    w = world(method)
+    nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    answering(w, text="", token_ids=nothing[0], logprobs=nothing[1])
+    w.session.train()
+    for batch in w.actors.batches:
+        assert_harmless(batch)
+    row = w.rows[0][1]
+    assert row["reward/mean"] == 0
+    assert row["rollout/response_tokens_mean"] == 0
+    assert row["vote/no_answer_rate"] == 1
+
+
+def test_a_step_in_which_every_rollout_is_cut_off_teaches_nothing_and_says_so(world: Callable[..., World]) -> None:
+    w = world()
+    answering(w, text="so we add", finish_reason="length")
+    w.session.train()
+    for batch in w.actors.batches:
+        assert_harmless(batch)
+    assert w.rows[0][1]["rollout/truncated_share"] == 1
+
+
+def assert_harmless(batch: TrainBatch) -> None:
+    assert np.isfinite(batch.token_weights).all()
+    np.testing.assert_array_equal(batch.advantages, 0)
+
+
+def skipping(w: World, steps: set[int]) -> None:
+    update, calls = w.actors.update, iter(range(1, 100))
+    w.actors.update = lambda batch: update(batch) | {"max:skipped": float(next(calls) in steps)}  # type: ignore[method-assign]
+
+
+def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(world: Callable[..., World]) -> None:
+    w = world(steps=6, **{"faults.max_skipped_updates": 2})
+    skipping(w, {1, 2, 4, 5, 6})
+    with pytest.raises(RunError, match="not finite in 3 steps in a row .*actor.lr"):
+        w.session.train()
+    assert [row["optim/skipped_updates"] for _, row in w.rows] == [1, 1, 0, 1, 1, 1]
+
+
+def test_a_position_survives_json(world: Callable[..., World], tmp_path: Path) -> None:
+    w = world(steps=1)
+    w.session.train()
+    assert check_checkpoint(checkpoint_path(tmp_path, 1)) == Position(1, 1, 1, None, {})
