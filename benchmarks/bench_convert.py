@@ -3,10 +3,10 @@
     python benchmarks/bench_convert.py [--gigabytes 2] [--folder /dev/shm] [--repeat 5] [--workers 2] [--json]
 
 Writes a random bf16 model of Qwen3's shape (hidden 2048, a vocabulary of 151,936, as many layers as fill the size),
-takes it to Megatron and back, and copies it with `cp`; all of it ends on the disk (fsync). Each of the three is a process of
-its own, which measures its work once everything is imported, and its peak memory (VmHWM); "command s" has the start of
-Python and the import of torch with it. (The copy starts the same way: a virtual machine may take freed memory back
-within seconds, and then the first to touch it again pays several seconds a gigabyte.)
+takes it to Megatron and back, and copies it with `cp`; all of it ends on the disk (fsync). Each of the three is a
+process of its own, which measures its work once everything is imported, and its peak memory (VmHWM); "command s" has
+the start of Python and the import of torch with it. (The copy starts the same way: a virtual machine may take freed
+memory back within seconds, and then the first to touch it again pays several seconds a gigabyte.)
 
 The order changes from turn to turn; the source is in the page cache throughout. Figures are medians of as many turns as
 asked for, after one that does not count. Everything that was written is removed in the end.

@@ -316,9 +316,11 @@ def main() -> int:
         run_trial(trial, task_config(task, run_dir, method), references[method], chance, options.niceness)
         trials.append(trial)
         outcome = "; ".join(trial.problems) or "same"
+        if trial.message:
+            outcome += f"  [{trial.message}]"
         print(
-            f"{number:>5} {method:<16} {victim:<7} {trial.after_row:>3} {trial.delay_s:>5.1f} {trial.at_step:>4} {trial.statuses!s:<12} "
-            f"{trial.seconds:>4.0f} {outcome}{f'  [{trial.message}]' if trial.message else ''}",
+            f"{number:>5} {method:<16} {victim:<7} {trial.after_row:>3} "
+            f"{trial.delay_s:>5.1f} {trial.at_step:>4} {trial.statuses!s:<12} {trial.seconds:>4.0f} {outcome}",
             flush=True,
         )
     failed = sum(bool(trial.problems) for trial in trials)

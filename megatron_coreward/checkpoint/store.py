@@ -4,7 +4,7 @@ checkpoints/step_000010/megatron/        distributed checkpoint of the actors
 checkpoints/step_000010/trainer.json     where the run stands, its score, and the states of what else has one
 checkpoints/step_000010/config.yaml      the resolved configuration it was made with
 checkpoints/step_000010/labels.jsonl     the label history up to there
-checkpoints/step_000010/manifest.json    size and blake3 of every file above
+checkpoints/step_000010/files.json       size and blake3 of every file above
 checkpoints/damaged_step_000012/         one that failed its check: set aside, never read again
 
 Invariants (tests/checkpoint/test_store.py):
@@ -30,7 +30,7 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry.files import sync_directory
 
 _NAME = re.compile(r"step_(\d+)")
-MANIFEST = "manifest.json"
+MANIFEST = "files.json"
 TRAINER = "trainer.json"
 ACTORS = "megatron"
 

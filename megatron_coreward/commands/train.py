@@ -19,6 +19,10 @@ def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     preflight(config)  # before torch and Ray are imported, which takes longer than all of its checks
 
+    from megatron_coreward.trainer.preemption import Preempted
     from megatron_coreward.trainer.run import train
 
-    print(f"done: {train(config)}")
+    try:
+        print(f"done: {train(config)}")
+    except Preempted as request:  # it did what it was asked to do: status 0
+        print(request)

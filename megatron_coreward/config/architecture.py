@@ -86,7 +86,7 @@ def read_architecture(hf_path: Path) -> Architecture:
 def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     """See `read_architecture`; `where` names the source in messages."""
     model_type: Any = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if model_type not in tuple(FAMILIES):  # by equality: a list, which no dictionary can look up, is possible too
         raise InputError(f"{where}: model_type is {model_type!r}; supported: {', '.join(FAMILIES)}")
     qkv_bias, qk_norm, is_moe = FAMILIES[model_type]
 

@@ -80,7 +80,7 @@ class SlurmCluster(Component):
     setup: tuple[str, ...] = ()  # shell lines on every node before Ray starts, such as module load cuda
     python: str | None = None  # null: the one that launches, or that of the image
     workdir: PurePosixPath | None = None  # to which relative paths of the recipe refer; null: where launch is run
-    job_dir: PurePosixPath | None = None  # scripts and logs, seen by all nodes; null: run_dir/launch
+    job_dir: PurePosixPath | None = None  # job_dir/NAME has scripts and logs, seen by all nodes; null: run_dir/launch
     ssh: SSH | None = None  # the login node; null: launch runs there
     object_store_gib: Annotated[float, Field(gt=0)] | None = None  # Ray's, a node; null: Ray's choice
 

@@ -36,7 +36,9 @@ class Slurm:
 
     def __init__(self, job: Job, cluster: SlurmCluster) -> None:
         self.job, self.cluster = job, cluster
-        directory = cluster.job_dir or PurePosixPath(job.config.run_dir.resolve()) / "launch"
+        directory = PurePosixPath(job.config.run_dir.resolve()) / "launch"
+        if cluster.job_dir is not None:
+            directory = cluster.job_dir / job.name
         if not directory.is_absolute():
             raise InputError(f"job_dir: {directory}; allowed: an absolute path that all nodes see")
         if cluster.ssh is not None and (cluster.job_dir is None or cluster.workdir is None):
@@ -137,7 +139,7 @@ class Slurm:
             launch_cmd=list(SUBMIT),
             jobs=[self.job.name],
             command_groups=[["bash", shlex.quote(str(self.directory / scripts.NODE))]],
-            executor=self._executor(f'export {scripts.RAY_HEAD}="${{head_node_ip%% *}}:{port}"'),
+            executor=self._executor(*self._head_address(), f'export {scripts.RAY_HEAD}="${{head_node_ip%% *}}:{port}"'),
             max_retries=0,  # its template would requeue whatever failed, bad input too
             extra_env={},
         )
@@ -183,6 +185,13 @@ class Slurm:
         )
         executor.job_dir = str(self.directory)
         return executor
+
+    def _head_address(self) -> list[str]:
+        """A host that knows itself as 127.0.1.1 (Debian's default) is asked for an address that others reach."""
+        if self.job.nodes == 1:
+            return []
+        ask = 'srun --nodes=1 --ntasks=1 -w "$head_node" hostname -I'
+        return [f'case $head_node_ip in 127.*) head_node_ip=$({ask}) ;; esac']
 
     def _requeue_lines(self) -> list[str]:
         """The batch script puts its own job back into the queue where that is what the attempt needs."""

@@ -18,6 +18,8 @@ from typing import Any
 from megatron_coreward.errors import RunError
 
 WORKER_PROGRAM = Path(__file__).with_name("symbolic_worker.py")
+# What a process needs to find its interpreter and packages: no tokens, no keys, nothing else of the parent's.
+INHERITED = frozenset({"HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"})
 START_LIMIT_S = 120.0  # importing sympy takes half a second, much more on a crowded machine or a cold network disk
 
 
@@ -60,8 +62,8 @@ class _Worker:
     """One comparison process and the pipes to it."""
 
     def __init__(self) -> None:
-        # A fresh interpreter in a session of its own: no copied memory, no inherited file, no preloaded library of the
-        # parent's, no Ctrl-C that is meant for the parent; -P keeps this folder off its module path.
+        # A fresh interpreter in a session of its own: no copied memory, no inherited file, no preloaded library and no
+        # secret of the parent's, no Ctrl-C that is meant for the parent; -P keeps this folder off its module path.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER_PROGRAM)],
             stdin=subprocess.PIPE,
@@ -69,7 +71,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
+            env={name: value for name, value in os.environ.items() if name in INHERITED},
         )
         greeting = self._receive(START_LIMIT_S) or {}
         if "ready" not in greeting:

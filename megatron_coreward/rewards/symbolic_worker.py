@@ -50,6 +50,7 @@ def main() -> None:
         except Exception as error:
             answer(error=f"{type(error).__name__}: {error}")
             return
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # an answer has nothing to write
         answer(ready=True)
         for line in sys.stdin:
             a, b, limit_s = json.loads(line)

@@ -2,13 +2,15 @@
 
 import datetime
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import AutoTokenizer
 
 from megatron_coreward.actor.setup import ActorSetup
@@ -69,8 +71,9 @@ def train(config: RunConfig) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
     problems, held_out = _load_data(config, tokenizer)
     restarts = config.faults.max_restarts
+    notes: list[str] = []
     while True:
-        start = _claim_run_dir(config)
+        start = _claim_run_dir(config, notes)
         start_ray()  # before the signals are taken: it sets a handler of its own
         try:
             with StopSignals(config.faults.stop_signals) as stop:
@@ -82,8 +85,7 @@ def train(config: RunConfig) -> Path:
             if restarts == 0:
                 raise RunError(f"{death}; {resume_hint(config)}") from death
             restarts -= 1
-            start.notes.append(f"{death}; all processes are started anew (faults.max_restarts: {restarts} left)")
-            _log(config, start.notes[-1])
+            notes = [f"{death}; all processes are started anew (faults.max_restarts: {restarts} left)"]
         except RunError as error:
             raise RunError(f"{error}; {resume_hint(config)}") from error
 
@@ -226,7 +228,9 @@ def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: 
         group.shutdown()
     else:
         group.shutdown(patience_s=0.5)
-        remove_leftovers()
+        for _ in range(5):  # those who were killed need a moment to be gone, and hold their segments until then
+            remove_leftovers()
+            time.sleep(0.2)
 
 
 def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
@@ -282,8 +286,11 @@ class _Start:
     notes: list[str]
 
 
-def _claim_run_dir(config: RunConfig) -> _Start:
+def _claim_run_dir(config: RunConfig, told: Sequence[str] = ()) -> _Start:
     """Finds the newest checkpoint that is whole, sets damaged ones aside, and writes the resolved config.
+
+    Args:
+        told: what befell the attempt before this one.
 
     Raises:
         InputError: the directory holds a run that must not be overwritten, or only damaged checkpoints.
@@ -297,7 +304,7 @@ def _claim_run_dir(config: RunConfig) -> _Start:
             f"run_dir: the run in {run_dir} has done its {saved[-1]} steps; raise steps or choose another run_dir"
         )
     discard_unfinished(run_dir)
-    position, notes = None, []
+    position, notes = None, [*told]
     for step in reversed(saved):
         path = checkpoint_path(run_dir, step)
         try:
@@ -307,8 +314,10 @@ def _claim_run_dir(config: RunConfig) -> _Start:
             notes.append(f"damaged checkpoint, set aside as {set_aside(path).name}: {error}")
     if saved and position is None:
         raise InputError("\n".join([f"run_dir: {run_dir} has no checkpoint that is whole", *notes]))
-    if position is not None and notes:
-        notes.append(f"going on from the checkpoint of step {position.step}")
+    if position is not None:
+        changed = changed_keys(checkpoint_path(run_dir, position.step) / "config.yaml", config)
+        if changed:
+            notes.append(f"the checkpoint of step {position.step} was made with other settings: {', '.join(changed)}")
     run_dir.mkdir(parents=True, exist_ok=True)
     with replaced_whole(run_dir / "config.yaml") as temporary:
         temporary.write_text(dump_config(config))
@@ -321,6 +330,21 @@ def _claim_run_dir(config: RunConfig) -> _Start:
     for note in notes:
         _log(config, note)
     return _Start(position, notes)
+
+
+def changed_keys(saved: Path, config: RunConfig) -> list[str]:
+    """`actor.lr (0.1, now 0.2)` for every setting of a saved configuration that is another one now."""
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    before = dict(flat(yaml.safe_load(saved.read_text()))) if saved.is_file() else {}
+    now = dict(flat(config.model_dump(mode="json")))
+    return [f"{key} ({before[key]}, now {now[key]})" for key in now if key in before and before[key] != now[key]]
 
 
 def _restore_labels(config: RunConfig, position: Position) -> None:

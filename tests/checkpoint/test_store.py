@@ -115,7 +115,7 @@ def test_a_file_that_lacks_bytes_or_is_gone_is_named_without_reading_contents(tm
 )
 def test_a_manifest_that_says_nothing_sensible_is_damage(tmp_path: Path, content: str) -> None:
     path = save(tmp_path, 1)
-    (path / "manifest.json").write_text(content)
+    (path / "files.json").write_text(content)
     with pytest.raises(DamagedCheckpoint):
         check_checkpoint(path)
 

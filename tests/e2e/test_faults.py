@@ -1,7 +1,8 @@
-"""A run that is killed, stopped or damaged loses nothing: it ends with the metrics and the weights of one that was not."""
+"""A run that is killed, stopped or damaged loses nothing: it ends with the metrics and weights of one that was not."""
 
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -97,6 +98,7 @@ def test_killed_in_an_update_and_with_a_damaged_checkpoint_it_goes_on_without_sa
     assert_same(config.run_dir, expected)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_says_how_to_go_on_and_exits_with_0(task: Task, reference: Callable[[str], Path]) -> None:
     expected = reference("co_rewarding_ii")
     config = make_config(task, "stopped", "co_rewarding_ii", "checkpoint.every=0")
@@ -151,6 +153,24 @@ def test_a_rank_that_dies_ends_the_run_with_its_name_and_by_setting_all_are_star
     assert status == 0, output
     assert attempt.orphans() == []
     assert_same(config.run_dir, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["actor.pipeline_parallel", "actor.data_parallel"])
+def test_resumed_under_another_layout_losses_agree(task: Task, reference: Callable[[str], Path], layout: str) -> None:
+    expected = reference("co_rewarding_ii")
+    config = make_config(task, f"layout-{layout}", "co_rewarding_ii", "actor.tensor_parallel=1", f"{layout}=2")
+    shutil.copytree(expected, config.run_dir)
+    shutil.rmtree(config.run_dir / "hf")
+    shutil.rmtree(checkpoint_path(config.run_dir, 4))
+    output = run_to_end(config)
+    assert "made with other settings: " in output
+    assert f"{layout} (1, now 2)" in output
+    found, wanted = (read_rows(folder / "metrics.jsonl")[-1] for folder in (config.run_dir, expected))
+    assert found["step"] == wanted["step"] == 4
+    assert "time/rollout_s" in found  # other sums, other last bits: what was drawn under the old layout is not used
+    for key in ("loss/policy", "loss/total", "loss/kl", "rollout/entropy"):
+        assert found[key] == pytest.approx(wanted[key], abs=1e-4), key
 
 
 def kill_one(attempt: Attempt, kind: str) -> None:

@@ -152,6 +152,14 @@ def edit(path: str, **changes: Any) -> Break:
     return do
 
 
+def together(*steps: Break) -> Break:
+    def do(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for step in steps:
+            step(world, monkeypatch)
+
+    return do
+
+
 def remove(*paths: str) -> Break:
     def do(world: Path, _: pytest.MonkeyPatch) -> None:
         for path in paths:
@@ -385,10 +393,7 @@ CASES: dict[str, Case] = {
         says="eos_token '<stop>' .* is no token of tokenizer.json",
     ),
     "no end of sequence": broken(
-        lambda world, _: (
-            [edit("model/tokenizer_config.json", eos_token=None)(world, _)]  # type: ignore[func-returns-value]
-            and edit("model/config.json", eos_token_id=None)(world, _)
-        ),
+        together(edit("model/tokenizer_config.json", eos_token=None), edit("model/config.json", eos_token_id=None)),
         says="no end-of-sequence token in model",
     ),
     # the questions
@@ -548,7 +553,7 @@ def test_all_problems_are_told_at_once(world: Path, capsys: pytest.CaptureFixtur
         "rollout.kv_cache_gib=4096",
         "run_dir=recipe.yaml",
     ]
-    assert main(["train", "recipe.yaml", *wrong]) == 2
+    assert main(["train", "recipe.yaml", *changes]) == 2
     told = capsys.readouterr().err
     for part in ("actor.tensor_par", "loss.kl_ref", "memory:", "run_dir:", "tokenizer.json: not a", "no rephrasing"):
         assert part in told

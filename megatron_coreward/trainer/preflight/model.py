@@ -87,7 +87,7 @@ def _tensors(path: Path) -> dict[str, tuple[int, ...]]:
         if outside := [name for name in names if Path(name).name != name]:
             raise InputError(f"{index} names {outside[0]}, which is outside of the model's directory")
         files = [path / name for name in names]
-    for match in filter(None, (_SHARD.fullmatch(file.name) for file in files)):
+    for match in filter(None, [_SHARD.fullmatch(file.name) for file in files]):
         files += [path / f"{match[1]}-{number:05d}-of-{match[3]}.safetensors" for number in range(1, int(match[3]) + 1)]
     shapes: dict[str, tuple[int, ...]] = {}
     for file in dict.fromkeys(files):

@@ -1,0 +1,163 @@
+r"""Rewriting a question: what the model is asked, how its reply is read, and when a rewriting is good enough. Pure.
+
+Co-rewarding-I rewards answers to a question by answers to its rephrasing, so a rephrasing whose mathematics differs
+teaches wrong labels, and one that is a copy teaches nothing. A rewriting passes only if every check does:
+
+| check | passes if |
+|---|---|
+| `numbers` | every number of the original is in the rewriting, by value; those up to 3 may become words |
+| `new_numbers` | it brings no number that the original lacks, but for whole numbers up to 3 |
+| `not_a_copy` | it shares at most `MAX_SIMILARITY` of its word trigrams, formulas aside, with the original |
+| `no_answer` | no \boxed, and no "the answer is" |
+| `length` | between 0.4 and 6 times as long, and at least 12 characters |
+| `formulas` | its dollar signs and braces are balanced |
+
+Numbers are read in digits and in English words (zero to twenty, tens, hundred, thousand, half, twice, double, triple).
+Figures ([asy] code) are left out of numbers and lengths: a rewriting may draw or describe them in its own way.
+The filter is strict: "one and a half times" for "50% longer" is refused. What it lets through can still be wrong; a
+solver's majorities on both versions (`trainer.rephrase`) are the stronger check, and cost samples.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megatron_coreward.data.parquet import Message
+
+MAX_SIMILARITY = 0.5
+SHORTEST, LENGTH_RATIO = 12, (0.4, 6.0)  # characters; rewriting against original
+SMALL = frozenset(map(Fraction, range(4)))  # numbers that a rewriting may bring
+
+INSTRUCTION = """\
+You are given a mathematics question. Write it anew.
+
+Keep the mathematics exactly: the same quantities and numbers, the same relations between them, the same thing asked \
+for, and so the same final answer in the same form. Change everything else: the words, the order of the sentences and, \
+if the question tells a story, its scene. A purely symbolic question gets a short scene or other \
+words around the same formulas. Do not solve it, do not give hints, do not mention that it was rewritten.
+
+Reply with the new question alone, between <rewritten> and </rewritten>."""
+
+PROMPT_HASH = hashlib.sha256(INSTRUCTION.encode()).hexdigest()[:16]
+
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_BLOCK = re.compile(r"\s*<rewritten>(.*?)</rewritten>\s*", re.DOTALL)
+_DIGITS = re.compile(r"(?<![\w.])(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?")
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+_FIGURE = re.compile(r"\[asy\].*?(?:\[/asy\]|\Z)", re.DOTALL)
+_FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$]*\$|\\\[.*?\\\]|\\\(.*?\\\)|\[asy\].*?\[/asy\]", re.DOTALL)
+_ANSWER = re.compile(r"\\boxed|\bthe (?:final )?answer is\b|</?rewritten>", re.IGNORECASE)
+
+_UNITS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+)
+_NUMBER_WORDS: Mapping[str, Fraction] = {
+    **{word: Fraction(value) for value, word in enumerate(_UNITS)},
+    **{
+        word: Fraction(10 * tens)
+        for tens, word in enumerate(["thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 3)
+    },
+    "hundred": Fraction(100),
+    "thousand": Fraction(1000),
+    "half": Fraction(1, 2),
+    "twice": Fraction(2),
+    "double": Fraction(2),
+    "triple": Fraction(3),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """What the checks said of a rewriting."""
+
+    checks: Mapping[str, bool]
+    similarity: float  # share of trigrams in common, in [0, 1]
+
+    @property
+    def passed(self) -> bool:
+        return all(self.checks.values())
+
+    @property
+    def failures(self) -> list[str]:
+        return [name for name, passed in self.checks.items() if not passed]
+
+
+def rewriting_prompt(question: str) -> tuple[Message, ...]:
+    """The conversation that asks for a rewriting."""
+    return (Message(role="user", content=f"{INSTRUCTION}\n\nThe question:\n{question}"),)
+
+
+def parse_reply(reply: str) -> tuple[str | None, str]:
+    """(rewriting, "") or (None, why it was refused).
+
+    A reply is one block, after a closed <think> section if there is one, and nothing else.
+    """
+    text = _THOUGHT.sub("", reply, count=1)
+    if "<think>" in text:
+        return None, "the thinking was never closed"
+    if text.count("<rewritten>") != 1 or text.count("</rewritten>") != 1:
+        return None, f"{text.count('<rewritten>')} opening and {text.count('</rewritten>')} closing tags"
+    block = _BLOCK.fullmatch(text)
+    if block is None:
+        return None, "text outside of the tags"
+    if not block[1].strip():
+        return None, "an empty rewriting"
+    return block[1].strip(), ""
+
+
+def numbers(text: str) -> set[Fraction]:
+    """The numbers of a text, by value, in digits or in English words."""
+    text = _FIGURE.sub(" ", text)
+    found = {
+        Fraction((match[1] or "0").replace(",", "") + (match[2] or ""))
+        for match in _DIGITS.finditer(text)
+        if match[1] or match[2]
+    }
+    words = _FORMULA.sub(" ", text).lower()
+    return found | {_NUMBER_WORDS[word] for word in _WORD.findall(words) if word in _NUMBER_WORDS}
+
+
+def similarity(one: str, other: str) -> float:
+    """Jaccard index of the word trigrams outside of formulas; of the words themselves where there are fewer than 6."""
+    first, second = ([w.lower() for w in _WORD.findall(_FORMULA.sub(" ", text))] for text in (one, other))
+    size = 3 if min(len(first), len(second)) >= 6 else 1
+    a, b = ({tuple(words[i : i + size]) for i in range(len(words) - size + 1)} for words in (first, second))
+    if not a and not b:
+        return float("".join(one.split()) == "".join(other.split()))
+    return len(a & b) / len(a | b)
+
+
+def check(original: str, rewriting: str) -> Verdicts:
+    """The quality filter; see the table above."""
+    old, new = numbers(original), numbers(rewriting)
+    alike = similarity(original, rewriting)
+    ratio = len(_FIGURE.sub("", rewriting)) / max(1, len(_FIGURE.sub("", original)))
+    return Verdicts(
+        {
+            "numbers": old - SMALL <= new and _digits_kept(old, new),
+            "new_numbers": new - old <= SMALL,
+            "not_a_copy": alike <= MAX_SIMILARITY,
+            "no_answer": _ANSWER.search(rewriting) is None,
+            "length": len(rewriting) >= SHORTEST and LENGTH_RATIO[0] <= ratio <= LENGTH_RATIO[1],
+            "formulas": _balanced(rewriting) or not _balanced(original),
+        },
+        alike,
+    )
+
+
+def _digits_kept(old: set[Fraction], new: set[Fraction]) -> bool:
+    """Small numbers may change places with words that are not read (once, a pair), but not all of them may go."""
+    small = old & SMALL
+    return not small or bool(small & new) or bool(old - SMALL)
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for character in re.sub(r"\\.", "", text, flags=re.DOTALL):
+        depth += (character == "{") - (character == "}")
+        if depth < 0:
+            return False
+    return depth == 0 and re.sub(r"\\.", "", text, flags=re.DOTALL).count("$") % 2 == 0

@@ -1,0 +1,84 @@
+"""One step once more, from its dumped rollouts alone: answers, votes, labels, rewards, advantages, label telemetry.
+
+What a dump does not hold cannot be recomputed and is taken as recorded: the rewards of a method that reads token
+statistics, and the labels of one that reads the data set's answers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_coreward.algorithms.advantages import group_advantages
+from megatron_coreward.config.schema import RewardSettings
+from megatron_coreward.rewards.agreement import agreement_metrics, reward_metrics, vote_metrics
+from megatron_coreward.rewards.answer import extract_answer
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.evidence import BatchEvidence, GroupKey
+from megatron_coreward.rewards.methods.base import Judgement, Method
+from megatron_coreward.rewards.voting import Vote
+from megatron_coreward.telemetry.rollout_dump import JudgedGroup
+from megatron_coreward.types import FloatArray, RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """A step as it comes out now."""
+
+    policy: tuple[JudgedGroup, ...]  # the recorded groups of the policy, in order
+    answers: tuple[tuple[str | None, ...], ...]  # of every recorded group, the teacher's included, from its texts
+    votes: Mapping[GroupKey, Vote]
+    judgements: tuple[Judgement, ...]  # of each policy group
+    advantages: tuple[FloatArray, ...]  # of each policy group, from its recorded rewards
+    metrics: Mapping[str, float]
+
+
+def recompute_step(judged: Sequence[JudgedGroup], method: Method, settings: RewardSettings, judge: Judge) -> Recomputed:
+    """Everything of a step that its dump determines."""
+    policy = tuple(item for item in judged if item.group.role == "policy")
+    groups = [item.group for item in policy]
+    evidence = BatchEvidence(
+        replace(method.needs, token_stats=False),
+        judge,
+        policy_groups=groups,
+        teacher_groups=[item.group for item in judged if item.group.role == "teacher"],
+        golds={item.group.uid: item.label for item in policy} if method.needs.gold else None,
+        min_margin=settings.min_margin,
+    )
+    judgements = tuple(
+        _as_recorded(item) if method.needs.token_stats else method.judge(item.group, evidence) for item in policy
+    )
+    advantages = tuple(group_advantages(_rewards(item)) for item in policy)
+    votes = evidence.votes()
+    return Recomputed(
+        policy=policy,
+        answers=tuple(tuple(extract_answer(c.text) for c in item.group.completions) for item in judged),
+        votes=votes,
+        judgements=judgements,
+        advantages=advantages,
+        metrics={
+            **_response_metrics(groups),
+            **reward_metrics(judgements, advantages),
+            **vote_metrics(votes),
+            **agreement_metrics(votes, judge),
+        },
+    )
+
+
+def _rewards(item: JudgedGroup) -> FloatArray:
+    assert item.rewards is not None  # every group of the policy has them (JudgedGroup)
+    return item.rewards
+
+
+def _as_recorded(item: JudgedGroup) -> Judgement:
+    return Judgement(item.label, _rewards(item))
+
+
+def _response_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    return {
+        "rollout/response_tokens_mean": float(np.mean(lengths)),
+        "rollout/response_tokens_max": float(max(lengths)),
+        "rollout/truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
+    }

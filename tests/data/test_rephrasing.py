@@ -1,0 +1,89 @@
+"""Rewritings: replies are read strictly, and the checks tell what changed."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_coreward.data.rephrasing import check, numbers, parse_reply, rewriting_prompt, similarity
+
+QUESTION = (
+    "Seven identical bowling balls weigh as much as four canoes. If three canoes weigh 84 pounds, how heavy is a ball?"
+)
+GOOD = "One dock holds four boats that balance seven stones. Three of the boats are 84 pounds. What does a stone weigh?"
+
+
+@pytest.mark.parametrize(
+    ("reply", "text", "why"),
+    [
+        ("<rewritten>New words?</rewritten>", "New words?", ""),
+        ("<think>hm <rewritten>no</rewritten></think>\n<rewritten> New?\n</rewritten>\n", "New?", ""),
+        ("New words?", None, "0 opening and 0 closing tags"),
+        ("Sure! <rewritten>New?</rewritten>", None, "text outside of the tags"),
+        ("<rewritten>a</rewritten><rewritten>b</rewritten>", None, "2 opening and 2 closing tags"),
+        ("<rewritten> </rewritten>", None, "an empty rewriting"),
+        ("<think>never closed", None, "the thinking was never closed"),
+    ],
+)
+def test_a_reply_is_one_block_and_nothing_else(reply: str, text: str | None, why: str) -> None:
+    assert parse_reply(reply) == (text, why)
+
+
+@given(st.text())
+def test_whatever_is_in_the_block_comes_out(text: str) -> None:
+    found, why = parse_reply(f"<rewritten>{text}</rewritten>")
+    if "rewritten>" not in text and "<think>" not in text:
+        assert (found, why) == ((text.strip(), "") if text.strip() else (None, "an empty rewriting"))
+
+
+@given(st.text())
+def test_no_reply_raises(text: str) -> None:
+    found, why = parse_reply(text)
+    assert (found is None) == bool(why)
+    if found is not None:
+        check("How many of the 12 are left?", found)
+
+
+def test_numbers_are_read_in_digits_and_words() -> None:
+    assert numbers("In 1,200 boxes of 2.50 there are seventy; $x_3 + .5$ is half.") == {
+        Fraction(1200),
+        Fraction(5, 2),
+        Fraction(70),
+        Fraction(1, 2),
+    }
+    assert numbers("[asy] draw((0,0)--(9,9)); [/asy] 8") == {Fraction(8)}
+
+
+def test_a_rewriting_that_keeps_the_mathematics_passes() -> None:
+    assert check(QUESTION, GOOD).passed
+
+
+@pytest.mark.parametrize(
+    ("rewriting", "failures"),
+    [
+        (QUESTION, ["not_a_copy"]),
+        (
+            "Five identical dumbbells weigh the same as three kayaks. Two kayaks are 56 pounds: and one dumbbell?",
+            ["numbers", "new_numbers"],
+        ),
+        (GOOD + " The answer is in pounds.", ["no_answer"]),
+        (GOOD + " It is $x.", ["formulas"]),
+        ("84 7 4?", ["length"]),
+    ],
+)
+def test_each_check_sees_its_fault(rewriting: str, failures: list[str]) -> None:
+    assert check(QUESTION, rewriting).failures == failures
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_similarity_is_symmetric_and_a_copy_is_the_most_similar(one: str, other: str) -> None:
+    assert similarity(one, one) == 1.0
+    assert similarity(one, other) == similarity(other, one)
+    assert 0.0 <= similarity(one, other) <= 1.0
+
+
+def test_the_question_stands_in_the_prompt() -> None:
+    (message,) = rewriting_prompt(QUESTION)
+    assert message["role"] == "user"
+    assert message["content"].endswith(QUESTION)
