@@ -203,6 +203,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--answers", type=Path, help="parquet file in the published format")
     parser.add_argument("--pairs", type=int, default=20_000)
     parser.add_argument("--hostile", type=int, default=2_000)
+    parser.add_argument("--timeout", type=float, default=HOSTILE_TIMEOUT_S, help="seconds for a hostile comparison")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("spellings", "different", "grouping", "hostile"))
@@ -223,7 +224,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     elif options.only != "hostile":
         result["left_out"] = f"{MATH} is not there: spellings, different and grouping need --answers"
     if "hostile" in wanted:
-        result["hostile"] = hostile_run(options.hostile, options.workers, options.seed)
+        result["hostile"] = hostile_run(options.hostile, options.workers, options.seed, options.timeout)
     print(json.dumps(result, indent=2))
 
 

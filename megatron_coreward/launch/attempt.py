@@ -77,8 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--secret", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--status-file", type=Path, help="where the exit status is written as well")
     options = parser.parse_args(arguments)
-    # Who started us may be killed outright; then nobody must go on writing into the run directory.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if options.status_file is not None:
         options.status_file.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,4 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Who started us may be killed outright; then nobody must go on writing into the run directory.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     sys.exit(main())

@@ -72,8 +72,7 @@ class Trainer:
 
         problems = self.problems_of(number - 1)
         rollouts: dict[Role, list[RolloutGroup]] = {"teacher": [], "policy": []}
-        with timer.phase("journal"):
-            recorded = self._recorded(number, problems)
+        recorded = self._recorded(number, problems)
         if recorded is not None:
             rollouts, self.syncs = recorded.rollouts, recorded.syncs
         else:
@@ -101,8 +100,7 @@ class Trainer:
 
         judged = _judged(groups, judgements, advantages, rollouts["teacher"])
         if self.journal is not None and recorded is None:
-            with timer.phase("journal"):
-                self.journal.write(number, judged, self.syncs)
+            self.journal.write(number, judged, self.syncs)
 
         with timer.phase("update"):
             several = config.loss.updates_per_batch > 1

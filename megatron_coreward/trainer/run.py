@@ -303,17 +303,22 @@ def _claim_run_dir(config: RunConfig, told: Sequence[str] = ()) -> _Start:
         raise InputError(
             f"run_dir: the run in {run_dir} has done its {saved[-1]} steps; raise steps or choose another run_dir"
         )
-    discard_unfinished(run_dir)
     position, notes = None, [*told]
+    damaged: dict[int, DamagedCheckpoint] = {}
     for step in reversed(saved):
-        path = checkpoint_path(run_dir, step)
         try:
-            position = check_checkpoint(path, contents=settings.verify == "full")
+            position = check_checkpoint(checkpoint_path(run_dir, step), contents=settings.verify == "full")
             break
         except DamagedCheckpoint as error:
-            notes.append(f"damaged checkpoint, set aside as {set_aside(path).name}: {error}")
+            damaged[step] = error
     if saved and position is None:
-        raise InputError("\n".join([f"run_dir: {run_dir} has no checkpoint that is whole", *notes]))
+        raise InputError(
+            "\n".join([f"run_dir: {run_dir} has no checkpoint that is whole", *map(str, damaged.values())])
+        )
+    for step, error in damaged.items():
+        aside = set_aside(checkpoint_path(run_dir, step))
+        notes.append(f"damaged checkpoint, set aside as {aside.name}: {error}")
+    discard_unfinished(run_dir)
     if position is not None:
         changed = changed_keys(checkpoint_path(run_dir, position.step) / "config.yaml", config)
         if changed:

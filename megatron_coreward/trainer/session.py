@@ -118,8 +118,9 @@ class Session:
 
     def _position(self, step: int, row: Row, more: dict[str, Any]) -> Position:
         extra = {name: part.state_dict() for name, part in self.stateful.items()} | more
-        score = row.get(self.config.checkpoint.best_metric or "")
-        return Position(step, self.run.num_updates, self.run.teacher_moves, score, extra)
+        score = row.get(self.config.checkpoint.best_metric or "", math.nan)
+        known = score if math.isfinite(score) else None
+        return Position(step, self.run.num_updates, self.run.teacher_moves, known, extra)
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -5,7 +5,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -28,8 +28,23 @@ def make_config(task: Task, name: str, method: str, *overrides: str) -> RunConfi
     return task.config(method, *OPTIONS, f"run_dir={task.folder / 'faults' / name}", *overrides)
 
 
+STARTED: list[Attempt] = []
+
+
+def start(config: RunConfig) -> Attempt:
+    STARTED.append(Attempt.start(config))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def _end_what_was_started() -> Iterator[None]:
+    yield
+    while STARTED:
+        STARTED.pop().end()
+
+
 def run_to_end(config: RunConfig) -> str:
-    attempt = Attempt.start(config)
+    attempt = start(config)
     status, output = attempt.wait()
     assert status == 0, output
     assert attempt.orphans() == []
@@ -76,7 +91,7 @@ def test_killed_in_an_update_and_with_a_damaged_checkpoint_it_goes_on_without_sa
 ) -> None:
     expected = reference(method)
     config = make_config(task, f"killed-{method}", method)
-    attempt = Attempt.start(config)
+    attempt = start(config)
     wait_for(attempt, in_update_of(config, 4))
     os.killpg(attempt.process.pid, signal.SIGKILL)
     assert attempt.wait()[0] == -signal.SIGKILL
@@ -102,7 +117,7 @@ def test_killed_in_an_update_and_with_a_damaged_checkpoint_it_goes_on_without_sa
 def test_sigterm_saves_says_how_to_go_on_and_exits_with_0(task: Task, reference: Callable[[str], Path]) -> None:
     expected = reference("co_rewarding_ii")
     config = make_config(task, "stopped", "co_rewarding_ii", "checkpoint.every=0")
-    attempt = Attempt.start(config)
+    attempt = start(config)
     wait_for(attempt, lambda: last_step(config.run_dir) >= 2)
     begin = time.monotonic()
     os.kill(attempt.process.pid, signal.SIGTERM)
@@ -120,7 +135,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_with_0(task: Task, reference:
 def test_an_engine_that_dies_is_started_anew_and_the_run_goes_on(task: Task, reference: Callable[[str], Path]) -> None:
     expected = reference("co_rewarding_ii")
     config = make_config(task, "engine", "co_rewarding_ii")
-    attempt = Attempt.start(config)
+    attempt = start(config)
     wait_for(attempt, lambda: last_step(config.run_dir) >= 1)
     kill_one(attempt, "engine")
     status, output = attempt.wait()
@@ -136,7 +151,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_name_and_by_setting_all_are_star
 ) -> None:
     expected = reference("co_rewarding_ii")
     config = make_config(task, "rank", "co_rewarding_ii")
-    attempt = Attempt.start(config)
+    attempt = start(config)
     wait_for(attempt, lambda: last_step(config.run_dir) >= 1)
     kill_one(attempt, "rank")
     status, output = attempt.wait()
@@ -146,7 +161,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_name_and_by_setting_all_are_star
     assert leftover_segments() == []
 
     again = make_config(task, "rank", "co_rewarding_ii", "faults.max_restarts=1")
-    attempt = Attempt.start(again)
+    attempt = start(again)
     wait_for(attempt, lambda: last_step(config.run_dir) >= 3)
     kill_one(attempt, "rank")
     status, output = attempt.wait()

@@ -1,0 +1,185 @@
+"""The collapse guard: one row of label telemetry a step in, a decision with its reason out.
+
+Invariants (tests/guard/test_guard.py):
+  1. A decision is a function of the settings and of the rows so far: the same rows give the same decisions, in a run,
+     in a resumed run (`state_dict`) and in a replay.
+  2. No decision rests on gold answers or on validation.
+  3. Certainty and distance alone never raise an alarm, however large; nor do signs that do not last.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from megatron_coreward.config.guard import GuardAction, GuardSettings
+from megatron_coreward.guard.signs import METRICS, Sign, find_signs
+from megatron_coreward.telemetry import keys
+
+Level = Literal["none", "warn", "act"]
+_LEVELS: tuple[Level, ...] = ("none", "warn", "act")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the guard makes of a step."""
+
+    step: int
+    level: Level
+    action: GuardAction | None  # what to do now; None: go on
+    signs: tuple[Sign, ...]  # those that are there, an alarm or not
+    lasted: int  # steps in a row with enough signs
+    good_step: int  # the last step from before the signs: where to go back to
+    news: bool  # whether to tell: an alarm begins, grows, or is acted on
+
+    @property
+    def reason(self) -> str:
+        """In words and numbers, against the mean of the first steps."""
+        if not self.signs:
+            return "no signs of collapse"
+        return f"{'; '.join(sign.words for sign in self.signs)}; for {self.lasted} steps"
+
+    def metrics(self) -> dict[str, float]:
+        """For the step's row."""
+        return {"guard/level": float(_LEVELS.index(self.level)), "guard/signs": float(len(self.signs))}
+
+    def __str__(self) -> str:
+        if self.level == "none":
+            return f"step {self.step}: {self.reason}"
+        doing = "" if self.action in (None, "warn") else f" Action: {self.action}."
+        return f"step {self.step}: training may be collapsing: {self.reason}.{doing}"
+
+
+class Guard:
+    """The guard of one run, and what it has done so far."""
+
+    def __init__(self, settings: GuardSettings, rollbacks: int = 0) -> None:
+        """Args:
+        rollbacks: how often this run has gone back already. It is no part of the state: a state that is loaded to
+            go back must not forget that it did.
+        """
+        self._settings = settings
+        self._rollbacks = rollbacks
+        self._seen = 0
+        self._base: dict[str, list[float]] = {}  # metric -> sum, count over the warm-up
+        self._recent: list[dict[str, float]] = []
+        self._lasted = 0
+        self._since = 0  # step of the first of them
+        self._level: Level = "none"
+        self._quiet_until = 0  # no sign counts up to this step
+        self._raises = 0
+        self._frozen = False
+
+    @property
+    def kl_factor(self) -> float:
+        """What the weight of the KL term is multiplied by."""
+        return self._settings.kl_factor ** (self._raises + self._rollbacks)
+
+    @property
+    def teacher_frozen(self) -> bool:
+        """Whether the teacher's moves are left out from now on."""
+        return self._frozen
+
+    def observe(self, step: int, row: Mapping[str, float | None]) -> Decision:
+        """Takes in the metrics of a step (those of `signs.METRICS` that it has; others are not read) and decides.
+
+        What the decision says is taken as done: `kl_factor` and `teacher_frozen` follow it.
+        """
+        settings = self._settings
+        values = {key: float(value) for key in METRICS if (value := row.get(key)) is not None and math.isfinite(value)}
+        self._seen += 1
+        self._recent = [*self._recent, values][-settings.window :]
+        if settings.action == "off":
+            return self._decision(step, ())
+        if self._seen <= settings.warmup:
+            for key, value in values.items():
+                total, count = self._base.get(key, (0.0, 0))
+                self._base[key] = [total + value, count + 1]
+            return self._decision(step, ())
+        base = {key: total / count for key, (total, count) in self._base.items()}
+        signs = find_signs(base, self._means(), settings)
+        alarming = len(signs) >= settings.min_signs and any(sign.damage for sign in signs)
+        if not alarming or step <= self._quiet_until:
+            self._lasted = 0
+        else:
+            self._since = step if self._lasted == 0 else self._since
+            self._lasted += 1
+        return self._decision(step, signs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "seen": self._seen,
+            "base": {key: list(entry) for key, entry in self._base.items()},
+            "recent": [dict(values) for values in self._recent],
+            "lasted": self._lasted,
+            "since": self._since,
+            "level": self._level,
+            "quiet_until": self._quiet_until,
+            "raises": self._raises,
+            "frozen": self._frozen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken. Raises KeyError for a state with something missing."""
+        self._seen, self._lasted, self._since = int(state["seen"]), int(state["lasted"]), int(state["since"])
+        self._base = {key: list(entry) for key, entry in state["base"].items()}
+        self._recent = [dict(values) for values in state["recent"]]
+        self._level = _LEVELS[_LEVELS.index(state["level"])]
+        self._quiet_until, self._raises = int(state["quiet_until"]), int(state["raises"])
+        self._frozen = bool(state["frozen"])
+
+    def _means(self) -> dict[str, float]:
+        found: dict[str, list[float]] = {}
+        for values in self._recent:
+            for key, value in values.items():
+                found.setdefault(key, []).append(value)
+        return {key: fmean(values) for key, values in found.items()}
+
+    def _decision(self, step: int, signs: tuple[Sign, ...]) -> Decision:
+        settings, lasted, since = self._settings, self._lasted, self._since
+        level: Level = "none"
+        if lasted >= settings.act_after:
+            level = "act"
+        elif lasted >= settings.warn_after:
+            level = "warn"
+        rising = _LEVELS.index(level) > _LEVELS.index(self._level)
+        action = self._possible_action() if level == "act" else None
+        if action == "warn" and not rising:
+            action = None
+        self._take(action, step)
+        self._level = level if self._lasted else "none"
+        return Decision(
+            step=step,
+            level=level,
+            action=action,
+            signs=signs,
+            lasted=lasted,
+            good_step=max(0, since - settings.window) if lasted else step,
+            news=rising or action is not None,
+        )
+
+    def _possible_action(self) -> GuardAction:
+        """What the configured action comes to now: it may be used up."""
+        action, used_up = self._settings.action, self._settings.max_actions
+        if action == "rollback" and self._rollbacks >= used_up:
+            return "stop"
+        if (action == "raise_kl" and self._raises >= used_up) or (action == "freeze_teacher" and self._frozen):
+            return "warn"
+        return action
+
+    def _take(self, action: GuardAction | None, step: int) -> None:
+        """Marks an action in the state; after those that change training, the signs get time to go."""
+        self._raises += action == "raise_kl"
+        self._frozen = self._frozen or action == "freeze_teacher"
+        if action in ("raise_kl", "freeze_teacher"):
+            self._lasted, self._quiet_until = 0, step + self._settings.cooldown
+
+
+def replay_rows(settings: GuardSettings, rows: Iterable[Mapping[str, float | None]]) -> Iterator[tuple[int, Decision]]:
+    """The decisions on the rows of training steps, from the first on."""
+    guard = Guard(settings)
+    for row in rows:
+        step = int(row[keys.STEP] or 0)
+        yield step, guard.observe(step, row)

@@ -1,0 +1,237 @@
+"""Bytes on a GPU: what an actor rank of each pipeline stage holds and needs at most, and what an engine worker has left.
+
+Weights, gradients, optimizer and teacher are exact (`planner.parameters`). Activations, logits and what an engine needs
+beside weights and cache are formulas over the settings; runtime and fragmentation are assumptions.
+
+What lives when. An actor's static parts stay on the GPU for the whole run. On top of them come, one at a time:
+  update      activations of the micro-batches in flight, and the logits of one;
+  checkpoint  the optimizer's and the teacher's shards, gathered over data-parallel ranks (`actor.state.begin_save`).
+Colocated, the engine beside a rank is awake while it samples and receives weights, and asleep during the rest.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+
+from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.config.schema import TEACHER_METHODS, ActorSettings, RunConfig
+from megatron_coreward.planner.hardware import GIB, Assumptions, Gpu
+from megatron_coreward.planner.parameters import actor_layout, stage_parameters
+from megatron_coreward.weights.buckets import ITEM_BYTES
+from megatron_coreward.weights.layouts import VLLM_VOCAB_MULTIPLE, EngineLayout
+from megatron_coreward.weights.mapping import hf_tensors
+
+MOMENT_BYTES, MAIN_BYTES, TEACHER_BYTES, GRADIENT_BYTES = 8, 4, 8, 4  # an element
+SCORING_BYTES = 3 * 64 * 2**20  # fp32 chunks of logits that are scored at once (actor.token_stats)
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes of a rank of one pipeline stage, the fullest over data-parallel ranks."""
+
+    stage: int
+    static: dict[str, int]  # for the whole run
+    update: dict[str, int]  # while it trains or scores
+    checkpoint: int  # while a checkpoint is begun
+    buckets: int  # of the weight sync
+    runtime: int
+    fragmentation: int
+
+    @property
+    def resident(self) -> int:
+        """While engines sample."""
+        return sum(self.static.values()) + self.buckets + self.runtime
+
+    @property
+    def peak(self) -> int:
+        return self.resident + max(sum(self.update.values()), self.checkpoint) + self.fragmentation
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """All of it, part by part; checkpoint and update are never there together."""
+        return {
+            **self.static,
+            **self.update,
+            "checkpoint": self.checkpoint,
+            "buckets": self.buckets,
+            "runtime": self.runtime,
+            "fragmentation": self.fragmentation,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """Bytes of an engine worker, and what its cache holds."""
+
+    claimed: int  # rollout.gpu_memory_utilization of the GPU
+    weights: int
+    overhead: int
+    cache: int  # what is left for keys and values; negative: nothing is
+    cache_bytes_per_token: int
+    asleep: int
+
+    @property
+    def cache_tokens(self) -> int:
+        return max(0, self.cache) // self.cache_bytes_per_token
+
+
+def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions) -> tuple[StageMemory, ...]:
+    """Of every pipeline stage.
+
+    Raises:
+        InputError: a layout that cannot hold the model.
+    """
+    a, layout, item = config.actor, actor_layout(config.actor), ITEM_BYTES[config.model.dtype]
+    teacher = config.method in TEACHER_METHODS
+    frozen = keeps_reference(config)
+    stages = []
+    for stage in range(layout.pipeline_parallel):
+        held = stage_parameters(arch, layout, stage)
+        static = {
+            "weights": item * held.numel,
+            "gradients": GRADIENT_BYTES * held.numel,
+            "optimizer": (MOMENT_BYTES + (MAIN_BYTES if item == 2 else 0)) * held.owned,
+            "teacher": (TEACHER_BYTES * held.owned + item * held.numel) * teacher,
+            "reference": item * held.numel * frozen,
+        }
+        update = {
+            "activations": activation_bytes(arch, a, stage, item, assumptions),
+            "logits": logits_bytes(arch, a, stage, item),
+        }
+        checkpoint = (5 if teacher else 3) * 4 * held.numel
+        total = sum(static.values()) + max(sum(update.values()), checkpoint)
+        stages.append(
+            StageMemory(
+                stage=stage,
+                static=static,
+                update=update,
+                checkpoint=checkpoint,
+                buckets=bucket_bytes(config, arch),
+                runtime=assumptions.runtime_bytes,
+                fragmentation=int(assumptions.fragmentation * total),
+            )
+        )
+    return tuple(stages)
+
+
+def keeps_reference(config: RunConfig) -> bool:
+    """Whether a frozen copy of the starting weights is kept (`trainer.run`)."""
+    return bool(config.loss.kl_coef) and config.loss.kl_reference == "frozen"
+
+
+def microbatch_tokens(a: ActorSettings) -> int:
+    """T of the largest micro-batch, a multiple of the tensor-parallel size (`actor.packing`)."""
+    return a.tokens_per_microbatch // a.tensor_parallel * a.tensor_parallel
+
+
+def in_flight(a: ActorSettings, stage: int, num_layers: int) -> int:
+    """Layers whose activations a stage keeps at most, counted once a micro-batch, with enough micro-batches.
+
+    Megatron's schedules: 1F1B keeps as many micro-batches as stages follow, itself included; the interleaved one
+    2 (stages after it) + (chunks - 1) x stages + 1 chunks.
+    """
+    pp, vpp = a.pipeline_parallel, a.virtual_pipeline
+    chunk = num_layers // (pp * vpp)
+    if vpp == 1:
+        return chunk * (pp - stage)
+    return chunk * (2 * (pp - stage - 1) + (vpp - 1) * pp + 1)
+
+
+def activation_bytes(
+    arch: Architecture, a: ActorSettings, stage: int, item: int, assumptions: Assumptions = Assumptions()
+) -> int:
+    """What is kept for the backward pass, with fused attention and no dropout.
+
+    Recomputation of whole layers keeps the input of each layer, and everything of the one that is being recomputed.
+    """
+    tokens, layers = microbatch_tokens(a), in_flight(a, stage, arch.num_layers)
+    full = layer_activation_bytes(arch, a, item, assumptions)
+    if a.recompute == "none":
+        return int(tokens * full * layers)
+    spread = a.tensor_parallel if a.sequence_parallel else 1
+    return int(tokens * (item * arch.hidden_size / spread * layers + full))
+
+
+def layer_activation_bytes(arch: Architecture, a: ActorSettings, item: int, assumptions: Assumptions) -> float:
+    """Of one layer, a token of a micro-batch."""
+    tp = a.tensor_parallel
+    spread = tp if a.sequence_parallel else 1  # sequence parallelism cuts what tensor parallelism leaves whole
+    h, d = arch.hidden_size, arch.head_dim
+    q, kv = arch.num_heads * d / tp, max(arch.num_kv_heads / tp, 1) * d
+    norms = 4 * h / spread  # input and output of both
+    attention = (q + 2 * kv) + q + (q + kv if arch.qk_norm else 0)  # queries, keys, values; output; before their norms
+    softmax = 4 * arch.num_heads / tp  # fp32, a row each
+    if arch.experts is None:
+        mlp = 3 * arch.ffn_size / tp  # gate and up, and their product
+        return item * (norms + attention + mlp) + softmax
+    e = arch.experts
+    copies = e.top_k * (assumptions.expert_imbalance if a.expert_parallel > 1 else 1.0)
+    # Every token goes to top_k experts: it is copied in and out, and in between it is as in a dense layer.
+    experts = copies * (2 * h + 3 * e.ffn_size) / tp
+    router = 4 * 2 * e.num / spread
+    return item * (norms + attention + experts) + softmax + router
+
+
+def logits_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int) -> int:
+    """Logits of one micro-batch and their gradient, and the fp32 chunks that are scored, on the last stage."""
+    if stage != a.pipeline_parallel - 1:
+        return 0
+    columns = arch.padded_vocab_size(a.tensor_parallel) // a.tensor_parallel
+    return 2 * item * microbatch_tokens(a) * columns + SCORING_BYTES
+
+
+def bucket_bytes(config: RunConfig, arch: Architecture) -> int:
+    """Two buckets of the weight sync, each as large as the setting or the model's largest tensor."""
+    largest = ITEM_BYTES[config.model.dtype] * max(prod(shape) for shape in _few_tensors(arch))
+    return 2 * max(int(config.sync.bucket_mib * 2**20), largest)
+
+
+@cache
+def _few_tensors(arch: Architecture) -> tuple[tuple[int, ...], ...]:
+    return tuple(hf_tensors(replace(arch, num_layers=1)).values())
+
+
+def engine_memory(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: Assumptions) -> EngineMemory:
+    """Of a worker of an engine.
+
+    Raises:
+        InputError: an engine that cannot hold the model.
+    """
+    r, item = config.rollout, ITEM_BYTES[config.model.dtype]
+    claimed = int(r.gpu_memory_utilization * gpu.memory_bytes)
+    weights = item * worker_elements(arch, r.tensor_parallel)
+    overhead = int(assumptions.engine_gib * GIB) + 8 * r.max_num_seqs * arch.vocab_size  # fp32 logits, and a copy
+    return EngineMemory(
+        claimed=claimed,
+        weights=weights,
+        overhead=overhead,
+        cache=claimed - weights - overhead,
+        cache_bytes_per_token=cache_bytes_per_token(arch, r.tensor_parallel, item),
+        asleep=int(assumptions.asleep_gib * GIB),
+    )
+
+
+def cache_bytes_per_token(arch: Architecture, tensor_parallel: int, item: int) -> int:
+    """Keys and values on one worker; workers beyond the number of heads have copies."""
+    return 2 * arch.num_layers * max(arch.num_kv_heads // tensor_parallel, 1) * arch.head_dim * item
+
+
+@cache
+def worker_elements(arch: Architecture, tensor_parallel: int) -> int:
+    """Parameters on the first worker of an engine. All layers are alike: two small models tell."""
+    layout = EngineLayout(tensor_parallel=tensor_parallel)
+    layout.check(arch)
+
+    def count(layers: int) -> int:
+        small = replace(arch, num_layers=layers)
+        return sum(prod(stop - start for start, stop in block.bounds) for block in layout.needed(0, small))
+
+    padding = -arch.vocab_size % VLLM_VOCAB_MULTIPLE * arch.hidden_size  # of embedding and head, on some worker
+    one = count(1)
+    return one + (arch.num_layers - 1) * (count(2) - one) + padding * (1 if arch.tied else 2)
+
+
+def total(parts: Iterable[StageMemory]) -> int:
+    """The fullest stage's peak."""
+    return max(stage.peak for stage in parts)

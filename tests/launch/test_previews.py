@@ -1,0 +1,223 @@
+"""`launch ... --dry-run`: what each executor would submit, line by line where it matters; and bad input."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_coreward.config.load import load_config, parse_config
+from megatron_coreward.errors import InputError
+from tests.launch.arguments import CLUSTERS, launch_command, write_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+needs_kubernetes = pytest.mark.skipif(
+    importlib.util.find_spec("kubernetes") is None, reason="the Python package kubernetes is not installed"
+)
+needs_skypilot = pytest.mark.skipif(importlib.util.find_spec("sky") is None, reason="SkyPilot is not installed")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+def preview(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    launch_command(*words, "--dry-run")
+    return capsys.readouterr().out
+
+
+def files_of(text: str) -> dict[str, str]:
+    """The files of a preview by their names."""
+    parts = text.split("# ==> ")[1:]
+    return {Path(part.partition("\n")[0]).name: part.partition("\n")[2] for part in parts}
+
+
+def slurm_file(folder: Path, text: str) -> str:
+    path = folder / "cluster.yaml"
+    path.write_text(f"kind: slurm\n{text}")
+    return str(path)
+
+
+class TestSlurmWithoutContainers:
+    def test_the_batch_script(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ("--nodes", "4", "--gpus-per-node", "8", "--cluster", str(CLUSTERS / "slurm.yaml"))
+        text = preview(capsys, "slurm", str(recipe), *words, "--time", "2-00:00:00")
+        script = files_of(text)["job.sbatch"].splitlines()
+        for flag in (
+            "account=research",
+            "partition=gpu",
+            "exclusive",
+            "nodes=4",
+            "ntasks-per-node=1",
+            "gpus-per-node=8",
+            "time=2-00:00:00",
+            "signal=TERM@300",
+            "job-name=run-1",
+            "open-mode=append",
+        ):
+            assert f"#SBATCH --{flag}" in script
+        assert "trap requeue_if_stopped ERR" in script
+        assert '        scontrol requeue "$SLURM_JOB_ID" && sleep 60' in script
+        assert "export TORCHX_MAX_RETRIES=0" in script  # nemo-run's own requeue would repeat bad input too
+        directory = recipe.parent / "Run_1" / "launch"
+        assert any(line.startswith("srun ") and line.endswith(f"bash {directory}/node.sh") for line in script)
+        assert text.rstrip().endswith(f"sbatch --requeue --parsable {directory}/job.sbatch")
+
+    def test_every_node_starts_ray_and_waits_for_all(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        cluster = str(CLUSTERS / "slurm.yaml")
+        node = files_of(
+            preview(capsys, "slurm", str(recipe), "--nodes", "4", "--gpus-per-node", "8", "--cluster", cluster)
+        )["node.sh"]
+        assert "module load cuda/12.9\n" in node
+        assert "--num-gpus=8" in node
+        assert 'until [ "$(up)" -ge 4 ]' in node
+
+    def test_secrets_are_named_and_never_read(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        secret = tmp_path / "token"
+        secret.write_text("hush-hush")
+        cluster = slurm_file(tmp_path, f"secrets: {{SOME_TOKEN: {{file: {secret}}}}}\n")
+        text = preview(capsys, "slurm", str(write_recipe(tmp_path)), "--cluster", cluster)
+        assert f"--secret SOME_TOKEN={secret}" in files_of(text)["driver.sh"]
+        assert "hush-hush" not in text
+        assert "ray_token" in text
+
+    def test_values_of_the_environment_are_quoted(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        cluster = slurm_file(tmp_path, "env: {NOTE: \"a b; $(touch /tmp/x) 'c'\"}\n")
+        script = files_of(preview(capsys, "slurm", str(write_recipe(tmp_path)), "--cluster", cluster))["job.sbatch"]
+        assert "export NOTE='a b; $(touch /tmp/x) '\"'\"'c'\"'\"''" in script
+
+    def test_the_recipe_that_runs_is_the_resolved_one(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        text = files_of(preview(capsys, "slurm", str(recipe), "actor.lr=1e-5"))["config.yaml"]
+        assert parse_config(yaml.safe_load(text)) == load_config(recipe, ["actor.lr=1e-5"])
+
+    def test_without_gpus_none_are_asked_for(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        files = files_of(preview(capsys, "slurm", str(recipe)))
+        assert "--gpus" not in files["job.sbatch"]
+        assert "--num-gpus=0" in files["node.sh"]
+
+
+class TestSlurmWithContainers:
+    @pytest.fixture
+    def files(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+        cluster = str(CLUSTERS / "slurm-containers.yaml")
+        words = ("--nodes", "2", "--gpus-per-node", "8", "--cluster", cluster, "--name", "long-run")
+        return files_of(preview(capsys, "slurm", str(recipe), *words))
+
+    def test_ray_runs_in_the_image_with_the_mounts(self, files: dict[str, str]) -> None:
+        assert "node.sh" not in files
+        started = [line for line in files["job.sbatch"].splitlines() if "--container-image" in line]
+        assert len(started) == 2  # head and workers
+        for line in started:
+            assert "--container-image=/lustre/images/coreward-gpu.sqsh" in line
+            assert "/lustre/runs:/lustre/runs,/lustre/models:/lustre/models" in line
+            assert "--gres=gpu:8" in line
+        assert 'COMMAND="${COMMAND:-bash /lustre/runs/launch/long-run/driver.sh}"' in files["job.sbatch"]
+
+    def test_a_signal_reaches_the_training_and_not_ray(self, files: dict[str, str]) -> None:
+        script = files["job.sbatch"]
+        assert "#SBATCH --signal=TERM@300" in script
+        head, workers = script.index("head_cmd=$("), script.index("worker_cmd=$(")
+        assert head < script.index("trap '' TERM USR1") < workers < script.rindex("trap '' TERM USR1")
+
+    def test_the_job_requeues_itself_and_the_training_finds_ray(self, files: dict[str, str]) -> None:
+        script = files["job.sbatch"]
+        assert script.index("ip_head=") < script.index('export COREWARD_RAY_HEAD="$ip_head"')
+        assert "trap requeue_if_stopped ERR" in script
+        assert 'export RAY_ADDRESS="$COREWARD_RAY_HEAD"' in files["driver.sh"]
+        assert "cd /lustre/runs\nexec python -m megatron_coreward.launch.attempt" in files["driver.sh"]
+
+
+class TestLocal:
+    def test_the_driver(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        files = files_of(preview(capsys, "local", str(recipe), "--cluster", str(CLUSTERS / "local.yaml")))
+        assert "export OMP_NUM_THREADS=1\n" in files["driver.sh"]
+        assert "-m megatron_coreward.launch.attempt" in files["driver.sh"]
+
+
+@needs_kubernetes
+class TestKubernetes:
+    def manifest(self, capsys: pytest.CaptureFixture[str], recipe: Path, *words: str) -> Any:
+        words = ("--cluster", str(CLUSTERS / "kubernetes.yaml"), "--gpus-per-node", "8", *words)
+        return yaml.safe_load(preview(capsys, "kubernetes", str(recipe), "run_dir=/runs/one", *words))
+
+    def test_the_ray_job(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        body = self.manifest(capsys, recipe, "--nodes", "3", "--time", "1-02:00:00")
+        assert (body["apiVersion"], body["kind"]) == ("ray.io/v1", "RayJob")
+        assert body["metadata"] == {"name": "one-coreward", "namespace": "training"}
+        assert body["spec"]["activeDeadlineSeconds"] == 26 * 3600
+        environment = yaml.safe_load(body["spec"]["runtimeEnvYAML"])["env_vars"]
+        config = parse_config(yaml.safe_load(environment["MEGATRON_COREWARD_CONFIG"]))
+        assert config.run_dir == Path("/runs/one")
+
+    def test_the_pods(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        cluster = self.manifest(capsys, recipe, "--nodes", "3")["spec"]["rayClusterSpec"]
+        (group,) = cluster["workerGroupSpecs"]
+        assert group["replicas"] == 3
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+        assert {"name": "coreward-runs", "mountPath": "/runs"} in container["volumeMounts"]
+        assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+        head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+        assert "nvidia.com/gpu" not in head["resources"]["limits"]
+        for env in (container["env"], head["env"]):
+            secret = {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "api-key"}}}
+            assert secret in env
+
+    def test_a_run_that_would_be_lost_with_its_pod(self, recipe: Path) -> None:
+        with pytest.raises(InputError, match="run_dir: .* is in no claim, .* under /runs, /models"):
+            launch_command("kubernetes", str(recipe), "--cluster", str(CLUSTERS / "kubernetes.yaml"), "--dry-run")
+
+
+@needs_skypilot
+def test_skypilot(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--cluster", str(CLUSTERS / "skypilot.yaml"), "--nodes", "2", "--gpus-per-node", "8")
+    files = files_of(preview(capsys, "skypilot", str(recipe), "run_dir=/runs/one", *words))
+    task = yaml.safe_load(files["sky jobs launch"])
+    assert task["num_nodes"] == 2
+    assert task["resources"]["accelerators"] == {"H100": 8}
+    assert task["resources"]["use_spot"] is True
+    assert "bash /nemo_run/node.sh" in task["run"]
+    assert "--secret WANDB_API_KEY=/run/secrets/wandb" in files["driver.sh"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sky") is not None, reason="SkyPilot is installed")
+def test_skypilot_where_it_is_not_installed(recipe: Path) -> None:
+    with pytest.raises(InputError, match="not installed: pip install 'nemo-run\\[skypilot\\]'"):
+        launch_command("skypilot", str(recipe), "--cluster", str(CLUSTERS / "skypilot.yaml"), "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("slurm", "--gpus-per-node", "1"), "1 GPUs, and the run needs 2 .1 actor ranks, 1 for rollout engines"),
+        (("slurm", "checkpoint.resume=never"), "checkpoint.resume is never"),
+        (("slurm", "--name", "Not/this"), "--name: 'Not/this'; allowed"),
+        (("slurm", "--cluster", "absent.yaml"), "--cluster: absent.yaml does not exist"),
+        (("slurm", "--time", "soon"), "--time: 'soon'; allowed: .days-.hours:minutes:seconds"),
+        (("slurm", "stepz=1"), "unknown key 'stepz'; did you mean 'steps'"),
+        (("local", "--nodes", "2"), "launch local runs on 1 node"),
+        (("local", "--time", "01:00:00"), "launch local has no time limit"),
+        (("local", "--detach"), "--detach: a local run ends with its launcher"),
+    ],
+)
+def test_bad_input_is_one_message(recipe: Path, words: tuple[str, ...], message: str) -> None:
+    kind, *rest = words
+    with pytest.raises(InputError, match=message):
+        launch_command(kind, str(recipe), *rest, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("job_dir: launch\n", "job_dir: launch.*; allowed: an absolute path"),
+        ("ssh: {host: login, user: me}\n", "ssh: set job_dir and workdir too"),
+        ("mounts: [/a:/b]\n", "mounts: there is no image"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, text: str, message: str) -> None:
+    cluster = slurm_file(tmp_path, text)
+    with pytest.raises(InputError, match=message):
+        launch_command("slurm", str(write_recipe(tmp_path)), "--cluster", cluster, "--dry-run")

@@ -1,0 +1,63 @@
+"""Cluster files: what is shipped loads, what is wrong is one message with the key and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_coreward.errors import InputError
+from megatron_coreward.launch.settings import (
+    KubernetesCluster,
+    LocalCluster,
+    SecretFile,
+    SkyPilotCluster,
+    SlurmCluster,
+    load_cluster,
+)
+from tests.launch.arguments import CLUSTERS
+
+MODELS = {"local": LocalCluster, "slurm": SlurmCluster, "kubernetes": KubernetesCluster, "skypilot": SkyPilotCluster}
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_files_load(path: Path) -> None:
+    cluster = load_cluster(MODELS[path.stem.split("-")[0]], path)
+    assert cluster.kind == path.stem.split("-")[0]
+
+
+def test_secrets_are_references_only(tmp_path: Path) -> None:
+    cluster = load_cluster(SlurmCluster, CLUSTERS / "slurm.yaml")
+    assert isinstance(cluster.secrets["WANDB_API_KEY"], SecretFile)
+    path = tmp_path / "c.yaml"
+    path.write_text("kind: slurm\nsecrets: {TOKEN: abc123}\n")
+    with pytest.raises(InputError, match="secrets.TOKEN"):
+        load_cluster(SlurmCluster, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: slurm\npartitoin: gpu\n", "unknown key 'partitoin'; allowed: .*partition"),
+        ("kind: slurm\nssh: {host: a, user: b, port: 1}\n", "unknown key 'ssh.port'"),
+        ("kind: slurm\ntime: 4h\n", r"time: expected \[days-\]hours:minutes:seconds, .*found '4h'"),
+        ("kind: slurm\nmounts: [data]\n", "mounts.0: expected /on/the/host:/in/the/container, found 'data'"),
+        ("kind: slurm\nenv: {lower: x}\n", "named in capitals"),
+        ("kind: slurm\nstop_before_s: 0\n", "stop_before_s"),
+        ("kind: kubernetes\nimage: x\n", "kind is 'kubernetes', and launch slurm needs kind: slurm"),
+        ("[1]\n", "expected keys and values, found list"),
+        ("{", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_message(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as raised:
+        load_cluster(SlurmCluster, path)
+    assert str(path) in str(raised.value)
+
+
+def test_without_a_file_slurm_has_its_defaults_and_kubernetes_asks_for_one(tmp_path: Path) -> None:
+    assert load_cluster(SlurmCluster, None).time == "04:00:00"
+    with pytest.raises(InputError, match="launch kubernetes without --cluster: key 'image' is missing"):
+        load_cluster(KubernetesCluster, None)
+    with pytest.raises(InputError, match="absent.yaml does not exist"):
+        load_cluster(SlurmCluster, tmp_path / "absent.yaml")

@@ -1,0 +1,96 @@
+"""Where a run goes on: the newest checkpoint that is whole; nothing is touched where there is none."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
+from megatron_coreward.config.load import dump_config
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import InputError
+from megatron_coreward.trainer.run import _claim_run_dir, changed_keys, resume_hint
+from tests.checkpoint.test_store import flip, save
+from tests.trainer.fakes import make_config
+
+
+def config_in(tmp_path: Path, **changes: Any) -> RunConfig:
+    return make_config(run_dir=tmp_path, **changes)
+
+
+def test_a_damaged_newest_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step, keep=3)
+    flip(checkpoint_path(tmp_path, 6) / "megatron" / "__0_0.distcp")
+    (checkpoint_path(tmp_path, 4) / "trainer.json").unlink()
+    start = _claim_run_dir(config_in(tmp_path))
+    assert start.position is not None
+    assert start.position.step == 2
+    assert saved_steps(tmp_path) == [2]
+    six, four = start.notes[:2]
+    assert "damaged_step_000006" in six
+    assert "__0_0.distcp: its content" in six
+    assert "trainer.json: missing" in four
+    assert six in (tmp_path / "events.log").read_text()
+
+
+def test_with_only_damaged_checkpoints_the_run_is_refused_and_all_stays_as_it_is(tmp_path: Path) -> None:
+    for step in (2, 4):
+        flip(save(tmp_path, step) / "megatron" / "common.pt")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="has no checkpoint that is whole") as caught:
+        _claim_run_dir(config_in(tmp_path))
+    assert "step_000002" in str(caught.value)
+    assert "step_000004" in str(caught.value)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_sizes_alone_can_be_checked(tmp_path: Path) -> None:
+    flip(save(tmp_path, 2) / "megatron" / "common.pt")
+    start = _claim_run_dir(config_in(tmp_path, **{"checkpoint.verify": "sizes"}))
+    assert start.position is not None
+
+
+def test_a_run_that_died_while_it_wrote_its_final_model_is_not_finished(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    start = _claim_run_dir(config_in(tmp_path))
+    assert start.position is not None
+    assert start.position.step == 10
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(InputError, match="has done its 10 steps"):
+        _claim_run_dir(config_in(tmp_path))
+
+
+def test_what_a_killed_process_left_behind_goes(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    for name in (".step_000004.partial", ".step_000001.removed"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    _claim_run_dir(config_in(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_settings_that_changed_since_the_checkpoint_are_told(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_config(config_in(tmp_path)))
+    assert changed_keys(saved, config_in(tmp_path)) == []
+    assert changed_keys(saved, config_in(tmp_path, **{"actor.lr": 0.5, "seed": 2})) == [
+        "seed (1, now 2)",
+        "actor.lr (3e-06, now 0.5)",
+    ]
+
+
+def test_the_label_history_comes_back_from_the_checkpoint_where_it_is_missing(tmp_path: Path) -> None:
+    from megatron_coreward.checkpoint.store import Position, new_checkpoint, publish
+    from tests.checkpoint.test_store import write_actors
+
+    write_actors(new_checkpoint(tmp_path, Position(1, 1), {"labels.jsonl": b'{"step": 1, "labels": []}\n'}))
+    publish(tmp_path, 1, {}, keep=1)
+    _claim_run_dir(config_in(tmp_path))
+    assert (tmp_path / "labels.jsonl").read_text() == '{"step": 1, "labels": []}\n'
+
+
+def test_the_hint_says_from_where_and_with_what(tmp_path: Path) -> None:
+    assert resume_hint(config_in(tmp_path)).startswith("the same command starts anew")
+    save(tmp_path, 4)
+    assert resume_hint(config_in(tmp_path)) == f"the same command goes on after step 4, in {tmp_path}"
+    assert "checkpoint.resume=auto" in resume_hint(config_in(tmp_path, **{"checkpoint.resume": "never"}))
