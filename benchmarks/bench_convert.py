@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--dtype", help="cast on the way")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was written is removed
     further = ["--workers", str(options.workers)] + (["--dtype", options.dtype] if options.dtype else [])
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench_convert_") as folder:
         found = measure(Path(folder), options.gigabytes, options.repeat, further)

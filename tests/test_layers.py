@@ -15,10 +15,8 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # is on a higher layer than what plans their moves. The empty name is our package itself, which every import runs.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"", "errors", "types", "config", "weights"}),
-    frozenset({"data", "rewards", "algorithms", "telemetry", "weights.*"}),
-    frozenset(
-        {"actor", "rollout", "weights.send", "weights.receive", "weights.segment", "weights.gloo", "checkpoint"}
-    ),
+    frozenset({"data", "rewards", "algorithms", "telemetry", "weights.*", "planner", "guard", "report"}),
+    frozenset({"actor", "rollout", "weights.send", "weights.receive", "weights.segment", "weights.gloo", "checkpoint"}),
     frozenset({"trainer"}),
     frozenset({"cli", "commands", "demo", "launch", "__main__"}),
 )

@@ -120,7 +120,7 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path: Path, monk
     run.mkdir()
     (run / "config.yaml").write_text(dump_config(config(run)))
     with open_sinks(run, first_step=1, config=config(run).model_dump(mode="json")) as sinks:
-        sinks.write(1, {"reward": 0.5})
+        sinks.write(1, {"reward": 0.5, "step_time_s": 1.0})
     dump_rollouts(run, 1, [group("set/1")])
     written = [path for path in run.rglob("*") if path.is_file()]
     assert len(written) >= 4

@@ -1,10 +1,11 @@
 """Kills processes of a training run at random moments, resumes it, and compares it with one that was never interrupted.
 
-python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine rank worker] [--folder runs/soak]
+python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine rank worker term] [--folder runs/soak]
 
-Every trial ends with the same rows of metrics (but for times), bit-identical weights, no process left and no segment of
-shared memory left, or it has failed and the status is 1. The model and its data are made anew in the folder; a trial
-takes about a minute on two cores.
+`term` is SIGTERM to the driver, which saves and leaves; all others are SIGKILL. Every trial ends with the same rows of
+metrics (but for times), bit-identical weights, no process left and no segment of shared memory left, or it has failed
+and the status is 1. The model, its data and the undisturbed runs are made in the folder or taken from there (give a new
+one after a change of the code). A trial takes about a minute on two idle cores.
 """
 
 import argparse
@@ -30,8 +31,10 @@ from megatron_coreward.telemetry.jsonl import Row, read_rows
 
 MARK = "MEGATRON_COREWARD_SOAK"  # environment variable by which all processes of a run are found, adopted or not
 TITLES = {"engine": "ray::RolloutWorker", "rank": "ray::ActorWorker", "worker": "ray::IDLE", "raylet": "raylet"}
+DEFAULT_VICTIMS = ["driver", "engine", "rank", "worker", "term"]
 METHODS = ("co_rewarding_i", "co_rewarding_ii")
-LIMIT_S = 300.0  # of one attempt
+START_S = 30.0  # about what starting takes
+LIMIT_S = 600.0  # of one attempt
 
 
 @dataclasses.dataclass
@@ -75,6 +78,9 @@ class Attempt:
         """Ends a process of a kind, the driver with its whole group; False where there is none."""
         if kind == "driver":
             os.killpg(self.process.pid, signal.SIGKILL)
+            return True
+        if kind == "term":
+            os.kill(self.process.pid, signal.SIGTERM)
             return True
         found = self.victims(kind)
         if found:
@@ -246,19 +252,20 @@ def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.R
             trial.problems.append(f"attempt {number + 1} was not done after {LIMIT_S:.0f} s")
             break
         trial.statuses.append(status)
-        if number == 0 and status not in (0, -signal.SIGKILL):
-            lines = [line for line in output.splitlines() if "the run failed" in line]
+        before_anything = status == -signal.SIGTERM and last_step(config.run_dir) < 0  # while modules are imported
+        if status != -signal.SIGKILL and not before_anything and not (config.run_dir / "hf").is_dir():
+            lines = [line for line in output.splitlines() if "the run failed" in line or "stopped by" in line]
             trial.message = lines[-1] if lines else ""
             if not lines or "the same command" not in lines[-1]:
                 trial.problems.append(f"no clear message: ...{output[-300:]!r}")
         if orphans := attempt.orphans():
             trial.problems.append(f"left after attempt {number + 1}: {orphans}")
             attempt.end()
-        if status == 0:
+        if (config.run_dir / "hf").is_dir():
             break
         attempt = Attempt.start(config, niceness=niceness)
     trial.seconds = time.monotonic() - begin
-    if trial.statuses[-1:] != [0]:
+    if trial.statuses[-1:] != [0] or not (config.run_dir / "hf").is_dir():
         trial.problems.append(f"did not end well: {trial.statuses}")
         return
     if digest(config.run_dir) != digest(reference):
@@ -275,9 +282,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--victims", nargs="+", default=["driver", "engine", "rank", "worker"], choices=["driver", *TITLES]
-    )
+    parser.add_argument("--victims", nargs="+", default=DEFAULT_VICTIMS, choices=["driver", "term", *TITLES])
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     parser.add_argument("--niceness", type=int, default=0)
     options = parser.parse_args()
@@ -287,21 +292,20 @@ def main() -> int:
         make_task(task)
 
     step_s: dict[str, float] = {}
-    start_s = 1.0
     references: dict[str, Path] = {}
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for method in METHODS:
-        references[method] = (options.folder / stamp / f"{method}-reference").resolve()
+        references[method] = (options.folder / f"reference-{method}").resolve()
         begin = time.monotonic()
-        attempt = Attempt.start(task_config(task, references[method], method), niceness=options.niceness)
-        status, output = attempt.wait()
-        if status != 0:
-            print(output)
-            return 1
-        duration = time.monotonic() - begin
+        if not (references[method] / "hf").is_dir():
+            attempt = Attempt.start(task_config(task, references[method], method), niceness=options.niceness)
+            status, output = attempt.wait()
+            if status != 0:
+                print(output)
+                return 1
+            print(f"{method} without interruption: {time.monotonic() - begin:.0f} s", flush=True)
         times = [float(row["step_time_s"] or 0) for row in read_rows(references[method] / "metrics.jsonl")]
-        step_s[method], start_s = max(times[1:]), duration - sum(times)
-        print(f"{method} without interruption: {duration:.0f} s, {sum(times):.0f} s of it in its steps", flush=True)
+        step_s[method] = max(times[1:])
 
     trials = []
     print(
@@ -311,7 +315,7 @@ def main() -> int:
     for number in range(1, options.trials + 1):
         victim, method = options.victims[(number - 1) % len(options.victims)], METHODS[(number - 1) // 2 % 2]
         row = chance.randrange(-1, 6)
-        trial = Trial(method, victim, row, chance.uniform(0, start_s if row < 0 else step_s[method]))
+        trial = Trial(method, victim, row, chance.uniform(0, START_S if row < 0 else step_s[method]))
         run_dir = (options.folder / stamp / f"trial-{number:03d}").resolve()
         run_trial(trial, task_config(task, run_dir, method), references[method], chance, options.niceness)
         trials.append(trial)

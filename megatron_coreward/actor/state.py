@@ -25,6 +25,7 @@ from megatron_coreward.actor.optimizer import MOMENTS, set_step_count, step_coun
 from megatron_coreward.actor.saving import Saving
 from megatron_coreward.actor.shards import FlatWeights, MainShard, main_shards
 from megatron_coreward.actor.teacher import EmaTeacher
+from megatron_coreward.checkpoint.safe_load import check_no_code
 
 Policy = list[DistributedDataParallel]
 Slots = Iterator[tuple[MainShard, torch.Tensor]]  # a shard with one of its quantities, to be read or written in place
@@ -95,6 +96,7 @@ def load_state(
     source: Path,
 ) -> None:
     """Reads what `begin_save` wrote, under whatever layout this is. Called on every rank."""
+    check_no_code(source)
     wholes = {name: FlatWeights(policy, torch.float32) for name in _quantities(optimizer, teacher)}
     wanted = _model_state(policy)
     wanted |= {name: _quantity_state(policy, whole, name) for name, whole in wholes.items()}

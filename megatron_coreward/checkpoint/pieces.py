@@ -13,6 +13,9 @@ from megatron_coreward.errors import InputError
 
 PIECE_BYTES = 16 * 2**20  # a piece holds at most this, or one row
 
+# Linux answers larger writes with page-cache folios of that size: on ext4 (6.18), 1 MiB at a time took 8 times as long.
+WRITE_BYTES = 256 * 2**10
+
 
 class WeightFiles(Protocol):
     """A checkpoint of either format, by HF names (`HfWeights`, `MegatronWeights`)."""
@@ -108,5 +111,5 @@ def write_at(file: int, start: int, data: memoryview) -> None:
     """Writes all of the data to an open file. (A single write may stop short without an error, on a full disk too.)"""
     rest = data
     while rest:
-        count = os.pwrite(file, rest, start)
+        count = os.pwrite(file, rest[:WRITE_BYTES], start)
         rest, start = rest[count:], start + count

@@ -96,9 +96,7 @@ def _check_object(file: Path, key: str, content: bytes) -> None:
     """An extra state that is empty, as that of layers without FP8 is; a full one is a pickle within a tensor."""
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise InputError(f"{file}: the object {key!r} is not what torch.save writes, and would be unpickled")
-    with torch.serialization.safe_globals([io.BytesIO]):
-        value = _load(file, content)
-    if not _is_empty(value):
+    if not _is_empty(_load(file, content)):
         raise InputError(
             f"{file}: {key!r} is not empty: the extra state of FP8 layers is a pickle, and is not loaded; allowed: "
             "checkpoints of layers without FP8"
@@ -108,6 +106,4 @@ def _check_object(file: Path, key: str, content: bytes) -> None:
 def _is_empty(value: Any) -> bool:
     if isinstance(value, list):  # Megatron stores a list of one
         return all(_is_empty(part) for part in value)
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 0
-    return value is None or (isinstance(value, io.BytesIO) and not value.getbuffer().nbytes)
+    return value is None or (isinstance(value, torch.Tensor) and value.numel() == 0)

@@ -19,6 +19,12 @@ def add(commands: Any) -> None:
         "--solver-samples", type=int, default=0, help="answers to both versions, whose majorities must agree; 0: none"
     )
     rephrase.add_argument("--solver-max-tokens", type=int, default=3072)
+    rephrase.add_argument(
+        "--refused",
+        choices=("leave_out", "keep_original"),
+        default="leave_out",
+        help="a question of which no rewriting passed",
+    )
     rephrase.add_argument("--batch-rows", type=int, default=64, help="what an interruption can lose")
     rephrase.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     rephrase.add_argument("--num-engines", type=int, default=1)
@@ -55,6 +61,7 @@ def _rephrase(options: argparse.Namespace) -> None:
                     solver_samples=options.solver_samples,
                     solver_max_tokens=options.solver_max_tokens,
                     batch_rows=options.batch_rows,
+                    refused=options.refused,
                 ),
                 Engines(
                     num_engines=options.num_engines,

@@ -4,9 +4,9 @@ Thresholds were set with runs of the demo: healthy ones of both instantiations o
 majority voting at learning rates at which accuracy is lost raises one (tests/guard/test_recorded_runs.py).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -42,11 +42,18 @@ class GuardSettings(BaseModel):
     kl: Annotated[float, Field(gt=0)] = 0.1  # nats a token to the reference
     # Signs of damage.
     length_fall: Fraction = 0.25  # share of the response length that is gone
+    variety_fall: Fraction = 0.5  # share of the distinct labels of a step that is gone: questions are answered alike
     no_answer_rise: Fraction = 0.1  # rollouts without an answer, above the baseline
     truncated_rise: Fraction = 0.2  # rollouts cut off at the limit, above the baseline
     entropy_rise: Annotated[float, Field(gt=1)] = 3.0  # times the baseline
     agreement_fall: Fraction = 0.2  # votes of policy and teacher, or of the two views, that agree: below the baseline
     # Labels of one question that change from one epoch to the next, over rollouts that differ from their majority. A
     # label that only sampling noise moves changes less often than rollouts do, so 1 means that answers themselves move.
-    label_flips: Annotated[float, Field(gt=0)] = 1.0
+    label_flips: Annotated[float, Field(gt=0)] = 1.25
     min_flip_rate: Fraction = 0.1  # below it, flips are no sign whatever the ratio
+
+    @model_validator(mode="after")
+    def _warn_before_acting(self) -> Self:
+        if self.warn_after > self.act_after:
+            raise ValueError(f"warn_after ({self.warn_after}) must not be above act_after ({self.act_after})")
+        return self

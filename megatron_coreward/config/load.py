@@ -1,4 +1,9 @@
-"""YAML recipe + `key=value` overrides -> `RunConfig`; bad input is one message before anything is spent."""
+"""YAML recipe + `key=value` overrides -> `RunConfig`; bad input is one message before anything is spent.
+
+A recipe may begin with `base: FILE` or `base: [FILE, ...]`, paths from the recipe's own folder: it then has the keys of
+those files, a later file's over an earlier one's, and its own over all of theirs. Groups of keys are merged, anything
+else (a list too) is replaced. Paths that the keys name are not touched: they start where the command is run.
+"""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -22,8 +27,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: naming the file and the key, what was found and what is allowed.
     """
+    return parse_config(_read(path, ()), overrides, where=str(path))
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe's keys with those of the files that it is based on; `readers` are the files that led here."""
     if not path.is_file():
-        raise InputError(f"config file {path} does not exist")
+        raise InputError(f"config file {path} does not exist{f', the base of {readers[-1]}' if readers else ''}")
+    if path.resolve() in [reader.resolve() for reader in readers]:
+        raise InputError(f"{path}: is its own base ({' -> '.join(map(str, (*readers, path)))})")
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as e:
@@ -32,7 +44,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise InputError(f"{path}: not valid YAML ({str(e).splitlines()[0]})") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    return parse_config(tree, overrides, where=str(path))
+    bases = tree.pop("base", [])
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise InputError(f"{path}: base: expected a file or a list of files, found {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, _read(path.parent / base, (*readers, path)))
+    return _merge(merged, tree)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> RunConfig:

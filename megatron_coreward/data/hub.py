@@ -10,11 +10,17 @@ def fetch(source: DataSource, split: str) -> list[Path]:
     """Local paths of a split's parquet or JSON-lines files.
 
     Raises:
-        InputError: the hub cannot be reached, the set is not there, or it has no such split.
+        InputError: huggingface_hub is not installed, the hub cannot be reached, or the set or the split is not there.
     """
     if source.hub is None:
         raise InputError(f"source {source.name} is not on the hub: name local files with --input")
-    from huggingface_hub import HfApi, hf_hub_download
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+    except ImportError as e:
+        raise InputError(
+            f"fetching {source.hub} needs the package huggingface_hub ({e}); install it, "
+            "or name local files with --input"
+        ) from None
 
     try:
         files = HfApi().list_repo_files(source.hub, repo_type="dataset")

@@ -13,7 +13,7 @@ from 0), column, what was found and what is allowed.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from megatron_coreward.errors import InputError
 
 ROLES = ("system", "user", "assistant")
+BATCH_ROWS = 4096  # rows in memory while a file is streamed
 
 SCHEMA = pa.schema(
     [
@@ -63,15 +64,16 @@ def read_rows(file: Path) -> list[Row]:
     Raises InputError where the file is missing, unreadable or empty, a column is missing or has a wrong type, a
     value is missing, or two rows share source and index.
     """
-    table = _read_columns(file)
-    if table.num_rows == 0:
-        raise InputError(f"{file}: found no rows; allowed: at least one")
-    golds = table["reward_model"].to_pylist() if "reward_model" in table.column_names else [None] * table.num_rows
-    columns = (table["prompt"].to_pylist(), table["data_source"].to_pylist(), table["extra_info"].to_pylist(), golds)
+    return list(iter_rows(file))
 
-    rows: list[Row] = []
+
+def iter_rows(file: Path) -> Iterator[Row]:
+    """The rows of `read_rows` one by one: of a file of any size, one batch and the rows' uids are in memory.
+
+    Raises InputError as `read_rows` does; for a bad row, when it is reached.
+    """
     seen: dict[str, int] = {}
-    for number, (prompt, source, extra_info, reward_model) in enumerate(zip(*columns, strict=True)):
+    for number, (prompt, source, extra_info, reward_model) in enumerate(_cells(file)):
         if not source:
             raise _bad(file, "data_source", repr(source), "a non-empty string", number)
         index = None if extra_info is None else extra_info["index"]
@@ -84,8 +86,9 @@ def read_rows(file: Path) -> list[Row]:
         if first != number:
             found = f"{index!r}, which row {first} has too"
             raise _bad(file, "extra_info.index", found, f"one row an index within the source {source!r}", number)
-        rows.append(row)
-    return rows
+        yield row
+    if not seen:
+        raise InputError(f"{file}: found no rows; allowed: at least one")
 
 
 def write_rows(file: Path, rows: Iterable[Row], *, split: str, ability: str = "math") -> None:
@@ -109,8 +112,8 @@ def write_rows(file: Path, rows: Iterable[Row], *, split: str, ability: str = "m
         unfinished.unlink(missing_ok=True)
 
 
-def _read_columns(file: Path) -> pa.Table:
-    """The columns of the format that the file has, their types checked."""
+def _cells(file: Path) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Prompt, data source, extra info and reward model (None: no such column) of each row; column types are checked."""
     if not file.is_file():
         found = "a directory" if file.is_dir() else "nothing"
         raise InputError(f"{file}: found {found} there; allowed: a parquet file")
@@ -118,7 +121,10 @@ def _read_columns(file: Path) -> pa.Table:
         with pq.ParquetFile(file) as parquet:
             _check_schema(file, parquet.schema_arrow)
             present = {"prompt", "data_source", "extra_info", "reward_model"} & set(parquet.schema_arrow.names)
-            return parquet.read(columns=sorted(present))
+            for batch in parquet.iter_batches(BATCH_ROWS, columns=sorted(present)):
+                golds = batch["reward_model"].to_pylist() if "reward_model" in present else [None] * batch.num_rows
+                columns = (batch[name].to_pylist() for name in ("prompt", "data_source", "extra_info"))
+                yield from zip(*columns, golds, strict=True)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{file}: found a file that does not read as parquet ({error}); allowed: a parquet file"

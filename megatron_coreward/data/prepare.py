@@ -1,28 +1,30 @@
 """`prepare-data`: question sets as they are published, into the parquet format that training reads.
 
-Files are read and written in batches of rows, so a set of any size takes the memory of one batch. What is written is
-checked row by row first; a file appears whole or not at all.
+Files are read and written in batches of rows: a set of any size takes the memory of one batch, and of a key and a few
+numbers a row. What is written is checked row by row first; a file appears whole or not at all.
 """
 
 import json
+import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_coreward.data.parquet import SCHEMA, read_rows
+from megatron_coreward.data.parquet import BATCH_ROWS, SCHEMA, iter_rows
 from megatron_coreward.data.sources import AnswerFrom, DataSource
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.telemetry.files import replaced_whole
 
-BATCH_ROWS = 4096
 PUBLISHED = {"prompt", "reward_model", "data_source", "extra_info"}  # columns of a file that is prepared already
 
 _INTEGER = re.compile(r"[+-]?\d{1,3}(,\d{3})+|[+-]?\d+")
@@ -91,24 +93,28 @@ def prepare(
     """Writes `target` in the published schema and says what is in it.
 
     Args:
-        inputs: parquet or jsonl files, in order. Files that have the published columns keep their prompts and answers.
+        inputs: parquet or jsonl files, in order. Files that have the published columns keep their prompts, answers,
+            indices and, where they name them, abilities and splits.
         system_prompt: put before each question; None: no system message.
         against: prepared files; questions that they share with this one are counted (train/test overlap).
         limit: the first so many rows only.
 
     Raises:
         InputError: naming file, row and column: a file cannot be read, a column is missing, a question is blank, an
-            answer is absent where the source promises one, or there are no rows.
+            answer is absent where the source promises one, two rows share source and index, or there are no rows.
     """
     if target.suffix != ".parquet":
         raise InputError(f"{target}: the prepared file must end with .parquet")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit: found {limit}; allowed: 1 or more rows")
+    schema = _schema(inputs)
     statistics = _Statistics(tokenizer, {str(path): _questions_of(path) for path in against})
     target.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(target) as temporary:
-        with pq.ParquetWriter(temporary, SCHEMA) as writer:
-            for batch in _batches(_records(source, inputs, split, system_prompt, limit)):
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for batch in _batches(islice(_records(source, inputs, split, system_prompt), limit)):
                 statistics.add(batch)
-                writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
+                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
         if statistics.rows == 0:
             raise InputError(f"{', '.join(map(str, inputs))}: found no rows; allowed: at least one")
     return statistics.summary()
@@ -117,15 +123,27 @@ def prepare(
 def describe(file: Path, *, against: Sequence[Path] = (), tokenizer: Tokenizer | None = None) -> Summary:
     """The summary of a file that is prepared already."""
     statistics = _Statistics(tokenizer, {str(path): _questions_of(path) for path in against})
-    rows = read_rows(file)
-    for start in range(0, len(rows), BATCH_ROWS):
-        statistics.add(
-            [
-                {"prompt": list(row.messages), "reward_model": {"ground_truth": row.ground_truth}}
-                for row in rows[start : start + BATCH_ROWS]
-            ]
-        )
+    for batch in _batches(
+        {"prompt": list(row.messages), "reward_model": {"ground_truth": row.ground_truth}} for row in iter_rows(file)
+    ):
+        statistics.add(batch)
     return statistics.summary()
+
+
+def _schema(inputs: Sequence[Path]) -> pa.Schema:
+    """The published schema; indices are text where an input has them so (DAPO-Math names its questions)."""
+    if all(pa.types.is_integer(pq.read_schema(f).field("extra_info").type.field("index").type) for f in _named(inputs)):
+        return SCHEMA
+    extra_info = pa.struct([("index", pa.string()), ("split", pa.string())])
+    return SCHEMA.set(SCHEMA.get_field_index("extra_info"), pa.field("extra_info", extra_info))
+
+
+def _named(inputs: Sequence[Path]) -> Iterator[Path]:
+    """The inputs that are prepared already and name their rows; faults of others are told when they are read."""
+    for file in filter(_is_published, inputs):
+        extra_info = pq.read_schema(file).field("extra_info").type
+        if pa.types.is_struct(extra_info) and extra_info.get_field_index("index") >= 0:
+            yield file
 
 
 def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -140,30 +158,52 @@ def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
 
 
 def _records(
-    source: DataSource, inputs: Sequence[Path], split: str, system_prompt: str | None, limit: int | None
+    source: DataSource, inputs: Sequence[Path], split: str, system_prompt: str | None
 ) -> Iterator[dict[str, Any]]:
-    index = 0
+    as_text = _schema(inputs) is not SCHEMA
+    uids: set[str] = set()
     for file in inputs:
-        if _is_published(file):
-            for row in read_rows(file):
-                if limit is not None and index >= limit:
-                    return
-                if not isinstance(row.index, int):
-                    raise InputError(f"{file}, column extra_info.index: found {row.index!r}; allowed: integers")
-                yield {
-                    "data_source": row.source,
-                    "prompt": list(row.messages),
-                    "ability": source.ability,
-                    "reward_model": {"ground_truth": row.ground_truth, "style": "rule"},
-                    "extra_info": {"index": row.index, "split": split},
-                }
-                index += 1
-            continue
+        for number, record in enumerate(_records_of(source, file, len(uids), split, system_prompt)):
+            index = record["extra_info"]["index"]
+            uid = f"{record['data_source']}/{index}"
+            if uid in uids:
+                raise InputError(
+                    f"{file}, row {number}, column extra_info.index: found {index!r}, which an earlier row of the "
+                    f"source {record['data_source']!r} has too; allowed: one row an index within a source, over "
+                    "all inputs"
+                )
+            uids.add(uid)
+            if as_text:
+                record["extra_info"]["index"] = str(index)
+            yield record
+
+
+def _records_of(
+    source: DataSource, file: Path, first: int, split: str, system_prompt: str | None
+) -> Iterator[dict[str, Any]]:
+    """The records of one file; where the file does not name its rows, they are counted from `first`."""
+    if not _is_published(file):
         for number, (question, answer) in enumerate(_raw_rows(source, file)):
-            if limit is not None and index >= limit:
-                return
-            yield _record(source, file, number, question, answer, index, split, system_prompt)
-            index += 1
+            yield _record(source, file, number, question, answer, first + number, split, system_prompt)
+        return
+    for row, (ability, own_split) in zip(iter_rows(file), _labels(file), strict=True):
+        yield {
+            "data_source": row.source,
+            "prompt": list(row.messages),
+            "ability": ability or source.ability,
+            "reward_model": {"ground_truth": row.ground_truth, "style": "rule"},
+            "extra_info": {"index": row.index, "split": own_split or split},
+        }
+
+
+def _labels(file: Path) -> Iterator[tuple[str | None, str | None]]:
+    """(ability, split) of each row of a prepared file; None where the file does not say."""
+    with pq.ParquetFile(file) as parquet:
+        names = [name for name in ("ability", "extra_info") if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=names):
+            for row in batch.to_pylist():
+                split = (row["extra_info"] or {}).get("split")
+                yield row.get("ability"), None if split is None else str(split)
 
 
 def _record(
@@ -177,13 +217,21 @@ def _record(
     system_prompt: str | None,
 ) -> dict[str, Any]:
     if not isinstance(question, str) or not question.strip():
-        raise InputError(f"{file}, row {number}, column {source.question}: found {question!r}; allowed: a question")
+        raise InputError(
+            f"{file}, row {number}, column {source.question}: found {_short(question)}; allowed: a question"
+        )
+    for column, value in ((source.question, question), (source.answer, answer)):
+        if isinstance(value, str) and not _is_unicode(value):
+            raise InputError(
+                f"{file}, row {number}, column {column}: found half of a surrogate pair; "
+                "allowed: text that is valid Unicode"
+            )
     gold = read_answer(answer, source.answer_from)
     if gold is None:
         wanted = {"as-is": "an answer", "boxed": r"a solution with a \boxed{} answer", "hashes": "an answer after ####"}
-        found = repr(answer) if len(repr(answer)) < 80 else f"{repr(answer)[:77]}..."
         raise InputError(
-            f"{file}, row {number}, column {source.answer}: found {found}; allowed: {wanted[source.answer_from]}"
+            f"{file}, row {number}, column {source.answer}: found {_short(answer)}; "
+            f"allowed: {wanted[source.answer_from]}"
         )
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return {
@@ -196,8 +244,13 @@ def _record(
 
 
 def read_answer(value: Any, answer_from: AnswerFrom) -> str | None:
-    """The gold answer in a cell; None where there is none. A whole number stored as a float is written as one."""
-    if value is None or isinstance(value, bool):
+    """The gold answer in a cell of text or a finite number; None where there is none.
+
+    A whole number stored as a float is written as one.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        return None
+    if not isinstance(value, str) and not math.isfinite(value):
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -207,11 +260,25 @@ def read_answer(value: Any, answer_from: AnswerFrom) -> str | None:
     return extract_answer(text, ("boxed",) if answer_from == "boxed" else ("hashes",))
 
 
+def _short(value: Any) -> str:
+    return told if len(told := repr(value)) < 80 else f"{told[:77]}..."
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_published(file: Path) -> bool:
+    """Is it prepared already? With a prompt of plain text it is raw: DAPO-Math's files have the other columns too."""
     if file.suffix != ".parquet" or not file.is_file():
         return False
     try:
-        return set(pq.read_schema(file).names) >= PUBLISHED
+        schema = pq.read_schema(file)
+        return set(schema.names) >= PUBLISHED and pa.types.is_nested(schema.field("prompt").type)
     except (pa.ArrowException, OSError):
         return False  # reading it says what is wrong
 
@@ -258,16 +325,20 @@ def _json_rows(source: DataSource, file: Path) -> Iterator[tuple[Any, Any]]:
             raise InputError(f"{file}: not UTF-8 text ({e})") from None
 
 
-def _questions_of(file: Path) -> set[str]:
-    return {normalised(row.messages[-1]["content"]) for row in read_rows(file)}
+def _questions_of(file: Path) -> set[int]:
+    return {_key(row.messages[-1]["content"]) for row in iter_rows(file)}
+
+
+def _key(question: str) -> int:
+    return hash(normalised(question))
 
 
 class _Statistics:
     """A summary under way. Of each question it keeps a hash and its lengths."""
 
-    def __init__(self, tokenizer: Tokenizer | None, others: dict[str, set[str]]) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, others: dict[str, set[int]]) -> None:
         self._tokenizer = tokenizer
-        self._others = {name: {hash(question) for question in questions} for name, questions in others.items()}
+        self._others = others
         self._characters: list[int] = []
         self._tokens: list[int] = []
         self._types: Counter[str] = Counter()
@@ -286,7 +357,7 @@ class _Statistics:
             self._tokens += [len(ids) for ids in self._tokenizer(questions)["input_ids"]]
         self._types.update(answer_type(record["reward_model"]["ground_truth"]) for record in records)
         for question in questions:
-            key = hash(normalised(question))
+            key = _key(question)
             self._duplicates += key in self._seen
             self._seen.add(key)
             for name, theirs in self._others.items():

@@ -12,7 +12,8 @@ teaches wrong labels, and one that is a copy teaches nothing. A rewriting passes
 | `length` | between 0.4 and 6 times as long, and at least 12 characters |
 | `formulas` | its dollar signs and braces are balanced |
 
-Numbers are read in digits and in English words (zero to twenty, tens, hundred, thousand, half, twice, double, triple).
+Numbers are read in digits and, outside of formulas, in English words (`data.numerals`), and compared by value, not by
+how often they stand. Gold answers are not looked at: which questions are trained on must not depend on them.
 Figures ([asy] code) are left out of numbers and lengths: a rewriting may draw or describe them in its own way.
 The filter is strict: "one and a half times" for "50% longer" is refused. What it lets through can still be wrong; a
 solver's majorities on both versions (`trainer.rephrase`) are the stronger check, and cost samples.
@@ -24,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_coreward.data.numerals import spoken_numbers, written_numbers
 from megatron_coreward.data.parquet import Message
 
 MAX_SIMILARITY = 0.5
@@ -42,31 +44,11 @@ Reply with the new question alone, between <rewritten> and </rewritten>."""
 
 PROMPT_HASH = hashlib.sha256(INSTRUCTION.encode()).hexdigest()[:16]
 
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _BLOCK = re.compile(r"\s*<rewritten>(.*?)</rewritten>\s*", re.DOTALL)
-_DIGITS = re.compile(r"(?<![\w.])(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?")
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _FIGURE = re.compile(r"\[asy\].*?(?:\[/asy\]|\Z)", re.DOTALL)
 _FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$]*\$|\\\[.*?\\\]|\\\(.*?\\\)|\[asy\].*?\[/asy\]", re.DOTALL)
 _ANSWER = re.compile(r"\\boxed|\bthe (?:final )?answer is\b|</?rewritten>", re.IGNORECASE)
-
-_UNITS = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
-)
-_NUMBER_WORDS: Mapping[str, Fraction] = {
-    **{word: Fraction(value) for value, word in enumerate(_UNITS)},
-    **{
-        word: Fraction(10 * tens)
-        for tens, word in enumerate(["thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 3)
-    },
-    "hundred": Fraction(100),
-    "thousand": Fraction(1000),
-    "half": Fraction(1, 2),
-    "twice": Fraction(2),
-    "double": Fraction(2),
-    "triple": Fraction(3),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +75,10 @@ def rewriting_prompt(question: str) -> tuple[Message, ...]:
 def parse_reply(reply: str) -> tuple[str | None, str]:
     """(rewriting, "") or (None, why it was refused).
 
-    A reply is one block, after a closed <think> section if there is one, and nothing else.
+    A reply is one block, after a closed <think> section if there is one, and nothing else. Templates of reasoning
+    models may open the section in the prompt, so that the reply has its end alone.
     """
-    text = _THOUGHT.sub("", reply, count=1)
+    text = reply.rpartition("</think>")[2]
     if "<think>" in text:
         return None, "the thinking was never closed"
     if text.count("<rewritten>") != 1 or text.count("</rewritten>") != 1:
@@ -109,15 +92,9 @@ def parse_reply(reply: str) -> tuple[str | None, str]:
 
 
 def numbers(text: str) -> set[Fraction]:
-    """The numbers of a text, by value, in digits or in English words."""
+    """The numbers of a text, by value: in digits, and outside of formulas in English words."""
     text = _FIGURE.sub(" ", text)
-    found = {
-        Fraction((match[1] or "0").replace(",", "") + (match[2] or ""))
-        for match in _DIGITS.finditer(text)
-        if match[1] or match[2]
-    }
-    words = _FORMULA.sub(" ", text).lower()
-    return found | {_NUMBER_WORDS[word] for word in _WORD.findall(words) if word in _NUMBER_WORDS}
+    return written_numbers(text) | spoken_numbers(_FORMULA.sub(" ", text))
 
 
 def similarity(one: str, other: str) -> float:

@@ -19,6 +19,7 @@ METRICS = (
     "vote/share",
     "vote/distinct_answers",
     "vote/no_answer_rate",
+    "vote/label_variety",
     "teacher_vote/share",
     "rollout/response_tokens_mean",
     "rollout/truncated_share",
@@ -84,8 +85,16 @@ def _length(base: Means, now: Means, settings: GuardSettings) -> Sign | None:
     if not _have(base, now, key) or now[key] > (1 - settings.length_fall) * base[key]:
         return None
     return Sign(
-        "length", True, f"response length {base[key]:.0f} -> {now[key]:.0f} tokens ({-settings.length_fall:.0%})"
+        "length", True, f"response length {base[key]:.0f} -> {now[key]:.0f} tokens (limit {-settings.length_fall:.0%})"
     )
+
+
+def _variety(base: Means, now: Means, settings: GuardSettings) -> Sign | None:
+    key = "vote/label_variety"
+    if not _have(base, now, key) or now[key] > (1 - settings.variety_fall) * base[key]:
+        return None
+    limit = f"limit {-settings.variety_fall:.0%}"
+    return Sign("variety", True, f"distinct labels of a step {base[key]:.0%} -> {now[key]:.0%} ({limit})")
 
 
 def _no_answer(base: Means, now: Means, settings: GuardSettings) -> Sign | None:
@@ -141,6 +150,7 @@ _DETECTORS: tuple[Callable[[Means, Means, GuardSettings], Sign | None], ...] = (
     _entropy_fall,
     _entropy_rise,
     _length,
+    _variety,
     _no_answer,
     _truncated,
     _agreement,

@@ -23,7 +23,7 @@ class Backend(Protocol):
         """Exactly what `submit` would submit."""
 
     def submit(self) -> str:
-        """Submits the job; returns its name in the queue."""
+        """Submits the job, or finds it in the queue already; returns its name there."""
 
     def poll(self, job: str) -> Outcome | None:
         """How the job ended; None while it waits or runs."""
@@ -65,14 +65,11 @@ def follow(
     """
     for submission in range(max_resubmits + 1):
         job = backend.submit()
-        write(f"submitted: {job}")
+        write(f"in the queue: {job}")
         if detach:
             return
         try:
-            while (outcome := backend.poll(job)) is None:
-                _show(backend, job, write)
-                time.sleep(poll_s)
-            _show(backend, job, write)
+            outcome = _watch(backend, job, poll_s, write)
         except KeyboardInterrupt:
             write(backend.interrupted(job))
             raise
@@ -84,6 +81,15 @@ def follow(
         if submission < max_resubmits:
             write(f"job {job}: {outcome.detail}; submitting it again ({max_resubmits - submission} left)")
     raise RunError(f"job {job}: {outcome.detail}, and it may not be submitted again (--max-resubmits {max_resubmits})")
+
+
+def _watch(backend: Backend, job: str, poll_s: float, write: Callable[[str], object]) -> Outcome:
+    while True:
+        outcome = backend.poll(job)
+        _show(backend, job, write)
+        if outcome is not None:
+            return outcome
+        time.sleep(poll_s)
 
 
 def _show(backend: Backend, job: str, write: Callable[[str], object]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
+from megatron_coreward.launch.settings import time_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,11 @@ def make_job(config: RunConfig, name: str | None, nodes: int, gpus_per_node: int
         )
     if config.checkpoint.resume == "never":
         raise InputError("checkpoint.resume is never: a launched run must be able to go on; set it to auto")
+    if time is not None:
+        try:
+            time_limit(time)
+        except ValueError as e:
+            raise InputError(f"--time: {time!r}; {e}") from None
     name = name or re.sub(r"[^a-z0-9]+", "-", config.run_dir.name.lower()).strip("-") or "run"
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", name):
         raise InputError(f"--name: {name!r}; allowed: up to 40 lower-case letters, digits and dashes")

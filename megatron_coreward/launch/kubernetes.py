@@ -1,9 +1,9 @@
 """Kubernetes, through nemo-run's `KubeRayExecutor`: a KubeRay RayJob with a small head pod and N pods with GPUs.
 
-The executor writes the cluster's part of the manifest. The RayJob around it is written here and not by nemo-run's `RayJob`,
-which needs a cluster even to show a manifest, drops the time limit, and has environment variables by value only; its
-status and deletion are used. The attempt runs in the head pod, reads its recipe from an environment variable, and ends
-with its exit status in the RayJob's message.
+The executor writes the cluster's part of the manifest. The RayJob around it is written here and not by nemo-run's
+`RayJob`, which needs a cluster even to show a manifest and knows no time limit; its client and its deletion are used.
+The attempt runs in the head pod, reads its recipe from an environment variable, and its exit status is in the RayJob's
+message.
 """
 
 import re
@@ -140,7 +140,7 @@ class Kubernetes:
         return self._client
 
     def _get(self) -> Any:
-        from kubernetes.client.rest import ApiException
+        from kubernetes.client.exceptions import ApiException
 
         try:
             return self._backend.api.get_namespaced_custom_object(

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -97,5 +98,6 @@ class Local:
         pid = int((self.directory / _PID).read_text())
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-        self._experiment._wait_for_jobs(jobs=self._experiment.jobs)
+        while self.poll(job) is None:
+            time.sleep(0.2)
         return "stopped; the same launch command goes on from the last checkpoint"

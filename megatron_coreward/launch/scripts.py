@@ -2,7 +2,7 @@
 
 A job's directory, seen by all nodes:
     config.yaml    the resolved recipe
-    driver.sh      one attempt; nodes.sh or the executor's template runs it where the Ray head is
+    driver.sh      one attempt; node.sh or the executor's template runs it where the Ray head is
     node.sh        (without containers) one task a node: starts Ray, and the attempt on the first node
     train.log      what all attempts print
     exit_status    how the last attempt ended
@@ -105,6 +105,7 @@ scratch=/tmp/coreward-ray-$UID-$attempt-$rank
 ray_log={here}/ray-$attempt-$rank.log
 ray= driver= interrupted=
 
+fail() {{ echo "$1" >&2; exit 1; }}
 leave() {{
     [ "$rank" != 0 ] || touch "$ended"
     [ -z "$ray" ] || {{ kill -TERM "$ray" 2>/dev/null || true; wait "$ray" || true; }}
@@ -126,12 +127,11 @@ if [ "$rank" != 0 ]; then
         if [ -e "$ended" ] || grep -q "Ray runtime started" "$ray_log"; then exit 0; fi
         sleep 5
     done
-    echo "node $rank: Ray did not start; see $ray_log" >&2
-    exit 1
+    fail "node $rank: Ray did not start; see $ray_log"
 fi
 
 case ${RAY_HEAD} in
-    127.*) [ {nodes} = 1 ] || {{ echo "this host's name is ${RAY_HEAD} to itself; other nodes cannot reach it" >&2; exit 1; }} ;;
+    127.*) [ {nodes} = 1 ] || fail "this host's name is ${RAY_HEAD} to itself; other nodes cannot reach it" ;;
 esac
 setsid {ray} start --head --node-ip-address="${{{RAY_HEAD}%:*}}" --port="${{{RAY_HEAD}##*:}}" \\
     --include-dashboard=false --temp-dir="$scratch" {options} > "$ray_log" 2>&1 &
@@ -139,8 +139,8 @@ ray=$!
 up() {{ {ray} status --address "${RAY_HEAD}" 2>/dev/null | grep -c "^ *[0-9]* node_" || true; }}
 begin=$SECONDS
 until [ "$(up)" -ge {nodes} ]; do
-    kill -0 "$ray" 2>/dev/null || {{ echo "Ray ended at its start; see $ray_log" >&2; exit 1; }}
-    [ $((SECONDS - begin)) -lt {start_timeout_s} ] || {{ echo "{nodes} nodes were not up in {start_timeout_s} s" >&2; exit 1; }}
+    kill -0 "$ray" 2>/dev/null || fail "Ray ended at its start; see $ray_log"
+    [ $((SECONDS - begin)) -lt {start_timeout_s} ] || fail "{nodes} nodes were not up in {start_timeout_s} s"
     sleep 2
 done
 setsid bash {_path(directory / DRIVER)} &

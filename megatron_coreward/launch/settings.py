@@ -1,7 +1,7 @@
 """What a cluster is: account, image, mounts, environment and secrets, from a small file. Unknown keys are errors.
 
-Secrets are references only: a file that is read inside the job, or a key of a Kubernetes secret. Their values appear in no
-script, no manifest and no log.
+Secrets are references only: a file that is read inside the job, or a key of a Kubernetes secret. Their values appear
+in no script, no manifest and no log.
 """
 
 import re
@@ -21,7 +21,8 @@ def _environment_name(name: str) -> str:
     return name
 
 
-def _time_limit(text: str) -> str:
+def time_limit(text: str) -> str:
+    """Raises ValueError where `text` is no time limit."""
     if not re.fullmatch(r"(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d", text):
         raise ValueError("expected [days-]hours:minutes:seconds, such as 04:00:00")
     return text
@@ -35,7 +36,7 @@ def _mount(text: str) -> str:
 
 
 EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
-TimeLimit = Annotated[str, AfterValidator(_time_limit)]
+TimeLimit = Annotated[str, AfterValidator(time_limit)]
 Mount = Annotated[str, AfterValidator(_mount)]
 
 
@@ -50,8 +51,8 @@ class SecretKey(Component):
 
 class LocalCluster(Component):
     kind: Literal["local"] = "local"
-    env: dict[EnvironmentName, str] = {}
-    secrets: dict[EnvironmentName, SecretFile] = {}
+    env: dict[EnvironmentName, str] = Field(default_factory=dict)
+    secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
     python: str | None = None  # null: the one that launches
 
 
@@ -72,11 +73,11 @@ class SlurmCluster(Component):
     mem: str | None = None  # a node, such as 400G
     time: TimeLimit = "04:00:00"
     stop_before_s: Positive = 300  # SIGTERM so long before the time limit: training saves and leaves
-    sbatch: dict[str, str] = {}  # further options, such as {reservation: maintenance}
+    sbatch: dict[str, str] = Field(default_factory=dict)  # further options, such as {reservation: maintenance}
     image: str | None = None  # for Pyxis, such as nvcr.io#nvidia/pytorch:25.06-py3 or a .sqsh file; null: no container
     mounts: tuple[Mount, ...] = ()
-    env: dict[EnvironmentName, str] = {}
-    secrets: dict[EnvironmentName, SecretFile] = {}
+    env: dict[EnvironmentName, str] = Field(default_factory=dict)
+    secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
     setup: tuple[str, ...] = ()  # shell lines on every node before Ray starts, such as module load cuda
     python: str | None = None  # null: the one that launches, or that of the image
     workdir: PurePosixPath | None = None  # to which relative paths of the recipe refer; null: where launch is run
@@ -95,13 +96,13 @@ class KubernetesCluster(Component):
     head_memory: str = "32Gi"
     worker_cpu: str | None = None
     worker_memory: str | None = None
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, str] = Field(default_factory=dict)
     tolerations: tuple[dict[str, Any], ...] = ()
     service_account: str | None = None
     image_pull_secrets: tuple[str, ...] = ()
     time: TimeLimit | None = None
-    env: dict[EnvironmentName, str] = {}
-    secrets: dict[EnvironmentName, SecretKey] = {}
+    env: dict[EnvironmentName, str] = Field(default_factory=dict)
+    secrets: dict[EnvironmentName, SecretKey] = Field(default_factory=dict)
     python: str = "python"
     workdir: PurePosixPath = PurePosixPath("/workspace")
     ray_version: str = "2.60.0"
@@ -116,9 +117,9 @@ class SkyPilotCluster(Component):
     memory: Positive | None = None  # GB
     use_spot: bool = True
     storage: dict[str, dict[str, Any]] = Field(min_length=1)  # where it is mounted -> SkyPilot's description of it
-    files: dict[str, str] = {}  # in the job -> here
-    env: dict[EnvironmentName, str] = {}
-    secrets: dict[EnvironmentName, SecretFile] = {}
+    files: dict[str, str] = Field(default_factory=dict)  # in the job -> here
+    env: dict[EnvironmentName, str] = Field(default_factory=dict)
+    secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
     setup: tuple[str, ...] = ()
     python: str = "python"
     workdir: PurePosixPath = PurePosixPath("~/sky_workdir")

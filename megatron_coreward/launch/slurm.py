@@ -1,8 +1,8 @@
 """Slurm, through nemo-run's `SlurmExecutor`: with containers (Pyxis) and without.
 
-With containers the batch script is that of nemo-run's `RayJob` (`SlurmRayRequest`: Ray in a container on every node). It
-cannot do without containers, so there the script is that of nemo-run's plain `SlurmExecutor` (`SlurmBatchRequest`), with
-one task a node that starts Ray (`scripts.node_script`). The requests are used directly, not through `RayJob` and
+With containers the batch script is that of nemo-run's `RayJob` (`SlurmRayRequest`: Ray in a container on every node).
+It cannot do without containers, so there the script is that of nemo-run's plain `SlurmExecutor` (`SlurmBatchRequest`),
+with one task a node that starts Ray (`scripts.node_script`). The requests are used directly, not through `RayJob` and
 `Experiment`: these ask for accounting (`sacct`), which small clusters lack, and know no dry run without `squeue`.
 
 Time limit and preemption: Slurm sends SIGTERM to the steps (`stop_before_s` before the limit), the training saves, the
@@ -27,6 +27,7 @@ from megatron_coreward.launch.settings import SlurmCluster
 
 SUBMIT = ("sbatch", "--requeue", "--parsable")
 SCRIPT = "job.sbatch"
+_JOB = "job_id"  # of the last submission
 MAX_REQUEUES = 100  # of one job by itself
 _RETRY_STATES = ("TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REQUEUED", "DEADLINE")
 
@@ -55,16 +56,22 @@ class Slurm:
         return "\n".join([*parts, f"# ==> submitted with\n{self._submit_command()}"])
 
     def submit(self) -> str:
+        """Submits, unless the job of an earlier launch is still in the queue: two would write into one run."""
+        running = self._job_in_queue()
+        if running is not None:
+            self._shown = self._size()
+            return running
         there = shlex.quote(str(self.directory))
-        keep = " ".join(shlex.quote(str(self.directory / name)) for name in (scripts.STATUS,))
-        self._run(f"mkdir -p {there}/code {there}/logs && rm -f {keep}")
+        self._run(f"mkdir -p {there}/code {there}/logs && rm -f {shlex.quote(str(self.directory / scripts.STATUS))}")
         self._shown = self._size()
         token = self.directory / scripts.TOKEN
         for name, text in self.files.items():
             self._put(text, self.directory / name)
         self._put(secrets.token_hex(32), token)
         self._run(f"chmod 600 {shlex.quote(str(token))}")
-        return str(self._run(self._submit_command())).strip().split(";")[0]
+        job = self._run(self._submit_command()).strip().split(";")[0]
+        self._put(job, self.directory / _JOB)
+        return job
 
     def poll(self, job: str) -> Outcome | None:
         listed = self._tunnel.run(f"squeue -h -j {job} -o %T", warn=True, hide=True)
@@ -115,7 +122,7 @@ class Slurm:
         """The batch script of nemo-run's RayJob; the attempt runs in the container of the Ray head."""
         from nemo_run.run.ray.slurm import SlurmRayRequest
 
-        # A signal to all steps is for the training; Ray and its workers ignore it, or there would be nothing to save with.
+        # A signal to all steps is for the training; Ray and its workers ignore it, or nothing could be saved.
         before_ray = ["trap '' TERM USR1", *self.cluster.setup, *scripts.exports(scripts.RAY_ENVIRONMENT)]
         request = SlurmRayRequest(
             name=self.job.name,
@@ -191,7 +198,7 @@ class Slurm:
         if self.job.nodes == 1:
             return []
         ask = 'srun --nodes=1 --ntasks=1 -w "$head_node" hostname -I'
-        return [f'case $head_node_ip in 127.*) head_node_ip=$({ask}) ;; esac']
+        return [f"case $head_node_ip in 127.*) head_node_ip=$({ask}) ;; esac"]
 
     def _requeue_lines(self) -> list[str]:
         """The batch script puts its own job back into the queue where that is what the attempt needs."""
@@ -208,6 +215,16 @@ class Slurm:
             "trap requeue_if_stopped ERR",
         ]
 
+    def _job_in_queue(self) -> str | None:
+        known = self._tunnel.run(f"cat {shlex.quote(str(self.directory / _JOB))}", warn=True, hide=True)
+        job = str(known.stdout).strip()
+        if known.return_code != 0 or not job.isdigit():
+            return None
+        listed = self._tunnel.run(f"squeue -h -j {job} -o %T", warn=True, hide=True)
+        if listed.return_code != 0 and "Invalid job id" not in listed.stderr:
+            raise RunError(f"whether job {job} of the last launch is still there, squeue cannot say: {listed.stderr}")
+        return job if listed.return_code == 0 and listed.stdout.strip() else None
+
     def _state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED, TIMEOUT ...; UNKNOWN where neither controller nor accounting remember it."""
         shown = self._tunnel.run(f"scontrol show job -o {job}", warn=True, hide=True)
@@ -222,7 +239,7 @@ class Slurm:
 
     def _size(self) -> int:
         found = self._tunnel.run(f"wc -c < {shlex.quote(str(self.directory / scripts.LOG))}", warn=True, hide=True)
-        return int(found.stdout) if found.return_code == 0 else 0
+        return int(found.stdout or 0) if found.return_code == 0 else 0
 
     def _run(self, command: str) -> str:
         done = self._tunnel.run(command, warn=True, hide=True)

@@ -20,9 +20,9 @@ class Gpu:
     network_bytes_s: float  # its share of the node's network
 
 
-# NVIDIA data sheets "A100 Tensor Core GPU" (80 GB SXM), "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU" (SXM): rates
-# with sparsity halved, NVLink's total halved for one direction. Network: one port a GPU in DGX A100 (200 Gb/s HDR) and
-# DGX H100/H200 (400 Gb/s NDR), system user guides. Memory: MiB as nvidia-smi shows it for these boards.
+# NVIDIA data sheets "A100 Tensor Core GPU" (80 GB SXM), "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU" (SXM):
+# rates with sparsity halved, NVLink's total halved for one direction. Network: one port a GPU in DGX A100 (200 Gb/s
+# HDR) and DGX H100/H200 (400 Gb/s NDR), system user guides. Memory: MiB as nvidia-smi shows it for these boards.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -42,15 +42,20 @@ def find_gpu(name: str) -> Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """What a plan takes for granted. Every one can be set; none was fitted to this project's own runs."""
+    """What a plan takes for granted. Every one can be set.
+
+    The efficiencies of compute and HBM were chosen by three published step times of a comparable system
+    (docs/planning.md); nothing here was measured on this project's own runs.
+    """
 
     gpus_per_node: int = 8
     mean_prompt: float = 0.3  # mean tokens of a prompt, as a share of data.max_prompt_tokens
     mean_response: float = 0.4  # mean tokens of a response, as a share of rollout.max_response_tokens
-    matmul_efficiency: float = 0.5  # of the peak rate, in training and scoring
-    decode_efficiency: float = 0.6  # of HBM bandwidth, while decoding
+    matmul_efficiency: float = 0.4  # of the peak rate, in training and scoring
+    decode_efficiency: float = 0.5  # of HBM bandwidth, while decoding
     link_efficiency: float = 0.7  # of NVLink and network
-    iteration_overhead_s: float = 0.004  # of an engine for one decoding step: scheduling, sampling, launches
+    iteration_overhead_s: float = 0.003  # of an engine for one decoding step: scheduling, sampling, launches
+    sequence_overhead_s: float = 1e-5  # of an engine for every sequence of a decoding step
     allreduce_latency_s: float = 1e-5  # of a small all-reduce between tensor-parallel engine workers
     packing: float = 0.95  # tokens in a micro-batch over its budget
     expert_imbalance: float = 1.2  # tokens of the busiest expert-parallel rank over the mean

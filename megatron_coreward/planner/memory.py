@@ -1,4 +1,4 @@
-"""Bytes on a GPU: what an actor rank of each pipeline stage holds and needs at most, and what an engine worker has left.
+"""Bytes on a GPU: what an actor rank of each pipeline stage holds at most, and what an engine worker has left.
 
 Weights, gradients, optimizer and teacher are exact (`planner.parameters`). Activations, logits and what an engine needs
 beside weights and cache are formulas over the settings; runtime and fragmentation are assumptions.
@@ -9,7 +9,6 @@ What lives when. An actor's static parts stay on the GPU for the whole run. On t
 Colocated, the engine beside a rank is awake while it samples and receives weights, and asleep during the rest.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -46,6 +45,12 @@ class StageMemory:
     @property
     def peak(self) -> int:
         return self.resident + max(sum(self.update.values()), self.checkpoint) + self.fragmentation
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """What is there at the peak, part by part."""
+        update = sum(self.update.values()) >= self.checkpoint
+        return {**self.static, **(self.update if update else {"checkpoint": self.checkpoint})}
 
     @property
     def parts(self) -> dict[str, int]:
@@ -138,9 +143,7 @@ def in_flight(a: ActorSettings, stage: int, num_layers: int) -> int:
     return chunk * (2 * (pp - stage - 1) + (vpp - 1) * pp + 1)
 
 
-def activation_bytes(
-    arch: Architecture, a: ActorSettings, stage: int, item: int, assumptions: Assumptions = Assumptions()
-) -> int:
+def activation_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int, assumptions: Assumptions) -> int:
     """What is kept for the backward pass, with fused attention and no dropout.
 
     Recomputation of whole layers keeps the input of each layer, and everything of the one that is being recomputed.
@@ -167,8 +170,9 @@ def layer_activation_bytes(arch: Architecture, a: ActorSettings, item: int, assu
         return item * (norms + attention + mlp) + softmax
     e = arch.experts
     copies = e.top_k * (assumptions.expert_imbalance if a.expert_parallel > 1 else 1.0)
-    # Every token goes to top_k experts: it is copied in and out, and in between it is as in a dense layer.
-    experts = copies * (2 * h + 3 * e.ffn_size) / tp
+    # Every token goes to top_k experts: it is copied in and out whole (Megatron gathers tokens over expert-tensor-
+    # parallel ranks), and in between it is cut as in a dense layer.
+    experts = copies * (2 * h + 3 * e.ffn_size / tp)
     router = 4 * 2 * e.num / spread
     return item * (norms + attention + experts) + softmax + router
 
@@ -230,8 +234,3 @@ def worker_elements(arch: Architecture, tensor_parallel: int) -> int:
     padding = -arch.vocab_size % VLLM_VOCAB_MULTIPLE * arch.hidden_size  # of embedding and head, on some worker
     one = count(1)
     return one + (arch.num_layers - 1) * (count(2) - one) + padding * (1 if arch.tied else 2)
-
-
-def total(parts: Iterable[StageMemory]) -> int:
-    """The fullest stage's peak."""
-    return max(stage.peak for stage in parts)

@@ -1,8 +1,8 @@
 """The architectures of public models, so that a plan can be made where their files are not at hand.
 
-Each row has the values of the model's `config.json` on the Hugging Face hub (Qwen/..., meta-llama/...). They were checked
-against the parameter counts of the model cards (tests/planner/test_models.py), and in part against the model scripts
-of THUDM/slime. Training never reads this table: it needs the model itself.
+Each row has the values of the model's `config.json` on the Hugging Face hub (Qwen/..., meta-llama/...). They were
+checked against the parameter counts of the model cards (tests/planner/test_models.py), and for four Qwen models against
+the model scripts of THUDM/slime. Training never reads this table: it needs the model itself.
 """
 
 from typing import Any

@@ -1,15 +1,15 @@
 """Seconds of a training step, phase by phase, each as long as its slowest resource takes (a roofline).
 
 A phase's seconds are a sum over what cannot overlap (compute or HBM, whichever is longer; links; fixed overheads); the
-entry with the most seconds is the phase's bound. Phases follow each other, as `trainer.loop` runs them; engines idle while
-the actor trains and the other way round, under either placement.
+entry with the most seconds is the phase's bound. Phases follow each other, as `trainer.loop` runs them; engines idle
+while the actor trains and the other way round, under either placement.
 
 Not modelled: rewards, checkpoints, validation, the driver, the start of a run.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
-from math import ceil
 
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, RunConfig
@@ -112,6 +112,9 @@ def num_parameters(arch: Architecture) -> int:
 # ---- the actor -------------------------------------------------------------------------------------------------------
 
 
+MANY = 1 << 30  # ranks: more than a node has
+
+
 @dataclass(frozen=True, slots=True)
 class ActorTimes:
     scoring: Phase
@@ -124,9 +127,9 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
     item, stages = ITEM_BYTES[config.model.dtype], a.pipeline_parallel
     tokens = todo.tokens / a.data_parallel  # of a rank
     per_pack = min(assumptions.packing * microbatch_tokens(a), tokens)
-    packs = ceil(tokens / per_pack / config.loss.updates_per_batch) * config.loss.updates_per_batch
+    packs = math.ceil(tokens / per_pack / config.loss.updates_per_batch) * config.loss.updates_per_batch
     if a.virtual_pipeline > 1:
-        packs = ceil(packs / stages) * stages
+        packs = math.ceil(packs / stages) * stages
     per_pack = tokens / packs
 
     context = (todo.prompt + todo.response) / 2
@@ -144,29 +147,39 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
         return assumptions.link_efficiency * (gpu.nvlink_bytes_s if within else gpu.network_bytes_s)
 
     hidden = per_pack * arch.hidden_size * item * arch.num_layers / stages
-    tensor = 2 * 2 * (a.tensor_parallel - 1) / a.tensor_parallel * hidden / link(a.tensor_parallel)
+    reduced = 1 if arch.experts else 2  # all-reduces of a layer, each of twice its share of the volume
+    tensor = reduced * 2 * (a.tensor_parallel - 1) / a.tensor_parallel * hidden / link(a.tensor_parallel)
     expert = 0.0
-    if arch.experts is not None and a.expert_parallel > 1:
-        copies = arch.experts.top_k * (a.expert_parallel - 1) / a.expert_parallel / a.tensor_parallel
-        expert = 2 * copies * hidden / link(a.expert_parallel * a.tensor_parallel)
+    if arch.experts is not None:
+        copies = 2 * arch.experts.top_k * hidden / a.tensor_parallel  # to the experts and back, from every rank
+        others = (a.expert_parallel - 1) / a.expert_parallel
+        away = max(0.0, 1 - assumptions.gpus_per_node / (a.expert_parallel * a.tensor_parallel))  # on other nodes
+        expert = copies * max(away / link(MANY), (others - away) / link(1))
+        expert += copies * (a.tensor_parallel - 1) / link(a.tensor_parallel)  # gathered over expert-tensor-parallel
 
     updates = config.loss.updates_per_batch
-    bubble = updates * (stages - 1) / a.virtual_pipeline / packs  # idle share, over the busy time
 
-    def phase(name: str, passes: float, **more: float) -> Phase:
-        """`passes` of a forward pass over the rank's micro-batches."""
-        busy = {"compute": compute, "tensor-parallel link": tensor, "expert-parallel link": expert}
-        seconds = {resource: passes * packs * s for resource, s in busy.items()}
-        return Phase(name, {**seconds, "pipeline bubble": bubble * sum(seconds.values()), **more})
+    def phase(name: str, computes: float, travels: float, turns: int, **more: float) -> Phase:
+        """Forward passes' worth of computing and travelling over the rank's micro-batches, in pipeline `turns`."""
+        seconds = {
+            "compute": computes * packs * compute,
+            "tensor-parallel link": travels * packs * tensor,
+            "expert-parallel link": travels * packs * expert,
+        }
+        idle = turns * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
+        return Phase(name, {**seconds, "pipeline bubble": idle * sum(seconds.values()), **more})
 
     held = max((stage_parameters(arch, layout, stage) for stage in (0, stages - 1)), key=lambda s: s.numel)
     ring = (a.data_parallel - 1) / a.data_parallel * held.numel * (4 + item)
     step = held.owned * (4 + 2 * 4 + 2 * 8 + item) + 3 * 4 * held.numel
+    recompute = a.recompute == "full"
     return ActorTimes(
-        scoring=phase("scoring", float(todo.passes)),
+        scoring=phase("scoring", todo.passes, todo.passes, 1),
         update=phase(
             "update",
-            4.0 if a.recompute == "full" else 3.0,
+            4 if recompute else 3,  # the backward pass computes twice as much as the forward pass
+            3 if recompute else 2,
+            updates,
             **{
                 "data-parallel link": updates * ring / link(a.tensor_parallel * a.data_parallel),
                 "optimizer (HBM)": updates * step / gpu.hbm_bytes_s,
@@ -199,7 +212,7 @@ def rollout_time(
     concurrent = 1
     fit = max(1, int(memory.cache_tokens / (todo.prompt + todo.response)))
     for sequences in (todo.trained, todo.labelled):
-        mine = ceil(sequences / r.num_engines)
+        mine = math.ceil(sequences / r.num_engines)
         if mine == 0:
             continue
         at_once = min(mine, r.max_num_seqs, fit)
@@ -216,6 +229,7 @@ def rollout_time(
         computing = flops / tp / (assumptions.matmul_efficiency * gpu.bf16_flops)
         seconds["HBM" if reading >= computing else "compute"] += max(reading, computing)
         seconds["iterations"] += iterations * assumptions.iteration_overhead_s
+        seconds["iterations"] += sampled * assumptions.sequence_overhead_s
         if tp > 1:
             volume = 2 * 2 * (tp - 1) / tp * sampled * arch.hidden_size * item * arch.num_layers
             rate = gpu.nvlink_bytes_s if tp <= assumptions.gpus_per_node else gpu.network_bytes_s
@@ -232,7 +246,7 @@ def _weights_read(arch: Architecture, alive: float) -> float:
         return dense
     e = arch.experts
     experts = arch.num_layers * e.num * 3 * arch.hidden_size * e.ffn_size
-    touched = 1 - (1 - e.top_k / e.num) ** max(alive, 1.0)
+    touched = 1 - math.pow(1 - e.top_k / e.num, max(alive, 1.0))
     return dense - experts + touched * experts
 
 

@@ -4,20 +4,23 @@ What a dump does not hold cannot be recomputed and is taken as recorded: the rew
 statistics, and the labels of one that reads the data set's answers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_coreward.algorithms.advantages import group_advantages
 from megatron_coreward.config.schema import RewardSettings
+from megatron_coreward.errors import InputError
+from megatron_coreward.report.run_record import RunRecord
 from megatron_coreward.rewards.agreement import agreement_metrics, reward_metrics, vote_metrics
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.evidence import BatchEvidence, GroupKey
+from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rewards.methods.base import Judgement, Method
 from megatron_coreward.rewards.voting import Vote
-from megatron_coreward.telemetry.rollout_dump import JudgedGroup
+from megatron_coreward.telemetry.rollout_dump import JudgedGroup, read_rollouts
 from megatron_coreward.types import FloatArray, RolloutGroup
 
 
@@ -25,8 +28,9 @@ from megatron_coreward.types import FloatArray, RolloutGroup
 class Recomputed:
     """A step as it comes out now."""
 
-    policy: tuple[JudgedGroup, ...]  # the recorded groups of the policy, in order
-    answers: tuple[tuple[str | None, ...], ...]  # of every recorded group, the teacher's included, from its texts
+    recorded: tuple[JudgedGroup, ...]  # all groups of the dump, in order
+    policy: tuple[JudgedGroup, ...]  # those of the policy
+    answers: tuple[tuple[str | None, ...], ...]  # of each of them, from its texts
     votes: Mapping[GroupKey, Vote]
     judgements: tuple[Judgement, ...]  # of each policy group
     advantages: tuple[FloatArray, ...]  # of each policy group, from its recorded rewards
@@ -51,6 +55,7 @@ def recompute_step(judged: Sequence[JudgedGroup], method: Method, settings: Rewa
     advantages = tuple(group_advantages(_rewards(item)) for item in policy)
     votes = evidence.votes()
     return Recomputed(
+        recorded=tuple(judged),
         policy=policy,
         answers=tuple(tuple(extract_answer(c.text) for c in item.group.completions) for item in judged),
         votes=votes,
@@ -63,6 +68,35 @@ def recompute_step(judged: Sequence[JudgedGroup], method: Method, settings: Rewa
             **agreement_metrics(votes, judge),
         },
     )
+
+
+def recompute_run(
+    record: RunRecord, settings: RewardSettings, judge: Judge, steps: range | None = None
+) -> Iterator[tuple[int, Recomputed]]:
+    """Every dumped step, or those in `steps`. Raises InputError where there are none, or for an unknown method."""
+    method = method_of(record)
+    wanted = [step for step in record.dumps if steps is None or step in steps]
+    if not wanted:
+        have = f"steps {min(record.dumps)} to {max(record.dumps)} have some" if record.dumps else "there are none"
+        raise InputError(
+            f"{record.run_dir / 'rollouts'}: no rollouts to recompute from ({have}); "
+            "a run keeps them under telemetry.dump_rollouts"
+        )
+    for step in wanted:
+        yield step, recompute_step(read_rollouts(record.dumps[step]), method, settings, judge)
+
+
+def method_of(record: RunRecord) -> Method:
+    """The run's method. Raises InputError for one that is unknown here."""
+    name = str(record.config.get("method"))
+    if name not in METHODS:
+        raise InputError(f"{record.run_dir / 'config.yaml'}: method: found {name!r}; allowed: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def name_of(item: JudgedGroup) -> str:
+    """A group, for people."""
+    return f"{item.group.uid} ({item.group.view}, {item.group.role})"
 
 
 def _rewards(item: JudgedGroup) -> FloatArray:

@@ -1,7 +1,7 @@
 """What a run directory holds, read for people who look at it later, perhaps on another machine.
 
-Only the parts of `config.yaml` that are asked for are read as settings, and the rest stays text: a run of another version
-of this package, or one whose model and data are elsewhere, can still be looked at.
+Only the parts of `config.yaml` that are asked for are read as settings, and the rest stays text: a run of another
+version of this package, or one whose model and data are elsewhere, can still be looked at.
 """
 
 from collections.abc import Mapping

@@ -15,17 +15,20 @@ from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.evidence import GroupKey
 from megatron_coreward.rewards.methods.base import Judgement
 from megatron_coreward.rewards.voting import Vote
-from megatron_coreward.types import FloatArray, RolloutGroup
+from megatron_coreward.types import FloatArray, Role, RolloutGroup, View
+
+ROLES: tuple[Role, ...] = ("policy", "teacher")
 
 
 def vote_metrics(votes: Mapping[GroupKey, Vote]) -> dict[str, float]:
     """The policy's votes as `vote/...`, the teacher's as `teacher_vote/...`; means over its votes.
 
     share and margin of the leading class, rates of ties, of abstentions and of rollouts without an answer, distinct
-    answers a group.
+    answers a group; `label_variety`, distinct labels over all labels of a view, which falls when a policy answers every
+    question alike.
     """
     metrics: dict[str, float] = {}
-    for role in ("policy", "teacher"):
+    for role in ROLES:
         cast = [vote for (_, _, voter), vote in votes.items() if voter == role]
         if not cast:
             continue
@@ -36,10 +39,19 @@ def vote_metrics(votes: Mapping[GroupKey, Vote]) -> dict[str, float]:
             "abstention_rate": [vote.abstained for vote in cast],
             "no_answer_rate": [1.0 - vote.num_answers / vote.num_rollouts for vote in cast if vote.num_rollouts],
             "distinct_answers": [vote.num_classes for vote in cast],
+            "label_variety": _variety(votes, role),
         }
         area = "vote" if role == "policy" else "teacher_vote"
         metrics |= {f"{area}/{name}": fmean(values) for name, values in means.items() if values}
     return metrics
+
+
+def _variety(votes: Mapping[GroupKey, Vote], role: Role) -> list[float]:
+    labels: dict[View, list[str]] = {}
+    for (_, view, voter), vote in votes.items():
+        if voter == role and vote.label is not None:
+            labels.setdefault(view, []).append(vote.label)
+    return [len(set(of_view)) / len(of_view) for of_view in labels.values()]
 
 
 def agreement_metrics(votes: Mapping[GroupKey, Vote], judge: Judge) -> dict[str, float]:

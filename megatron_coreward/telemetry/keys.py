@@ -37,12 +37,21 @@ MEANINGS: Mapping[str, str] = {
     "vote/tie_rate": "share of votes with two answers at the top",
     "vote/no_answer_rate": "share of rollouts in which no final answer was found",
     "vote/distinct_answers": "mean number of distinct answers in a group",
+    "vote/label_variety": "distinct labels over all labels of a view: low where all questions are answered alike",
     "vote/exact_vs_math_disagreement": "share of votes whose label depends on the equivalence relation",
     "vote/exact_vs_math_changed_rollouts": "share of rollouts whose reward as a winner depends on the relation",
     "vote/abstention_rate": "share of votes that gave no label because their margin was too small",
     **{
         f"teacher_vote/{name}": f"vote/{name} of the teacher's groups"
-        for name in ("share", "margin", "tie_rate", "abstention_rate", "no_answer_rate", "distinct_answers")
+        for name in (
+            "share",
+            "margin",
+            "tie_rate",
+            "abstention_rate",
+            "no_answer_rate",
+            "distinct_answers",
+            "label_variety",
+        )
     },
     "label/missing_rate": "share of groups without a label, by abstention or by method",
     "label/accuracy": "share of pseudo-labels that match the data set's answer",
@@ -70,6 +79,8 @@ MEANINGS: Mapping[str, str] = {
     "optim/grad_norm": "global norm of the gradient before clipping",
     "optim/skipped_updates": "updates left out because their gradient was not finite",
     "teacher/decay": "the teacher's decay d(k)",
+    "guard/level": "the collapse guard's alarm: 0 none, 1 warning, 2 time to act",
+    "guard/signs": "signs of collapse that the guard sees, an alarm or not",
     "sync/logprob_gap": "mean absolute log-probability gap between rollout engine and actor",
     "sync/logprob_gap_max": "largest such gap of a single token",
     "sync/probe_gap": "mean gap on the probe that every publication must pass, the worst engine's",

@@ -19,6 +19,7 @@ from megatron_coreward.config.schema import RolloutSettings
 from megatron_coreward.errors import InputError
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.rollout.worker import RolloutWorker
+from megatron_coreward.trainer.ray_security import check_token_needed, keep_to_this_host
 from megatron_coreward.trainer.watchdog import Watchdog
 from megatron_coreward.types import FloatArray, IntArray, Sequences, TokenStats, TrainBatch
 from megatron_coreward.weights.route import Route, Transport
@@ -36,6 +37,7 @@ def start_ray() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
         return
+    keep_to_this_host()
     ray.init(
         address="local",
         include_dashboard=False,
@@ -44,6 +46,7 @@ def start_ray() -> None:
         _node_ip_address="127.0.0.1",
         object_store_memory=None if torch.cuda.is_available() else 2**30,
     )
+    check_token_needed()
 
 
 def stop_ray() -> None:

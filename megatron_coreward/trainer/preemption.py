@@ -41,10 +41,16 @@ class StopSignals(StopRequest):
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in self._signals:
-                self._before[number] = signal.signal(number, self._take)
+        self.take()
         return self
+
+    def take(self) -> None:
+        """Takes the signals; once more after a library has put handlers of its own in place (as `ray.init` does)."""
+        if threading.current_thread() is threading.main_thread() and self.signal is None:
+            for number in self._signals:
+                found = signal.signal(number, self._note)
+                if found != self._note:
+                    self._before[number] = found
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -53,7 +59,7 @@ class StopSignals(StopRequest):
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before.clear()
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         arrived = signal.Signals(number)
         self.signal = arrived.name
         signal.signal(number, self._before[arrived] if self._before.get(arrived) is not None else signal.SIG_DFL)

@@ -1,27 +1,29 @@
 """`rephrase`: every question of a prepared file rewritten by a model, checked, and written as the second view.
 
-OUT.parquet              the rewritings that passed, in the order of the source, with the same extra_info.index
-OUT.originals.parquet    the questions that they belong to: the pair to train on, for every question must be paired
+OUT.parquet              the rewritings that passed, in the order of the source, with its other columns
+OUT.originals.parquet    the rows that they belong to: the pair to train on, for every question must be paired
 OUT.journal.jsonl        every reply; a job that was killed goes on from it and asks nothing twice
 OUT.report.{json,html}   rates and examples
 
 Invariants (tests/trainer/test_rephrase.py): a kill at any point loses at most the batch under way; what is drawn for a
-row depends on the seed, the row and the attempt alone; a row is written at most once and never without all verdicts.
+row depends on the seed, the row and the attempt alone; a row is written at most once and never without all verdicts;
+a journal is continued only with the questions, the model and the settings that it was started with.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
-from megatron_coreward.data.parquet import SCHEMA, Message, Row, read_rows
+from megatron_coreward.data.parquet import Message, Row, read_rows
 from megatron_coreward.data.prompts import Tokenizer, build_prompts, with_system_prompt
 from megatron_coreward.data.rephrasing import PROMPT_HASH, check, parse_reply, rewriting_prompt
 from megatron_coreward.errors import InputError
@@ -31,28 +33,29 @@ from megatron_coreward.rewards.voting import majority_vote
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.telemetry.files import replaced_whole
 from megatron_coreward.telemetry.journal import Item, Journal
-from megatron_coreward.trainer.evaluation import VERSION, Engines, Sampling, model_fingerprint, running_engines
+from megatron_coreward.trainer.evaluation import (
+    VERSION,
+    Engines,
+    Sampling,
+    hf_model_dir,
+    model_fingerprint,
+    running_engines,
+)
 from megatron_coreward.trainer.sampling import SamplingEngines, request_seed
 
 SHOWN = 30  # examples of each kind on the report's page
-OUTPUT_SCHEMA = pa.schema(
+SHOWN_REPLY = 2000  # characters of a reply that could not be read, kept for the page
+PROVENANCE = pa.struct(  # column `rephrase`
     [
-        *SCHEMA,
-        (
-            "rephrase",
-            pa.struct(
-                [
-                    ("model", pa.string()),
-                    ("prompt_hash", pa.string()),
-                    ("seed", pa.int64()),
-                    ("attempt", pa.int64()),
-                    ("similarity", pa.float64()),
-                    ("verdicts", pa.string()),  # JSON: check -> passed
-                    ("original_majority", pa.string()),  # the solver's; null without one
-                    ("rewriting_majority", pa.string()),
-                ]
-            ),
-        ),
+        ("model", pa.string()),
+        ("prompt_hash", pa.string()),
+        ("seed", pa.int64()),  # as this and the next four: null where no rewriting passed and the original is kept
+        ("attempt", pa.int64()),
+        ("similarity", pa.float64()),
+        ("verdicts", pa.string()),  # JSON: check -> passed
+        ("original_majority", pa.string()),  # the solver's; null without one
+        ("rewriting_majority", pa.string()),
+        ("kept_original", pa.bool_()),
     ]
 )
 
@@ -69,6 +72,21 @@ class Rewriting:
     solver_samples: int = 0  # answers to both versions, whose majorities must agree; 0: no solver
     solver_max_tokens: int = 3072
     batch_rows: int = 64  # rows between two entries in the journal: what a kill can lose
+    refused: Literal["leave_out", "keep_original"] = "leave_out"  # a question of which no rewriting passed
+
+    def __post_init__(self) -> None:
+        for name, allowed, good in (
+            ("attempts", "1 or more", self.attempts >= 1),
+            ("temperature", "more than 0, for another attempt draws another reply", self.temperature > 0),
+            ("top_p", "more than 0, at most 1", 0 < self.top_p <= 1),
+            ("max_tokens", "1 or more", self.max_tokens >= 1),
+            ("solver_samples", "0 (no solver) or more", self.solver_samples >= 0),
+            ("solver_max_tokens", "1 or more", self.solver_max_tokens >= 1),
+            ("batch_rows", "1 or more", self.batch_rows >= 1),
+            ("refused", "leave_out, keep_original", self.refused in ("leave_out", "keep_original")),
+        ):
+            if not good:
+                raise InputError(f"{name}: found {getattr(self, name)}; allowed: {allowed}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +94,13 @@ class Report:
     """What became of the rows."""
 
     rows: int
-    written: int
+    written: int  # rewritings; originals that are kept in their stead do not count
+    written_by_attempt: list[int]  # [attempts]
     replies: int
     refused_replies: dict[str, int]  # why a reply could not be read -> replies
     failed_checks: dict[str, int]  # check -> replies
     mean_similarity: float  # of what was written
-    left_out: list[str]  # uids
+    left_out: list[str]  # uids of questions without a rewriting
 
 
 def rephrase_file(
@@ -106,29 +125,45 @@ def rephrase_file(
     """
     if target.suffix != ".parquet":
         raise InputError(f"{target}: the file of rewritings must end with .parquet")
-    rows = read_rows(source)
-    if any(not isinstance(row.index, int) for row in rows):
-        raise InputError(f"{source}, column extra_info.index: allowed: integers")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    identity = {
-        "model": model_fingerprint(model),
-        "source": {"file": source.name, "rows": len(rows)},
-        "prompt": PROMPT_HASH,
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("attempts", "batch_rows")},
-    }
-    with Journal(_beside(target, "journal.jsonl"), identity) as journal, Judge(equivalence) as judge:
-        job = Job(rows, journal, tokenizer, settings, judge, system_prompt)
-        if job.pending():
-            prompts = build_prompts(tokenizer, [rewriting_prompt(_question(row)) for row in rows])
-            longest = max(len(prompt.token_ids) for prompt in prompts)
-            limit = max(settings.max_tokens, settings.solver_max_tokens if settings.solver_samples else 0)
-            length = 2 * longest + limit + 64  # a rewriting may be longer than its original
-            with running_engines(model, engines, Sampling(seed=settings.seed, dtype=dtype), length) as group:
-                job.run(group, on_progress)
-        report = job.report()
-        _write(source, target, rows, job, str(model.name))
+    rows, table = read_rows(source), pq.read_table(source)
+    with hf_model_dir(model) as hf_path:
+        tokenizer = AutoTokenizer.from_pretrained(hf_path)
+        changeable = ("attempts", "batch_rows", "refused")  # between a kill and the next start
+        identity = {
+            "model": model_fingerprint(hf_path),
+            "source": {"rows": len(rows), "fingerprint": _fingerprint(rows)},
+            "prompt": PROMPT_HASH,
+            "settings": {k: v for k, v in asdict(settings).items() if k not in changeable},
+            "dtype": dtype,
+            "solver": [system_prompt, equivalence] if settings.solver_samples else None,
+        }
+        with Journal(_beside(target, "journal.jsonl"), identity) as journal, Judge(equivalence) as judge:
+            asking, solving = _prompt_lengths(tokenizer, rows, settings, system_prompt)
+            job = Job(rows, journal, tokenizer, settings, judge, system_prompt, solving)
+            if job.pending():
+                sampling = Sampling(seed=settings.seed, dtype=dtype)
+                needed = max(asking + settings.max_tokens, solving + settings.solver_max_tokens if solving else 0)
+                with running_engines(hf_path, engines, sampling, needed + 1) as group:
+                    job.run(group, on_progress)
+            report = job.report()
+            _write(table, target, job, model.absolute().name)
     _write_report(target, report, rows, job)
     return report
+
+
+def _prompt_lengths(
+    tokenizer: Tokenizer, rows: Sequence[Row], settings: Rewriting, system_prompt: str | None
+) -> tuple[int, int]:
+    """Tokens: (the longest prompt that asks for a rewriting, the longest that the solver may get).
+
+    How long rewritings will be is not known; one that makes the solver's prompt longer than this is refused.
+    """
+    asking = build_prompts(tokenizer, [rewriting_prompt(_question(row)) for row in rows])
+    longest = max(len(prompt.token_ids) for prompt in asking)
+    if not settings.solver_samples:
+        return longest, 0
+    solving = build_prompts(tokenizer, [with_system_prompt(row.messages, system_prompt) for row in rows])
+    return longest, 2 * max(longest, *(len(prompt.token_ids) for prompt in solving)) + 64
 
 
 class Job:
@@ -142,9 +177,12 @@ class Job:
         settings: Rewriting,
         judge: Judge,
         system_prompt: str | None,
+        max_solver_prompt: int,
     ) -> None:
+        """`max_solver_prompt`: tokens; a rewriting whose prompt to the solver is longer fails the check `length`."""
         self.rows, self.journal, self.settings = rows, journal, settings
         self._tokenizer, self._judge, self._system_prompt = tokenizer, judge, system_prompt
+        self._max_solver_prompt = max_solver_prompt
 
     def replies(self, row: Row) -> list[Item]:
         """What the journal has of a row, attempt by attempt."""
@@ -185,7 +223,9 @@ class Job:
             if sample.finish_reason != "stop":
                 text, refusal = None, "the reply was cut off"
             item: Item = {"attempt": attempt, "seed": seed, "text": text, "refusal": refusal, "passed": False}
-            if text is not None:
+            if text is None:
+                item["reply"] = sample.text[:SHOWN_REPLY]
+            else:
                 verdicts = check(_question(row), text)
                 item |= {"checks": dict(verdicts.checks), "similarity": verdicts.similarity, "passed": verdicts.passed}
             items.append(item)
@@ -195,31 +235,53 @@ class Job:
             yield f"{row.uid}#{attempt}", item
 
     def _solve(self, engines: SamplingEngines, rows: Sequence[Row], items: Sequence[Item]) -> None:
-        """The last check, for rewritings that pass the others: do majorities of answers to both versions agree?"""
-        s = self.settings
-        asked = [(row, item) for row, item in zip(rows, items, strict=True) if item["passed"]]
-        conversations = []
+        """The last check, for rewritings that pass the others: do majorities of answers to both versions agree?
+
+        The original is solved once: its draws do not depend on the attempt, so the next attempt takes the label over.
+        """
+        conversations: list[tuple[Message, ...]] = []
+        seeds: list[int] = []
+        asked: list[tuple[Row, Item]] = []
+        known = {row.uid: found["majorities"] for row in rows for found in self.replies(row) if "majorities" in found}
+        for row, item in zip(rows, items, strict=True):
+            if not item["passed"]:
+                continue
+            rewriting = (*row.messages[:-1], Message(role="user", content=item["text"]))
+            own = [(1, rewriting)] if row.uid in known else [(0, row.messages), (1, rewriting)]
+            asked.append((row, item))
+            conversations += [with_system_prompt(messages, self._system_prompt) for _, messages in own]
+            seeds += [request_seed(self.settings.seed, which, row.uid, "rephrased", "teacher") for which, _ in own]
+        if not asked:
+            return
+        answers = iter(self._answers(engines, conversations, seeds))
         for row, item in asked:
-            rewritten = (*row.messages[:-1], Message(role="user", content=item["text"]))
-            conversations += [with_system_prompt(m, self._system_prompt) for m in (row.messages, rewritten)]
-        requests = [
-            SamplingRequest(
-                prompt.token_ids,
-                s.solver_samples,
-                request_seed(s.seed, number % 2, asked[number // 2][0].uid, "rephrased", "teacher"),
-                1.0,
-                1.0,
-                s.solver_max_tokens,
-            )
-            for number, prompt in enumerate(build_prompts(self._tokenizer, conversations) if conversations else [])
-        ]
-        answers = [[extract_answer(sample.text) for sample in group] for group in engines.sample(requests, VERSION)]
-        for (_, item), original, rewriting in zip(asked, answers[::2], answers[1::2], strict=True):
-            labels = [majority_vote(a, self._judge).label for a in (original, rewriting)]
-            agree = None not in labels and self._judge.equivalent(labels[0], labels[1])
-            item["majorities"] = labels
+            original = known[row.uid][0] if row.uid in known else self._label(next(answers))
+            answered = next(answers)
+            rewriting_label = self._label(answered)
+            agree = original is not None and rewriting_label is not None
+            agree = agree and self._judge.equivalent(original, rewriting_label)
+            item["majorities"] = [original, rewriting_label]
             item["checks"]["solver"] = agree
-            item["passed"] = agree
+            item["checks"]["length"] &= answered is not None
+            item["passed"] = all(item["checks"].values())
+
+    def _answers(
+        self, engines: SamplingEngines, conversations: Sequence[Sequence[Message]], seeds: Sequence[int]
+    ) -> list[list[str | None] | None]:
+        """The answers to each conversation; None for one that is too long to be asked."""
+        s = self.settings
+        prompts = build_prompts(self._tokenizer, conversations)
+        fits = [len(prompt.token_ids) <= self._max_solver_prompt for prompt in prompts]
+        requests = [
+            SamplingRequest(prompt.token_ids, s.solver_samples, seed, 1.0, 1.0, s.solver_max_tokens)
+            for prompt, seed, fit in zip(prompts, seeds, fits, strict=True)
+            if fit
+        ]
+        groups = iter(engines.sample(requests, VERSION) if requests else [])
+        return [[extract_answer(sample.text) for sample in next(groups)] if fit else None for fit in fits]
+
+    def _label(self, answers: Sequence[str | None] | None) -> str | None:
+        return None if answers is None else majority_vote(answers, self._judge).label
 
     def report(self) -> Report:
         every = [item for row in self.rows for item in self.replies(row)]
@@ -230,6 +292,7 @@ class Job:
         return Report(
             rows=len(self.rows),
             written=len(written),
+            written_by_attempt=[sum(i["attempt"] == k for i in written) for k in range(self.settings.attempts)],
             replies=len(every),
             refused_replies=dict(Counter(item["refusal"] for item in every if item["refusal"]).most_common()),
             failed_checks=dict(failures.most_common()),
@@ -246,40 +309,52 @@ def _beside(target: Path, ending: str) -> Path:
     return target.with_name(f"{target.stem}.{ending}")
 
 
-def _write(source: Path, target: Path, rows: Sequence[Row], job: Job, model: str) -> None:
-    kept = [(row, item) for row in rows if (item := job.accepted(row)) is not None]
-    if not kept:
+def _fingerprint(rows: Sequence[Row]) -> str:
+    """Of what is rewritten: the questions and their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(json.dumps([row.uid, row.messages]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _write(table: pa.Table, target: Path, job: Job, model: str) -> None:
+    """The pair of files, from the rows of the source; neither, where nothing passed."""
+    originals = _beside(target, "originals.parquet")
+    accepted = [job.accepted(row) for row in job.rows]
+    if not any(accepted):
+        target.unlink(missing_ok=True)
+        originals.unlink(missing_ok=True)
         return
-    records = [
-        {
-            **_record(row, item["text"]),
-            "rephrase": {
-                "model": model,
-                "prompt_hash": PROMPT_HASH,
-                "seed": item["seed"],
-                "attempt": item["attempt"],
-                "similarity": item["similarity"],
-                "verdicts": json.dumps(item["checks"]),
-                "original_majority": item.get("majorities", [None, None])[0],
-                "rewriting_majority": item.get("majorities", [None, None])[1],
-            },
-        }
-        for row, item in kept
-    ]
-    with replaced_whole(target) as temporary:
-        pq.write_table(pa.Table.from_pylist(records, schema=OUTPUT_SCHEMA), temporary)
-    with replaced_whole(_beside(target, "originals.parquet")) as temporary:
-        originals = [_record(row, _question(row)) for row, _ in kept]
-        pq.write_table(pa.Table.from_pylist(originals, schema=SCHEMA), temporary)
+    keep_all = job.settings.refused == "keep_original"
+    places = [place for place, item in enumerate(accepted) if item is not None or keep_all]
+    kept = table.take(places)
+    prompts = kept["prompt"].to_pylist()
+    for prompt, place in zip(prompts, places, strict=True):
+        if (item := accepted[place]) is not None:
+            prompt[-1]["content"] = item["text"]
+    rewritten = kept.set_column(
+        kept.schema.get_field_index("prompt"), kept.schema.field("prompt"), pa.array(prompts, kept["prompt"].type)
+    )
+    if "rephrase" in rewritten.column_names:  # a set that was rephrased before
+        rewritten = rewritten.drop_columns("rephrase")
+    origin = pa.array([_provenance(accepted[place], model) for place in places], PROVENANCE)
+    for file, content in ((target, rewritten.append_column("rephrase", origin)), (originals, kept)):
+        with replaced_whole(file) as temporary:
+            pq.write_table(content, temporary)
 
 
-def _record(row: Row, question: str) -> dict[str, Any]:
-    return {
-        "data_source": row.source,
-        "prompt": [*row.messages[:-1], {"role": "user", "content": question}],
-        "ability": "math",
-        "reward_model": {"ground_truth": row.ground_truth, "style": "rule"},
-        "extra_info": {"index": row.index, "split": "train"},
+def _provenance(item: Item | None, model: str) -> dict[str, Any]:
+    made_by = {"model": model, "prompt_hash": PROMPT_HASH, "kept_original": item is None}
+    if item is None:
+        return made_by
+    original, rewriting = item.get("majorities", (None, None))
+    return made_by | {
+        "seed": item["seed"],
+        "attempt": item["attempt"],
+        "similarity": item["similarity"],
+        "verdicts": json.dumps(item["checks"]),
+        "original_majority": original,
+        "rewriting_majority": rewriting,
     }
 
 
@@ -295,13 +370,16 @@ def _write_report(target: Path, report: Report, rows: Sequence[Row], job: Job) -
         temporary.write_text(json.dumps(asdict(report), indent=2) + "\n")
     passed = [(row, item) for row in rows if (item := job.accepted(row)) is not None]
     failed = [(row, item) for row in rows for item in job.replies(row) if not item["passed"]]
-    parts = [f"<p>{report.written} of {report.rows} questions rewritten with {report.replies} replies.</p>"]
+    rate = f"{report.written / report.rows:.1%}"
+    parts = [f"<p>{report.written} of {report.rows} questions rewritten ({rate}) with {report.replies} replies.</p>"]
+    attempts = [(str(number), str(count)) for number, count in enumerate(report.written_by_attempt, 1)]
+    parts.append(f"<h2>Passed</h2>{_table(('attempt', 'questions'), attempts)}")
     for title, counts in (("Replies refused", report.refused_replies), ("Checks failed", report.failed_checks)):
-        lines = [(name, str(count)) for name, count in counts.items()] or [("none", "")]
-        parts.append(f"<h2>{title}</h2>{_table(('why', 'replies'), lines)}")
+        lines = [(name, str(count), f"{count / report.replies:.1%}") for name, count in counts.items()]
+        parts.append(f"<h2>{title}</h2>{_table(('why', 'replies', 'of all'), lines or [('none', '', '')])}")
     for title, items in (("Accepted", passed), ("Refused", failed)):
-        lines = [(_question(row), str(item["text"] or ""), _why(item)) for row, item in _spread(items)]
-        parts.append(f"<h2>{title}: {len(lines)} of {len(items)}</h2>{_table(('question', 'rewriting', ''), lines)}")
+        lines = [(_question(row), item["text"] or item.get("reply", ""), _why(item)) for row, item in _spread(items)]
+        parts.append(f"<h2>{title}: {len(lines)} of {len(items)}</h2>{_table(('question', 'reply', ''), lines)}")
     with replaced_whole(_beside(target, "report.html")) as temporary:
         head = f"<!doctype html><meta charset='utf-8'><title>Rewritings</title><style>{_STYLE}</style>"
         temporary.write_text(f"{head}<h1>Rewritings of {escape(target.name)}</h1>{''.join(parts)}")

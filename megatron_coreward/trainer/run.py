@@ -28,7 +28,6 @@ from megatron_coreward.checkpoint.store import (
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.config.validate import validate
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import InputError, RunError
@@ -46,6 +45,7 @@ from megatron_coreward.trainer.evaluate import Accuracy, evaluate
 from megatron_coreward.trainer.journal import RolloutJournal, fingerprint_of
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.preemption import Preempted, StopRequest, StopSignals
+from megatron_coreward.trainer.preflight import preflight
 from megatron_coreward.trainer.recovery import EngineRecovery
 from megatron_coreward.trainer.session import UNFINISHED, Session
 from megatron_coreward.trainer.sync import open_sync, weight_version
@@ -65,29 +65,30 @@ def train(config: RunConfig) -> Path:
         Preempted: the run was asked to stop; what it had done is saved.
         RunError: the run cannot go on; the message names the cause and from where it would go on.
     """
-    arch = validate(config)
-    if config.telemetry.wandb_project is not None:
-        require_wandb(config.telemetry.wandb_project)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
-    problems, held_out = _load_data(config, tokenizer)
-    restarts = config.faults.max_restarts
-    notes: list[str] = []
-    while True:
-        start = _claim_run_dir(config, notes)
-        start_ray()  # before the signals are taken: it sets a handler of its own
-        try:
-            with StopSignals(config.faults.stop_signals) as stop:
+    with StopSignals(config.faults.stop_signals) as stop:
+        arch = preflight(config)
+        if config.telemetry.wandb_project is not None:
+            require_wandb(config.telemetry.wandb_project)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
+        problems, held_out = _load_data(config, tokenizer)
+        restarts = config.faults.max_restarts
+        notes: list[str] = []
+        while True:
+            start = _claim_run_dir(config, notes)
+            start_ray()
+            stop.take()
+            try:
                 _run(config, arch, problems, held_out, start, stop)
-            return config.run_dir
-        except Preempted as request:
-            raise Preempted(f"{request}; {resume_hint(config)}") from None
-        except WorkerDied as death:
-            if restarts == 0:
-                raise RunError(f"{death}; {resume_hint(config)}") from death
-            restarts -= 1
-            notes = [f"{death}; all processes are started anew (faults.max_restarts: {restarts} left)"]
-        except RunError as error:
-            raise RunError(f"{error}; {resume_hint(config)}") from error
+                return config.run_dir
+            except Preempted as request:
+                raise Preempted(f"{request}; {resume_hint(config)}") from None
+            except WorkerDied as death:
+                if restarts == 0:
+                    raise RunError(f"{death}; {resume_hint(config)}") from death
+                restarts -= 1
+                notes = [f"{death}; all processes are started anew (faults.max_restarts: {restarts} left)"]
+            except RunError as error:
+                raise RunError(f"{error}; {resume_hint(config)}") from error
 
 
 def _run(
@@ -315,9 +316,9 @@ def _claim_run_dir(config: RunConfig, told: Sequence[str] = ()) -> _Start:
         raise InputError(
             "\n".join([f"run_dir: {run_dir} has no checkpoint that is whole", *map(str, damaged.values())])
         )
-    for step, error in damaged.items():
+    for step, reason in damaged.items():
         aside = set_aside(checkpoint_path(run_dir, step))
-        notes.append(f"damaged checkpoint, set aside as {aside.name}: {error}")
+        notes.append(f"damaged checkpoint, set aside as {aside.name}: {reason}")
     discard_unfinished(run_dir)
     if position is not None:
         changed = changed_keys(checkpoint_path(run_dir, position.step) / "config.yaml", config)

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def saved(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def write(folder: Path, extra: bytes | None = None, key: str = EXTRA, **changes: bytes) -> Path:
+def write(folder: Path, changes: Mapping[str, bytes] = {}, *, extra: bytes | None = None, key: str = EXTRA) -> Path:
     """A checkpoint of one tensor and one object, with other contents of some files."""
     folder.mkdir(exist_ok=True)
     tensor, thing = saved(torch.ones(2, 3)), saved([None]) if extra is None else extra
@@ -64,7 +64,7 @@ def write(folder: Path, extra: bytes | None = None, key: str = EXTRA, **changes:
         "common.pt": saved({"scheduler": {"max_lr": 1e-3, "num_steps": 3}, "optimizer_steps": 3}),
         "__0_0.distcp": tensor + thing,
     }
-    for name, content in (files | changes).items():
+    for name, content in {**files, **changes}.items():
         (folder / name).write_bytes(content)
     return folder
 
@@ -78,7 +78,8 @@ def edited(folder: Path, edit: Callable[[Metadata], Any]) -> Path:
 
 def test_what_a_run_writes_is_accepted(tmp_path: Path) -> None:
     check_no_code(write(tmp_path / "a"))
-    for number, empty in enumerate((torch.empty(0, dtype=torch.uint8), [io.BytesIO()], None)):
+    states: list[object] = [torch.empty(0, dtype=torch.uint8), [], None]
+    for number, empty in enumerate(states):
         check_no_code(write(tmp_path / str(number), extra=saved(empty)))
 
 
@@ -88,11 +89,11 @@ def test_what_would_run_code_is_refused_before_it_runs(tmp_path: Path, name: str
     bomb, archive = pickle.dumps(Hostile(ran)), saved({"scheduler": Hostile(ran)})
     match name:
         case ".metadata":
-            folder = write(tmp_path / "c", **{".metadata": bomb})
+            folder = write(tmp_path / "c", {".metadata": bomb})
         case "common.pt":
-            folder = write(tmp_path / "c", **{"common.pt": bomb})
+            folder = write(tmp_path / "c", {"common.pt": bomb})
         case "common.pt of torch":
-            folder = write(tmp_path / "c", **{"common.pt": archive})
+            folder = write(tmp_path / "c", {"common.pt": archive})
         case "__0_0.distcp":
             folder = write(tmp_path / "c", extra=saved([Hostile(ran)]))
         case _:
@@ -140,7 +141,7 @@ def test_links_holes_and_strange_readers_are_refused(tmp_path: Path) -> None:
         check_no_code(short)
     for change in ({"sharded_backend": "zarr"}, {"sharded_backend": "torch_dist", "common_backend": "msgpack"}):
         with pytest.raises(InputError, match="supported: torch"):
-            check_no_code(write(tmp_path / "c", **{"metadata.json": json.dumps(change).encode()}))
+            check_no_code(write(tmp_path / "c", {"metadata.json": json.dumps(change).encode()}))
     stray = write(tmp_path / "stray")
     (stray / "object.pt").write_bytes(b"")
     with pytest.raises(InputError, match=r"object.pt: no file of a checkpoint"):

@@ -117,7 +117,46 @@ def test_the_configs_tables_agree_with_the_methods() -> None:
 
 
 def test_every_recipe_of_the_repository_loads() -> None:
-    recipes = sorted((Path(__file__).parents[2] / "configs").glob("**/*.yaml"))
+    configs = Path(__file__).parents[2] / "configs"
+    recipes = sorted(set(configs.glob("**/*.yaml")) - set(configs.glob("parts/**/*.yaml")))
     assert recipes
     for recipe in recipes:
         assert yaml.safe_load(dump_config(load_config(recipe)))["method"] in METHODS
+
+
+def write(path: Path, tree: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_recipe_has_the_keys_of_its_bases_later_ones_and_its_own_last(tmp_path: Path) -> None:
+    write(tmp_path / "parts/all.yaml", {**tree(), "actor": {"lr": 1.0, "tensor_parallel": 2, "clip_grad": 5.0}})
+    write(tmp_path / "parts/model.yaml", {"base": "all.yaml", "model": {"hf_path": "other"}, "actor": {"lr": 2.0}})
+    write(tmp_path / "layout.yaml", {"actor": {"tensor_parallel": 4}, "data": {"train_files": ["c.parquet"]}})
+    recipe = write(
+        tmp_path / "recipe.yaml", {"base": ["parts/model.yaml", "layout.yaml"], "steps": 3, "actor": {"clip_grad": 0.0}}
+    )
+    config = load_config(recipe, ["actor.pipeline_parallel=2"])
+    assert (config.model.hf_path, config.steps) == (Path("other"), 3)
+    assert (config.actor.lr, config.actor.tensor_parallel, config.actor.clip_grad) == (2.0, 4, 0.0)
+    assert config.actor.pipeline_parallel == 2
+    assert config.data.train_files == (Path("c.parquet"),)  # a list is replaced
+    assert config.data.rephrased_files == (Path("b.parquet"),)  # a group is merged
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("none.yaml", "none.yaml does not exist, the base of .*recipe.yaml"),
+        ("recipe.yaml", "is its own base"),
+        ("around.yaml", "is its own base .*recipe.yaml -> .*around.yaml -> .*recipe.yaml"),
+        ({"a": 1}, "base: expected a file or a list of files"),
+        ([1], "base: expected a file or a list of files"),
+    ],
+)
+def test_bases_that_cannot_be_are_named(tmp_path: Path, base: Any, message: str) -> None:
+    write(tmp_path / "around.yaml", {"base": "recipe.yaml"})
+    recipe = write(tmp_path / "recipe.yaml", {**tree(), "base": base})
+    with pytest.raises(InputError, match=message):
+        load_config(recipe)

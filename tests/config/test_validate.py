@@ -33,6 +33,7 @@ EXPERTS = DENSE | {
 def tree(tmp_path: Path, model: dict[str, Any] = DENSE) -> dict[str, Any]:
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model" / "config.json").write_text(json.dumps(model))
+    (tmp_path / "model" / "model.safetensors").touch()  # its content is not looked at here
     for name in ("train", "rephrased"):
         (tmp_path / f"{name}.parquet").touch()
     return {
@@ -82,6 +83,8 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
         (["loss.kl_reference=teacher"], "loss.kl_reference: teacher, but method co_rewarding_i keeps none"),
         (["teacher.decay_start=0.99999"], "teacher.decay_start: 0.99999 is above teacher.decay_end"),
         (["actor.min_lr=1"], "actor.min_lr: 1.0 is above actor.lr"),
+        (["actor.lr=.inf"], "actor.lr: inf is no finite number"),
+        (["sync.max_logprob_gap=1e-4"], "sync.max_logprob_gap: 0.0001 is less than rounding makes of .* bfloat16"),
         (["loss.clip_high=0.1"], "loss.clip_high: 0.1 is below loss.clip_low"),
         (["data.train_files=[nowhere.parquet]"], "data.train_files: nowhere.parquet does not exist"),
         (["data.val_files=[nowhere.parquet]"], "data.val_files: nowhere.parquet does not exist"),

@@ -1,6 +1,7 @@
 """prepare-data: every source becomes the published format, or one message says which cell is in the way."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_coreward.cli import main
+from megatron_coreward.data import parquet as parquet_module
 from megatron_coreward.data import prepare as module
 from megatron_coreward.data.hub import split_files
 from megatron_coreward.data.parquet import SCHEMA, read_rows
@@ -85,6 +87,72 @@ def test_a_prepared_file_passes_through_as_it_is(tmp_path: Path) -> None:
     assert read_rows(second) == read_rows(first)
 
 
+def test_dapo_files_whose_prompt_is_text_beside_the_published_columns_are_raw(tmp_path: Path) -> None:
+    """The layout of open-r1/DAPO-Math-17k-Processed."""
+    row = {
+        "prompt": "What is 30 + 4?",
+        "solution": "34",
+        "data_source": "math_dapo",
+        "source_prompt": [{"content": "Solve: What is 30 + 4?", "role": "user"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": "9a9b6eb4"},
+    }
+    run("dapo-math", [write(tmp_path / "a.parquet", [row])], tmp_path / "out.parquet")
+    (found,) = read_rows(tmp_path / "out.parquet")
+    assert (found.messages[-1]["content"], found.ground_truth, found.index) == ("What is 30 + 4?", "34", 0)
+
+
+def test_names_abilities_and_splits_of_prepared_files_stay(tmp_path: Path) -> None:
+    row = {
+        "prompt": [{"content": "What is 30 + 4?", "role": "user"}],
+        "data_source": "math_dapo",
+        "ability": "MATH",
+        "reward_model": {"ground_truth": "34", "style": "rule"},
+        "extra_info": {"index": "9a9b6eb4", "split": "test"},
+    }
+    run("math", [write(tmp_path / "a.parquet", [row]), write(tmp_path / "b.jsonl", RAW)], tmp_path / "out.parquet")
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert rows[0] == row
+    assert [r["extra_info"]["index"] for r in rows] == ["9a9b6eb4", *map(str, range(1, 11))]
+    assert len(read_rows(tmp_path / "out.parquet")) == 11
+
+
+def test_two_inputs_whose_rows_have_one_name_are_refused(tmp_path: Path) -> None:
+    one, two = tmp_path / "1.parquet", tmp_path / "2.parquet"
+    for out in (one, two):
+        run("math", [write(tmp_path / "a.jsonl", RAW)], out)
+    with pytest.raises(InputError, match=r"2\.parquet, row 0, column extra_info\.index: found 0, which an earlier row"):
+        run("math", [one, two], tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_of_no_rows_is_refused(limit: int, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="limit: found"):
+        run("math", [write(tmp_path / "a.jsonl", RAW)], tmp_path / "out.parquet", limit=limit)
+
+
+def test_a_prepared_file_is_read_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.parquet"
+    run("math", [write(tmp_path / "a.jsonl", RAW)], out)
+    monkeypatch.setattr(parquet_module, "BATCH_ROWS", 3)
+    whole = list(parquet_module.iter_rows(out))
+    assert whole == read_rows(out)
+    assert [row.index for row in whole] == list(range(10))
+    taken: list[int] = []
+    original = pq.ParquetFile.iter_batches
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        for batch in original(*args, **kwargs):
+            taken.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    next(parquet_module.iter_rows(out))
+    assert taken == [3]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -95,6 +163,9 @@ def test_a_prepared_file_passes_through_as_it_is(tmp_path: Path) -> None:
         ),
         ([RAW[0], {"problem": "Q", "solution": "so 4"}], r"row 1, column solution: found 'so 4'; .*\\boxed"),
         ([{"problem": 3, "solution": "\\boxed{1}"}], r"row 0, column problem: found 3"),
+        ([{"problem": "a \ud800", "solution": "\\boxed{1}"}], r"row 0, column problem: found half of a surrogate"),
+        ([RAW[0], {"problem": "Q", "solution": {"text": "\\boxed{1}"}}], r"row 1, column solution: found {'text'"),
+        ([RAW[0], {"problem": "Q", "solution": float("nan")}], r"row 1, column solution: found nan"),
         ([], "found no rows"),
     ],
 )
@@ -144,6 +215,14 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_message(
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
     assert main(["prepare-data", "gsm8k", "--out", str(tmp_path / "x.parquet")]) == 2
     assert "openai/gsm8k could not be fetched" in capsys.readouterr().err
+
+
+def test_a_missing_hub_client_is_one_clear_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["prepare-data", "gsm8k", "--out", str(tmp_path / "x.parquet")]) == 2
+    assert "openai/gsm8k needs the package huggingface_hub" in capsys.readouterr().err
 
 
 def test_files_of_a_split_are_found_in_the_layouts_of_the_hub() -> None:

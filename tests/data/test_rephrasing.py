@@ -24,6 +24,8 @@ GOOD = "One dock holds four boats that balance seven stones. Three of the boats 
         ("<rewritten>a</rewritten><rewritten>b</rewritten>", None, "2 opening and 2 closing tags"),
         ("<rewritten> </rewritten>", None, "an empty rewriting"),
         ("<think>never closed", None, "the thinking was never closed"),
+        ("the template opened it <rewritten>no</rewritten></think>\n<rewritten>New?</rewritten>", "New?", ""),
+        ("<think>a</think>b<think>c", None, "the thinking was never closed"),
     ],
 )
 def test_a_reply_is_one_block_and_nothing_else(reply: str, text: str | None, why: str) -> None:
@@ -33,16 +35,28 @@ def test_a_reply_is_one_block_and_nothing_else(reply: str, text: str | None, why
 @given(st.text())
 def test_whatever_is_in_the_block_comes_out(text: str) -> None:
     found, why = parse_reply(f"<rewritten>{text}</rewritten>")
-    if "rewritten>" not in text and "<think>" not in text:
+    if "rewritten>" not in text and "<think>" not in text and "</think>" not in text:
         assert (found, why) == ((text.strip(), "") if text.strip() else (None, "an empty rewriting"))
 
 
-@given(st.text())
-def test_no_reply_raises(text: str) -> None:
-    found, why = parse_reply(text)
+@given(st.sampled_from(["", "<rewritten>", "<think>x</think>"]), st.text(), st.sampled_from(["", "</rewritten>"]))
+def test_no_reply_raises(head: str, text: str, tail: str) -> None:
+    found, why = parse_reply(head + text + tail)
     assert (found is None) == bool(why)
     if found is not None:
         check("How many of the 12 are left?", found)
+
+
+def test_a_number_that_changed_behind_a_command_of_tex_is_seen() -> None:
+    original = r"A recipe takes $\frac59$ of a cup of sugar for $2\times7$ small cakes. How much is that a cake?"
+    told = r"For $2\times7$ lamps a painter uses $\frac{5}{9}$ of a tin. Which share of the tin goes into one lamp?"
+    assert check(original, told).passed
+    assert check(original, told.replace("{5}", "{7}")).failures == ["numbers"]
+    assert check(original, told.replace("7$", "8$")).failures == ["numbers", "new_numbers"]
+
+
+def test_words_in_formulas_are_no_numbers() -> None:
+    assert numbers(r"$\text{ten}$ and nine") == {Fraction(9)}
 
 
 def test_numbers_are_read_in_digits_and_words() -> None:

@@ -48,7 +48,7 @@ def test_a_stopped_job_is_submitted_again_until_it_is_finished() -> None:
     jobs = Jobs([STOPPED, STOPPED, FINISHED])
     lines = run(jobs)
     assert jobs.submitted == 3
-    assert lines[0] == "submitted: 1"
+    assert lines[0] == "in the queue: 1"
     assert "job 1: time limit; submitting it again (5 left)" in lines
     assert lines[-1] == "finished: all steps are done"
     assert [line for line in lines if line.startswith("job 3 poll")] == ["job 3 poll 1", "job 3 poll 2"]
@@ -71,7 +71,7 @@ def test_the_number_of_submissions_is_bounded() -> None:
 
 def test_detached_it_submits_and_leaves() -> None:
     jobs = Jobs([FINISHED])
-    assert run(jobs, detach=True) == ["submitted: 1"]
+    assert run(jobs, detach=True) == ["in the queue: 1"]
     assert jobs.polls == 0
 
 
@@ -86,7 +86,15 @@ def test_a_launcher_that_is_interrupted_says_what_becomes_of_the_job(monkeypatch
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(0, "finished"), (75, "stopped"), (137, "stopped"), (-9, "stopped"), (None, "stopped"), (1, "failed"), (2, "failed")],
+    [
+        (0, "finished"),
+        (75, "stopped"),
+        (137, "stopped"),
+        (-9, "stopped"),
+        (None, "stopped"),
+        (1, "failed"),
+        (2, "failed"),
+    ],
 )
 def test_exit_statuses_have_one_meaning(status: int | None, kind: str) -> None:
     assert exit_outcome(status, "node lost").kind == kind

@@ -1,4 +1,4 @@
-"""The script of a node, with a stand-in for Python: who gets the signal, what the exit status is, when a node leaves."""
+"""The script of a node, with a stand-in for Python: who gets the signal, the exit status, when a node leaves."""
 
 import os
 import signal

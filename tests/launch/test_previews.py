@@ -196,7 +196,7 @@ def test_skypilot_where_it_is_not_installed(recipe: Path) -> None:
         (("slurm", "checkpoint.resume=never"), "checkpoint.resume is never"),
         (("slurm", "--name", "Not/this"), "--name: 'Not/this'; allowed"),
         (("slurm", "--cluster", "absent.yaml"), "--cluster: absent.yaml does not exist"),
-        (("slurm", "--time", "soon"), "--time: 'soon'; allowed: .days-.hours:minutes:seconds"),
+        (("slurm", "--time", "soon"), "--time: 'soon'; expected .days-.hours:minutes:seconds"),
         (("slurm", "stepz=1"), "unknown key 'stepz'; did you mean 'steps'"),
         (("local", "--nodes", "2"), "launch local runs on 1 node"),
         (("local", "--time", "01:00:00"), "launch local has no time limit"),

@@ -188,14 +188,15 @@ def test_a_preempted_job_requeues_itself_and_goes_on_to_the_end(slurm: SlurmHere
         wait_for("the job is back in the queue", 120, lambda: slurm.job(number)["JobState"] == "PENDING")
         stopped_after = saved_steps(run_dir)[-1]
         assert 2 <= stopped_after < STEPS
-        slurm.run("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm lets a requeued job wait two minutes
+        # Slurm lets a requeued job wait for two minutes.
+        slurm.run("scontrol", "update", f"JobId={number}", "StartTime=now")
         assert launcher.wait(600) == 0, said.read_text()
     finally:
         if launcher.poll() is None:
             launcher.kill()
     text = said.read_text()
-    assert f"submitted: {number}" in text
-    assert text.count("submitted:") == 1
+    assert f"in the queue: {number}" in text
+    assert text.count("in the queue:") == 1
     assert f"resumed after step {stopped_after}" in text
     assert text.rstrip().endswith("finished: all steps are done")
     assert slurm.job(number)["Restarts"] == "1"
@@ -218,4 +219,4 @@ def test_bad_input_ends_the_job_and_is_not_tried_again(slurm: SlurmHere, recipe:
     assert done.returncode != 0
     assert "failed: exit status 2" in done.stderr
     assert str(recipe.parent / "absent") in done.stdout  # what the job printed is shown
-    assert done.stdout.count("submitted:") == 1
+    assert done.stdout.count("in the queue:") == 1

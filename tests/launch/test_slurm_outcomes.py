@@ -80,7 +80,8 @@ def test_accounting_is_asked_where_the_controller_has_forgotten(slurm: Slurm) ->
 
 
 @pytest.mark.parametrize(
-    "queue", [Answer("PENDING\n"), Answer("RUNNING\n"), Answer(return_code=1, stderr="Unable to contact slurm controller")]
+    "queue",
+    [Answer("PENDING\n"), Answer("RUNNING\n"), Answer(return_code=1, stderr="Unable to contact slurm controller")],
 )
 def test_a_job_that_waits_or_runs_or_cannot_be_asked_about_goes_on(slurm: Slurm, queue: Answer) -> None:
     slurm._tunnel = Tunnel({"squeue": queue})
@@ -93,8 +94,18 @@ def test_submission_writes_all_files_and_a_token_for_the_owner(slurm: Slurm) -> 
     assert slurm.submit() == "42"
     for name in ("config.yaml", "driver.sh", "node.sh", "job.sbatch", "ray_token"):
         assert f"put {slurm.directory / name} 0o600" in tunnel.asked
-    assert f"rm -f {slurm.directory / 'exit_status'}" in tunnel.asked[0]
-    assert tunnel.asked[-1] == f"sbatch --requeue --parsable {slurm.directory / 'job.sbatch'}"
+    assert any(f"rm -f {slurm.directory / 'exit_status'}" in command for command in tunnel.asked)
+    assert tunnel.asked[-2] == f"sbatch --requeue --parsable {slurm.directory / 'job.sbatch'}"
+    assert tunnel.asked[-1] == f"put {slurm.directory / 'job_id'} 0o600"
+
+
+def test_a_job_that_is_in_the_queue_is_not_submitted_twice(slurm: Slurm) -> None:
+    answers = {"cat": Answer("41\n"), "squeue": Answer("RUNNING\n"), "wc": Answer("7\n")}
+    tunnel = slurm._tunnel = Tunnel(answers)
+    assert slurm.submit() == "41"
+    assert not any(command.startswith(("sbatch", "put")) for command in tunnel.asked)
+    answers |= {"squeue": GONE, "sbatch": Answer("42\n")}
+    assert slurm.submit() == "42"
 
 
 def test_a_refused_submission_is_an_error_with_slurms_words(slurm: Slurm) -> None:

@@ -41,15 +41,25 @@ def test_vote_metrics_are_means_over_the_votes_of_a_role() -> None:
             "vote/abstention_rate": 0,
             "vote/no_answer_rate": 2 / 16,
             "vote/distinct_answers": (2 + 2 + 1 + 2) / 4,
+            "vote/label_variety": 1,
             "teacher_vote/share": (3 / 4 + 1 / 2) / 2,
             "teacher_vote/margin": (1 / 2 + 1 / 2) / 2,
             "teacher_vote/tie_rate": 0,
             "teacher_vote/abstention_rate": 0,
             "teacher_vote/no_answer_rate": 2 / 8,
             "teacher_vote/distinct_answers": (2 + 1) / 2,
+            "teacher_vote/label_variety": 1,
         }
     )
     assert vote_metrics(votes(min_margin=0.2))["vote/abstention_rate"] == 1 / 4
+
+
+def test_label_variety_falls_when_all_questions_get_one_label() -> None:
+    alike = {(uid, "original", "policy"): majority_vote(["7", "7", uid]) for uid in "abcd"}
+    assert vote_metrics(alike)["vote/label_variety"] == 1 / 4
+    one_without = {**alike, ("e", "original", "policy"): majority_vote([None, None])}
+    assert vote_metrics(one_without)["vote/label_variety"] == 1 / 4
+    assert "vote/label_variety" not in vote_metrics({("e", "original", "policy"): majority_vote([None])})
 
 
 def test_agreement_pairs_views_of_a_role_and_roles_on_a_view() -> None:

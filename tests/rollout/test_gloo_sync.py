@@ -1,4 +1,4 @@
-"""Weights that came over gloo make a tensor-parallel engine the model that was sent, and it got no more than its part."""
+"""Weights that came over gloo make an engine the model that was sent, and it got no more than its part."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -32,6 +32,26 @@ def test_the_second_signal_of_a_kind_has_its_former_effect() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_signals_are_taken_back_from_a_library_that_took_them() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    taken: list[int] = []
+
+    def of_a_library(number: int, frame: object) -> None:
+        taken.append(number)
+
+    try:
+        with StopSignals(["SIGUSR1"]) as stop:
+            signal.signal(signal.SIGUSR1, of_a_library)
+            stop.take()
+            stop.take()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.signal == "SIGUSR1"
+            assert taken == []
+        assert signal.getsignal(signal.SIGUSR1) == of_a_library
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_outside_the_main_thread_nothing_is_installed() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     seen: list[object] = []

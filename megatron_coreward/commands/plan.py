@@ -1,0 +1,95 @@
+"""`plan CONFIG [key=value ...]`: memory, layout and time of a run before it is queued."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_coreward.errors import InputError
+
+
+def add(commands: Any) -> None:
+    from megatron_coreward.planner.hardware import GPUS, Assumptions
+
+    plan = commands.add_parser("plan", help="memory, layout and time of a run before it is queued")
+    plan.add_argument("config", type=Path, metavar="CONFIG")
+    plan.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="config keys, such as actor.tensor_parallel=4, right after CONFIG",
+    )
+    plan.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (default: h100)")
+    plan.add_argument("--gpus", type=int, metavar="N", help="GPUs there are; default: as many as the layout takes")
+    plan.add_argument(
+        "--placement",
+        choices=("disaggregated", "colocated"),
+        default="disaggregated",
+        help="engines on GPUs of their own (default), or on those of the actor, in turn",
+    )
+    plan.add_argument("--search", action="store_true", help="propose layouts for --gpus GPUs, fastest first")
+    plan.add_argument("--top", type=int, default=5, metavar="K", help="layouts to propose (default: 5)")
+    plan.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="KEY=NUMBER",
+        help=f"change what is taken for granted: {', '.join(Assumptions.__slots__)}",
+    )
+    plan.add_argument("--json", action="store_true", help="bytes and seconds as JSON")
+    plan.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from megatron_coreward.config.load import load_config
+    from megatron_coreward.planner.hardware import assume, find_gpu
+    from megatron_coreward.planner.models import architecture_of
+    from megatron_coreward.planner.plan import Machine, gpus_of, make_plan
+    from megatron_coreward.planner.report import overrides, ranking, report
+    from megatron_coreward.planner.search import nearest, search
+    from megatron_coreward.planner.step_time import transfers
+
+    config = load_config(options.config, options.overrides)
+    arch = architecture_of(config.model)
+    machine = Machine(find_gpu(options.gpu), options.placement, assume(options.assume))
+    if options.gpus is not None and options.gpus < 1:
+        raise InputError(f"--gpus: {options.gpus}; allowed: 1 or more")
+    gpus = options.gpus or gpus_of(config, options.placement)
+    model = config.model.hf_path.name
+
+    if options.search:
+        found = search(config, arch, machine, gpus)[: options.top]
+        if options.json:
+            print(json.dumps([plan.to_json() for plan in found], indent=1))
+        else:
+            print(ranking(found, gpus))
+        if not found:
+            raise InputError(f"no layout of {model} fits on {gpus} x {machine.gpu.name}")
+        return
+
+    problems: list[str] = []
+    needed = gpus_of(config, options.placement)
+    if needed > gpus:
+        problems.append(f"the layout takes {needed} GPUs, --gpus is {gpus}")
+    try:
+        plan = make_plan(config, arch, machine)
+        sync = transfers(config, arch)
+        plan = make_plan(config, arch, machine, float(max(sync.bytes_sent.max(), sync.bytes_received.max())))
+        problems += plan.problems
+    except InputError as e:
+        problems += str(e).splitlines()
+        plan = None
+    closest = nearest(config, arch, machine, gpus) if problems else None
+    if options.json:
+        answer: dict[str, Any] = {} if plan is None else plan.to_json()
+        answer |= {"fits": not problems, "problems": problems}
+        answer["nearest"] = None if closest is None else closest.to_json()
+        print(json.dumps(answer, indent=1))
+    else:
+        if plan is not None:
+            print(report(plan, model))
+        if closest is not None:
+            print(f"nearest layout that fits, {closest.num_gpus} GPUs, {closest.seconds:.1f} s a step:")
+            print(f"  {overrides(closest)}")
+    if problems:
+        raise InputError(f"{options.config} does not fit on {gpus} x {machine.gpu.name}:\n" + "\n".join(problems))

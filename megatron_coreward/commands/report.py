@@ -1,0 +1,72 @@
+"""`report`, `compare` and `replay`: looking at runs after the fact, on any machine."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_coreward.errors import InputError
+
+
+def add(commands: Any) -> None:
+    report = commands.add_parser("report", help="one page of a run: curves, alarms, where the time goes, its samples")
+    report.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
+    report.add_argument("--out", type=Path, help="the page (default: report.html in the run directory)")
+    report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most (default: 16)")
+    report.add_argument("--questions", type=int, default=8, help="questions of each, at most (default: 8)")
+    report.set_defaults(run=_report)
+
+    compare = commands.add_parser("compare", help="several runs on one page")
+    compare.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    compare.add_argument("--out", type=Path, default=Path("comparison.html"), help="the page")
+    compare.set_defaults(run=_compare)
+
+    replay = commands.add_parser(
+        "replay",
+        help="recompute votes, rewards, advantages, guard decisions from what a run sampled; status 1 if they differ",
+    )
+    replay.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory with rollouts")
+    replay.add_argument("--steps", metavar="FIRST-LAST", help="only these steps, such as 10-20 or 7")
+    replay.add_argument(
+        "--equivalence", choices=("exact", "math"), help="show what this relation would have changed, instead"
+    )
+    replay.set_defaults(run=_replay)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megatron_coreward.report.report import write_report
+    from megatron_coreward.report.samples import Limits
+
+    for name in ("steps", "questions"):
+        if getattr(options, name) < 0:
+            raise InputError(f"--{name}: found {getattr(options, name)}; allowed: 0 or more")
+    print(write_report(options.run_dir, options.out, Limits(options.steps, options.questions)))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from megatron_coreward.report.compare import write_comparison
+
+    print(write_comparison(options.run_dirs, options.out))
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from megatron_coreward.report.replay import replay, summary
+    from megatron_coreward.report.run_record import load_record
+    from megatron_coreward.report.what_if import what_if, what_if_summary
+
+    record, steps = load_record(options.run_dir), _steps(options.steps)
+    if options.equivalence is not None:
+        print("\n".join(what_if_summary(record, options.equivalence, what_if(record, options.equivalence, steps))))
+        return
+    result = replay(record, steps)
+    print("\n".join(summary(record, result)))
+    if not result.equal:
+        raise SystemExit(1)
+
+
+def _steps(text: str | None) -> range | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
+        raise InputError(f"--steps: found {text!r}; allowed: one step, such as 7, or a range, such as 10-20")
+    return range(int(first), int(last or first) + 1)

@@ -1,0 +1,206 @@
+"""A plan: what one recipe needs on one kind of GPU, what does not fit, and how long a step takes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.config.validate import model_problems, setting_problems
+from megatron_coreward.errors import InputError
+from megatron_coreward.planner.hardware import GIB, Assumptions, Gpu
+from megatron_coreward.planner.memory import EngineMemory, StageMemory, actor_memory, engine_memory
+from megatron_coreward.planner.step_time import (
+    ActorTimes,
+    Phase,
+    RolloutTime,
+    actor_times,
+    rollout_time,
+    sync_time,
+    work,
+)
+
+Placement = Literal["disaggregated", "colocated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a run is to take place."""
+
+    gpu: Gpu
+    placement: Placement
+    assumptions: Assumptions
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Of a layout that the model can take; `problems` says what of it the GPUs cannot."""
+
+    config: RunConfig
+    machine: Machine
+    stages: tuple[StageMemory, ...]
+    engine: EngineMemory
+    actor: ActorTimes
+    rollout: RolloutTime
+    sync: Phase
+    problems: tuple[str, ...]
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """In the order of a step."""
+        return (self.sync, self.rollout.phase, self.actor.scoring, self.actor.update)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def num_gpus(self) -> int:
+        return gpus_of(self.config, self.machine.placement)
+
+    @property
+    def tokens(self) -> float:
+        """Trained on and sampled for labels, prompts left out of the latter, in a step."""
+        todo = work(self.config, self.machine.assumptions)
+        return todo.tokens + todo.labelled * todo.response
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; bytes and seconds."""
+        a, r = self.config.actor, self.config.rollout
+        return {
+            "fits": not self.problems,
+            "problems": list(self.problems),
+            "gpu": self.machine.gpu.name,
+            "gpu_bytes": self.machine.gpu.memory_bytes,
+            "placement": self.machine.placement,
+            "gpus": self.num_gpus,
+            "layout": layout_of(self.config),
+            "stages": [
+                {"stage": s.stage, "peak": s.peak, "resident": s.resident, "parts": s.parts} for s in self.stages
+            ],
+            "engine": {
+                "claimed": self.engine.claimed,
+                "weights": self.engine.weights,
+                "overhead": self.engine.overhead,
+                "kv_cache": self.engine.cache,
+                "kv_cache_tokens": self.engine.cache_tokens,
+                "sequences_at_once": self.rollout.concurrent,
+            },
+            "step": {
+                "seconds": self.seconds,
+                "tokens": self.tokens,
+                "tokens_per_gpu_s": self.tokens / self.seconds / self.num_gpus,
+                "phases": {
+                    p.name: {"seconds": p.seconds, "bound": p.bound, "seconds_by": p.seconds_by} for p in self.phases
+                },
+            },
+            "ranks": a.world_size,
+            "engine_workers": r.num_engines * r.tensor_parallel,
+        }
+
+
+def layout_of(config: RunConfig) -> dict[str, Any]:
+    """The keys of a recipe that make a layout, as overrides would name them."""
+    a, r = config.actor, config.rollout
+    layout: dict[str, Any] = {
+        f"actor.{key}": getattr(a, key)
+        for key in (
+            "tensor_parallel",
+            "pipeline_parallel",
+            "virtual_pipeline",
+            "expert_parallel",
+            "data_parallel",
+            "sequence_parallel",
+            "recompute",
+            "tokens_per_microbatch",
+        )
+    }
+    for key in ("num_engines", "tensor_parallel", "max_num_seqs", "gpu_memory_utilization"):
+        layout[f"rollout.{key}"] = getattr(r, key)
+    return layout
+
+
+def gpus_of(config: RunConfig, placement: Placement) -> int:
+    """GPUs that a layout takes."""
+    ranks, workers = config.actor.world_size, config.rollout.num_engines * config.rollout.tensor_parallel
+    return max(ranks, workers) if placement == "colocated" else ranks + workers
+
+
+def check_layout(config: RunConfig, arch: Architecture) -> None:
+    """Raises InputError where the model cannot take the layout at all, one problem a line."""
+    problems = [*setting_problems(config), *model_problems(config, arch)]
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def make_plan(config: RunConfig, arch: Architecture, machine: Machine, busiest_bytes: float | None = None) -> Plan:
+    """Plans a resolved config.
+
+    Args:
+        busiest_bytes: that the busiest rank or worker moves in one weight sync; None: estimated.
+
+    Raises:
+        InputError: the model cannot take the layout.
+    """
+    check_layout(config, arch)
+    gpu, assumptions = machine.gpu, machine.assumptions
+    stages = actor_memory(config, arch, assumptions)
+    engine = engine_memory(config, arch, gpu, assumptions)
+    if busiest_bytes is None:
+        workers = config.rollout.num_engines * config.rollout.tensor_parallel
+        busiest_bytes = engine.weights * max(1.0, workers / config.actor.world_size)
+    return Plan(
+        config=config,
+        machine=machine,
+        stages=stages,
+        engine=engine,
+        actor=actor_times(config, arch, gpu, assumptions),
+        rollout=rollout_time(config, arch, gpu, engine, assumptions),
+        sync=sync_time(busiest_bytes, work(config, assumptions).publications, gpu, assumptions),
+        problems=(*actor_problems(stages, engine, machine), *engine_problems(config, stages, engine, machine)),
+    )
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def actor_problems(stages: tuple[StageMemory, ...], engine: EngineMemory, machine: Machine) -> Iterator[str]:
+    """What of the actor the GPUs cannot hold."""
+    asleep = engine.asleep if machine.placement == "colocated" else 0
+    room = machine.gpu.memory_bytes - asleep
+    worst = max(stages, key=lambda stage: stage.peak)
+    if worst.peak > room:
+        parts = sorted(worst.at_peak.items(), key=lambda part: -part[1])[:3]
+        beside = f" beside a sleeping engine ({gib(asleep)})" if asleep else ""
+        yield (
+            f"actor, stage {worst.stage}: needs {gib(worst.peak)}, the GPU has {gib(room)}{beside}; "
+            f"most of it: {', '.join(f'{name} {gib(size)}' for name, size in parts)}"
+        )
+
+
+def engine_problems(
+    config: RunConfig, stages: tuple[StageMemory, ...], engine: EngineMemory, machine: Machine
+) -> Iterator[str]:
+    """What of the engines the GPUs cannot hold."""
+    r, total = config.rollout, machine.gpu.memory_bytes
+    longest = config.data.max_prompt_tokens + r.max_response_tokens
+    if engine.cache_tokens < longest:
+        yield (
+            f"engine: rollout.gpu_memory_utilization {r.gpu_memory_utilization} is {gib(engine.claimed)}, weights take "
+            f"{gib(engine.weights)} and the rest {gib(engine.overhead)}; the cache must hold {longest} tokens, "
+            f"it would hold {engine.cache_tokens}"
+        )
+    if machine.placement == "disaggregated":
+        return
+    resident = max(stage.resident for stage in stages)
+    if resident + engine.claimed > total:
+        yield (
+            f"colocated: while engines sample, the actor keeps {gib(resident)} and an engine claims "
+            f"{gib(engine.claimed)} (rollout.gpu_memory_utilization {r.gpu_memory_utilization}); "
+            f"the GPU has {gib(total)}"
+        )
+    ranks, workers = config.actor.world_size, r.num_engines * r.tensor_parallel
+    if workers > ranks:
+        yield f"colocated: {workers} engine workers for {ranks} actor ranks; allowed: as many or fewer"

@@ -1,0 +1,93 @@
+"""A plan as text: the memory of every stage, an engine's, the step's phases, what does not fit."""
+
+from collections.abc import Iterator, Sequence
+
+from megatron_coreward.planner.hardware import GIB
+from megatron_coreward.planner.memory import StageMemory
+from megatron_coreward.planner.plan import Plan, gib, layout_of
+
+MOST_STAGES = 4
+
+
+def report(plan: Plan, model: str) -> str:
+    """Everything about one plan."""
+    return "\n".join([*_head(plan, model), "", *_memory(plan), "", *_step(plan), "", *_verdict(plan)])
+
+
+def _head(plan: Plan, model: str) -> Iterator[str]:
+    c, machine = plan.config, plan.machine
+    a, r = c.actor, c.rollout
+    beside = "beside" if machine.placement == "colocated" else "and"
+    gpu = f"{machine.gpu.name} ({gib(machine.gpu.memory_bytes)})"
+    yield f"{model}, {c.method}, {c.model.dtype}, on {plan.num_gpus} x {gpu}"
+    yield (
+        f"{machine.placement}: {a.world_size} actor ranks (TP {a.tensor_parallel}, PP {a.pipeline_parallel}, VPP "
+        f"{a.virtual_pipeline}, EP {a.expert_parallel}, DP {a.data_parallel}; recompute {a.recompute}, "
+        f"{a.tokens_per_microbatch} tokens a micro-batch)"
+    )
+    yield f"{beside} {r.num_engines} engines of TP {r.tensor_parallel}, {r.max_num_seqs} sequences at once"
+
+
+def shown(stages: Sequence[StageMemory]) -> list[StageMemory]:
+    """The stages that differ: first, last, and the fullest between them, where there are many."""
+    if len(stages) <= MOST_STAGES:
+        return list(stages)
+    between = max(stages[1:-1], key=lambda stage: stage.peak)
+    return [stages[0], between, stages[-1]]
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    stages = shown(plan.stages)
+    yield f"{'GiB a GPU of the actor':<24}" + "".join(f"{f'stage {s.stage}':>10}" for s in stages)
+    for part in stages[0].parts:
+        if any(s.parts[part] for s in stages):
+            note = "  (not beside activations and logits)" if part == "checkpoint" else ""
+            yield f"  {part:<22}" + "".join(f"{s.parts[part] / GIB:>10.2f}" for s in stages) + note
+    yield f"  {'peak':<22}" + "".join(f"{s.peak / GIB:>10.2f}" for s in stages)
+    e = plan.engine
+    yield "GiB a GPU of an engine"
+    for name, size in (("weights", e.weights), ("activations, graphs", e.overhead), ("key-value cache", e.cache)):
+        yield f"  {name:<22}{size / GIB:>10.2f}"
+    yield f"  the cache holds {e.cache_tokens:,} tokens; {plan.rollout.concurrent} sequences decode at once"
+
+
+def _step(plan: Plan) -> Iterator[str]:
+    yield f"{'seconds of a step':<24}{'':>10}  bound by"
+    for phase in plan.phases:
+        if phase.seconds:
+            yield f"  {phase.name:<22}{phase.seconds:>10.1f}  {phase.bound} {phase.seconds_by[phase.bound]:.1f}"
+    rate = plan.tokens / plan.seconds / plan.num_gpus
+    yield f"  {'all':<22}{plan.seconds:>10.1f}  {plan.tokens / 1e6:.2f} M tokens, {rate:,.0f} tokens/s a GPU"
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+    if not plan.problems:
+        yield "fits"
+    for problem in plan.problems:
+        yield f"does not fit: {problem}"
+
+
+def overrides(plan: Plan) -> str:
+    """The layout as `key=value` arguments of any command that reads a recipe."""
+    values = (
+        (key, str(value).lower() if isinstance(value, bool) else value) for key, value in layout_of(plan.config).items()
+    )
+    return " ".join(f"{key}={value}" for key, value in values)
+
+
+def ranking(plans: Sequence[Plan], gpus: int) -> str:
+    """A row a plan, best first."""
+    if not plans:
+        return f"no layout fits on {gpus} GPUs"
+    lines = [
+        f"{'s/step':>8} {'actor':>6} {'TP':>3} {'PP':>3} {'VPP':>3} {'EP':>3} {'DP':>4} {'engines':>9}  GiB  overrides"
+    ]
+    for plan in plans:
+        a, r = plan.config.actor, plan.config.rollout
+        peak = max(stage.peak for stage in plan.stages) / GIB
+        lines.append(
+            f"{plan.seconds:>8.1f} {a.world_size:>6} {a.tensor_parallel:>3} {a.pipeline_parallel:>3} "
+            f"{a.virtual_pipeline:>3} {a.expert_parallel:>3} {a.data_parallel:>4} "
+            f"{f'{r.num_engines} x TP{r.tensor_parallel}':>9} {peak:>4.0f}  {overrides(plan)}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""Layouts that fit: enumerated, planned, ranked by predicted seconds a step; and the nearest to one that does not.
+
+Actor and engines hardly depend on each other: for each way to divide the GPUs between them, the best actor and the best
+engines are found apart. What is enumerated (`Space`) are sizes that divide; powers of two where nothing else says more.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import log2
+from typing import Any
+
+from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import InputError
+from megatron_coreward.planner.plan import (
+    Machine,
+    Placement,
+    Plan,
+    actor_problems,
+    engine_problems,
+    layout_of,
+    make_plan,
+)
+
+MAX_PIPELINE = 16
+MAX_GPUS = 4096
+UTILIZATION = 0.9  # of a GPU that an engine has for itself
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """GPUs of the actor and of the engines; colocated, both are all of them."""
+
+    actor: int
+    engines: int
+
+
+def splits(num_gpus: int, placement: Placement) -> list[Split]:
+    if placement == "colocated":
+        return [Split(num_gpus, num_gpus)]
+    eighth = max(1, num_gpus // 8)
+    return [Split(n, num_gpus - n) for n in range(eighth, num_gpus, eighth)]
+
+
+def _powers(limit: int) -> list[int]:
+    return [2**k for k in range(limit.bit_length()) if 2**k <= limit]
+
+
+def actor_layouts(config: RunConfig, arch: Architecture, ranks: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
+    """Changes of `actor` keys that lay the model over so many ranks; not all of them are allowed."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    least = 2 ** (longest - 1).bit_length()
+    experts = _powers(arch.experts.num) if arch.experts is not None else [1]
+    for tp in _powers(gpus_per_node):
+        for pp in range(1, MAX_PIPELINE + 1):
+            if arch.num_layers % pp or ranks % (tp * pp):
+                continue
+            dp = ranks // (tp * pp)
+            for vpp in (1, 2, 4) if pp > 1 else (1,):
+                for ep in experts:
+                    if arch.num_layers % (pp * vpp) or dp % ep:
+                        continue
+                    for recompute in ("none", "full"):
+                        for tokens in (least, 2 * least, 4 * least):
+                            yield {
+                                "tensor_parallel": tp,
+                                "pipeline_parallel": pp,
+                                "virtual_pipeline": vpp,
+                                "expert_parallel": ep,
+                                "data_parallel": dp,
+                                "sequence_parallel": tp > 1,
+                                "recompute": recompute,
+                                "tokens_per_microbatch": tokens,
+                            }
+
+
+def engine_layouts(workers: int, gpus_per_node: int, utilization: float) -> Iterator[dict[str, Any]]:
+    """Changes of `rollout` keys that lay engines over so many GPUs."""
+    for tp in _powers(gpus_per_node):
+        if workers % tp == 0:
+            for sequences in (256, 512, 1024):
+                yield {
+                    "num_engines": workers // tp,
+                    "tensor_parallel": tp,
+                    "max_num_seqs": sequences,
+                    "gpu_memory_utilization": utilization,
+                }
+
+
+def _with(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
+    changed = {name: getattr(config, name).model_copy(update=changes) for name, changes in parts.items()}
+    return config.model_copy(update=changed)
+
+
+Rank = Callable[[Plan], Any]
+
+
+def search(
+    config: RunConfig, arch: Architecture, machine: Machine, num_gpus: int, rank: Rank = lambda plan: plan.seconds
+) -> list[Plan]:
+    """Plans that fit, best first: one for each way to divide the GPUs and each tensor- and pipeline-parallel size.
+
+    Args:
+        rank: of a plan, the smaller the better.
+    """
+    per_node = machine.assumptions.gpus_per_node
+    found = []
+    for split in splits(num_gpus, machine.placement):
+        actors: dict[tuple[int, int], Plan] = {}
+        for layout in actor_layouts(config, arch, split.actor, per_node):
+            plan = _planned(_with(config, actor=layout, rollout=_any_engines(split, per_node)), arch, machine)
+            if plan is None or any(actor_problems(plan.stages, plan.engine, machine)):
+                continue
+            key = (layout["tensor_parallel"], layout["pipeline_parallel"])
+            if key not in actors or rank(plan) < rank(actors[key]):
+                actors[key] = plan
+        best_engines: Plan | None = None
+        for actor in sorted(actors.values(), key=rank):
+            if best_engines is None or machine.placement == "colocated":
+                utilization = UTILIZATION
+                if machine.placement == "colocated":
+                    free = machine.gpu.memory_bytes - max(stage.resident for stage in actor.stages)
+                    utilization = min(UTILIZATION, int(20 * free / machine.gpu.memory_bytes) / 20)
+                if utilization <= 0:
+                    continue
+                best_engines = min(
+                    (
+                        plan
+                        for layout in engine_layouts(split.engines, per_node, utilization)
+                        if (plan := _planned(_with(actor.config, rollout=layout), arch, machine)) is not None
+                        and not any(engine_problems(plan.config, plan.stages, plan.engine, machine))
+                    ),
+                    key=rank,
+                    default=None,
+                )
+            if best_engines is None:
+                if machine.placement == "colocated":
+                    continue
+                break
+            whole = _planned(actor.config.model_copy(update={"rollout": best_engines.config.rollout}), arch, machine)
+            if whole is not None and not whole.problems:
+                found.append(whole)
+    return sorted(found, key=rank)
+
+
+def _any_engines(split: Split, per_node: int) -> dict[str, Any]:
+    """Engines to plan an actor with, before its own are looked for."""
+    tp = next(n for n in reversed(_powers(per_node)) if split.engines % n == 0)
+    return {"num_engines": split.engines // tp, "tensor_parallel": tp, "gpu_memory_utilization": UTILIZATION}
+
+
+def _planned(config: RunConfig, arch: Architecture, machine: Machine) -> Plan | None:
+    try:
+        return make_plan(config, arch, machine)
+    except InputError:
+        return None
+
+
+def distance(config: RunConfig, other: RunConfig) -> float:
+    """How far one layout is from another: doublings and switches."""
+    one, two = layout_of(config), layout_of(other)
+    total = 0.0
+    for key, value in one.items():
+        if isinstance(value, bool | str):
+            total += value != two[key]
+        else:
+            total += abs(log2(value / two[key]))
+    return total
+
+
+def nearest(config: RunConfig, arch: Architecture, machine: Machine, num_gpus: int) -> Plan | None:
+    """The layout that fits with the fewest changes; on twice, four times ... as many GPUs where none fits on these."""
+    while num_gpus <= MAX_GPUS:
+        found = search(config, arch, machine, num_gpus, rank=lambda p: (distance(config, p.config), p.seconds))
+        if found:
+            return found[0]
+        num_gpus *= 2
+    return None

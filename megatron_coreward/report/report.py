@@ -1,0 +1,150 @@
+"""`report`: one run on one page. Curves, alarms of the guard, where the time goes, samples, the configuration."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_coreward.config.guard import GuardSettings
+from megatron_coreward.config.schema import RewardSettings
+from megatron_coreward.guard import Decision, replay_rows
+from megatron_coreward.report import panels
+from megatron_coreward.report.chart import Mark
+from megatron_coreward.report.html_page import figures, readouts, section, table, text, write_page
+from megatron_coreward.report.run_record import RunRecord, load_record
+from megatron_coreward.report.samples import Limits, Samples, collect_samples
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.telemetry import keys
+from megatron_coreward.telemetry.display import format_seconds
+
+_FILTERS = {
+    "all": "every question",
+    "flat": "no variance: teaches nothing",
+    "split": "vote share below one half",
+    "tie": "tied vote",
+    "nolabel": "no label",
+    "noanswer": "a rollout without an answer",
+    "cut": "a rollout cut off",
+    "other": "own vote is another string than the label",
+    "wrong": "label is another string than the data set's answer",
+}
+
+
+def write_report(run_dir: Path, out: Path | None = None, limits: Limits | None = None) -> Path:
+    """Writes the page of a run, `report.html` in its directory unless told otherwise. Returns its path.
+
+    Raises InputError where `run_dir` is no run directory.
+    """
+    record = load_record(run_dir)
+    rewards = record.settings("rewards", RewardSettings)
+    with Judge(rewards.equivalence, rewards.judge_timeout_s) as judge:
+        samples = collect_samples(record.dumps, judge, rewards.min_margin, limits or Limits())
+    decisions = [decision for _, decision in replay_rows(record.settings("guard", GuardSettings), record.steps)]
+    marks = [
+        Mark(decision.step, decision.level) for decision in decisions if decision.news and decision.level != "none"
+    ]
+    drawn = [
+        item
+        for panel in (panels.validation_panel(record.known_keys()), *panels.PANELS)
+        if (item := panels.draw(panel, record.rows, marks)) is not None
+    ]
+    time = panels.draw_time(record.rows)
+    drawn += [time] if time is not None else []
+    path = out or run_dir / "report.html"
+    sections = [
+        _head(record, decisions),
+        section("curves", "Curves", figures(drawn)),
+        section("guard", "Collapse guard", _guard(record, decisions)),
+        section("samples", "Samples", _browser(samples)),
+        section("config", "Configuration and events", _config(record)),
+    ]
+    write_page(path, f"Run {record.name}", sections, {"charts": readouts(drawn), "samples": samples.steps})
+    return path
+
+
+def _head(record: RunRecord, decisions: list[Decision]) -> str:
+    steps, planned = record.steps, record.config.get("steps")
+    done = int(steps[-1][keys.STEP] or 0) if steps else 0
+    facts: list[tuple[str, str, bool]] = [("steps done", f"{done} of {planned}" if planned else str(done), False)]
+    for key in keys.validation_keys(record.known_keys()):
+        values = [value for row in record.rows if (value := row.get(key)) is not None]
+        facts.append((f"{key.removeprefix('val/')}, first and last", f"{values[0]:.1%} → {values[-1]:.1%}", False))
+    for key, name in (("label/accuracy", "label accuracy"), ("vote/share", "vote share"), ("reward/mean", "reward")):
+        known = [value for row in steps if (value := row.get(key)) is not None]
+        if known:
+            facts.append(
+                (f"{name}, last step", f"{known[-1]:.1%}" if key != "reward/mean" else f"{known[-1]:.3g}", False)
+            )
+    seconds = sum(row.get(keys.STEP_TIME) or 0.0 for row in record.rows)
+    facts.append(("in all steps", format_seconds(seconds), False))
+    alarm = next((decision for decision in reversed(decisions) if decision.level != "none"), None)
+    worst = "none" if alarm is None else f"{alarm.level}, last at step {alarm.step}"
+    facts.append(("collapse guard", worst, alarm is not None))
+    cards = "".join(
+        f'<div class="card{" alarm" if alarming else ""}"><b>{text(value)}</b><span>{text(name)}</span></div>'
+        for name, value, alarming in facts
+    )
+    method, model = record.config.get("method", "unknown method"), (record.config.get("model") or {}).get("hf_path", "")
+    menu = "".join(
+        f'<a href="#{name}">{title}</a>'
+        for name, title in (
+            ("curves", "Curves"),
+            ("guard", "Guard"),
+            ("samples", "Samples"),
+            ("config", "Configuration"),
+        )
+    )
+    return (
+        f"<nav>{menu}</nav><h1>{text(record.name)}</h1>"
+        f'<p class="dim">{text(method)} on {text(model)}</p><div class="cards">{cards}</div>\n'
+    )
+
+
+def _guard(record: RunRecord, decisions: list[Decision]) -> str:
+    recorded = any("guard/level" in row for row in record.rows)
+    source = (
+        "As the run's settings decide on its metrics."
+        if recorded
+        else "The run recorded no decisions; this is what the guard's settings say of its metrics."
+    )
+    told = [decision for decision in decisions if decision.news]
+    if not told:
+        return f"<p>No alarm in {len(decisions)} steps.</p><p class=dim>{source}</p>"
+    rows = [
+        [
+            str(decision.step),
+            f'<span class="tag bad">{decision.level}</span>',
+            text(decision.action or ""),
+            text(decision.reason),
+            str(decision.good_step),
+        ]
+        for decision in told
+    ]
+    head = ("step", "level", "action", "signs, against the mean of the first steps", "last step before them")
+    return (
+        f"{table(head, rows, numeric=(0, 4))}<p class=dim>{source} Dashed lines in the curves stand at these steps.</p>"
+    )
+
+
+def _browser(samples: Samples) -> str:
+    said = f'<p class="dim">{text(samples.left_out)}</p>'
+    if not samples.steps:
+        return said
+    options = "".join(f'<option value="{name}">{text(words)}</option>' for name, words in _FILTERS.items())
+    return (
+        f'{said}<div id="browser"><div class="controls"><select id="step" aria-label="step"></select>'
+        f'<select id="filter" aria-label="filter">{options}</select>'
+        '<input id="search" type="search" placeholder="search in questions and rollouts" aria-label="search">'
+        '<span class="dim count"></span><span class="dim">keys: j next, k previous</span></div>'
+        '<div class="browser"><div class="list"></div><div class="detail"></div></div></div>'
+    )
+
+
+def _config(record: RunRecord) -> str:
+    parts: list[Any] = []
+    if record.config_text:
+        parts.append(f"<details><summary>config.yaml</summary><pre>{text(record.config_text)}</pre></details>")
+    if record.events:
+        told = "\n".join(record.events[-200:])
+        parts.append(
+            f"<details><summary>events.log, {len(record.events)} lines</summary><pre>{text(told)}</pre></details>"
+        )
+    return "".join(parts) or '<p class="dim">This run directory has no config.yaml.</p>'

@@ -1,0 +1,95 @@
+"""What the launcher makes of a RayJob's status, and how it submits one again."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_coreward.config.load import load_config
+from megatron_coreward.launch.job import make_job
+from megatron_coreward.launch.settings import KubernetesCluster
+from tests.launch.arguments import write_recipe
+
+pytest.importorskip("kubernetes", reason="the Python package kubernetes is not installed")
+
+from megatron_coreward.launch.kubernetes import Kubernetes
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def kubernetes(tmp_path: Path) -> Kubernetes:
+    job = make_job(load_config(write_recipe(tmp_path), ["run_dir=/runs/one"]), None, 2, 8, None)
+    return Kubernetes(job, KubernetesCluster(kind="kubernetes", image="image", claims={"runs": "/runs"}))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        ({}, None),
+        ({"jobStatus": "PENDING", "jobDeploymentStatus": "Initializing"}, None),
+        ({"jobStatus": "RUNNING", "jobDeploymentStatus": "Running"}, None),
+        ({"jobStatus": "SUCCEEDED", "jobDeploymentStatus": "Complete"}, "finished"),
+        (
+            {"jobStatus": "FAILED", "message": "Job entrypoint command failed with exit code 75, ..."},
+            "stopped",
+        ),
+        ({"jobStatus": "FAILED", "message": "Job entrypoint command failed with exit code -9, ..."}, "stopped"),
+        ({"jobStatus": "FAILED", "message": "Job entrypoint command failed with exit code 1, ..."}, "failed"),
+        ({"jobStatus": "FAILED", "message": "Job entrypoint command failed with exit code 2, ..."}, "failed"),
+        ({"jobStatus": "RUNNING", "jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}, "stopped"),
+    ],
+)
+def test_a_status(
+    kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch, status: dict[str, str], kind: str | None
+) -> None:
+    monkeypatch.setattr(kubernetes, "_get", lambda: {"status": status})
+    outcome = kubernetes.poll("one-coreward")
+    assert (None if outcome is None else outcome.kind) == kind
+
+
+def test_a_deleted_ray_job_was_cancelled(kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes, "_get", lambda: None)
+    outcome = kubernetes.poll("one-coreward")
+    assert outcome is not None
+    assert outcome.kind == "cancelled"
+
+
+def test_the_old_ray_job_leaves_before_the_new_one_comes(
+    kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+
+    class Client:
+        api: Any
+
+        def stop(self) -> None:
+            events.append("stop")
+
+        def create_namespaced_custom_object(self, **what: Any) -> None:
+            events.append((what["plural"], what["namespace"], what["body"]))
+
+    client = Client()
+    client.api = client
+    kubernetes._client = client
+    monkeypatch.setattr(kubernetes, "_get", lambda: None if "stop" in events else {"status": {}})
+    assert kubernetes.submit() == "one-coreward"
+    assert events == ["stop", ("rayjobs", "default", kubernetes.manifest)]
+
+
+def test_the_log_is_shown_once(kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["2026-01-01T00:00:01Z one", "2026-01-01T00:00:02Z two"]
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/kubectl")
+    asked: list[list[str]] = []
+
+    def kubectl(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(words)
+        return subprocess.CompletedProcess(words, 0, "\n".join(lines), "")
+
+    monkeypatch.setattr(subprocess, "run", kubectl)
+    assert kubernetes.new_log("one-coreward") == "one\ntwo"
+    lines.append("2026-01-01T00:00:03Z three")
+    assert kubernetes.new_log("one-coreward") == "three"
+    assert "job-name=one-coreward" in asked[0]
+    assert "--since-time=2026-01-01T00:00:02Z" in asked[1]

@@ -1,0 +1,111 @@
+"""Bytes that cannot be allocated on CPU: activations, logits, caches; and figures that others have published."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_coreward.config.schema import ActorSettings
+from megatron_coreward.planner.hardware import GIB, Assumptions
+from megatron_coreward.planner.memory import (
+    activation_bytes,
+    actor_memory,
+    cache_bytes_per_token,
+    engine_memory,
+    in_flight,
+    logits_bytes,
+    worker_elements,
+)
+from megatron_coreward.planner.models import published_architecture
+from megatron_coreward.planner.parameters import actor_layout, stage_parameters
+from megatron_coreward.planner.step_time import num_parameters
+from megatron_coreward.weights.layouts import EngineLayout
+from tests.planner.settings import config, machine
+
+EIGHT = published_architecture("Qwen3-8B-Base")
+
+
+@pytest.mark.parametrize("data_parallel", [1, 2, 8])
+def test_bytes_a_parameter_are_those_that_megatron_documents(data_parallel: int) -> None:
+    """6 + 12 / data-parallel size (Megatron Bridge, "Theoretical Memory Estimator")."""
+    c = config("Qwen3-8B-Base", actor={"data_parallel": data_parallel})
+    (stage,) = actor_memory(c, EIGHT, Assumptions())
+    per_parameter = sum(stage.static[part] for part in ("weights", "gradients", "optimizer")) / num_parameters(EIGHT)
+    assert per_parameter == pytest.approx(6 + 12 / data_parallel, rel=1e-4)
+
+
+def test_the_teacher_costs_eight_bytes_over_data_parallel_ranks_and_a_copy_of_the_model() -> None:
+    held = stage_parameters(EIGHT, actor_layout(ActorSettings(data_parallel=4)), 0)
+    for method, expected in (("co_rewarding_i", 0), ("co_rewarding_ii", 8 * held.owned + 2 * held.numel)):
+        c = config("Qwen3-8B-Base", method, actor={"data_parallel": 4})
+        (stage,) = actor_memory(c, EIGHT, Assumptions())
+        assert stage.static["teacher"] == expected
+        assert (stage.static["reference"] == 0) == (method == "co_rewarding_ii")  # the teacher is its reference
+
+
+def test_layers_in_flight_are_those_of_the_schedules() -> None:
+    plain = ActorSettings(pipeline_parallel=4)
+    assert [in_flight(plain, stage, 32) for stage in range(4)] == [32, 24, 16, 8]
+    interleaved = ActorSettings(
+        pipeline_parallel=4, virtual_pipeline=2
+    )  # chunks of 4 layers: 2 x 3 + 4 + 1 = 11 of them
+    assert [in_flight(interleaved, stage, 32) for stage in range(4)] == [44, 36, 28, 20]
+    assert in_flight(ActorSettings(), 0, 32) == 32
+
+
+def test_recomputation_tensor_and_sequence_parallelism_each_save_activations() -> None:
+    def size(**layout: Any) -> int:
+        return activation_bytes(EIGHT, ActorSettings(**layout), 0, 2, Assumptions())
+
+    none, full = size(), size(recompute="full")
+    inputs = 2 * 16384 * EIGHT.hidden_size * EIGHT.num_layers
+    assert inputs < full < none / 6
+    tp2, sp2 = size(tensor_parallel=2), size(tensor_parallel=2, sequence_parallel=True)
+    assert none / 2 < tp2 < none
+    assert sp2 == pytest.approx(none / 2, rel=1e-6)
+    assert size(tokens_per_microbatch=4096) == pytest.approx(none / 4, rel=1e-6)
+
+
+def test_only_the_last_stage_has_logits_and_tensor_parallelism_cuts_them() -> None:
+    a = ActorSettings(pipeline_parallel=2, tensor_parallel=2, tokens_per_microbatch=4096)
+    assert logits_bytes(EIGHT, a, 0, 2) == 0
+    assert logits_bytes(EIGHT, a, 1, 2) == 2 * 2 * 4096 * 152064 // 2 + 192 * 2**20
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B-Base", "Qwen3-30B-A3B", "Qwen2.5-3B"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_worker_needs_what_the_transfer_plan_brings_it(name: str, tp: int) -> None:
+    arch = published_architecture(name)
+    needed = EngineLayout(tensor_parallel=tp).needed(0, arch)
+    elements = 0
+    for block in needed:
+        numel = 1
+        for start, stop in block.bounds:
+            numel *= stop - start
+        elements += numel
+    assert worker_elements(arch, tp) == elements  # these vocabularies need no padding
+
+
+def test_the_cache_has_what_the_engine_leaves() -> None:
+    assert cache_bytes_per_token(EIGHT, 1, 2) == 2 * 36 * 8 * 128 * 2  # 144 KiB
+    assert cache_bytes_per_token(EIGHT, 16, 2) == 2 * 36 * 128 * 2  # a head cannot be cut
+    c = config("Qwen3-8B-Base", rollout={"gpu_memory_utilization": 0.9})
+    gpu = machine().gpu
+    engine = engine_memory(c, EIGHT, gpu, Assumptions())
+    assert engine.claimed == engine.weights + engine.overhead + engine.cache
+    assert engine.weights == 2 * num_parameters(EIGHT)
+    assert 50 * GIB < engine.cache < 54 * GIB
+    assert engine.cache_tokens == engine.cache // (144 * 1024)
+
+
+def test_one_published_peak_is_met_within_a_tenth() -> None:
+    """Llama-2-7B, BF16, DP 8, PP 2, TP 1, micro-batch 2, no recomputation: 69.1 GB measured on the first stage
+    (NVIDIA/Megatron-LM pull request 482, review of 2023-12-12). The text leaves the sequence length open: 4,096, the
+    model's own, is assumed here. It saves no checkpoint and has no reference."""
+    shape = {"num_heads": 32, "num_kv_heads": 32, "ffn_size": 11008, "vocab_size": 32000, "max_position": 4096}
+    arch = replace(published_architecture("Llama-3.1-8B"), **shape)  # type: ignore[arg-type]
+    actor = {"pipeline_parallel": 2, "data_parallel": 8, "tokens_per_microbatch": 2 * 4096}
+    c = config("Llama-2-7B", "majority_voting", actor=actor, loss={"kl_coef": 0.0})
+    stage = actor_memory(c, arch, Assumptions())[0]
+    without_saving = sum(stage.static.values()) + sum(stage.update.values()) + stage.runtime
+    assert without_saving * (1 + Assumptions().fragmentation) == pytest.approx(69.1e9, rel=0.1)

@@ -1,0 +1,124 @@
+"""Small run directories, written as a run writes them: dumps judged by the real methods, rows, configuration."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megatron_coreward.algorithms.advantages import group_advantages
+from megatron_coreward.config.guard import GuardSettings
+from megatron_coreward.config.schema import RewardSettings
+from megatron_coreward.guard import Guard
+from megatron_coreward.report.recompute import recompute_step
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.evidence import BatchEvidence
+from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.telemetry.jsonl import JsonlSink
+from megatron_coreward.telemetry.rollout_dump import JudgedGroup, dump_rollouts
+from megatron_coreward.types import Completion, Prompt, Role, RolloutGroup, TokenStats, View
+
+QUESTIONS = 4
+G = 4
+
+
+def sampled(uid: str, view: View, role: Role, texts: Sequence[str], question: str | None = None) -> RolloutGroup:
+    """A group with the given responses, each as many tokens as words; a text in a box is its answer."""
+    completions = []
+    for text in texts:
+        length = max(1, len(text.split()))
+        inside = text.rpartition("\\boxed{")[2].removesuffix("}") if "\\boxed{" in text else None
+        completions.append(
+            Completion(
+                token_ids=np.arange(length, dtype=np.int32),
+                logprobs=np.zeros(length, dtype=np.float32),
+                text=text,
+                answer=inside,
+                finish_reason="stop",
+                weight_version=1,
+            )
+        )
+    return RolloutGroup(
+        uid, view, role, Prompt(question or f"{view} {uid}?", np.arange(3, dtype=np.int32)), tuple(completions)
+    )
+
+
+def default_texts(step: int, question: int, view: View, role: Role) -> list[str]:
+    """Two rollouts with one answer, one with another, one without any."""
+    right = f"so it is \\boxed{{{question + step}}}"
+    other = f"or rather \\boxed{{{question + (view == 'rephrased') + (role == 'teacher')}}}"
+    return [right, right, other, "who knows"]
+
+
+def write_run(
+    run_dir: Path,
+    method: str = "co_rewarding_i+ii",
+    steps: int = 3,
+    texts: Callable[[int, int, View, Role], list[str]] = default_texts,
+    config: Mapping[str, Any] | None = None,
+    gold: str | None = None,
+) -> Path:
+    """A run directory with dumps, rows that follow from them, and decisions of the guard."""
+    run_dir.mkdir(parents=True)
+    tree = {
+        "run_dir": str(run_dir),
+        "steps": steps,
+        "method": method,
+        "model": {"hf_path": "models/tiny"},
+        **(config or {}),
+    }
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    settings = RewardSettings.model_validate(tree.get("rewards") or {})
+    guard = Guard(GuardSettings.model_validate(tree.get("guard") or {}))
+    sink = JsonlSink(run_dir / "metrics.jsonl")
+    sink.write(0, {"step_time_s": 1.0, "val/pass@1": 0.5, "val/avg@8": 0.4})
+    with Judge(settings.equivalence) as judge:
+        for step in range(1, steps + 1):
+            judged = judged_step(method, step, texts, settings, judge, gold)
+            dump_rollouts(run_dir, step, judged)
+            row = dict(recompute_step(judged, METHODS[method], settings, judge).metrics)
+            row |= {"rollout/entropy": 0.5, "loss/kl": 0.01 * step, "teacher/decay": 0.99}
+            row |= guard.observe(step, row).metrics()
+            row |= {"time/rollout_s": 1.0, "time/update_s": 2.0, "time/outside_s": 0.1, "step_time_s": 3.1}
+            sink.write(step, row | {"val/avg@8": 0.4 + 0.1 * step})
+    sink.close()
+    return run_dir
+
+
+def judged_step(
+    method: str,
+    step: int,
+    texts: Callable[[int, int, View, Role], list[str]],
+    settings: RewardSettings,
+    judge: Judge,
+    gold: str | None = None,
+) -> list[JudgedGroup]:
+    """A step's groups with what the method makes of them."""
+    needs = METHODS[method].needs
+    roles: tuple[Role, ...] = ("policy", "teacher") if needs.teacher else ("policy",)
+    groups: dict[Role, list[RolloutGroup]] = {
+        role: [
+            sampled(f"set/{question}", view, role, texts(step, question, view, role))
+            for question in range(QUESTIONS)
+            for view in needs.views
+        ]
+        for role in roles
+    }
+    lengths = [len(c.token_ids) for group in groups["policy"] for c in group.completions]
+    values = [np.full(length, place % 3, dtype=np.float32) for place, length in enumerate(lengths)]
+    evidence = BatchEvidence(
+        needs,
+        judge,
+        policy_groups=groups["policy"],
+        teacher_groups=groups.get("teacher", []),
+        token_stats=TokenStats(values, values, values) if needs.token_stats else None,
+        golds={f"set/{question}": str(question + step) for question in range(QUESTIONS)},
+        min_margin=settings.min_margin,
+    )
+    judged = []
+    for group in groups["policy"]:
+        judgement = METHODS[method].judge(group, evidence)
+        advantages = group_advantages(judgement.rewards).astype(np.float32)
+        judged.append(JudgedGroup(group, judgement.label, judgement.rewards, advantages, gold))
+    return judged + [JudgedGroup(group, None, None, None, gold) for group in groups.get("teacher", [])]

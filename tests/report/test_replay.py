@@ -1,0 +1,173 @@
+"""A replay agrees with an honest run, and names what was changed in one that is not."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_coreward.errors import InputError
+from megatron_coreward.report.replay import replay, summary
+from megatron_coreward.report.run_record import load_record
+from megatron_coreward.report.what_if import what_if, what_if_summary
+from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.telemetry.rollout_dump import JudgedGroup, dump_rollouts, read_rollouts, rollouts_path
+from megatron_coreward.types import Role, View
+from tests.report.runs import write_run
+
+Change = Callable[[JudgedGroup], JudgedGroup]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_honest_run_comes_out_as_recorded(tmp_path: Path, method: str) -> None:
+    record = load_record(write_run(tmp_path / "run", method))
+    result = replay(record)
+    assert [str(difference) for difference in result.differences] == []
+    assert result.steps == 3
+    assert set(result.compared) == {"answer", "label", "reward", "advantage", "metric", "guard"}
+    assert all("all as recorded" in line for line in summary(record, result)[1:7])
+    needs = METHODS[method].needs
+    assert bool(result.notes) == (needs.token_stats or needs.gold)
+
+
+def edit(run_dir: Path, step: int, change: Change) -> None:
+    """Changes the first group of a step's dump."""
+    first, *others = read_rollouts(rollouts_path(run_dir, step))
+    dump_rollouts(run_dir, step, [change(first), *others])
+
+
+def with_answer(item: JudgedGroup) -> JudgedGroup:
+    first, *others = item.group.completions
+    changed = replace(first, answer="999")
+    return replace(item, group=replace(item.group, completions=(changed, *others)))
+
+
+def shifted(values: Any) -> Any:
+    return values + np.asarray([0.5, 0, 0, 0], dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("answer", with_answer),
+        ("label", lambda item: replace(item, label="999")),
+        ("reward", lambda item: replace(item, rewards=shifted(item.rewards))),
+        ("advantage", lambda item: replace(item, advantages=shifted(item.advantages))),
+    ],
+)
+def test_what_was_changed_in_a_dump_is_named_with_its_step_and_group(tmp_path: Path, what: str, change: Change) -> None:
+    run_dir = write_run(tmp_path / "run")
+    edit(run_dir, 2, change)
+    record = load_record(run_dir)
+    result = replay(record)
+    assert not result.equal
+    found = [difference for difference in result.differences if difference.what == what]
+    assert found[0].step == 2
+    assert found[0].where.startswith("set/0 (original, policy)")
+    assert {difference.step for difference in result.differences} == {2}
+    assert any("step 2, set/0 (original, policy)" in line for line in summary(record, result))
+
+
+@pytest.mark.parametrize(("key", "what"), [("vote/share", "metric"), ("guard/level", "guard")])
+def test_a_row_that_does_not_follow_from_the_rollouts_is_named(tmp_path: Path, key: str, what: str) -> None:
+    run_dir = write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows[2][key] += 1
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    differences = replay(load_record(run_dir)).differences
+    assert (differences[0].step, differences[0].where, differences[0].what) == (2, key, what)
+
+
+def test_only_the_steps_that_were_asked_for(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    edit(run_dir, 2, with_answer)
+    record = load_record(run_dir)
+    assert replay(record, range(3, 4)).steps == 1
+    assert replay(record, range(3, 4)).equal
+    assert not replay(record, range(2, 3)).equal
+
+
+def test_a_step_that_died_before_its_row_is_noted(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:-1]))
+    result = replay(load_record(run_dir))
+    assert result.equal
+    assert result.notes == ["step 3 has rollouts and no row of metrics: the run ended within it"]
+
+
+@pytest.mark.parametrize(
+    ("breaking", "message"),
+    [
+        (lambda run: [path.unlink() for path in (run / "rollouts").iterdir()], "no rollouts to recompute"),
+        (lambda run: (run / "config.yaml").write_text("method: prayer\n"), "method: found 'prayer'; allowed"),
+        (lambda run: (run / "config.yaml").write_text("{"), "not valid YAML"),
+        (lambda run: (run / "config.yaml").write_text("method: entropy\nrewards: {pace: 1}\n"), "rewards.pace"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "no such file"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "no step has been written"),
+        (lambda run: rollouts_path(run, 1).write_bytes(b"PAR1"), "not a file of rollouts"),
+    ],
+)
+def test_a_run_that_cannot_be_replayed_is_refused_in_words(
+    tmp_path: Path, breaking: Callable[[Path], object], message: str
+) -> None:
+    run_dir = write_run(tmp_path / "run")
+    breaking(run_dir)
+    with pytest.raises(InputError, match=message):
+        replay(load_record(run_dir))
+
+
+def halves(step: int, question: int, view: View, role: Role) -> list[str]:
+    """Under `math`, the two halves win; under `exact` the lone string that comes twice does."""
+    return ["\\boxed{1/2}", "\\boxed{0.5}", "\\boxed{\\frac{1}{2}}", "\\boxed{7}", "\\boxed{7}"]
+
+
+def test_another_relation_shows_what_it_would_have_changed(tmp_path: Path) -> None:
+    record = load_record(write_run(tmp_path / "run", "majority_voting", steps=2, texts=halves, gold="0.5"))
+    result = what_if(record, "math")
+    assert (result.groups, result.rollouts) == (8, 40)
+    assert result.labels_changed == 8
+    assert result.rewards_changed == 40
+    assert (result.labels_right_recorded, result.labels_right_now) == (0, 8)
+    lines = what_if_summary(record, "math", result)
+    assert lines[3] == "  mean reward 0.4000, then 0.6000"
+    assert lines[4] == "  label accuracy 0.0%, then 100.0%, both by math"
+    assert "label '7', now '1/2'; 5 rewards change" in lines[6]
+    same = what_if(record, "exact")
+    assert (same.labels_changed, same.rewards_changed) == (0, 0)
+
+
+def test_another_relation_means_nothing_to_rewards_without_answers(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="do not depend on which answers are equivalent"):
+        what_if(load_record(write_run(tmp_path / "run", "entropy")), "math")
+
+
+def test_the_commands_answer_with_their_statuses_without_engine_megatron_or_torch(tmp_path: Path) -> None:
+    honest, other = write_run(tmp_path / "honest"), write_run(tmp_path / "other")
+    edit(other, 1, with_answer)
+    program = (
+        "import argparse, sys\n"
+        "for name in ('megatron', 'vllm', 'ray', 'torch', 'transformers'): sys.modules[name] = None\n"
+        "from megatron_coreward.commands import report\n"
+        "parser = argparse.ArgumentParser()\n"
+        "report.add(parser.add_subparsers())\n"
+        "options = parser.parse_args(sys.argv[1:])\n"
+        "options.run(options)\n"
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120, check=False
+        )
+
+    good, bad = run("replay", str(honest)), run("replay", str(other), "--steps", "1-2")
+    assert (good.returncode, bad.returncode) == (0, 1), good.stderr + bad.stderr
+    assert "first differences" in bad.stdout
+    page = tmp_path / "all.html"
+    assert run("compare", str(honest), str(other), "--out", str(page)).returncode == 0
+    assert page.is_file()
