@@ -108,6 +108,7 @@ class TrainBatch:
     rollout_logprobs: Sequence[FloatArray] | None  # S x [L_s], from the rollout engine; None: not sampled by one
     old_logprobs: Sequence[FloatArray] | None  # S x [L_s]; None: the current policy is the old one
     reference_logprobs: Sequence[FloatArray] | None  # S x [L_s]; None: no KL term
+    kl_coef: float  # weight of the KL term
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -126,4 +127,5 @@ class TrainBatch:
             rollout_logprobs=pick(self.rollout_logprobs),
             old_logprobs=pick(self.old_logprobs),
             reference_logprobs=pick(self.reference_logprobs),
+            kl_coef=self.kl_coef,
         )

@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"", "errors", "types", "config", "weights"}),
     frozenset({"data", "rewards", "algorithms", "telemetry", "weights.*", "planner", "guard", "report"}),
-    frozenset({"actor", "rollout", "weights.send", "weights.receive", "weights.segment", "weights.gloo", "checkpoint"}),
+    frozenset({"actor", "rollout", "checkpoint"})
+    | {
+        f"weights.{name}"
+        for name in ("send", "receive", "segment", "gloo", "device", "device_receive", "device_source")
+    },
     frozenset({"trainer"}),
     frozenset({"cli", "commands", "demo", "launch", "__main__"}),
 )

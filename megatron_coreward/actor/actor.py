@@ -6,6 +6,8 @@ others return None.
 """
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,29 @@ from megatron_coreward.actor.export import export_hf  # noqa: E402
 from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
 from megatron_coreward.actor.hf_weights import held_blocks, load_hf, load_megatron, owned_blocks  # noqa: E402
 from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
-from megatron_coreward.actor.model import DTYPES, build_chunks  # noqa: E402
-from megatron_coreward.actor.optimizer import build_optimizer, build_scheduler, wrap_chunks  # noqa: E402
+from megatron_coreward.actor.model import DTYPES, build_chunks, resolve_backend  # noqa: E402
+from megatron_coreward.actor.offload import Offloaded, Part, free_memory  # noqa: E402
+from megatron_coreward.actor.optimizer import (  # noqa: E402
+    MOMENTS,
+    adam_name,
+    build_optimizer,
+    build_scheduler,
+    wrap_chunks,
+)
 from megatron_coreward.actor.packing import Share  # noqa: E402
 from megatron_coreward.actor.saving import FileHashes, Saving  # noqa: E402
 from megatron_coreward.actor.setup import ActorSetup, Weights  # noqa: E402
+from megatron_coreward.actor.shards import main_shards  # noqa: E402
 from megatron_coreward.actor.state import begin_save, load_state  # noqa: E402
 from megatron_coreward.actor.teacher import EmaTeacher, FrozenModel  # noqa: E402
 from megatron_coreward.actor.token_stats import Scores, VocabularyShard, score_tokens  # noqa: E402
 from megatron_coreward.actor.train_step import pack_loss  # noqa: E402
+from megatron_coreward.config.accelerator import RECIPES  # noqa: E402
 from megatron_coreward.config.architecture import read_architecture  # noqa: E402
+from megatron_coreward.telemetry.memory import DeviceMemory  # noqa: E402
 from megatron_coreward.types import FloatArray, Sequences, TokenStats, TrainBatch  # noqa: E402
 from megatron_coreward.weights.buckets import check_tiling  # noqa: E402
+from megatron_coreward.weights.device import IpcSender, NcclSender, Staging, largest_bucket  # noqa: E402
 from megatron_coreward.weights.gloo import GlooSender, Session, serve_store  # noqa: E402
 from megatron_coreward.weights.layouts import ActorLayout  # noqa: E402
 from megatron_coreward.weights.mapping import Index  # noqa: E402
@@ -51,10 +64,10 @@ class MegatronActor:
         self.at = parallel.initialize(setup.settings, rank, address, port, setup.seed)
         dtype = DTYPES[setup.dtype]
 
-        def build() -> Any:
-            return build_chunks(self.arch, setup.settings, dtype, setup.max_sequence_length)
+        def build(frozen: bool) -> Any:
+            return build_chunks(self.arch, setup.settings, dtype, setup.max_sequence_length, frozen)
 
-        chunks = build()
+        chunks = build(frozen=False)
         if setup.megatron_path is None:
             load_hf(chunks, self.arch, self.at, setup.hf_path)
         else:
@@ -66,8 +79,8 @@ class MegatronActor:
         self.teacher = EmaTeacher(self.optimizer) if setup.teacher else None
         kept: dict[Weights, bool] = {"teacher": setup.teacher, "reference": setup.frozen_reference}
         for name in (name for name, wanted in kept.items() if wanted):
-            self.frozen[name] = FrozenModel(build(), self.policy)
-            self.frozen[name].weights.copy_policy()
+            self.frozen[name] = FrozenModel(build(frozen=True), self.policy)
+            self.frozen[name].start_as_policy(self.optimizer)
         rows = self.arch.padded_vocab_size(self.at.tp_size) // self.at.tp_size
         self._vocabulary = VocabularyShard(
             start=min(self.at.tp_rank * rows, self.arch.vocab_size),
@@ -77,7 +90,57 @@ class MegatronActor:
         )
         self._address = address  # of rank 0
         self._senders: dict[Weights, Sender] = {}
+        self._staging: Staging | None = None
         self._saving: Saving | None = None
+        self._cold_scales = setup.settings.fp8 is not None and RECIPES[setup.settings.fp8].keeps_state
+        self._offloaded = Offloaded(self._parts())
+        self._offloaded.settle()
+
+    def _parts(self) -> dict[str, Part]:
+        """What can leave the device while others use it. Views of the model's own weights (fp32 runs) stay."""
+        settings, optimizer, teacher = self.setup.settings, self.optimizer, self.teacher
+        weights = {b.param_data.untyped_storage()._cdata for c in self.policy for b in _buffers(c)}
+
+        def of_optimizer() -> Iterator[torch.Tensor]:
+            for shard in main_shards(optimizer):
+                kept = (shard.value, *(shard.state[name] for name in MOMENTS))
+                yield from (t for t in kept if t.untyped_storage()._cdata not in weights)
+
+        parts = {"optimizer": Part(of_optimizer, settings.offload_optimizer)}
+        if teacher is not None:
+            parts["teacher"] = Part(lambda: [*teacher.values, *teacher.compensations], settings.offload_teacher)
+        if "reference" in self.frozen:
+            parts["reference"] = Part(lambda: self.frozen["reference"].weights.storages)
+        return parts
+
+    def describe(self) -> dict[str, str]:
+        """What this rank computes with, as far as it depends on what is installed."""
+        config = self.policy[0].module.config
+        return {
+            "backend": resolve_backend(self.setup.settings.backend),
+            "fp8": f"{config.fp8_recipe}{' with FP8 weights' if config.fp8_param else ''}" if config.fp8 else "off",
+            "adam": adam_name(self.optimizer),
+            "gradient accumulation": "fused" if config.gradient_accumulation_fusion else "separate",
+        }
+
+    def offload(self) -> DeviceMemory | None:
+        """Gives away the memory of all that neither publishing nor a probe needs: the optimizer's state, gradients, the
+        EMA's state, the frozen reference. Weights of policy and teacher stay. Returns None without a GPU."""
+        before = free_memory()
+        self._offloaded.leave("optimizer", "teacher", "reference")
+        for chunk in self.policy:
+            chunk.offload_grad_buffers()
+        after = free_memory()
+        return None if before is None or after is None else DeviceMemory(after, after - before)
+
+    def onload(self) -> DeviceMemory | None:
+        """Takes the memory back. Gradients come back as zeros."""
+        before = free_memory()
+        for chunk in self.policy:
+            chunk.restore_grad_buffers()
+        self._offloaded.settle()
+        after = free_memory()
+        return None if before is None or after is None else DeviceMemory(after, after - before)
 
     @property
     def reports(self) -> bool:
@@ -99,7 +162,8 @@ class MegatronActor:
         def score(pack: Pack, logits: torch.Tensor) -> Scores:
             return score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, temperature)
 
-        scores = forward_only(self._chunks(weights), packs, score)
+        with self._bf16_under_delayed_scaling(weights):
+            scores = forward_only(self._chunks(weights), packs, score)
         if scores is None or not self.reports:
             return None
 
@@ -113,6 +177,19 @@ class MegatronActor:
 
         return TokenStats(by_row("logprobs"), by_row("entropy"), by_row("self_certainty"))
 
+    @contextmanager
+    def _bf16_under_delayed_scaling(self, weights: Weights) -> Iterator[None]:
+        """Passes without a gradient never update the scales of this recipe: before the first update they would compute
+        with scale 1, where most weights are below what E4M3 can tell from zero."""
+        config = self.policy[0].module.config
+        fp8, keeps_state = config.fp8, bool(config.fp8) and RECIPES[config.fp8_recipe].keeps_state
+        if weights == "policy" and keeps_state:
+            config.fp8 = None
+        try:
+            yield
+        finally:
+            config.fp8 = fp8
+
     def accumulate(self, batch: TrainBatch, share: Share) -> list[dict[str, torch.Tensor]] | None:
         """The gradient of the batch's loss, summed over ranks into the parameters' main gradients; weights stay."""
         setup = self.setup
@@ -122,7 +199,7 @@ class MegatronActor:
 
         def loss(pack: Pack, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             scores = score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, setup.temperature)
-            return pack_loss(scores, pack, batch, setup.loss, setup.kl_coef)
+            return pack_loss(scores, pack, batch, setup.loss)
 
         return forward_backward(self.policy, self._packs(batch.sequences, share), loss)
 
@@ -134,7 +211,19 @@ class MegatronActor:
         Raises:
             FloatingPointError: the gradient is not finite, and the setup does not say to skip such updates.
         """
+        if self._cold_scales:
+            # Scales start at 1, where E5M2 has nothing below 1e-5 and gradients of a mean over tokens vanish. A pass
+            # whose gradient is thrown away finds the scales of the layers that the residual stream reaches; a second
+            # one those of the layers behind them.
+            self._cold_scales = False
+            for _ in range(2):
+                self.accumulate(batch, share)
         stats = self.accumulate(batch, share)
+        with self._offloaded.at_hand("optimizer"):
+            return self._apply(stats)
+
+    def _apply(self, stats: list[dict[str, torch.Tensor]] | None) -> dict[str, float] | None:
+        """The optimizer's step with the gradient that was accumulated; see `update`."""
         self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
         finite = bool(np.isfinite(grad_norm))  # the same on every rank
@@ -156,8 +245,9 @@ class MegatronActor:
         """teacher <- decay * teacher + (1 - decay) * policy."""
         if self.teacher is None:
             raise RuntimeError("this run keeps no teacher")
-        self.teacher.update(decay)
-        self.teacher.write_to(self.frozen["teacher"])
+        with self._offloaded.at_hand("optimizer", "teacher"):
+            self.teacher.update(decay)
+            self.teacher.write_to(self.frozen["teacher"])
 
     def open_sender(self, weights: Weights, route: Route) -> dict[str, Any]:
         """Prepares to publish one set of weights. Returns what the receiving engines need.
@@ -167,20 +257,28 @@ class MegatronActor:
         """
         if weights in self._senders:
             self._senders[weights].close()
-        sender = (
-            self._shared_memory(weights, route) if route.transport == "shared_memory" else self._gloo(weights, route)
-        )
+        sender = self._gloo(weights, route) if route.transport == "gloo" else self._of_full_tensors(weights, route)
         self._senders[weights] = sender
         return sender.init_info
 
-    def _shared_memory(self, weights: Weights, route: Route) -> Sender:
+    def _of_full_tensors(self, weights: Weights, route: Route) -> Sender:
         blocks = owned_blocks(self._modules(weights), self.arch, self.at)
         metas = tensors_to_send(self.arch, self.setup.dtype)
         of_all_ranks: list[list[tuple[str, Index]]] = [[] for _ in range(self.at.world_size)]
         dist.all_gather_object(of_all_ranks, [(block.name, block.index) for block in blocks])
         check_tiling(metas, itertools.chain.from_iterable(of_all_ranks))
-        segment = f"{route.run_id}-{weights}"
-        return SharedMemorySender(blocks, metas, route.bucket_bytes, segment, self.at.rank, self.at.world_size)
+        rank, size = self.at.rank, self.at.world_size
+        if route.transport == "shared_memory":
+            segment = f"{route.run_id}-{weights}"
+            return SharedMemorySender(blocks, metas, route.bucket_bytes, segment, rank, size)
+        if self._staging is None:  # policy and teacher take turns
+            self._staging = Staging(largest_bucket(metas, route.bucket_bytes), parallel.device())
+        if route.transport == "ipc":
+            return IpcSender(blocks, metas, route.bucket_bytes, rank, size, self._staging)
+        workers = route.engines.num_engines * route.engines.num_workers
+        return NcclSender(
+            *(blocks, metas, route.bucket_bytes, rank, size, self._staging), address=self._address, num_workers=workers
+        )
 
     def _gloo(self, weights: Weights, route: Route) -> Sender:
         store = serve_store(self._address, route.timeout_s) if self.at.rank == 0 else None
@@ -219,7 +317,8 @@ class MegatronActor:
         """
         if self._saving is not None:
             raise RuntimeError("the checkpoint before this one was not finished")
-        self._saving = begin_save(self.policy, self.optimizer, self.scheduler, self.teacher, target)
+        with self._offloaded.at_hand("optimizer", "teacher"):
+            self._saving = begin_save(self.policy, self.optimizer, self.scheduler, self.teacher, target)
 
     def save_written(self) -> bool:
         """Whether this rank's part of the save under way is written: `finish_save` will not wait for it."""
@@ -241,11 +340,16 @@ class MegatronActor:
 
     def load(self, source: Path) -> None:
         """Takes the training state from `source`, written under any layout."""
-        load_state(self.policy, self.optimizer, self.scheduler, self.teacher, source)
-        if self.teacher is not None:
-            self.teacher.write_to(self.frozen["teacher"])
+        with self._offloaded.at_hand("optimizer", "teacher"):
+            load_state(self.policy, self.optimizer, self.scheduler, self.teacher, source)
+            if self.teacher is not None:
+                self.teacher.write_to(self.frozen["teacher"])
 
     def shutdown(self) -> None:
         for sender in self._senders.values():
             sender.close()
         parallel.shutdown()
+
+
+def _buffers(wrapped: Any) -> list[Any]:
+    return [*wrapped.buffers, *wrapped.expert_parallel_buffers]

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
 from megatron_coreward.actor.parallel import Coordinates
@@ -72,15 +73,21 @@ def load_megatron(chunks: list[GPTModel], arch: Architecture, at: Coordinates, p
 def _load(chunks: list[GPTModel], arch: Architecture, at: Coordinates, weights: WeightFiles) -> None:
     shapes, scratch = hf_tensors(arch), Scratch()
     for name, param in global_parameters(chunks, arch, at):
-        param.zero_()  # rows that pad the vocabulary
+        quantised = is_float8tensor(param)
+        whole = torch.empty(param.shape, dtype=param.dtype, device=param.device) if quantised else param
+        whole.zero_()  # rows that pad the vocabulary
         for block in blocks(name, arch, *_tensor_parallel(name, at)):
             shape, dtype = shapes[block.hf_name], weights.dtype(block.hf_name)
             (first_row, last_row), *columns = block_bounds(block.hf_name, shape, block.hf_index)
-            target = param[block.shard_index]
+            target = whole[block.shard_index]
             for first, rows in cuts((last_row - first_row, *shape[1:]), dtype.itemsize, PIECE_BYTES):
                 piece = scratch.take((rows, *shape[1:]), dtype)
                 weights.read_rows(block.hf_name, first_row + first, piece)
                 target[first : first + rows].copy_(piece[(slice(None), *(slice(*c) for c in columns))])
+        if quantised:
+            param.copy_(whole)
+            # The optimizer starts from this copy. It was made when the module was, of memory without a meaning.
+            param._high_precision_init_val = whole.cpu()  # type: ignore[attr-defined]
 
 
 def held_blocks(chunks: list[GPTModel], arch: Architecture, at: Coordinates) -> list[HeldBlock]:
@@ -113,4 +120,9 @@ def owned_blocks(chunks: list[GPTModel], arch: Architecture, at: Coordinates) ->
 
 
 def _reader(param: torch.nn.Parameter, index: Index) -> Callable[[], torch.Tensor]:
-    return lambda: param.detach()[index]
+    return lambda: full_precision(param)[index]
+
+
+def full_precision(param: torch.Tensor) -> torch.Tensor:
+    """The values that a parameter computes with; a copy where it is kept in FP8."""
+    return dequantize_fp8_tensor(param) if is_float8tensor(param) else param.detach()

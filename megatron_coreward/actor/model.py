@@ -1,5 +1,6 @@
 """The actor's model: Megatron's `GPTModel` under the layout, from the architecture of a Hugging Face config."""
 
+import importlib.util
 import math
 import warnings
 from typing import Any
@@ -7,13 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_coreward.actor import parallel
 from megatron_coreward.actor.attention import PackedAttention
+from megatron_coreward.config.accelerator import RECIPES
 from megatron_coreward.config.architecture import Architecture, RopeScaling
 from megatron_coreward.config.schema import ActorSettings
 from megatron_coreward.errors import InputError
@@ -52,8 +56,50 @@ class TorchRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+def fp8_config(settings: ActorSettings, frozen: bool) -> dict[str, Any]:
+    """What Megatron is told of FP8; empty for BF16.
+
+    Only the inputs of the layers' linear products are FP8; attention, norms, embedding and output layer are not. A
+    frozen model is never trained, so delayed scaling would leave it with the scales that it starts with: it computes in
+    BF16 then. Its weights are kept in BF16 in any case.
+    """
+    if settings.fp8 is None:
+        return {}
+    recipe, ends = RECIPES[settings.fp8], settings.fp8_bf16_layers
+    if frozen and recipe.keeps_state:
+        return {}
+    told: dict[str, Any] = {"fp8": recipe.format, "fp8_recipe": settings.fp8}
+    if recipe.keeps_state:  # Transformer Engine's defaults; Megatron's would look one micro-batch back
+        told |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    if settings.fp8_params and not frozen:
+        told["fp8_param"] = True
+    if ends:
+        told |= {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": ends, "num_layers_at_end_in_bf16": ends}
+    return told
+
+
+def recompute_config(settings: ActorSettings, experts: bool) -> dict[str, Any]:
+    """What Megatron computes again in the backward pass. Fused attention keeps little: `selective` leaves it alone."""
+    if settings.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if settings.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if experts else "mlp"]}
+    return {}
+
+
+def fuses_gradients(settings: ActorSettings, backend: str) -> bool:
+    """Whether weight gradients are added to the fp32 buffers by the product itself.
+
+    Transformer Engine's layers bring a kernel for it. The output layer is Megatron's own under either spec, and
+    Megatron-Core 0.16.1 refuses to build it without apex's, so that decides.
+    """
+    if settings.gradient_accumulation_fusion == "auto":
+        return backend == "te" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return settings.gradient_accumulation_fusion
+
+
 def transformer_config(
-    arch: Architecture, settings: ActorSettings, dtype: torch.dtype, backend: str
+    arch: Architecture, settings: ActorSettings, dtype: torch.dtype, backend: str, frozen: bool = False
 ) -> TransformerConfig:
     """Megatron's config for one model under one layout.
 
@@ -75,9 +121,6 @@ def transformer_config(
             "moe_token_dispatcher_type": "alltoall" if on_gpu else "allgather",
             "moe_grouped_gemm": fused,
         }
-    recompute: dict[str, Any] = {}
-    if settings.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -111,13 +154,14 @@ def transformer_config(
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_gradients(settings, backend),
         apply_rope_fusion=fused,
         # Interleaved schedules between two ranks mix up the two directions when P2P is batched.
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
         **moe,
-        **recompute,
+        **({} if frozen else recompute_config(settings, arch.experts is not None)),
+        **fp8_config(settings, frozen),
     )
 
 
@@ -153,11 +197,20 @@ def layer_spec(arch: Architecture, backend: str) -> tuple[ModuleSpec, Any]:
 
 
 def build_chunks(
-    arch: Architecture, settings: ActorSettings, dtype: torch.dtype, max_sequence_length: int
+    arch: Architecture, settings: ActorSettings, dtype: torch.dtype, max_sequence_length: int, frozen: bool = False
 ) -> list[GPTModel]:
-    """This rank's model chunks, one for each virtual pipeline stage, with undefined weights: load them before use."""
+    """This rank's model chunks, one for each virtual pipeline stage, with undefined weights: load them before use.
+
+    Args:
+        frozen: never trained.
+
+    Raises:
+        InputError: the settings ask for what this machine does not have.
+    """
     backend = resolve_backend(settings.backend)
-    config = transformer_config(arch, settings, dtype, backend)
+    if settings.fp8 is not None and backend != "te":
+        raise InputError(f"actor.fp8: {settings.fp8} needs a GPU and the transformer-engine package; allowed: null")
+    config = transformer_config(arch, settings, dtype, backend, frozen)
     spec, norm = layer_spec(arch, backend)
     chunks = []
     for chunk in range(settings.virtual_pipeline):
@@ -179,8 +232,18 @@ def build_chunks(
         if arch.rope_scaling is not None:
             model.rotary_pos_emb.inv_freq = scale_rope(model.rotary_pos_emb.inv_freq, arch.rope_scaling)
         _mark_tensor_parallel(model)
-        chunks.append(model.to(dtype=dtype) if not torch.cuda.is_available() else model.cuda().to(dtype=dtype))
+        _place(model, dtype)
+        chunks.append(model)
     return chunks
+
+
+def _place(model: GPTModel, dtype: torch.dtype) -> None:
+    """Brings everything to the device and the dtype, but for weights that were made in FP8, which are there."""
+    device = parallel.device()
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if not is_float8tensor(tensor):
+                tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else None)
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:

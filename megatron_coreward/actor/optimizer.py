@@ -14,7 +14,9 @@ from megatron_coreward.config.schema import ActorSettings
 def wrap_chunks(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
     """Model chunks with contiguous parameter and gradient buffers, ready for the distributed optimizer."""
     config = chunks[0].config
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True, fp8_param_gather=config.fp8_param
+    )
     wrapped = [
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
     ]
@@ -44,12 +46,21 @@ def build_optimizer(
             use_distributed_optimizer=True,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
+            fp8_recipe=settings.fp8 if settings.fp8_params else None,
         ),
         model,
     )
     for part in optimizer_parts(optimizer):
         _allocate_moments(part)
     return optimizer
+
+
+def adam_name(optimizer: MegatronOptimizer) -> str:
+    """Whose Adam this is: Transformer Engine's or apex's fused one where they are installed, else torch's."""
+    for part in optimizer_parts(optimizer):
+        kind = type(part.optimizer)
+        return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"
+    return "none"
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -15,7 +15,6 @@ class ActorSetup:
 
     settings: ActorSettings
     loss: LossSettings
-    kl_coef: float
     hf_path: Path  # config and tokenizer, and the weights unless `megatron_path` has them
     megatron_path: Path | None
     dtype: Literal["float32", "bfloat16"]

@@ -43,12 +43,12 @@ class FlatWeights:
     """
 
     def __init__(self, policy: list[DistributedDataParallel], dtype: torch.dtype | None = None) -> None:
-        """Zeros; of the policy's dtype unless another is given."""
+        """Zeros; of the policy's dtype unless another is given (that which it computes in, where weights are FP8)."""
         self._flats: list[tuple[Any, torch.Tensor]] = []  # (policy buffer, our flat tensor of the same geometry)
         self._place: dict[torch.nn.Parameter, tuple[torch.Tensor, int]] = {}
         for wrapped in policy:
             for buffer in [*wrapped.buffers, *wrapped.expert_parallel_buffers]:
-                flat = torch.zeros_like(buffer.param_data, dtype=dtype or buffer.param_data.dtype)
+                flat = torch.zeros_like(buffer.param_data, dtype=dtype or buffer.params[0].dtype)
                 self._flats.append((buffer, flat))
                 for param in buffer.params:
                     self._place[param] = (flat, buffer.param_index_map[param][0])
@@ -57,12 +57,6 @@ class FlatWeights:
         """The values for a parameter of the policy, as a view in its shape."""
         flat, offset = self._place[param]
         return flat[offset : offset + param.numel()].view(param.shape)
-
-    @torch.no_grad()
-    def copy_policy(self) -> None:
-        """Takes the policy's present weights."""
-        for buffer, flat in self._flats:
-            flat.copy_(buffer.param_data)
 
     @torch.no_grad()
     def fill(self, shards: Iterable[tuple[MainShard, torch.Tensor]]) -> None:
@@ -77,6 +71,11 @@ class FlatWeights:
                 whole = flat[bucket.offset : bucket.offset + bucket.param_data.numel()]
                 own = whole.view(size, -1)[rank].clone()
                 dist.all_gather_into_tensor(whole, own, group=buffer.data_parallel_group)
+
+    @property
+    def storages(self) -> list[torch.Tensor]:
+        """The flat buffers, which all views share."""
+        return [flat for _, flat in self._flats]
 
     def own(self, shard: MainShard) -> torch.Tensor:
         """The part of the values that this rank owns, as a view."""

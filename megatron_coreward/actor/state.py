@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_coreward.actor.optimizer import MOMENTS, set_step_count, step_count
+from megatron_coreward.actor.optimizer import MOMENTS, optimizer_parts, set_step_count, step_count
 from megatron_coreward.actor.saving import Saving
 from megatron_coreward.actor.shards import FlatWeights, MainShard, main_shards
 from megatron_coreward.actor.teacher import EmaTeacher
@@ -46,8 +47,21 @@ def _quantities(optimizer: MegatronOptimizer, teacher: EmaTeacher | None) -> dic
 
 
 def _model_state(policy: Policy) -> dict[str, Any]:
+    """The weights of every chunk. What Transformer Engine's layers keep for FP8 scaling stays out: it is a pickle, and
+    all of it follows from the next micro-batches (`MegatronActor.update` warms up the one recipe with a memory)."""
     several = len(policy) > 1
-    return {f"model{i}" if several else "model": c.module.sharded_state_dict() for i, c in enumerate(policy)}
+    state = {}
+    for i, chunk in enumerate(policy):
+        weights = {k: v for k, v in chunk.module.sharded_state_dict().items() if not _is_scaling_state(k)}
+        for entry in weights.values():
+            if hasattr(entry, "data") and entry.data is not None and is_float8tensor(entry.data):
+                entry.data = dequantize_fp8_tensor(entry.data)
+        state[f"model{i}" if several else "model"] = weights
+    return state
+
+
+def _is_scaling_state(key: str) -> bool:
+    return key.rpartition(".")[2].startswith("_extra_state")
 
 
 def _quantity_state(policy: Policy, weights: FlatWeights, prefix: str) -> dict[str, Any]:
@@ -84,7 +98,7 @@ def begin_save(
     state["scheduler"] = scheduler.state_dict()
     state["optimizer_steps"] = step_count(optimizer)
     live = [tensor for chunk in policy for tensor in (*chunk.parameters(), *chunk.module.buffers())]
-    return Saving(state, live, target)
+    return Saving(state, [tensor for tensor in live if not is_float8tensor(tensor)], target)
 
 
 @torch.no_grad()
@@ -102,7 +116,9 @@ def load_state(
     wanted |= {name: _quantity_state(policy, whole, name) for name, whole in wholes.items()}
     state = dist_checkpointing.load(wanted, str(source))
     for chunk, name in zip(policy, _model_state(policy), strict=True):
-        chunk.module.load_state_dict(state[name])
+        missing, unknown = chunk.module.load_state_dict(state[name], strict=False)
+        if unknown or any(not _is_scaling_state(key) for key in missing):
+            raise RuntimeError(f"{source}: the model's state lacks {missing} and has {unknown} beyond it")
     for quantity, slots in _quantities(optimizer, teacher).items():
         for chunk, tensors in zip(policy, state[quantity].values(), strict=True):
             params = dict(chunk.module.named_parameters())
@@ -110,5 +126,10 @@ def load_state(
                 wholes[quantity].of(params[name]).copy_(tensor)
         for shard, own in slots():
             own.copy_(wholes[quantity].own(shard))
+    if policy[0].module.config.fp8_param:  # FP8 weights from the main parameters, as after a step
+        for part in optimizer_parts(optimizer):
+            part._copy_main_params_to_model_params()
+        for chunk in policy:
+            chunk.start_param_sync(force_sync=True)
     scheduler.load_state_dict(state["scheduler"])
     set_step_count(optimizer, state["optimizer_steps"])

@@ -32,6 +32,10 @@ class FrozenModel:
             chunk.requires_grad_(False)
             chunk.eval()
 
+    def start_as_policy(self, optimizer: MegatronOptimizer) -> None:
+        """Takes the policy's weights as the optimizer has them: those of a policy in FP8 are rounded."""
+        self.weights.fill((shard, shard.value) for shard in main_shards(optimizer))
+
 
 class EmaTeacher:
     """Exponential moving average of the policy's main parameters, in compensated fp32, cut like them."""

@@ -21,14 +21,13 @@ def _gather(pack: Pack, ragged: Sequence[FloatArray], device: torch.device) -> t
 
 
 def pack_loss(
-    scores: Scores, pack: Pack, batch: TrainBatch, settings: LossSettings, kl_coef: float
+    scores: Scores, pack: Pack, batch: TrainBatch, settings: LossSettings
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The pack's part of the batch's loss, and sums of what is worth watching (over tokens, not averaged).
 
     Args:
         scores: of the pack's N response tokens under the policy being trained.
         batch: the rank's share; `pack.rows` index into it.
-        kl_coef: weight of the KL term; it is left out where the batch has no reference log-probs.
     """
     logprobs = scores.logprobs
     device = logprobs.device
@@ -67,7 +66,7 @@ def pack_loss(
     if batch.reference_logprobs is not None:
         kl = kl_penalty(logprobs, _gather(pack, batch.reference_logprobs, device), settings.kl_estimator)
         sums["kl"] = kl.detach().sum()
-        per_token = per_token + kl_coef * kl
+        per_token = per_token + batch.kl_coef * kl
     loss = (weights * per_token).sum()
     sums["loss/total"] = loss.detach()
     return loss, sums

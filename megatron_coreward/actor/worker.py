@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_coreward.actor.packing import Share
 from megatron_coreward.actor.setup import ActorSetup, Weights
+from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import Sequences, TokenStats, TrainBatch
 from megatron_coreward.weights.route import Route
 
@@ -55,6 +56,15 @@ class ActorWorker:
 
     def move_teacher(self, decay: float) -> None:
         self._rank.move_teacher(decay)
+
+    def describe(self) -> dict[str, str]:
+        return self._rank.describe()
+
+    def offload(self) -> DeviceMemory | None:
+        return self._rank.offload()
+
+    def onload(self) -> DeviceMemory | None:
+        return self._rank.onload()
 
     def open_sender(self, weights: Weights, route: Route) -> dict[str, Any]:
         return self._rank.open_sender(weights, route)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_coreward.config.accelerator import FP8_LOGPROB_GAP
 from megatron_coreward.config.schema import TEACHER_METHODS, RunConfig
 from megatron_coreward.errors import InputError
 
@@ -84,6 +85,8 @@ def resolve(config: RunConfig) -> RunConfig:
     gap = config.sync.max_logprob_gap
     if gap is None:
         gap = 1e-3 if config.model.dtype == "float32" else 0.1
+        if config.actor.fp8 is not None or config.rollout.quantization is not None:
+            gap = FP8_LOGPROB_GAP
     return config.model_copy(
         update={
             "loss": config.loss.model_copy(update={"kl_coef": kl_coef, "kl_reference": reference}),

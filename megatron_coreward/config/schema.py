@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_coreward.config.guard import GuardSettings
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -60,7 +62,15 @@ class ActorSettings(Component):
     data_parallel: Positive = 1
     sequence_parallel: bool = False
     backend: Literal["auto", "te", "local"] = "auto"  # layer spec: Transformer Engine where it is installed
-    recompute: Literal["none", "full"] = "none"
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = (
+        None  # recipe of the matrix products; null: BF16
+    )
+    fp8_params: bool = False  # keep the layers' weights in FP8 too; needs fp8 of tensorwise or blockwise
+    fp8_bf16_layers: NonNegative = 0  # so many first and last layers compute in BF16 under fp8
+    recompute: Literal["none", "selective", "full"] = "none"  # selective: feed-forward parts; full: whole layers
+    gradient_accumulation_fusion: Literal["auto"] | bool = "auto"  # auto: where apex has its kernel
+    offload_optimizer: bool = False  # main parameters and moments wait in host memory between steps
+    offload_teacher: bool = False  # the EMA's value and compensation wait in host memory between steps
     tokens_per_microbatch: Positive = 16384  # tokens of a micro-batch at most: whole sequences, laid end to end
     lr: Annotated[float, Field(gt=0)] = 3e-6
     min_lr: Annotated[float, Field(ge=0)] = 0.0
@@ -79,6 +89,9 @@ class ActorSettings(Component):
 
 
 class RolloutSettings(Component):
+    placement: Literal["disaggregated", "colocated"] = (
+        "disaggregated"  # colocated: actor and engines take turns on a GPU
+    )
     num_engines: Positive = 1
     tensor_parallel: Positive = 1
     n: Annotated[int, Field(ge=2)] = 8  # G: completions a question
@@ -86,7 +99,9 @@ class RolloutSettings(Component):
     max_response_tokens: Positive = 3072
     max_num_seqs: Positive = 256  # sequences an engine decodes at once
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0  # per engine rank, without GPUs
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of a GPU that an engine takes when awake
+    quantization: Literal["fp8"] | None = None  # weights are quantised as they are loaded; needs a GPU
+    cuda_graphs: bool = True  # with GPUs
     cpu_threads: Positive = 1  # an engine rank, without GPUs
 
 
@@ -116,7 +131,7 @@ class LossSettings(Component):
 
 
 class SyncSettings(Component):
-    transport: Literal["auto", "shared_memory", "gloo"] = "auto"  # auto: shared memory on one host, gloo across hosts
+    transport: Literal["auto", "shared_memory", "gloo", "ipc", "nccl"] = "auto"  # auto: by placement, GPUs and hosts
     bucket_mib: Annotated[float, Field(gt=0)] = 256.0  # a rank and an engine worker hold two buckets at most
     hashes: bool = False  # compare checksums of every block where it is loaded
     timeout_s: Annotated[float, Field(gt=0)] = 600.0  # for a message between hosts
@@ -178,4 +193,5 @@ class RunConfig(Component):
     checkpoint: CheckpointSettings = CheckpointSettings()
     faults: FaultSettings = FaultSettings()
     watchdog: WatchdogSettings = WatchdogSettings()
+    guard: GuardSettings = GuardSettings()
     telemetry: TelemetrySettings = TelemetrySettings()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from megatron_coreward.config import accelerator
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, RunConfig
 from megatron_coreward.errors import InputError
@@ -40,6 +41,7 @@ def model_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
     """What the model cannot do under this config."""
     yield from _layout(config, arch)
     yield from _rollout(config, arch)
+    yield from accelerator.model_problems(config, arch)
 
 
 def _divides(what: str, number: int, key: str, divisor: int) -> Iterator[str]:
@@ -92,6 +94,7 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
     for key, value in numbers(config):
         if not math.isfinite(value):
             yield f"{key}: {value} is no finite number"
+    yield from accelerator.setting_problems(config)
     a, r, loss = config.actor, config.rollout, config.loss
     if a.virtual_pipeline > 1 and a.pipeline_parallel == 1:
         yield f"actor.virtual_pipeline: {a.virtual_pipeline} needs actor.pipeline_parallel of 2 or more, found 1"
@@ -121,6 +124,11 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
             f"teacher.decay_start: {config.teacher.decay_start} is above teacher.decay_end "
             f"({config.teacher.decay_end}); the decay grows"
         )
+    guard = config.guard.action
+    if guard in ("raise_kl", "rollback") and not loss.kl_coef:
+        yield f"guard.action: {guard} raises loss.kl_coef, which is 0; allowed: off, warn, stop, or a KL term"
+    if guard == "freeze_teacher" and config.method not in TEACHER_METHODS:
+        yield f"guard.action: freeze_teacher, but method {config.method} keeps none"
     if a.min_lr > a.lr:
         yield f"actor.min_lr: {a.min_lr} is above actor.lr ({a.lr})"
     if loss.clip_high < loss.clip_low:

@@ -63,7 +63,6 @@ def warm_start(
         ActorSetup(
             settings=settings,
             loss=LossSettings(kl_coef=0.0),
-            kl_coef=0.0,
             hf_path=source.resolve(),
             megatron_path=None,
             dtype="float32",
@@ -112,4 +111,5 @@ def _batch(prompts: Sequence[Any], responses: Sequence[Any]) -> TrainBatch:
         rollout_logprobs=None,
         old_logprobs=None,
         reference_logprobs=None,
+        kl_coef=0.0,
     )

@@ -8,7 +8,7 @@ Invariants (tests/rollout):
   4. No cached key or value survives an update of the weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.rollout import environment
+from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import FloatArray, IntArray
 
 # Without chunked prefill a prompt is read in one step, so this is also the least number of tokens of a step.
@@ -63,6 +64,8 @@ class RolloutEngine:
         cpu_threads: int = 1,
         seed: int = 0,
         weight_transfer: str = "shared_memory",
+        quantization: Literal["fp8"] | None = None,
+        cuda_graphs: bool = True,
         own_weights: int | None = None,
     ) -> None:
         """Starts the engine with meaningless weights, or with those of the model directory.
@@ -75,7 +78,9 @@ class RolloutEngine:
             gpu_memory_utilization: share of a GPU's memory that the engine takes.
             cpu_threads: of each rank, without a GPU.
             weight_transfer: vLLM weight-transfer backend: "shared_memory" for actors on this host, "gloo" for actors on
-                any, or one of vLLM's.
+                any, "coreward_ipc" and "coreward_nccl" between GPUs, or one of vLLM's.
+            quantization: of the weights, as they are loaded, with a GPU; they travel as the actor has them.
+            cuda_graphs: decode with captured graphs, with a GPU.
             own_weights: load the directory's weights as this version, to sample without any update; None: wait for one.
         """
         on_cpu = environment.prepare(cpu_threads)
@@ -93,7 +98,15 @@ class RolloutEngine:
                 "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len),
             }
         else:
-            where = {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": True}
+            where = {
+                "gpu_memory_utilization": gpu_memory_utilization,
+                "enable_sleep_mode": True,
+                "enforce_eager": not cuda_graphs,
+                "quantization": quantization,
+            }
+            from megatron_coreward.weights.receive import register
+
+            register()  # in this process; workers of a tensor-parallel engine find the entry point of the package
         self._on_cpu = on_cpu
         self._max_model_len = max_model_len
         self._tensor_parallel = tensor_parallel
@@ -116,8 +129,12 @@ class RolloutEngine:
             **where,
         )
         self._tokenizer: Any = self._llm.get_tokenizer()
+        # vLLM marks tokens with the version of the weights from 0.30 on. Before, only this object knows it; nothing can
+        # come between: an update and a call of `sample` are calls of one thread.
+        self._versions_told = hasattr(self._llm, "get_weight_version")
         if own_weights is not None:
-            self._llm.llm_engine.set_weight_version(str(own_weights))
+            if self._versions_told:
+                self._llm.llm_engine.set_weight_version(str(own_weights))
             self._version = own_weights
 
     @property
@@ -222,25 +239,34 @@ class RolloutEngine:
     def finish_update(self, version: int) -> None:
         """Ends an update that has brought all weights, and names them."""
         with self._all_workers():
-            self._llm.finish_weight_update(weight_version=str(version))
+            self._llm.finish_weight_update(**({"weight_version": str(version)} if self._versions_told else {}))
         if not self._llm.reset_prefix_cache():
             raise RunError("the prefix cache of the former weights could not be cleared: requests are still running")
         self._version = version
 
-    def sleep(self) -> None:
+    def sleep(self) -> DeviceMemory | None:
         """Gives the GPU's memory to a colocated actor: weights and key-value cache are dropped, and the next samples
         need `wake` and a new update. Without a GPU there is no memory to give, and the engine stays as it is.
         """
         if not self._on_cpu:
             self._version = None
-            self._llm.sleep(level=2)
+        return self._switch(lambda: self._llm.sleep(level=2))
 
-    def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
+    def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> DeviceMemory | None:
         """Takes the memory back, all of it or first that of the weights, so that they can be updated while the actor
         still holds the rest. Without a GPU there is nothing to do.
         """
-        if not self._on_cpu:
-            self._llm.wake_up(tags=None if part is None else [part])
+        return self._switch(lambda: self._llm.wake_up(tags=None if part is None else [part]))
+
+    def _switch(self, switch: Callable[[], object]) -> DeviceMemory | None:
+        if self._on_cpu:
+            return None
+        import torch
+
+        before: int = torch.cuda.mem_get_info()[0]
+        switch()
+        after: int = torch.cuda.mem_get_info()[0]
+        return DeviceMemory(after, after - before)
 
     def shutdown(self) -> None:
         """Ends the engine and its worker processes. May be repeated."""
@@ -266,14 +292,15 @@ class RolloutEngine:
     def _require(self, expected_version: int) -> None:
         if self._version is None:
             raise RunError("no weights were published to this rollout engine yet")
-        held = self._llm.get_weight_version()
+        held = self._llm.get_weight_version() if self._versions_told else str(self._version)
         if held != str(expected_version):
             raise RunError(f"this rollout engine holds weights of version {held}, expected version {expected_version}")
 
     def _to_sample(self, completion: Any, text: str, version: int) -> Sample:
         if completion.finish_reason not in ("stop", "length"):
             raise RunError(f"vLLM ended a request with finish reason {completion.finish_reason!r}")
-        sampled_by = {span.version for span in completion.weight_versions}
+        told = completion.weight_versions if self._versions_told else ()
+        sampled_by = {span.version for span in told} or {str(self._version)}
         if sampled_by != {str(version)}:
             raise RunError(f"a sample has tokens of weight versions {sorted(sampled_by)}, expected only {version}")
         flat = completion.logprobs

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_coreward.rollout.engine import RolloutEngine, Sample, SamplingRequest
+from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import FloatArray, IntArray
 
 
@@ -40,11 +41,11 @@ class RolloutWorker:
     def finish_update(self, version: int) -> None:
         self._engine.finish_update(version)
 
-    def sleep(self) -> None:
-        self._engine.sleep()
+    def sleep(self) -> DeviceMemory | None:
+        return self._engine.sleep()
 
-    def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> None:
-        self._engine.wake(part)
+    def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> DeviceMemory | None:
+        return self._engine.wake(part)
 
     def shutdown(self) -> None:
         self._engine.shutdown()

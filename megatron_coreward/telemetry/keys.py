@@ -74,6 +74,7 @@ MEANINGS: Mapping[str, str] = {
     "loss/total": "what the update minimises: policy loss plus weighted KL",
     "loss/mismatch_affected_share": "share of response tokens that the mismatch correction truncated or masked",
     "loss/kl": "KL estimate to the reference, before its coefficient",
+    "loss/kl_coef": "the KL term's weight; the collapse guard may raise it",
     "loss/clip_share": "share of response tokens whose ratio was clipped",
     "optim/lr": "learning rate of the update",
     "optim/grad_norm": "global norm of the gradient before clipping",

@@ -1,6 +1,7 @@
 """From rollouts to what the actors take: pure rearrangement, no Ray, no Megatron."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def to_batch(
     max_response_tokens: int,
     old: TokenStats | None,
     reference: TokenStats | None,
+    kl_coef: float,
 ) -> TrainBatch:
     """All sequences of a step with their advantages, weighed over the whole batch.
 
@@ -40,6 +42,7 @@ def to_batch(
         rollout_logprobs=[c.logprobs for c in completions],
         old_logprobs=None if old is None else old.logprobs,
         reference_logprobs=None if reference is None else reference.logprobs,
+        kl_coef=kl_coef,
     )
 
 
@@ -59,14 +62,5 @@ def mini_batches(
             for total, prompt in zip(part.sequences.lengths, part.sequences.prompt_lengths, strict=True)
         ]
         weights = token_weights(lengths, loss.aggregation, max_response_tokens)
-        parts.append(
-            TrainBatch(
-                part.sequences,
-                part.advantages,
-                weights,
-                part.rollout_logprobs,
-                part.old_logprobs,
-                part.reference_logprobs,
-            )
-        )
+        parts.append(replace(part, token_weights=weights))
     return parts

@@ -15,14 +15,15 @@ import torch
 from megatron_coreward.actor.packing import plan_packs, shares
 from megatron_coreward.actor.setup import ActorSetup, Weights
 from megatron_coreward.actor.worker import ActorWorker
+from megatron_coreward.config.accelerator import token_alignment
 from megatron_coreward.config.schema import RolloutSettings
-from megatron_coreward.errors import InputError
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.rollout.worker import RolloutWorker
+from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.trainer.ray_security import check_token_needed, keep_to_this_host
 from megatron_coreward.trainer.watchdog import Watchdog
 from megatron_coreward.types import FloatArray, IntArray, Sequences, TokenStats, TrainBatch
-from megatron_coreward.weights.route import Route, Transport
+from megatron_coreward.weights.route import ENGINE_BACKENDS, Route, Transport, choose_transport
 
 PATIENCE_S = 20.0  # with workers that are asked to leave
 
@@ -55,20 +56,15 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
-def resolve_transport(transport: str) -> Transport:
+def resolve_transport(transport: str, placement: str = "disaggregated") -> Transport:
     """What `sync.transport` means on the cluster that was joined.
 
     Raises:
-        InputError: shared memory was asked for and the cluster has several hosts.
+        InputError: what was asked for does not reach the engines.
     """
     hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if transport == "shared_memory" and len(hosts) > 1:
-        raise InputError(
-            f"sync.transport: shared_memory reaches one host, the cluster has {len(hosts)}; use auto or gloo"
-        )
-    if transport == "gloo" or len(hosts) > 1:
-        return "gloo"
-    return "shared_memory"
+    colocated = placement == "colocated"
+    return choose_transport(transport, gpus=torch.cuda.is_available(), colocated=colocated, num_hosts=len(hosts))
 
 
 def _options(num_gpus: int, cpu_threads: int) -> dict[str, Any]:
@@ -124,7 +120,7 @@ class ActorGroup:
             s.data_parallel,
             s.tokens_per_microbatch,
             multiple_of=s.pipeline_parallel if s.virtual_pipeline > 1 else 1,
-            align=s.tensor_parallel,
+            align=token_alignment(s),
         )
         return shares(plan)
 
@@ -166,6 +162,18 @@ class ActorGroup:
     def move_teacher(self, decay: float) -> None:
         """teacher <- decay * teacher + (1 - decay) * policy."""
         self._all("move_teacher", decay)
+
+    def describe(self) -> dict[str, str]:
+        """What the ranks compute with, as far as it depends on what is installed."""
+        return self._all("describe")[0]  # type: ignore[no-any-return]
+
+    def offload(self) -> list[DeviceMemory | None]:
+        """Every rank gives away the memory of what neither publishing nor a probe needs."""
+        return self._all("offload")
+
+    def onload(self) -> list[DeviceMemory | None]:
+        """Every rank takes its memory back."""
+        return self._all("onload")
 
     def open_sender(self, weights: Weights, route: Route) -> dict[str, Any]:
         """Prepares to publish one set of weights; returns what the receiving engines need to know."""
@@ -235,7 +243,9 @@ class EngineGroup:
             "cpu_threads": settings.cpu_threads,
             "seed": seed,
             "own_weights": own_weights,
-            "weight_transfer": transport,
+            "weight_transfer": ENGINE_BACKENDS[transport],
+            "quantization": settings.quantization,
+            "cuda_graphs": settings.cuda_graphs,
         }
         self._engines = [self._start(i) for i in range(settings.num_engines)]
         self._started = [engine.ready.remote() for engine in self._engines]
@@ -312,6 +322,14 @@ class EngineGroup:
     def finish_update(self, version: int) -> None:
         """Ends the update and names the weights."""
         self._all("finish_update", version)
+
+    def sleep(self) -> list[DeviceMemory | None]:
+        """Every engine gives its memory away, weights and caches; it needs `wake` and an update before it samples."""
+        return self._all("sleep")
+
+    def wake(self, part: str) -> list[DeviceMemory | None]:
+        """Every engine takes memory back: that of its `weights` or of its `kv_cache`."""
+        return self._all("wake", part)
 
     def shutdown(self, patience_s: float = PATIENCE_S) -> None:
         """Ends the engines."""

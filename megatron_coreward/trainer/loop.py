@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 from megatron_coreward.algorithms.advantages import group_advantages
 from megatron_coreward.algorithms.ema_schedule import teacher_decay
+from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.guard import Guard
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.evidence import BatchEvidence
 from megatron_coreward.rewards.methods.base import Judgement, Method
@@ -53,6 +55,7 @@ class Trainer:
     sync: WeightSync
     judge: Judge
     problems_of: Callable[[int], Sequence[Problem]]  # the batch of a step, counted from 0
+    guard: Guard = field(default_factory=lambda: Guard(GuardSettings()))
     journal: RolloutJournal | None = None  # keeps what a step has sampled, and gives it to a run that died in it
     surviving: Callable[[Callable[[], Any]], Any] = lambda ask: ask()  # asks engines again after one has died
     num_updates: int = 0  # optimizer steps so far
@@ -63,13 +66,17 @@ class Trainer:
         """Step `number` of the run, counted from 1."""
         config, needs = self.config, self.method.needs
         decay = teacher_decay(number - 1, config.steps, config.teacher.decay_start, config.teacher.decay_end)
+        if self.guard.teacher_frozen:
+            decay = 1.0
         roles: tuple[Role, ...] = ("teacher", "policy") if needs.teacher else ("policy",)
 
-        if needs.teacher and self.teacher_moves < number:  # it has moved where a run was stopped within the step
+        # It has moved already where a run was stopped within the step.
+        if needs.teacher and self.teacher_moves < number:
             with timer.phase("teacher_ema"):
                 self.actors.move_teacher(decay)
             self.teacher_moves = number
 
+        kl_coef = (config.loss.kl_coef or 0.0) * self.guard.kl_factor
         problems = self.problems_of(number - 1)
         rollouts: dict[Role, list[RolloutGroup]] = {"teacher": [], "policy": []}
         recorded = self._recorded(number, problems)
@@ -83,7 +90,7 @@ class Trainer:
         with timer.phase("token_stats"):
             sequences = to_sequences(groups)
             old = self._stats(sequences, "policy") if needs.token_stats or config.loss.updates_per_batch > 1 else None
-            reference = self._stats(sequences, self.reference) if config.loss.kl_coef else None
+            reference = self._stats(sequences, self.reference) if kl_coef else None
 
         with timer.phase("rewards"):
             evidence = BatchEvidence(
@@ -111,6 +118,7 @@ class Trainer:
                 config.rollout.max_response_tokens,
                 old=old if several else None,  # with one update a batch, the current log-probs are the old ones
                 reference=reference,
+                kl_coef=kl_coef,
             )
             updates = []
             for part in mini_batches(batch, groups, config.loss, config.rollout.max_response_tokens):
@@ -118,7 +126,7 @@ class Trainer:
                 self.num_updates += 1
 
         metrics = step_metrics.collect(
-            config, groups, rollouts["teacher"], judgements, advantages, updates, self.syncs, timer.seconds
+            groups, rollouts["teacher"], judgements, advantages, updates, kl_coef, self.syncs, timer.seconds
         )
         if needs.teacher:
             metrics["teacher/decay"] = decay

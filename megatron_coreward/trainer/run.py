@@ -31,6 +31,7 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.guard import Guard
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry import label_history
@@ -47,6 +48,7 @@ from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.preemption import Preempted, StopRequest, StopSignals
 from megatron_coreward.trainer.preflight import preflight
 from megatron_coreward.trainer.recovery import EngineRecovery
+from megatron_coreward.trainer.rollback import Collapsing, count_rollbacks, roll_back
 from megatron_coreward.trainer.session import UNFINISHED, Session
 from megatron_coreward.trainer.sync import open_sync, weight_version
 from megatron_coreward.trainer.watchdog import Watchdog, WorkerDied
@@ -87,6 +89,11 @@ def train(config: RunConfig) -> Path:
                     raise RunError(f"{death}; {resume_hint(config)}") from death
                 restarts -= 1
                 notes = [f"{death}; all processes are started anew (faults.max_restarts: {restarts} left)"]
+            except Collapsing as collapse:
+                if collapse.decision.action != "rollback":
+                    raise RunError(str(collapse)) from None
+                step = roll_back(config.run_dir, collapse.decision)
+                notes = [f"{collapse} Going on from step {step}."]
             except RunError as error:
                 raise RunError(f"{error}; {resume_hint(config)}") from error
 
@@ -134,6 +141,7 @@ def _run(
             sync=sync,
             judge=judge,
             problems_of=sampler.batch,
+            guard=Guard(config.guard, rollbacks=count_rollbacks(config.run_dir)),
             journal=journal,
             surviving=EngineRecovery(engines, sync, config.faults.engine_restarts, tell),
         )
@@ -166,6 +174,7 @@ def _run(
             observe=lambda step, judged: labels.observe(step, judged) | engines.take_sampling_metrics(),
             record=record,
             new_timer=lambda: PhaseTimer(view.phase),
+            tell=tell,
         )
         if position is None:
             session.validate_at_start()
@@ -236,11 +245,9 @@ def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: 
 
 def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
     """What the ranks of a run are built from."""
-    kl_coef = config.loss.kl_coef or 0.0
     return ActorSetup(
         settings=config.actor,
         loss=config.loss,
-        kl_coef=kl_coef,
         hf_path=config.model.hf_path.resolve(),
         megatron_path=config.model.megatron_path and megatron_directory(config.model.megatron_path).resolve(),
         dtype=config.model.dtype,
@@ -249,7 +256,7 @@ def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
         total_updates=config.steps * config.loss.updates_per_batch,
         seed=config.seed,
         teacher=METHODS[config.method].needs.teacher,
-        frozen_reference=kl_coef > 0 and config.loss.kl_reference == "frozen",
+        frozen_reference=bool(config.loss.kl_coef) and config.loss.kl_reference == "frozen",
         skip_bad_gradients=config.faults.bad_gradient == "skip",
     )
 

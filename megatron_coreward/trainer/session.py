@@ -8,9 +8,9 @@ Invariants (tests/trainer/test_session.py, tests/e2e/test_resume.py):
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_coreward.checkpoint.store import Position
 from megatron_coreward.config.schema import RunConfig
@@ -20,17 +20,12 @@ from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.preemption import Preempted, StopRequest
+from megatron_coreward.trainer.rollback import Collapsing
 
+GUARD = "guard"  # its state, in a checkpoint
 UNFINISHED = "unfinished_row"  # of a checkpoint that was written between a step's update and its validation
 
 Row = dict[str, float]
-
-
-class Stateful(Protocol):
-    """Something whose state belongs into a checkpoint (a guard, say): plain JSON."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -45,7 +40,7 @@ class Session:
     observe: Callable[[int, Sequence[JudgedGroup]], Row]  # further metrics of a step
     record: Callable[[int, Row], None]
     new_timer: Callable[[], PhaseTimer]
-    stateful: dict[str, Stateful] = field(default_factory=dict)  # what else is saved with a checkpoint, by name
+    tell: Callable[[str], None]  # what people should know, now and afterwards
     done: int = 0  # steps whose row is written
     saved: int = 0  # the last step that a checkpoint covers
     skipped: int = 0  # steps in a row without an update
@@ -53,9 +48,8 @@ class Session:
     def resume(self, position: Position) -> None:
         """Takes over where an earlier attempt stood; the actors have loaded their part."""
         self.run.num_updates, self.run.teacher_moves = position.num_updates, position.teacher_moves
-        for name, part in self.stateful.items():
-            if name in position.extra:
-                part.load_state_dict(position.extra[name])
+        if GUARD in position.extra:
+            self.run.guard.load_state_dict(position.extra[GUARD])
         self.done = self.saved = position.step
         if UNFINISHED in position.extra:
             row = {k: math.nan if value is None else value for k, value in position.extra[UNFINISHED].items()}
@@ -81,6 +75,9 @@ class Session:
                     if due(step, config.checkpoint.every, config.steps):
                         self._save(row)
             self.checkpoints.finish()
+        except Collapsing:
+            self.checkpoints.finish()
+            raise
         except Preempted:
             if self.done > self.saved:
                 self._save({})
@@ -96,8 +93,14 @@ class Session:
                 self.checkpoints.begin(self._position(step, row, {UNFINISHED: _to_json(row)}))
                 self.saved = step
                 raise
+        decision = self.run.guard.observe(step, row)
+        row = row | decision.metrics()
         self.record(step, row | timer.metrics())
         self.done = step
+        if decision.news:
+            self.tell(str(decision))
+        if decision.action in ("rollback", "stop"):
+            raise Collapsing(decision)
         self.skipped = self.skipped + 1 if row.get("optim/skipped_updates") else 0
         limit = self.config.faults.max_skipped_updates
         if self.skipped > limit:
@@ -117,7 +120,7 @@ class Session:
         self.saved = self.done
 
     def _position(self, step: int, row: Row, more: dict[str, Any]) -> Position:
-        extra = {name: part.state_dict() for name, part in self.stateful.items()} | more
+        extra = {GUARD: self.run.guard.state_dict()} | more
         score = row.get(self.config.checkpoint.best_metric or "", math.nan)
         known = score if math.isfinite(score) else None
         return Position(step, self.run.num_updates, self.run.teacher_moves, known, extra)

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.agreement import (
     agreement_metrics,
     gold_metrics,
@@ -21,12 +20,12 @@ from megatron_coreward.types import FloatArray, RolloutGroup
 
 
 def collect(
-    config: RunConfig,
     groups: Sequence[RolloutGroup],
     teacher_groups: Sequence[RolloutGroup],
     judgements: Sequence[Judgement],
     advantages: Sequence[FloatArray],
     updates: Sequence[Mapping[str, float]],
+    kl_coef: float,
     syncs: Sequence[SyncReport],
     seconds: Mapping[str, float],
 ) -> dict[str, float]:
@@ -47,14 +46,16 @@ def collect(
     }
     if "rollout" in seconds:  # else the rollouts are those of the journal
         metrics["rollout/tokens_per_s"] = sampled / seconds["rollout"]
-    metrics |= _loss(config, updates)
+    metrics |= _loss(updates)
+    if "loss/kl" in metrics:
+        metrics["loss/kl_coef"] = kl_coef
     if syncs:
         metrics["sync/seconds"] = sum(report.seconds for report in syncs)
         metrics["sync/probe_gap"] = max(report.probe_gap for report in syncs)
     return metrics
 
 
-def _loss(config: RunConfig, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _loss(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over the tokens of all updates; learning rate and gradient norm of the last one."""
     tokens = max(1.0, sum(update["tokens"] for update in updates))
 

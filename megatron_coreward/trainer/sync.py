@@ -17,7 +17,7 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import RunError
 from megatron_coreward.types import FloatArray, IntArray, Role, Sequences, TokenStats
 from megatron_coreward.weights.layouts import EngineLayout
-from megatron_coreward.weights.route import Route, Transport
+from megatron_coreward.weights.route import MEETING, Route, Transport
 
 PROBE_TOKENS = 64
 
@@ -106,10 +106,14 @@ class WeightSync:
         self._published = version
         return SyncReport(time.perf_counter() - begin, gap)
 
+    def drop(self) -> None:
+        """The engines have dropped their weights to sleep: the next `publish` sends them, whatever their version."""
+        self._published = None
+
     def forget(self) -> None:
         """Takes nothing for published any more: an engine is new. The next `publish` reaches all of them."""
         self._published = None
-        if self._route.transport == "gloo":  # the new one has to join a new group; everybody else leaves the old one
+        if self._route.transport in MEETING:  # the new one has to join a new group; everybody else leaves the old one
             self._init_info.clear()
 
     def _transfer(self, role: Role, version: int) -> None:

@@ -4,7 +4,8 @@ vLLM finds them by name through the entry point `vllm.general_plugins` (`registe
   shared_memory  engines on the host of the actor, on CPU and on GPU, with any tensor parallelism: each worker maps the
                  segment and takes its own shards out of the full tensors.
   gloo           engines on any host: each worker receives its own shards, and nothing else (`weights.gloo`).
-What follows the arrival of a bucket is the same for both.
+  ipc, nccl      from GPU to GPU (`weights.device_receive`).
+What follows the arrival of a bucket is the same for all.
 
 Invariants (tests/rollout/test_weight_sync.py):
   1. An update takes every bucket once, in order, and leaves no parameter as it was: a tensor that is missing or that
@@ -44,6 +45,7 @@ from megatron_coreward.weights.buckets import Bucket, SegmentLayout
 from megatron_coreward.weights.gloo import Inbox, Session
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.plan import Params
+from megatron_coreward.weights.route import ENGINE_BACKENDS
 from megatron_coreward.weights.segment import open_segment, tensor_at
 from megatron_coreward.weights.send import crc32
 
@@ -57,6 +59,9 @@ def register() -> None:
 
     WeightTransferEngineFactory.register_engine("shared_memory", SharedMemoryEngine)
     WeightTransferEngineFactory.register_engine("gloo", GlooEngine)
+    there = "megatron_coreward.weights.device_receive"
+    WeightTransferEngineFactory.register_engine(ENGINE_BACKENDS["ipc"], there, "IpcEngine")
+    WeightTransferEngineFactory.register_engine(ENGINE_BACKENDS["nccl"], there, "NcclEngine")
 
 
 @dataclass
@@ -97,6 +102,11 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
     def _end(self) -> None:
         """Lets go of the memory of an update."""
 
+    @staticmethod
+    def trainer_send_weights(*_: Any, **__: Any) -> None:
+        """Abstract in vLLM 0.26. The senders here are the actor's ranks (`weights.send`)."""
+        raise NotImplementedError("weights are sent by the actor's ranks, bucket by bucket")
+
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -132,7 +142,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
             raise RuntimeError(f"bucket {update_info.bucket} arrived, bucket {self._next_bucket} is next")
         bucket = self._buckets[update_info.bucket]
         memory, start = self._take(update_info.bucket, update_info.version)
-        _check_hashes(bucket, memory, start, update_info.hashes)
+        self._check_hashes(bucket, memory, start, update_info.hashes)
         lent = self._load(bucket, memory, start)
         if any(ref() is not None for ref in lent.values()):
             gc.collect()
@@ -156,6 +166,18 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
     def shutdown(self) -> None:
         self._end()
 
+    def _check_hashes(self, bucket: Bucket, memory: Any, start: int, hashes: list[Any]) -> None:
+        """Compares what arrived with what was written. Raises RuntimeError naming the first block that differs."""
+        if not hashes:
+            return
+        entries = {entry.meta.name: entry for entry in bucket.entries}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            for name, bounds, expected in hashes:
+                tensor = tensor_at(memory, start + entries[name].offset, entries[name].meta)
+                if crc32(tensor[tuple(slice(*cut) for cut in bounds)]) != expected:
+                    raise RuntimeError(f"block {bounds} of {name!r} is not what its sender wrote")
+
     def _load(self, bucket: Bucket, memory: Any, start: int) -> dict[str, "weakref.ref[Any]"]:
         """Hands views of the memory to the model, and copies those that it does not use up at once.
 
@@ -177,7 +199,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
                 weights += [(n, tensor) for n in (name, *self._tied.get(name, ()))]
         self._load_named(weights)
         for module in self.model.modules():
-            _copy_waiting(module, first_byte, first_byte + bucket.nbytes)
+            copy_waiting(module, first_byte, first_byte + bucket.nbytes)
         return lent
 
     def _load_named(self, weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -307,19 +329,6 @@ class GlooEngine(BucketEngine[GlooInitInfo]):
             inbox.close()
 
 
-def _check_hashes(bucket: Bucket, memory: Any, start: int, hashes: list[Any]) -> None:
-    """Compares what arrived with what was written. Raises RuntimeError naming the first block that differs."""
-    if not hashes:
-        return
-    entries = {entry.meta.name: entry for entry in bucket.entries}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        for name, bounds, expected in hashes:
-            tensor = tensor_at(memory, start + entries[name].offset, entries[name].meta)
-            if crc32(tensor[tuple(slice(*cut) for cut in bounds)]) != expected:
-                raise RuntimeError(f"block {bounds} of {name!r} is not what its sender wrote")
-
-
 def _tied_parameters(model: torch.nn.Module) -> dict[str, list[str]]:
     """Parameters that several layers share: the first name -> the other names."""
     first: dict[int, str] = {}
@@ -345,7 +354,7 @@ def _forget_expert_kernels(model: torch.nn.Module) -> None:
             method.moe_kernel = None
 
 
-def _copy_waiting(module: torch.nn.Module, start: int, stop: int) -> None:
+def copy_waiting(module: torch.nn.Module, start: int, stop: int) -> None:
     """Copies the tensors at addresses [start, stop) that a layer holds until the rest of its weights arrives."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -361,18 +370,22 @@ def _incomplete_layers(model: torch.nn.Module) -> Iterator[str]:
     A complete layer is processed at once and waits no more, with one exception: rows that pad the vocabulary are not
     in the checkpoint, and such a layer waits for the end of the update.
     """
-    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    from vllm.model_executor.layers import attention
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload import meta
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-    from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
-    from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
+    # vLLM 0.26 has other names for both, and no layer whose parameters are larger than what is loaded.
+    skipped = getattr(meta, "SKIP_LOAD_TENSORS", None) or meta.SKIP_TENSORS
+    deferred = getattr(attention, "is_deferred_attention_layer", None) or (
+        lambda layer: isinstance(layer, (attention.Attention, attention.MLAAttention))
+    )
     for name, module in model.named_modules():
         info = get_layerwise_info(module)
-        parameters = [p for key, p in module.named_parameters(recurse=False) if key not in SKIP_LOAD_TENSORS]
-        if not info.can_load() or not parameters or is_deferred_attention_layer(module):
+        parameters = [p for key, p in module.named_parameters(recurse=False) if key not in skipped]
+        if not info.can_load() or not parameters or deferred(module):
             continue
-        expected = sum(get_tensor_load_numel(p) for p in parameters)
+        expected = sum(getattr(p, "weight_loader_numel", p.numel()) for p in parameters)
         if isinstance(module, VocabParallelEmbedding):
             rows = module.shard_indices.num_org_elements
             expected = sum(p.numel() // p.shape[0] * rows for p in parameters)

@@ -18,7 +18,6 @@ def make_setup(path: Path, layout: dict[str, Any], **changes: Any) -> ActorSetup
     setup = ActorSetup(
         settings=ActorSettings(**settings),
         loss=LossSettings(kl_coef=0.1, kl_reference="frozen"),
-        kl_coef=0.1,
         hf_path=path,
         megatron_path=None,
         dtype="float32",

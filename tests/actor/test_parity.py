@@ -24,6 +24,7 @@ TWO = [
     {"pipeline_parallel": 2, "virtual_pipeline": 2},
     {"data_parallel": 2},
     {"tensor_parallel": 2, "recompute": "full"},
+    {"tensor_parallel": 2, "recompute": "selective"},
 ]
 FOUR = [
     {"tensor_parallel": 2, "pipeline_parallel": 2},
@@ -50,6 +51,7 @@ def make_batch(vocab_size: int) -> TrainBatch:
         rollout_logprobs=around(-5.5),
         old_logprobs=around(-5.5),
         reference_logprobs=around(-5.5),
+        kl_coef=KL_COEF,
     )
 
 

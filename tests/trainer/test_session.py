@@ -1,7 +1,7 @@
 """What surrounds a step: rows before checkpoints, a clean stop at any point, steps that teach nothing."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from megatron_coreward.checkpoint.store import Hashes, Position, check_checkpoint, checkpoint_path, saved_steps
+from megatron_coreward.config.guard import GuardAction, GuardSettings
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import RunError
+from megatron_coreward.guard import Decision, Guard
 from megatron_coreward.rollout.engine import Sample
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.preemption import Preempted, StopRequest
-from megatron_coreward.trainer.session import UNFINISHED, Session
+from megatron_coreward.trainer.rollback import Collapsing
+from megatron_coreward.trainer.session import GUARD, UNFINISHED, Session
 from megatron_coreward.types import TrainBatch
 from tests.checkpoint.test_store import write_actors
 from tests.trainer.fakes import FakeActors, FakeEngines
@@ -44,7 +47,7 @@ class SavingFakes:
         return {}
 
 
-@dataclasses.dataclass
+@dataclass
 class World:
     session: Session
     events: list[str]
@@ -76,6 +79,7 @@ def world(tmp_path: Path) -> Callable[..., World]:
             observe=lambda step, judged: {},
             record=record,
             new_timer=PhaseTimer,
+            tell=lambda text: events.append(f"told {text}"),
         )
         return World(session, events, actors, engines, saving, rows, stop)
 
@@ -179,25 +183,60 @@ def test_a_stop_between_steps_saves_what_no_checkpoint_covers(world: Callable[..
     assert saved_steps(tmp_path) == [2, 3]
 
 
-def test_what_else_has_a_state_is_saved_and_restored(world: Callable[..., World], tmp_path: Path) -> None:
-    class Guard:
-        def __init__(self) -> None:
-            self.alarms = 0
+class Alarm(Guard):
+    """Decides once what it is told to, whatever it sees."""
 
-        def state_dict(self) -> dict[str, Any]:
-            return {"alarms": self.alarms}
+    def __init__(self, step: int, action: GuardAction) -> None:
+        super().__init__(GuardSettings(action=action, warmup=1))
+        self._at = step
 
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            self.alarms = state["alarms"]
+    def observe(self, step: int, row: Mapping[str, float | None]) -> Decision:
+        decision = super().observe(step, row)
+        if step != self._at:
+            return decision
+        action = self._settings.action
+        self._take(action, step)
+        return replace(decision, level="act", action=action, good_step=step - 2, lasted=1, news=True)
 
-    w, guard = world(), Guard()
-    w.session.stateful["guard"] = guard
-    guard.alarms = 3
+
+def test_the_guard_s_state_is_saved_and_restored(world: Callable[..., World], tmp_path: Path) -> None:
+    w = world()
     w.session.train()
-    again, other = world(), Guard()
-    again.session.stateful["guard"] = other
+    again = world()
+    assert again.session.run.guard.state_dict() != w.session.run.guard.state_dict()
     again.session.resume(check_checkpoint(checkpoint_path(tmp_path, 4)))
-    assert other.alarms == 3
+    assert again.session.run.guard.state_dict() == w.session.run.guard.state_dict()
+
+
+def test_a_raised_kl_weighs_more_from_the_next_step_on(world: Callable[..., World]) -> None:
+    w = world()
+    w.session.run.guard = Alarm(2, "raise_kl")
+    w.session.train()
+    coefficients = [batch.kl_coef for batch in w.actors.batches]
+    assert coefficients == pytest.approx([0.001, 0.001, 0.003, 0.003])
+    assert any(event.startswith("told step 2: training may be collapsing") for event in w.events)
+
+
+def test_a_frozen_teacher_moves_no_more(world: Callable[..., World]) -> None:
+    w = world()
+    w.session.run.guard = Alarm(2, "freeze_teacher")
+    w.session.train()
+    assert told(w.events, "teacher")[2:] == ["teacher 1.0000"] * 2
+    assert len(told(w.events, "update")) == 4
+
+
+@pytest.mark.parametrize("action", ["rollback", "stop"])
+def test_a_collapse_ends_the_attempt_after_its_row_and_with_the_checkpoint_under_way(
+    world: Callable[..., World], tmp_path: Path, action: GuardAction
+) -> None:
+    w = world(**{"checkpoint.every": 2})
+    w.session.run.guard = Alarm(3, action)
+    with pytest.raises(Collapsing) as collapse:
+        w.session.train()
+    assert collapse.value.decision.action == action
+    assert [step for step, _ in w.rows] == [1, 2, 3]
+    assert w.rows[2][1]["guard/level"] == 2.0
+    assert saved_steps(tmp_path) == [2]
 
 
 def test_a_full_disk_ends_the_run_and_names_the_checkpoints_that_are_whole(
@@ -218,7 +257,7 @@ def answering(w: World, **changes: Any) -> None:
     sample = w.engines.sample
 
     def changed(requests: Any, version: int) -> list[list[Sample]]:
-        return [[dataclasses.replace(s, **changes) for s in group] for group in sample(requests, version)]
+        return [[replace(s, **changes) for s in group] for group in sample(requests, version)]
 
     w.engines.sample = changed  # type: ignore[method-assign]
 
@@ -269,4 +308,5 @@ def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(world: Ca
 def test_a_position_survives_json(world: Callable[..., World], tmp_path: Path) -> None:
     w = world(steps=1)
     w.session.train()
-    assert check_checkpoint(checkpoint_path(tmp_path, 1)) == Position(1, 1, 1, None, {})
+    extra = {GUARD: w.session.run.guard.state_dict()}
+    assert check_checkpoint(checkpoint_path(tmp_path, 1)) == Position(1, 1, 1, None, extra)

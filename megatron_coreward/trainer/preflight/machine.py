@@ -8,10 +8,12 @@ run directory is checked here.
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_coreward.config.accelerator import Machine, machine_problems, parse_version
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.methods import METHODS
@@ -54,6 +56,29 @@ def visible_gpus(devices: Path = Path("/dev")) -> int:
     return len([name for name in names[:usable] if name])
 
 
+def describe(gpus: int) -> Machine:
+    """The GPUs and packages of this machine, as far as the driver's own tool and the packages' metadata tell."""
+    packages = {name: parse_version(found) for name in ("transformer-engine", "apex") if (found := installed(name))}
+    build = re.search(r"\+cu(\d+)(\d)$", installed("torch") or "")
+    cuda = (int(build[1]), int(build[2])) if build else None
+    return Machine(gpus, _capability() if gpus else None, cuda, packages)
+
+
+def _capability() -> tuple[int, ...] | None:
+    """Compute capability of the weakest GPU; None where `nvidia-smi` does not say."""
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return min((version for line in told.splitlines() if (version := parse_version(line.strip()))), default=None)
+
+
 def available_memory() -> int | None:
     """Bytes that can be taken without swapping, at most the container's limit; None where nobody says."""
     try:
@@ -85,13 +110,11 @@ def problems(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
     if joins_cluster():
         return
     gpus = visible_gpus()
+    yield from machine_problems(config, describe(gpus))
     if gpus:
         yield from _gpus(config, gpus)
-    else:
-        if config.actor.backend == "te":
-            yield "actor.backend: te (Transformer Engine) needs a GPU, found none; allowed: auto, local"
-        if arch is not None:
-            yield from _memory(config, arch)
+    elif arch is not None:
+        yield from _memory(config, arch)
     if arch is not None:
         yield from _shared_memory(config, arch)
 
@@ -99,10 +122,11 @@ def problems(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
 def _gpus(config: RunConfig, gpus: int) -> Iterator[str]:
     actors = config.actor.world_size
     engines = config.rollout.num_engines * config.rollout.tensor_parallel
-    if actors + engines > gpus:
+    needed = max(actors, engines) if config.rollout.placement == "colocated" else actors + engines
+    if needed > gpus:
         yield (
             f"actor layout and rollout.num_engines: {actors} actor ranks and {engines} engine ranks need "
-            f"{actors + engines} GPUs, found {gpus} on this machine; choose smaller sizes, or join a Ray cluster with "
+            f"{needed} GPUs, found {gpus} on this machine; choose smaller sizes, or join a Ray cluster with "
             "RAY_ADDRESS"
         )
 
@@ -149,7 +173,7 @@ def _memory(config: RunConfig, arch: Architecture) -> Iterator[str]:
 
 
 def _shared_memory(config: RunConfig, arch: Architecture) -> Iterator[str]:
-    if config.sync.transport == "gloo" or not SHARED_MEMORY.is_dir():
+    if config.sync.transport not in ("auto", "shared_memory") or not SHARED_MEMORY.is_dir():
         return
     free = free_bytes(SHARED_MEMORY)
     metas = tuple(tensors_to_send(arch, config.model.dtype))

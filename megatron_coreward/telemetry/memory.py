@@ -1,0 +1,11 @@
+"""What a switch between the two lives of a GPU has moved."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Of the GPU that a process works on, all processes on it counted; in bytes."""
+
+    free: int  # after the switch
+    given: int  # by how much the switch has made `free` grow; negative where it took memory

@@ -1,0 +1,127 @@
+"""One card, two lives: actors and engines that share their GPUs take turns (`rollout.placement: colocated`).
+
+A turn of the engines: the actors give away what neither publishing nor a probe needs; the engines take the memory of
+their weights; weights are published; the engines take that of their key-value caches; they sample; they sleep; the
+actors take their memory back. What each switch gave is measured and compared with what the next one needs, so that a run
+that does not fit ends with a message, not in the middle of a kernel.
+
+Without GPUs the calls come in the same order, and there is no memory to move.
+
+Invariants (tests/trainer/test_turns.py):
+  1. Engines never hold memory while actors hold theirs, but for the weights that are being published.
+  2. After a turn, whatever ended it, the actors are whole again.
+  3. Weights that an engine has dropped are published anew before it samples.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+from megatron_coreward.errors import RunError
+from megatron_coreward.telemetry.memory import DeviceMemory
+from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.sync import ReceivingEngines
+from megatron_coreward.types import FloatArray, IntArray
+
+SWITCH = "switch"  # the phase of a step that the switches are timed as
+Memories = Sequence[DeviceMemory | None]
+
+
+class TurnTakingActors(Protocol):
+    """What taking turns needs of the actors (`trainer.cluster.ActorGroup`)."""
+
+    def offload(self) -> Memories: ...
+    def onload(self) -> Memories: ...
+
+
+class TurnTakingEngines(ReceivingEngines, Protocol):
+    """What taking turns needs of the engines (`trainer.cluster.EngineGroup`)."""
+
+    def sleep(self) -> Memories: ...
+    def wake(self, part: str) -> Memories: ...
+
+
+class Published(Protocol):
+    """What is thought to be in the engines (`trainer.sync.WeightSync`)."""
+
+    def drop(self) -> None: ...
+
+
+Turn = Callable[[PhaseTimer], AbstractContextManager[None]]
+
+
+def no_turns(timer: PhaseTimer) -> AbstractContextManager[None]:
+    """For engines with GPUs of their own: they are always awake."""
+    return nullcontext()
+
+
+class ColocatedEngines:
+    """The engines, as publishing sees them: their caches come into memory when the first weights of a turn are there."""
+
+    def __init__(self, engines: TurnTakingEngines) -> None:
+        self._engines = engines
+        self.caches_asleep = False
+
+    def start_update(self, init_info: dict[str, Any]) -> None:
+        self._engines.start_update(init_info)
+
+    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any]) -> list[Any]:
+        return self._engines.load_bucket(bucket, version, hashes)
+
+    def finish_update(self, version: int) -> None:
+        self._engines.finish_update(version)
+        if self.caches_asleep:
+            self._engines.wake("kv_cache")
+            self.caches_asleep = False
+
+    def score(self, token_ids: IntArray) -> list[FloatArray]:
+        return self._engines.score(token_ids)
+
+
+class Turns:
+    """Turns of the engines of a run, in which the actors stand back."""
+
+    def __init__(self, actors: TurnTakingActors, engines: TurnTakingEngines, engines_slept: Memories = ()) -> None:
+        """Args:
+        engines_slept: what the engines gave when they were put to sleep, before the actors started.
+        """
+        self._actors, self._engines = actors, engines
+        self.engines = ColocatedEngines(engines)
+        self.published: Published | None = None  # the sync, which is made of `engines`
+        self._engines_need = _most_given(engines_slept)
+
+    @contextmanager
+    def __call__(self, timer: PhaseTimer) -> Iterator[None]:
+        """The engines' turn.
+
+        Raises:
+            RunError: less memory was given away than the other side needs.
+        """
+        with timer.phase(SWITCH):
+            given = self._actors.offload()
+            _require(given, self._engines_need, "the actors", "the engines", "rollout.gpu_memory_utilization")
+            self._engines.wake("weights")
+            self.engines.caches_asleep = True
+        try:
+            yield
+        finally:
+            with timer.phase(SWITCH):
+                slept = self._engines.sleep()
+                if self.published is not None:
+                    self.published.drop()
+                self._engines_need = max(self._engines_need, _most_given(slept))
+                _require(slept, _most_given(given), "the engines", "the actors", "actor.tokens_per_microbatch")
+                self._actors.onload()
+
+
+def _most_given(memories: Memories) -> int:
+    return max((memory.given for memory in memories if memory is not None), default=0)
+
+
+def _require(memories: Memories, needed: int, who: str, whom: str, key: str) -> None:
+    free = min((memory.free for memory in memories if memory is not None), default=None)
+    if free is not None and free < needed:
+        raise RunError(
+            f"rollout.placement: colocated: {who} left {free / 2**30:.1f} GiB of a GPU, {whom} need "
+            f"{needed / 2**30:.1f} GiB; choose a smaller {key}"
+        )
