@@ -37,8 +37,9 @@ class PackedAttention(MegatronModule):
         cu_seqlens = packed_seq_params.cu_seqlens_q  # [N + 1]
         lengths = cu_seqlens[1:] - cu_seqlens[:-1]
         rows, longest = len(lengths), packed_seq_params.max_seqlen_q
-        tokens = torch.arange(query.shape[0])
-        row = torch.repeat_interleave(torch.arange(rows), lengths, output_size=query.shape[0])
+        device = query.device
+        tokens = torch.arange(query.shape[0], device=device)
+        row = torch.repeat_interleave(torch.arange(rows, device=device), lengths, output_size=query.shape[0])
         slot = row * longest + tokens - cu_seqlens[row]  # [T] place of each token in the unfolded [N * longest]
 
         def unfold(x: torch.Tensor) -> torch.Tensor:  # [T, h, D] -> [N, h, longest, D]

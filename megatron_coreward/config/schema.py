@@ -95,6 +95,7 @@ class RolloutSettings(Component):
     num_engines: Positive = 1
     tensor_parallel: Positive = 1
     n: Annotated[int, Field(ge=2)] = 8  # G: completions a question
+    lag: Literal[0, 1] = 0  # 1: engines draw the next step's rollouts while actors learn, from weights one step old
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_response_tokens: Positive = 3072
     max_num_seqs: Positive = 256  # sequences an engine decodes at once
@@ -106,6 +107,7 @@ class RolloutSettings(Component):
 
 
 class TeacherSettings(Component):
+    lag: NonNegative = 0  # further steps that the teacher labels ahead of time, at one publication
     n: Positive = 8  # G~: completions a question that the teacher draws for its vote
     decay_start: Fraction = 0.99
     decay_end: Fraction = 0.9999

@@ -124,6 +124,10 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
             f"teacher.decay_start: {config.teacher.decay_start} is above teacher.decay_end "
             f"({config.teacher.decay_end}); the decay grows"
         )
+    if r.lag and loss.mismatch_correction == "off":
+        yield "rollout.lag: 1 samples from older weights; it needs loss.mismatch_correction of tis or icepop, found off"
+    if r.lag and r.placement == "colocated":
+        yield "rollout.lag: 1 needs engines that run while actors learn; found rollout.placement: colocated"
     guard = config.guard.action
     if guard in ("raise_kl", "rollback") and not loss.kl_coef:
         yield f"guard.action: {guard} raises loss.kl_coef, which is 0; allowed: off, warn, stop, or a KL term"

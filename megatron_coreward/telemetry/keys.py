@@ -13,6 +13,7 @@ STEP_TIME = "step_time_s"
 # The phases of a step, in the order in which they run; each is timed as time/<phase>_s.
 PHASES = (
     "teacher_ema",
+    "switch",
     "sync",
     "rollout",
     "token_stats",
@@ -67,6 +68,7 @@ MEANINGS: Mapping[str, str] = {
     "rollout/self_certainty": "mean KL(uniform || p) of the policy's next-token distribution on its rollouts",
     "rollout/truncated_share": "share of responses cut off at the length limit",
     "rollout/tokens_per_s": "response tokens sampled a second, over all engines",
+    "rollout/lag": "steps by which the weights that sampled are behind those that learn",
     "rollout/slowest_engine_s": "time until the slowest engine had sampled its share of the policy's rollouts",
     "rollout/fastest_engine_s": "time until the fastest one had",
     "rollout/entropy": "mean entropy of the policy's next-token distribution on its rollouts",

@@ -6,7 +6,7 @@ that fail raise the worker's error, with its traceback, in the driver. Every wai
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -67,7 +67,11 @@ def resolve_transport(transport: str, placement: str = "disaggregated") -> Trans
     return choose_transport(transport, gpus=torch.cuda.is_available(), colocated=colocated, num_hosts=len(hosts))
 
 
-def _options(num_gpus: int, cpu_threads: int) -> dict[str, Any]:
+# Of a GPU, for Ray: an actor rank and an engine rank fit on one together, two of a kind do not.
+COLOCATED_SHARE = {"actor": 0.6, "engine": 0.4}
+
+
+def _options(num_gpus: float, cpu_threads: int) -> dict[str, Any]:
     """Ray options of a worker. OpenMP threads that spin between phases would starve the other processes of a core."""
     variables = {
         "OMP_NUM_THREADS": str(cpu_threads),
@@ -90,11 +94,12 @@ def _options(num_gpus: int, cpu_threads: int) -> dict[str, Any]:
 class ActorGroup:
     """All ranks of the Megatron actor."""
 
-    def __init__(self, setup: ActorSetup, watchdog: Watchdog | None = None) -> None:
-        """Starts the processes; `wait` returns once the ranks are built."""
+    def __init__(self, setup: ActorSetup, watchdog: Watchdog | None = None, colocated: bool = False) -> None:
+        """Starts the processes; `wait` returns once the ranks are built. `colocated`: engines share the ranks' GPUs."""
         self.setup = setup
         self._watchdog = watchdog or Watchdog()
-        remote = ray.remote(ActorWorker).options(**_options(1, setup.settings.cpu_threads))
+        share = COLOCATED_SHARE["actor"] if colocated else 1
+        remote = ray.remote(ActorWorker).options(**_options(share, setup.settings.cpu_threads))
         self._ranks = [remote.remote() for _ in range(setup.settings.world_size)]
         for i, rank in enumerate(self._ranks):
             self._watchdog.name(rank, "actor rank", i)
@@ -232,7 +237,10 @@ class EngineGroup:
             own_weights: sample from the weights of `model_path`, under this version, before any update.
         """
         self._watchdog = watchdog or Watchdog()
-        self._model_path, self._options = model_path, _options(settings.tensor_parallel, settings.cpu_threads)
+        share = COLOCATED_SHARE["engine"] if settings.placement == "colocated" else 1
+        self._model_path = model_path
+        self._options = _options(settings.tensor_parallel * share, settings.cpu_threads)
+        self.slept: list[DeviceMemory | None] = []  # what each engine gave when they were put to sleep last
         self._arguments = {
             "dtype": dtype,
             "max_model_len": max_model_len,
@@ -249,9 +257,7 @@ class EngineGroup:
         }
         self._engines = [self._start(i) for i in range(settings.num_engines)]
         self._started = [engine.ready.remote() for engine in self._engines]
-        self.sampling_seconds: list[
-            float
-        ] = []  # of each engine, in the last call of `sample`; emptied when it is taken
+        self.sampling_seconds: list[float] = []  # of each engine, of the last samples; emptied when it is taken
 
     def _start(self, index: int) -> Any:
         engine = ray.remote(RolloutWorker).options(**self._options).remote(self._model_path, **self._arguments)
@@ -274,7 +280,11 @@ class EngineGroup:
         return self._watchdog.get([getattr(engine, method).remote(*args) for engine in self._engines], method)
 
     def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
-        """Samples of all requests, in their order; engine i takes requests i, i + n, i + 2n ...
+        """Samples of all requests, in their order."""
+        return self.begin(requests, expected_version)()
+
+    def begin(self, requests: Sequence[SamplingRequest], expected_version: int) -> Callable[[], list[list[Sample]]]:
+        """Lets the engines begin; the result waits for the samples. Engine i takes requests i, i + n, i + 2n ...
 
         The shares are fixed: were they given out as engines become free, the sizes of an engine's batches, and with
         them the rounding of its matrix products, would depend on timing, and no run could be repeated bit by bit.
@@ -282,17 +292,21 @@ class EngineGroup:
         """
         n = len(self._engines)
         begin = time.perf_counter()
-        seconds = [0.0] * n
-
-        def done(engine: int) -> None:
-            seconds[engine] = time.perf_counter() - begin
-
         calls = [engine.sample.remote(list(requests[i::n]), expected_version) for i, engine in enumerate(self._engines)]
-        results: list[list[Sample]] = [[] for _ in requests]
-        for i, part in enumerate(self._watchdog.get(calls, "rollouts", interruptible=True, on_result=done)):
-            results[i::n] = part
-        self.sampling_seconds = seconds
-        return results
+
+        def finish() -> list[list[Sample]]:
+            seconds = [0.0] * n
+
+            def done(engine: int) -> None:
+                seconds[engine] = time.perf_counter() - begin
+
+            results: list[list[Sample]] = [[] for _ in requests]
+            for i, part in enumerate(self._watchdog.get(calls, "rollouts", interruptible=True, on_result=done)):
+                results[i::n] = part
+            self.sampling_seconds = seconds
+            return results
+
+        return finish
 
     def take_sampling_metrics(self) -> dict[str, float]:
         """How long the slowest and the fastest engine sampled since this was asked last; empty: not at all."""
@@ -325,7 +339,8 @@ class EngineGroup:
 
     def sleep(self) -> list[DeviceMemory | None]:
         """Every engine gives its memory away, weights and caches; it needs `wake` and an update before it samples."""
-        return self._all("sleep")
+        self.slept = self._all("sleep")
+        return self.slept
 
     def wake(self, part: str) -> list[DeviceMemory | None]:
         """Every engine takes memory back: that of its `weights` or of its `kv_cache`."""

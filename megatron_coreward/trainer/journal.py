@@ -12,7 +12,7 @@ Invariants (tests/trainer/test_journal.py):
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,16 +62,26 @@ class RolloutJournal:
         discard_rollouts(run_dir, step)
         self.num_recorded = step - first_step  # steps that will be read
 
-    def read(self, step: int, problems: Sequence[Problem], views: Sequence[View], version: int) -> Recorded | None:
-        """A step as it was recorded; None where it has to be sampled. `version`: that of the policy's weights."""
+    def has(self, step: int) -> bool:
+        """Whether a step is recorded."""
+        return self._usable(step)
+
+    def read(
+        self, step: int, problems: Sequence[Problem], views: Sequence[View], versions: Collection[int]
+    ) -> Recorded | None:
+        """A step as it was recorded; None where it has to be sampled. `versions`: that it may be sampled from."""
         if not self._usable(step):
             return None
         path = rollouts_path(self._run_dir, step)
         judged = read_rollouts(path)
         policy = [item for item in judged if item.rewards is not None]
         asked = [(problem.uid, view) for problem in problems for view in views]
-        versions = {c.weight_version for item in policy for c in item.group.completions}
-        if [(item.group.uid, item.group.view) for item in policy] != asked or versions != {version}:
+        sampled_from = {c.weight_version for item in policy for c in item.group.completions}
+        if (
+            [(item.group.uid, item.group.view) for item in policy] != asked
+            or len(sampled_from) != 1
+            or not sampled_from <= set(versions)
+        ):
             discard_rollouts(self._run_dir, step)
             return None
         rollouts: dict[Role, list[RolloutGroup]] = {

@@ -1,13 +1,12 @@
 """One training step of Co-rewarding, in the order of the paper (arXiv 2508.00410, algorithms 1 and 2):
 
-    teacher EMA -> publish weights -> problems -> rollouts -> token statistics -> rewards -> advantages -> update
+    teacher EMA -> problems -> publish weights -> rollouts -> token statistics -> rewards -> advantages -> update
 
 The step is the same for every method. It branches on what the method needs, never on what it is called.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 from megatron_coreward.algorithms.advantages import group_advantages
@@ -23,9 +22,10 @@ from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer import step_metrics
 from megatron_coreward.trainer.batch import mini_batches, to_batch, to_sequences
 from megatron_coreward.trainer.journal import Recorded, RolloutJournal
-from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
-from megatron_coreward.trainer.sync import SyncReport, WeightSync, weight_version
-from megatron_coreward.types import FloatArray, Problem, Role, RolloutGroup, Sequences, TokenStats, TrainBatch
+from megatron_coreward.trainer.schedule import RolloutEngines, RolloutSchedule
+from megatron_coreward.trainer.sync import WeightSync, weight_version
+from megatron_coreward.trainer.turns import Turn, no_turns
+from megatron_coreward.types import FloatArray, Problem, RolloutGroup, Sequences, TokenStats, TrainBatch
 
 
 class TrainingActors(Protocol):
@@ -51,16 +51,29 @@ class Trainer:
     config: RunConfig
     method: Method
     actors: TrainingActors
-    engines: SamplingEngines
+    engines: RolloutEngines
     sync: WeightSync
     judge: Judge
     problems_of: Callable[[int], Sequence[Problem]]  # the batch of a step, counted from 0
     guard: Guard = field(default_factory=lambda: Guard(GuardSettings()))
     journal: RolloutJournal | None = None  # keeps what a step has sampled, and gives it to a run that died in it
+    engines_turn: Turn = no_turns  # what surrounds publishing and sampling where engines share the actors' GPUs
     surviving: Callable[[Callable[[], Any]], Any] = lambda ask: ask()  # asks engines again after one has died
     num_updates: int = 0  # optimizer steps so far
     teacher_moves: int = 0  # the last step whose EMA the teacher has taken
-    syncs: list[SyncReport] = field(default_factory=list)  # of the step under way
+    schedule: RolloutSchedule = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.schedule = RolloutSchedule(
+            config=self.config,
+            needs=self.method.needs,
+            engines=self.engines,
+            sync=self.sync,
+            problems_of=self.problems_of,
+            recorded=lambda step: self.journal is not None and self.journal.has(step),
+            engines_turn=self.engines_turn,
+            surviving=self.surviving,
+        )
 
     def step(self, number: int, timer: PhaseTimer) -> StepResult:
         """Step `number` of the run, counted from 1."""
@@ -68,25 +81,22 @@ class Trainer:
         decay = teacher_decay(number - 1, config.steps, config.teacher.decay_start, config.teacher.decay_end)
         if self.guard.teacher_frozen:
             decay = 1.0
-        roles: tuple[Role, ...] = ("teacher", "policy") if needs.teacher else ("policy",)
-
         # It has moved already where a run was stopped within the step.
         if needs.teacher and self.teacher_moves < number:
             with timer.phase("teacher_ema"):
                 self.actors.move_teacher(decay)
             self.teacher_moves = number
 
-        kl_coef = (config.loss.kl_coef or 0.0) * self.guard.kl_factor
         problems = self.problems_of(number - 1)
-        rollouts: dict[Role, list[RolloutGroup]] = {"teacher": [], "policy": []}
         recorded = self._recorded(number, problems)
+        rollouts = self.schedule.take(number, self.num_updates, timer)
+        self.schedule.begin(number + 1, self.num_updates, timer)  # where rollouts may go ahead
+        syncs = self.schedule.take_syncs()
         if recorded is not None:
-            rollouts, self.syncs = recorded.rollouts, recorded.syncs
-        else:
-            for role in roles:
-                rollouts[role] = self.surviving(partial(self._publish_and_sample, problems, role, number, timer))
+            rollouts, syncs = recorded.rollouts, recorded.syncs
         groups = rollouts["policy"]
 
+        kl_coef = (config.loss.kl_coef or 0.0) * self.guard.kl_factor
         with timer.phase("token_stats"):
             sequences = to_sequences(groups)
             old = self._stats(sequences, "policy") if needs.token_stats or config.loss.updates_per_batch > 1 else None
@@ -107,7 +117,7 @@ class Trainer:
 
         judged = _judged(groups, judgements, advantages, rollouts["teacher"])
         if self.journal is not None and recorded is None:
-            self.journal.write(number, judged, self.syncs)
+            self.journal.write(number, judged, syncs)
 
         with timer.phase("update"):
             several = config.loss.updates_per_batch > 1
@@ -126,50 +136,27 @@ class Trainer:
                 self.num_updates += 1
 
         metrics = step_metrics.collect(
-            groups, rollouts["teacher"], judgements, advantages, updates, kl_coef, self.syncs, timer.seconds
+            groups, rollouts["teacher"], judgements, advantages, updates, kl_coef, syncs, timer.seconds
         )
+        if config.rollout.lag:
+            metrics |= step_metrics.lag(groups, self.num_updates, config.loss.updates_per_batch)
         if needs.teacher:
             metrics["teacher/decay"] = decay
         metrics |= step_metrics.label_quality(groups, evidence.votes(), judgements, self._golds(problems), self.judge)
-        self.syncs = []
         return StepResult(judged, metrics)
-
-    def publish(self, role: Role, timer: PhaseTimer) -> None:
-        """Brings a role's present weights to the engines, unless they hold them already."""
-        with timer.phase("sync"):
-            report = self.sync.publish(role, weight_version(role, self.num_updates))
-        if report is not None:
-            self.syncs.append(report)
 
     @property
     def reference(self) -> str:
         """Whose weights the KL term holds the policy to."""
         return "teacher" if self.config.loss.kl_reference == "teacher" else "reference"
 
-    def _publish_and_sample(
-        self, problems: Sequence[Problem], role: Role, step: int, timer: PhaseTimer
-    ) -> list[RolloutGroup]:
-        config = self.config
-        self.publish(role, timer)
-        with timer.phase("rollout"):
-            return sample_groups(
-                self.engines,
-                problems,
-                self.method.needs.views,
-                role,
-                n=config.teacher.n if role == "teacher" else config.rollout.n,
-                temperature=config.rollout.temperature,
-                max_tokens=config.rollout.max_response_tokens,
-                version=weight_version(role, self.num_updates),
-                step=step,
-                seed=config.seed,
-            )
-
     def _recorded(self, step: int, problems: Sequence[Problem]) -> Recorded | None:
         if self.journal is None:
             return None
-        version = weight_version("policy", self.num_updates)
-        return self.journal.read(step, problems, self.method.needs.views, version)
+        fresh = weight_version("policy", self.num_updates)
+        lagging = weight_version("policy", self.num_updates - self.config.loss.updates_per_batch)
+        versions = {fresh, lagging} if self.config.rollout.lag else {fresh}
+        return self.journal.read(step, problems, self.method.needs.views, versions)
 
     def _stats(self, sequences: Sequences, weights: str) -> TokenStats:
         return self.actors.token_stats(sequences, weights, self.config.rollout.temperature)

@@ -51,6 +51,7 @@ from megatron_coreward.trainer.recovery import EngineRecovery
 from megatron_coreward.trainer.rollback import Collapsing, count_rollbacks, roll_back
 from megatron_coreward.trainer.session import UNFINISHED, Session
 from megatron_coreward.trainer.sync import open_sync, weight_version
+from megatron_coreward.trainer.turns import no_turns, open_turns
 from megatron_coreward.trainer.watchdog import Watchdog, WorkerDied
 from megatron_coreward.weights.route import Transport
 from megatron_coreward.weights.segment import remove_leftovers
@@ -129,7 +130,14 @@ def _run(
         watchdog = Watchdog(config.watchdog, tell, stop)
         actors, engines, transport = stack.enter_context(processes(config, watchdog))
         judge = stack.enter_context(Judge(config.rewards.equivalence, config.rewards.judge_timeout_s))
-        sync = open_sync(config, arch, transport, actors, engines, partial(watchdog.get, awaited="a bucket of weights"))
+        turns = open_turns(config.rollout.placement, actors, engines, engines.slept)
+        receiving = engines if turns is None else turns.engines
+        sync = open_sync(
+            config, arch, transport, actors, receiving, partial(watchdog.get, awaited="a bucket of weights")
+        )
+        if turns is not None:
+            turns.published = sync
+        tell("actors compute with " + ", ".join(f"{what}: {how}" for what, how in actors.describe().items()))
         journal = RolloutJournal(
             config.run_dir, fingerprint_of(config), first_step=steps_done + 1, keep=config.telemetry.dump_rollouts
         )
@@ -143,6 +151,7 @@ def _run(
             problems_of=sampler.batch,
             guard=Guard(config.guard, rollbacks=count_rollbacks(config.run_dir)),
             journal=journal,
+            engines_turn=turns or no_turns,
             surviving=EngineRecovery(engines, sync, config.faults.engine_restarts, tell),
         )
         sinks = stack.enter_context(
@@ -171,7 +180,9 @@ def _run(
             checkpoints=CheckpointWriter(config, actors, journal.covered),
             stop=stop,
             validate=None if held_out is None else lambda timer: _validate(run, held_out, timer).metrics(),
-            observe=lambda step, judged: labels.observe(step, judged) | engines.take_sampling_metrics(),
+            observe=lambda step, judged: (
+                labels.observe(step, judged) | ({} if config.rollout.lag else engines.take_sampling_metrics())
+            ),
             record=record,
             new_timer=lambda: PhaseTimer(view.phase),
             tell=tell,
@@ -190,17 +201,18 @@ def _run(
 
 
 def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy:
-    run.publish("policy", timer)
-    with timer.phase("validation"):
-        return evaluate(
-            run.engines,
-            held_out,
-            run.config.validation,
-            run.judge,
-            max_tokens=run.config.rollout.max_response_tokens,
-            version=weight_version("policy", run.num_updates),
-            seed=run.config.seed,
-        )
+    with run.engines_turn(timer):
+        run.schedule.publish("policy", run.num_updates, timer)
+        with timer.phase("validation"):
+            return evaluate(
+                run.engines,
+                held_out,
+                run.config.validation,
+                run.judge,
+                max_tokens=run.config.rollout.max_response_tokens,
+                version=weight_version("policy", run.num_updates),
+                seed=run.config.seed,
+            )
 
 
 @contextmanager
@@ -213,11 +225,13 @@ def processes(
     """
     start_ray()
     watchdog = watchdog or Watchdog(config.watchdog)
-    transport = resolve_transport(config.sync.transport)
+    transport = resolve_transport(config.sync.transport, config.rollout.placement)
+    colocated = config.rollout.placement == "colocated"
     max_sequence = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     with ExitStack() as stack:
-        actors = ActorGroup(actor_setup(config, max_sequence), watchdog)
-        stack.push(partial(_leave, actors))
+        if not colocated:
+            actors = ActorGroup(actor_setup(config, max_sequence), watchdog)
+            stack.push(partial(_leave, actors))
         engines = EngineGroup(
             config.model.hf_path.resolve(),
             config.rollout,
@@ -228,8 +242,15 @@ def processes(
             watchdog=watchdog,
         )
         stack.push(partial(_leave, engines))
-        actors.wait()
-        engines.wait()
+        if colocated:  # an engine plans its memory by what is free when it starts; the actors come when it is asleep
+            engines.wait()
+            engines.sleep()
+            actors = ActorGroup(actor_setup(config, max_sequence), watchdog, colocated=True)
+            stack.push(partial(_leave, actors))
+            actors.wait()
+        else:
+            actors.wait()
+            engines.wait()
         yield actors, engines, transport
 
 

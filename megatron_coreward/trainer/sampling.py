@@ -37,8 +37,26 @@ def sample_groups(
     answer_forms: Sequence[AnswerForm] = ("boxed",),
 ) -> list[RolloutGroup]:
     """`n` completions for every view of every problem: one group each, problem after problem."""
-    asked = [(problem, view) for problem in problems for view in views]
-    requests = [
+    requests = requests_for(
+        problems, views, role, n=n, temperature=temperature, max_tokens=max_tokens, step=step, seed=seed, top_p=top_p
+    )
+    return to_groups(problems, views, role, engines.sample(requests, version), answer_forms)
+
+
+def requests_for(
+    problems: Sequence[Problem],
+    views: Sequence[View],
+    role: Role,
+    *,
+    n: int,
+    temperature: float,
+    max_tokens: int,
+    step: int,
+    seed: int,
+    top_p: float = 1.0,
+) -> list[SamplingRequest]:
+    """One request for every view of every problem, problem after problem."""
+    return [
         SamplingRequest(
             prompt=problem.prompts[view].token_ids,
             n=n,
@@ -47,9 +65,20 @@ def sample_groups(
             top_p=top_p,
             max_tokens=max_tokens,
         )
-        for problem, view in asked
+        for problem in problems
+        for view in views
     ]
-    answers = engines.sample(requests, version)
+
+
+def to_groups(
+    problems: Sequence[Problem],
+    views: Sequence[View],
+    role: Role,
+    answers: Sequence[Sequence[Sample]],
+    answer_forms: Sequence[AnswerForm] = ("boxed",),
+) -> list[RolloutGroup]:
+    """What the engines answered to `requests_for`, as one group a request."""
+    asked = [(problem, view) for problem in problems for view in views]
     return [
         RolloutGroup(
             problem.uid, view, role, problem.prompts[view], tuple(_completion(s, answer_forms) for s in samples)

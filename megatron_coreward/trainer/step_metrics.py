@@ -15,7 +15,7 @@ from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.evidence import GroupKey
 from megatron_coreward.rewards.methods.base import Judgement
 from megatron_coreward.rewards.voting import Vote, majority_vote
-from megatron_coreward.trainer.sync import SyncReport
+from megatron_coreward.trainer.sync import SyncReport, weight_version
 from megatron_coreward.types import FloatArray, RolloutGroup
 
 
@@ -44,7 +44,7 @@ def collect(
         "rollout/response_tokens_max": float(lengths.max()),
         "rollout/truncated_share": float(np.mean(cut_off)),
     }
-    if "rollout" in seconds:  # else the rollouts are those of the journal
+    if "rollout" in seconds:  # else the rollouts are those of the journal, or were drawn meanwhile
         metrics["rollout/tokens_per_s"] = sampled / seconds["rollout"]
     metrics |= _loss(updates)
     if "loss/kl" in metrics:
@@ -80,6 +80,13 @@ def _loss(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if "mismatch_affected" in updates[0]:
         metrics["loss/mismatch_affected_share"] = mean("mismatch_affected")
     return metrics
+
+
+def lag(groups: Sequence[RolloutGroup], num_updates: int, updates_per_batch: int) -> dict[str, float]:
+    """How many steps the weights that sampled were behind those that the step began with."""
+    version = groups[0].completions[0].weight_version
+    behind = weight_version("policy", num_updates - updates_per_batch) - version
+    return {"rollout/lag": behind / weight_version("policy", updates_per_batch)}
 
 
 def label_quality(

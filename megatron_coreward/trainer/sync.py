@@ -81,6 +81,7 @@ class WeightSync:
         self._max_gap = max_gap
         self._init_info: dict[Role, dict[str, Any]] = {}
         self._published: int | None = None
+        self.generation = 0  # of the engines: grows when one was started anew
 
     def publish(self, role: Role, version: int) -> SyncReport | None:
         """Brings the role's present weights to every engine and checks them; None where they are there already.
@@ -113,6 +114,7 @@ class WeightSync:
     def forget(self) -> None:
         """Takes nothing for published any more: an engine is new. The next `publish` reaches all of them."""
         self._published = None
+        self.generation += 1
         if self._route.transport in MEETING:  # the new one has to join a new group; everybody else leaves the old one
             self._init_info.clear()
 

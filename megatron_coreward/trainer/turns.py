@@ -2,14 +2,14 @@
 
 A turn of the engines: the actors give away what neither publishing nor a probe needs; the engines take the memory of
 their weights; weights are published; the engines take that of their key-value caches; they sample; they sleep; the
-actors take their memory back. What each switch gave is measured and compared with what the next one needs, so that a run
-that does not fit ends with a message, not in the middle of a kernel.
+actors take their memory back. What each switch gave is measured and compared with what the next one needs, so that a
+run that does not fit ends with a message, not in the middle of a kernel.
 
 Without GPUs the calls come in the same order, and there is no memory to move.
 
 Invariants (tests/trainer/test_turns.py):
   1. Engines never hold memory while actors hold theirs, but for the weights that are being published.
-  2. After a turn, whatever ended it, the actors are whole again.
+  2. After a turn, whatever ended it, the actors are whole again, unless the engines keep their memory.
   3. Weights that an engine has dropped are published anew before it samples.
 """
 
@@ -56,7 +56,7 @@ def no_turns(timer: PhaseTimer) -> AbstractContextManager[None]:
 
 
 class ColocatedEngines:
-    """The engines, as publishing sees them: their caches come into memory when the first weights of a turn are there."""
+    """The engines, as publishing sees them: their caches come into memory when a turn's first weights are there."""
 
     def __init__(self, engines: TurnTakingEngines) -> None:
         self._engines = engines
@@ -112,6 +112,13 @@ class Turns:
                 self._engines_need = max(self._engines_need, _most_given(slept))
                 _require(slept, _most_given(given), "the engines", "the actors", "actor.tokens_per_microbatch")
                 self._actors.onload()
+
+
+def open_turns(
+    placement: str, actors: TurnTakingActors, engines: TurnTakingEngines, engines_slept: Memories
+) -> Turns | None:
+    """The turns of a run; None where engines have GPUs of their own."""
+    return Turns(actors, engines, engines_slept) if placement == "colocated" else None
 
 
 def _most_given(memories: Memories) -> int:

@@ -6,6 +6,7 @@ which the engines must refuse.
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import ray
@@ -15,8 +16,10 @@ from megatron_coreward.config.validate import validate
 from megatron_coreward.errors import RunError
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.run import processes
 from megatron_coreward.trainer.sync import open_sync, weight_version
+from megatron_coreward.trainer.turns import no_turns, open_turns
 from megatron_coreward.types import Role
 from megatron_coreward.weights.layouts import EngineLayout
 from megatron_coreward.weights.route import tensors_to_send
@@ -45,8 +48,10 @@ def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
     config = config.model_copy(update={"sync": config.sync.model_copy(update={"hashes": True})})
     roles: tuple[Role, ...] = ("policy", "teacher") if METHODS[config.method].needs.teacher else ("policy",)
     gigabytes = sum(meta.nbytes for meta in tensors_to_send(arch, config.model.dtype)) / 1e9
-    with processes(config) as (actors, engines, transport):
-        sync = open_sync(config, arch, transport, actors, engines, ray.get)
+    with processes(config) as (actors, engines, transport), ExitStack() as stack:
+        turns = open_turns(config.rollout.placement, actors, engines, engines.slept)
+        sync = open_sync(config, arch, transport, actors, engines if turns is None else turns.engines, ray.get)
+        stack.enter_context((turns or no_turns)(PhaseTimer()))
         for number in range(rounds):
             for role in roles:
                 version = weight_version(role, number)

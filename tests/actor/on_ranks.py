@@ -64,7 +64,7 @@ def whole_gradients(actor: Any) -> dict[str, list[tuple[Any, np.ndarray]]]:
         if name == "output_layer.weight" and actor.arch.tied:
             continue
         for block in blocks(name, actor.arch, *_tensor_parallel(name, actor.at)):
-            piece = param.main_grad[block.shard_index].float().numpy().copy()
+            piece = param.main_grad[block.shard_index].float().cpu().numpy().copy()
             found.setdefault(block.hf_name, []).append((block.hf_index, piece))
     return found
 

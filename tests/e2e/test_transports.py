@@ -21,6 +21,16 @@ def test_a_run_over_gloo_is_the_run_through_shared_memory(task: Task) -> None:
     assert weights["gloo"] == weights["shared_memory"]
 
 
+def test_a_colocated_run_is_the_disaggregated_one(task: Task) -> None:
+    """Taking turns changes who holds memory when, and no number."""
+    weights = {}
+    for placement in ("disaggregated", "colocated"):
+        changes = [f"run_dir={task.folder / placement}", f"rollout.placement={placement}"]
+        offload = ["actor.offload_optimizer=true"] if placement == "colocated" else []
+        weights[placement] = digest(run(task, *changes, *offload, "steps=2", "sync.bucket_mib=0.1"))
+    assert weights["colocated"] == weights["disaggregated"]
+
+
 @pytest.mark.parametrize("transport", ["gloo", pytest.param("shared_memory", marks=pytest.mark.slow)])
 def test_verify_sync_publishes_every_role_and_says_what_it_found(
     transport: str, task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]

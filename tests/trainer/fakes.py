@@ -1,6 +1,6 @@
 """Actors and engines behind the loop's narrow contracts: they write down what is asked of them, in order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,15 @@ class FakeEngines:
         self.events.append(f"sample {expected_version}")
         self.requests.extend(requests)
         return [[self._sample(i, expected_version) for i in range(r.n)] for r in requests]
+
+    def begin(self, requests: Sequence[SamplingRequest], expected_version: int) -> Callable[[], list[list[Sample]]]:
+        samples = self.sample(requests, expected_version)
+
+        def finish() -> list[list[Sample]]:
+            self.events.append(f"took {expected_version}")
+            return samples
+
+        return finish
 
     @staticmethod
     def _sample(i: int, version: int) -> Sample:

@@ -82,8 +82,8 @@ def test_rollouts_of_other_weights_or_questions_are_dropped(tmp_path: Path, vers
     trainer.step(1, PhaseTimer())
     problems = trainer.problems_of(0)
     journal = RolloutJournal(tmp_path, "f", 1, keep=True)
-    assert journal.read(1, problems, ("original",), 0) is not None
-    assert journal.read(1, problems[::-1] if backwards else problems, ("original",), version) is None
+    assert journal.read(1, problems, ("original",), {0}) is not None
+    assert journal.read(1, problems[::-1] if backwards else problems, ("original",), {version}) is None
     assert list(dumped_steps(tmp_path)) == []
 
 

@@ -30,9 +30,9 @@ def trainer_with_deaths(deaths: list[Kind], max_restarts: int) -> tuple[Any, lis
     trainer, events, _, _ = make_trainer("co_rewarding_ii")
     engines = MortalEngines(events)
     engines.deaths = deaths
-    trainer.engines = trainer.sync._engines = engines
+    trainer.schedule.engines = trainer.sync._engines = engines
     told: list[str] = []
-    trainer.surviving = EngineRecovery(engines, trainer.sync, max_restarts, told.append)
+    trainer.schedule.surviving = EngineRecovery(engines, trainer.sync, max_restarts, told.append)
     return trainer, events, told, engines
 
 

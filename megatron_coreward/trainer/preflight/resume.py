@@ -35,6 +35,7 @@ FIXED = (
     "actor.adam_eps",
     "actor.clip_grad",
     "rollout.n",
+    "rollout.lag",
     "rollout.temperature",
     "rollout.max_response_tokens",
     "teacher",

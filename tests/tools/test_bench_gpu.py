@@ -1,0 +1,111 @@
+"""The GPU benchmark's plan and table, as far as they need no GPU."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_coreward.planner.models import published_architecture
+
+TOOL = Path(__file__).parents[2] / "tools" / "bench_gpu.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("bench_gpu", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_gpu"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_dry_run_names_every_run_and_needs_no_gpu(tool: Any) -> None:
+    done = subprocess.run([sys.executable, TOOL, "--dry-run"], capture_output=True, text=True, timeout=60, check=True)
+    lines = done.stdout.splitlines()
+    assert [line[:28].strip() for line in lines] == [run.name for run in tool.runs()]
+    assert all("fits" in line for line in lines)
+    assert {run.group for run in tool.runs()} == {"actor", "rollout", "train"}
+
+
+def test_a_dry_run_says_what_does_not_fit(tool: Any) -> None:
+    verdicts = dict(line.split("  ", 1) for line in tool.dry_run("Qwen3-14B"))
+    assert "248 GiB without activations; the card has 140" in verdicts["actor bf16"]
+    assert "fits" in verdicts["rollout bf16"]
+
+
+def test_flops_of_an_update_are_six_a_weight_and_token_and_the_attention(tool: Any) -> None:
+    arch = published_architecture("Qwen3-1.7B-Base")
+    weights = 28 * (2048 * (2 * 16 + 2 * 8) * 128 + 3 * 2048 * 6144) + 151936 * 2048
+    attention = 28 * 12 * 16 * 128 * 512  # of 1,024 tokens a token sees 512 in the mean
+    assert tool.update_flops(arch, 1024, 10) == pytest.approx(10 * (6 * weights + attention))
+
+
+def test_the_model_is_loadable_and_has_the_published_shape(tool: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    from megatron_coreward.checkpoint.safetensors_files import HfWeights
+    from megatron_coreward.config.architecture import read_architecture
+    from megatron_coreward.trainer.preflight.tokenizer import FileTokenizer
+
+    small = {**tool.CONFIGS["Qwen3-1.7B-Base"], "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 512}
+    small |= {"intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    monkeypatch.setitem(tool.CONFIGS, "small", small)
+    tool.write_random_model(tmp_path, "small", device="cpu")
+    arch = read_architecture(tmp_path)
+    assert arch == published_architecture("small")
+    weights = HfWeights(tmp_path)
+    weights.check(arch)
+    weights.close()
+    assert FileTokenizer(tmp_path).num_ids <= arch.vocab_size
+
+
+def rows(outside: float = 0.01) -> list[dict[str, float]]:
+    return [
+        {
+            "step": float(step),
+            "step_time_s": 2.0 if step > 5 else 60.0,
+            "time/sync_s": 0.4,
+            "time/switch_s": 0.2,
+            "time/rollout_s": 1.0,
+            "time/outside_s": 2 * outside,
+            "time/outside_share": outside,
+            "sync/logprob_gap": 0.01,
+        }
+        for step in range(1, 21)
+    ]
+
+
+def result(tool: Any, run: str, figures: dict[str, Any]) -> dict[str, Any]:
+    versions = {"torch": "2.11.0", "vllm": "0.26.0"}
+    told = {"shape": "Qwen3-1.7B-Base", "gpu": "a GPU", "driver": "1", "versions": versions, "command": "python x"}
+    return {"run": run, "figures": figures, **told}
+
+
+def test_figures_of_a_run_leave_the_first_steps_out(tool: Any, tmp_path: Path) -> None:
+    arch = published_architecture("Qwen3-1.7B-Base")
+    run = next(run for run in tool.runs() if run.name == "train co_rewarding_ii bf16")
+    figures = tool.figures_of_run(rows(), arch, tool.config_of(run, tmp_path, tmp_path))
+    assert figures["step_s"] == 2.0
+    assert figures["sync_s"] == pytest.approx(0.2)  # two publications a step
+    assert figures["sync_gb_s"] == pytest.approx(2 * 1.72e9 / 1e9 / 0.2, rel=0.01)
+    assert figures["shares"]["rollout"] == pytest.approx(0.5)
+
+
+def test_the_table_has_every_figure_with_its_aim_and_says_what_was_not_measured(tool: Any, tmp_path: Path) -> None:
+    results = [
+        result(tool, "actor bf16", {"update_tokens_s": 1000.0, "mfu_of_bf16_peak": 0.46, "peak_gib": 60.0}),
+        result(tool, "actor fp8 tensorwise", {"update_tokens_s": 1200.0, "mfu_of_bf16_peak": 0.5, "peak_gib": 60.0}),
+    ]
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in results))
+    printed = subprocess.run(
+        [sys.executable, TOOL, "--table", file], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert "| update, BF16, share of the BF16 peak (MFU) | 0.460 | ≥ 0.45 | yes |" in printed
+    assert "| update, FP8 tensorwise, over BF16 | 1.20 | ≥ 1.3 | no |" in printed
+    assert "| rollout, BF16, over bare vLLM | not measured | ≥ 0.95 |  |" in printed
+    assert "torch 2.11.0, vllm 0.26.0" in printed

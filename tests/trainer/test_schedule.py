@@ -1,0 +1,142 @@
+"""What is sampled when: rollouts a step ahead, a teacher that labels several steps at once, what a resume sees."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.journal import RolloutJournal
+from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.watchdog import WorkerDied
+from tests.trainer.fakes import FakeEngines
+from tests.trainer.test_loop import make_trainer
+
+LAGGING = {"rollout.lag": 1, "loss.mismatch_correction": "tis", "steps": 4}
+
+
+def drawn(engines: FakeEngines) -> list[tuple[Any, ...]]:
+    return [(tuple(r.prompt), r.seed, r.n) for r in engines.requests]
+
+
+def told(events: list[str], *words: str) -> list[str]:
+    return [e for e in events if e.split()[0] in words]
+
+
+def test_rollouts_are_under_way_while_the_actors_learn_from_those_before() -> None:
+    trainer, events, _, _ = make_trainer("majority_voting", **LAGGING)
+    rows = [trainer.step(step, PhaseTimer()).metrics for step in (1, 2, 3, 4)]
+    assert told(events, "finish", "sample", "took", "update") == [
+        *("finish 0", "sample 0", "took 0", "sample 0", "update"),  # the second step's rollouts begin before the update
+        *("took 0", "finish 2", "sample 2", "update"),
+        *("took 2", "finish 4", "sample 4", "update"),
+        *("took 4", "update"),  # nothing comes after the last step
+    ]
+    assert [row["rollout/lag"] for row in rows] == [0, 1, 1, 1]
+
+
+def test_the_same_questions_and_seeds_are_drawn_ahead_as_in_time() -> None:
+    ahead, in_time = make_trainer("co_rewarding_ii", **LAGGING), make_trainer("co_rewarding_ii", steps=4)
+    for trainer, *_ in (ahead, in_time):
+        for step in (1, 2, 3, 4):
+            trainer.step(step, PhaseTimer())
+    assert drawn(ahead[3]) == drawn(in_time[3])
+
+
+def test_nothing_goes_ahead_across_a_checkpoint() -> None:
+    trainer, events, _, _ = make_trainer("majority_voting", **LAGGING, **{"checkpoint.every": 2})
+    rows = [trainer.step(step, PhaseTimer()).metrics for step in (1, 2, 3, 4)]
+    assert [row["rollout/lag"] for row in rows] == [0, 1, 0, 1]
+    assert told(events, "sample") == ["sample 0", "sample 0", "sample 4", "sample 4"]
+
+
+def test_an_engine_that_dies_with_rollouts_under_way_costs_the_lead_alone() -> None:
+    trainer, events, _, engines = make_trainer("majority_voting", **LAGGING)
+
+    def surviving(ask: Any) -> Any:
+        try:
+            return ask()
+        except WorkerDied:
+            trainer.sync.forget()
+            return ask()
+
+    trainer.schedule.surviving = surviving
+    begin = engines.begin
+
+    def begin_and_die(requests: Any, version: int) -> Any:
+        begin(requests, version)
+
+        def finish() -> Any:
+            engines.begin = begin  # type: ignore[method-assign]
+            raise WorkerDied("engine", 0, "rollouts", RuntimeError("gone"))
+
+        return finish
+
+    trainer.schedule.begin(2, 0, PhaseTimer())
+    events.clear()
+    engines.begin = begin_and_die  # type: ignore[method-assign]
+    trainer.schedule._under_way = None
+    row = trainer.step(1, PhaseTimer()).metrics
+    assert row["rollout/lag"] == 0
+    assert told(events, "sample", "took", "update") == ["sample 0", "sample 0", "took 0", "sample 0", "update"]
+
+
+def test_rollouts_of_engines_that_were_started_anew_are_drawn_again() -> None:
+    trainer, events, _, _ = make_trainer("majority_voting", **LAGGING)
+    trainer.step(1, PhaseTimer())
+    trainer.sync.forget()  # an engine died in a validation, say
+    events.clear()
+    row = trainer.step(2, PhaseTimer()).metrics
+    assert row["rollout/lag"] == 0
+    assert told(events, "sample", "took")[:2] == ["sample 2", "took 2"]
+
+
+@pytest.mark.parametrize(
+    ("every", "windows"),
+    [(0, [[1, 2, 3], [4, 5, 6], [7]]), (5, [[1, 2, 3], [4, 5], [6, 7]]), (2, [[1, 2], [3, 4], [5, 6], [7]])],
+)
+def test_a_lagging_teacher_labels_windows_of_steps_between_checkpoints(every: int, windows: list[list[int]]) -> None:
+    changes = {"teacher.lag": 2, "steps": 7, "checkpoint.every": every}
+    trainer, events, _, engines = make_trainer("co_rewarding_ii", **changes)
+    results = [trainer.step(step, PhaseTimer()) for step in range(1, 8)]
+    teachers = [[i.group for i in result.judged if i.rewards is None] for result in results]
+    assert [len(groups) for groups in teachers] == [2] * 7
+    for window in windows:
+        versions = {c.weight_version for step in window for g in teachers[step - 1] for c in g.completions}
+        assert versions == {2 * (window[0] - 1) + 1}
+    assert len(told(events, "finish")) == 7 + len(windows)
+    in_time = make_trainer("co_rewarding_ii", steps=7)
+    for step in range(1, 8):
+        in_time[0].step(step, PhaseTimer())
+    assert sorted(drawn(engines)) == sorted(drawn(in_time[3]))
+
+
+@pytest.mark.parametrize("changes", [{"teacher.lag": 2}, LAGGING, LAGGING | {"teacher.lag": 1}])
+@pytest.mark.parametrize("died_in", [1, 2, 3, 4, 5])
+def test_a_run_that_goes_on_from_its_journal_draws_what_was_not_drawn_from_the_same_weights(
+    tmp_path: Path, changes: dict[str, Any], died_in: int
+) -> None:
+    """A step whose rollouts are recorded, and whose update is not, is where the run died."""
+
+    def attempt() -> tuple[Trainer, FakeEngines]:
+        trainer, _, _, engines = make_trainer("co_rewarding_ii", **{**changes, "steps": 6, "run_dir": tmp_path})
+        trainer.journal = RolloutJournal(tmp_path, "the same", first_step=1, keep=True)
+        return trainer, engines
+
+    def outcome(trainer: Trainer, steps: range) -> list[list[tuple[Any, ...]]]:
+        return [
+            [
+                (i.group.uid, i.group.role, {c.weight_version for c in i.group.completions})
+                for i in trainer.step(step, PhaseTimer()).judged
+            ]
+            for step in steps
+        ]
+
+    whole, _ = attempt()
+    expected = outcome(whole, range(1, 7))
+    for file in (tmp_path / "rollouts").iterdir():
+        if int(file.stem.removeprefix("step_")) > died_in:
+            file.unlink()
+    again, engines = attempt()
+    assert outcome(again, range(1, 7)) == expected
+    assert len({seed for _, seed, _ in drawn(engines)}) == 4 * (6 - died_in)  # two questions, policy and teacher

@@ -1,0 +1,192 @@
+"""Actors and engines on one card: who holds its memory when, and what is told when it does not fit."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_coreward.errors import RunError
+from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.telemetry.memory import DeviceMemory
+from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.sync import WeightSync
+from megatron_coreward.trainer.turns import Turns, no_turns, open_turns
+from tests.trainer.fakes import ROUTE, FakeActors, FakeEngines, make_config, make_problem
+
+GIB = 2**30
+
+
+class Card:
+    """The memory of one GPU, and who holds how much of it."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.held = total, {"weights of the actor": 10 * GIB}
+
+    def change(self, what: str, size: int) -> DeviceMemory:
+        before = self.free
+        self.held[what] = size
+        assert self.free >= 0, f"out of memory: {self.held}"
+        return DeviceMemory(self.free, self.free - before)
+
+    @property
+    def free(self) -> int:
+        return self.total - sum(self.held.values())
+
+
+class CardActors(FakeActors):
+    def __init__(self, events: list[str], card: Card | None, state: int = 60 * GIB) -> None:
+        super().__init__(events)
+        self.card, self.state, self.whole = card, state, True
+        if card is not None:
+            card.change("state of the actor", state)
+
+    def offload(self) -> list[DeviceMemory | None]:
+        self.events.append("offload")
+        self.whole = False
+        return [self.card.change("state of the actor", 0) if self.card else None]
+
+    def onload(self) -> list[DeviceMemory | None]:
+        self.events.append("onload")
+        self.whole = True
+        return [self.card.change("state of the actor", self.state) if self.card else None]
+
+    def move_teacher(self, decay: float) -> None:
+        assert self.whole
+        super().move_teacher(decay)
+
+    def update(self, batch: Any) -> dict[str, float]:
+        assert self.whole
+        return super().update(batch)
+
+
+class CardEngines(FakeEngines):
+    WEIGHTS, CACHES = 10 * GIB, 50 * GIB
+
+    def __init__(self, events: list[str], card: Card | None) -> None:
+        super().__init__(events)
+        self.card, self.awake = card, set[str]()
+
+    def sleep(self) -> list[DeviceMemory | None]:
+        self.events.append("sleep")
+        self.awake.clear()
+        self.version = None
+        if self.card is None:
+            return [None]
+        given = self.card.change("weights of the engine", 0).given
+        memory = self.card.change("caches of the engine", 0)
+        return [DeviceMemory(memory.free, memory.given + given)]
+
+    def wake(self, part: str) -> list[DeviceMemory | None]:
+        self.events.append(f"wake {part}")
+        self.awake.add(part)
+        size = {"weights": self.WEIGHTS, "kv_cache": self.CACHES}[part]
+        whose = {"weights": "weights of the engine", "kv_cache": "caches of the engine"}[part]
+        return [self.card.change(whose, size) if self.card else None]
+
+    def start_update(self, init_info: dict[str, Any]) -> None:
+        assert "weights" in self.awake
+        super().start_update(init_info)
+
+    def score(self, token_ids: Any) -> Any:
+        assert self.awake == {"weights", "kv_cache"}
+        return super().score(token_ids)
+
+
+def colocated(card: Card | None, method: str = "co_rewarding_ii") -> tuple[Trainer, list[str], CardActors, Turns]:
+    events: list[str] = []
+    actors, engines = CardActors(events, card), CardEngines(events, card)
+    slept = [None if card is None else DeviceMemory(card.total, engines.WEIGHTS + engines.CACHES)]
+    turns = Turns(actors, engines, slept)
+    sync = WeightSync(
+        actors,
+        turns.engines,
+        lambda refs: [[] for _ in refs],
+        route=ROUTE,
+        num_buckets=1,
+        probe=np.arange(4, dtype=np.int32),
+        max_gap=1e-3,
+    )
+    turns.published = sync
+    trainer = Trainer(
+        config=make_config(method),
+        method=METHODS[method],
+        actors=actors,
+        engines=engines,
+        sync=sync,
+        judge=Judge("exact"),
+        problems_of=lambda step: [make_problem(0), make_problem(1)],
+        engines_turn=turns,
+    )
+    return trainer, events, actors, turns
+
+
+ORDER = [
+    "teacher 0.9900",
+    "offload",
+    "wake weights",
+    "finish 1",
+    "wake kv_cache",
+    "stats teacher",  # the probe
+    "sample 1",
+    "finish 0",
+    "stats policy",  # the probe
+    "sample 0",
+    "sleep",
+    "onload",
+    "stats teacher",  # what the KL term holds the policy to
+    "update",
+]
+
+
+@pytest.fixture(params=["a card", "no card"])
+def card(request: pytest.FixtureRequest) -> Card | None:
+    return Card(80 * GIB) if request.param == "a card" else None
+
+
+def test_a_step_takes_one_turn_of_the_engines_with_and_without_memory_to_move(card: Card | None) -> None:
+    trainer, events, _, _ = colocated(card)
+    timer = PhaseTimer()
+    trainer.step(1, timer)
+    watched = ("teacher", "offload", "wake", "finish", "sample", "sleep", "onload", "update", "stats")
+    assert [event for event in events if event.split()[0] in watched] == ORDER
+    assert "time/switch_s" in timer.metrics()
+
+
+def test_weights_that_were_dropped_are_published_again() -> None:
+    trainer, events, _, turns = colocated(Card(80 * GIB), "co_rewarding_i")
+    for _ in range(2):  # twice the same version, as in a validation and the step after it
+        with turns(PhaseTimer()):
+            trainer.schedule.publish("policy", 0, PhaseTimer())
+    assert events.count("finish 0") == 2
+
+
+def test_the_actors_are_whole_after_a_turn_that_failed() -> None:
+    _, _, actors, turns = colocated(Card(80 * GIB))
+    with pytest.raises(ZeroDivisionError), turns(PhaseTimer()):
+        _ = 1 / 0
+    assert actors.whole
+
+
+def test_engines_that_do_not_fit_beside_the_actors_weights_are_told() -> None:
+    trainer, events, _, turns = colocated(Card(90 * GIB))
+    assert trainer.actors is not None
+    turns._engines_need = 85 * GIB
+    with pytest.raises(RunError, match=r"the actors left 80.0 GiB .* the engines need 85.0 GiB.*gpu_memory_utiliz"):
+        trainer.step(1, PhaseTimer())
+    assert "wake weights" not in events
+
+
+def test_actors_that_do_not_get_their_memory_back_are_told() -> None:
+    card = Card(80 * GIB)
+    _, events, _, turns = colocated(card)
+    with pytest.raises(RunError, match="the engines left 50.0 GiB .* the actors need 60.0 GiB"), turns(PhaseTimer()):
+        card.change("a leak", 20 * GIB)
+    assert "onload" not in events
+
+
+def test_engines_with_gpus_of_their_own_take_no_turns() -> None:
+    assert open_turns("disaggregated", CardActors([], None), CardEngines([], None), []) is None
+    with no_turns(PhaseTimer()):
+        pass
