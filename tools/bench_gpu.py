@@ -162,6 +162,8 @@ def write_random_model(directory: Path, shape: str, device: str = "cuda") -> Pat
             flush()
     if pending:
         flush()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the run that follows may be that of another process
     total = sum(2 * torch.Size(size).numel() for size in hf_tensors(arch).values())
     index = {"metadata": {"total_size": total}, "weight_map": names}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -4,12 +4,14 @@ import datetime
 import os
 from dataclasses import dataclass
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_coreward.config.schema import ActorSettings
+from megatron_coreward.weights.gloo import own_address
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -45,8 +47,13 @@ def initialize(settings: ActorSettings, rank: int, address: str, port: int, seed
     os.environ.setdefault("MASTER_ADDR", address)
     os.environ.setdefault("MASTER_PORT", str(port))
     if on_gpu:
+        if settings.tensor_parallel > 1:  # before the context: kernels start in the order of their calls, so that
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # communication begins before what it overlaps
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
+        interface = _interface_of(own_address(address, port))
+        if interface is not None:  # gloo asks the host's name, which may stand for loopback
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         torch.set_num_threads(settings.cpu_threads)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -80,6 +87,14 @@ def initialize(settings: ActorSettings, rank: int, address: str, port: int, seed
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
         expert_dp_size=parallel_state.get_expert_data_parallel_world_size(),
     )
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface that has an address on this node."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            return str(name)
+    return None
 
 
 def shutdown() -> None:

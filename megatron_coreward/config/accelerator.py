@@ -99,11 +99,6 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
                 f"rollout.placement: colocated with {engines} engine ranks and {a.world_size} actor ranks; every "
                 "engine rank shares the GPU of an actor rank, so at most as many are allowed"
             )
-        if config.rollout.tensor_parallel > 1:
-            yield (
-                f"rollout.tensor_parallel: {config.rollout.tensor_parallel} under rollout.placement: colocated; "
-                "allowed: 1 (an engine that spans GPUs has to be placed on those of its actor ranks)"
-            )
         if config.sync.transport == "nccl":
             yield "sync.transport: nccl needs a GPU for each rank; allowed with rollout.placement colocated: auto, ipc"
     elif config.sync.transport == "ipc":

@@ -17,6 +17,7 @@ from megatron_coreward.algorithms.aggregation import token_weights
 from megatron_coreward.config.schema import ActorSettings, LossSettings
 from megatron_coreward.data.prompts import build_prompts
 from megatron_coreward.trainer.cluster import ActorGroup, start_ray
+from megatron_coreward.trainer.placement import START_LIMIT_S, Demand, Reservation
 from megatron_coreward.types import Sequences, TrainBatch
 
 BATCH_SIZE = 64
@@ -59,21 +60,21 @@ def warm_start(
         tokens_per_microbatch=4096,
     )
     start_ray()
-    actors = ActorGroup(
-        ActorSetup(
-            settings=settings,
-            loss=LossSettings(kl_coef=0.0),
-            hf_path=source.resolve(),
-            megatron_path=None,
-            dtype="float32",
-            temperature=1.0,
-            max_sequence_length=longest,
-            total_updates=max_steps,
-            seed=seed,
-            teacher=False,
-            frozen_reference=False,
-        )
+    setup = ActorSetup(
+        settings=settings,
+        loss=LossSettings(kl_coef=0.0),
+        hf_path=source.resolve(),
+        megatron_path=None,
+        dtype="float32",
+        temperature=1.0,
+        max_sequence_length=longest,
+        total_updates=max_steps,
+        seed=seed,
+        teacher=False,
+        frozen_reference=False,
     )
+    reservation = Reservation(Demand.of_actors(settings), limit_s=START_LIMIT_S)
+    actors = ActorGroup(setup, reservation)
     try:
         actors.wait()
         order = np.random.default_rng(seed)
@@ -89,6 +90,7 @@ def warm_start(
         return step
     finally:
         actors.shutdown()
+        reservation.release()
 
 
 def _tokenise(

@@ -150,7 +150,7 @@ def activation_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int
     """
     tokens, layers = microbatch_tokens(a), in_flight(a, stage, arch.num_layers)
     full = layer_activation_bytes(arch, a, item, assumptions)
-    if a.recompute == "none":
+    if a.recompute != "full":  # what `selective` saves is not counted
         return int(tokens * full * layers)
     spread = a.tensor_parallel if a.sequence_parallel else 1
     return int(tokens * (item * arch.hidden_size / spread * layers + full))

@@ -6,7 +6,7 @@ that fail raise the worker's error, with its traceback, in the driver. Every wai
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -20,10 +20,11 @@ from megatron_coreward.config.schema import RolloutSettings
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.telemetry.memory import DeviceMemory
+from megatron_coreward.trainer.placement import Reservation
 from megatron_coreward.trainer.ray_security import check_token_needed, keep_to_this_host
 from megatron_coreward.trainer.watchdog import Watchdog
 from megatron_coreward.types import FloatArray, IntArray, Sequences, TokenStats, TrainBatch
-from megatron_coreward.weights.route import ENGINE_BACKENDS, Route, Transport, choose_transport
+from megatron_coreward.weights.route import ENGINE_BACKENDS, Route, Transport
 
 PATIENCE_S = 20.0  # with workers that are asked to leave
 
@@ -56,51 +57,43 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
-def resolve_transport(transport: str, placement: str = "disaggregated") -> Transport:
-    """What `sync.transport` means on the cluster that was joined.
+def _options(place: Mapping[str, Any], cpu_threads: int, more: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Ray options of a worker. OpenMP threads that spin between phases would starve the other processes of a core.
 
-    Raises:
-        InputError: what was asked for does not reach the engines.
+    Args:
+        place: where it goes, and the GPUs that it takes.
+        more: further environment variables.
     """
-    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    colocated = placement == "colocated"
-    return choose_transport(transport, gpus=torch.cuda.is_available(), colocated=colocated, num_hosts=len(hosts))
-
-
-# Of a GPU, for Ray: an actor rank and an engine rank fit on one together, two of a kind do not.
-COLOCATED_SHARE = {"actor": 0.6, "engine": 0.4}
-
-
-def _options(num_gpus: float, cpu_threads: int) -> dict[str, Any]:
-    """Ray options of a worker. OpenMP threads that spin between phases would starve the other processes of a core."""
     variables = {
         "OMP_NUM_THREADS": str(cpu_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # who takes no GPU of Ray's keeps those that it was told to see
     }
     if not torch.cuda.is_available():
         # Activations are freed and taken anew in every micro-batch: kept in the heap, they need no new pages (7%).
         variables |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
     return {
         "num_cpus": 0,
-        "num_gpus": num_gpus if torch.cuda.is_available() else 0,
-        "runtime_env": {"env_vars": variables},
+        "runtime_env": {"env_vars": variables | dict(more or {})},
         "max_restarts": 0,
+        **place,
     }
 
 
 class ActorGroup:
     """All ranks of the Megatron actor."""
 
-    def __init__(self, setup: ActorSetup, watchdog: Watchdog | None = None, colocated: bool = False) -> None:
-        """Starts the processes; `wait` returns once the ranks are built. `colocated`: engines share the ranks' GPUs."""
+    def __init__(self, setup: ActorSetup, reservation: Reservation, watchdog: Watchdog | None = None) -> None:
+        """Starts the processes where there is room for them; `wait` returns once the ranks are built."""
         self.setup = setup
         self._watchdog = watchdog or Watchdog()
-        share = COLOCATED_SHARE["actor"] if colocated else 1
-        remote = ray.remote(ActorWorker).options(**_options(share, setup.settings.cpu_threads))
-        self._ranks = [remote.remote() for _ in range(setup.settings.world_size)]
+        self._ranks = [
+            ray.remote(ActorWorker).options(**_options(reservation.for_rank(i), setup.settings.cpu_threads)).remote()
+            for i in range(setup.settings.world_size)
+        ]
         for i, rank in enumerate(self._ranks):
             self._watchdog.name(rank, "actor rank", i)
         limit = self._watchdog.settings.start_limit_s
@@ -224,6 +217,7 @@ class EngineGroup:
         self,
         model_path: Any,
         settings: RolloutSettings,
+        reservation: Reservation,
         dtype: str,
         max_model_len: int,
         seed: int,
@@ -231,15 +225,13 @@ class EngineGroup:
         transport: Transport = "shared_memory",
         watchdog: Watchdog | None = None,
     ) -> None:
-        """Starts the processes; `wait` returns once the engines are up.
+        """Starts the processes where there is room for them; `wait` returns once the engines are up.
 
         Args:
             own_weights: sample from the weights of `model_path`, under this version, before any update.
         """
         self._watchdog = watchdog or Watchdog()
-        share = COLOCATED_SHARE["engine"] if settings.placement == "colocated" else 1
-        self._model_path = model_path
-        self._options = _options(settings.tensor_parallel * share, settings.cpu_threads)
+        self._model_path, self._reservation, self._cpu_threads = model_path, reservation, settings.cpu_threads
         self.slept: list[DeviceMemory | None] = []  # what each engine gave when they were put to sleep last
         self._arguments = {
             "dtype": dtype,
@@ -260,7 +252,8 @@ class EngineGroup:
         self.sampling_seconds: list[float] = []  # of each engine, of the last samples; emptied when it is taken
 
     def _start(self, index: int) -> Any:
-        engine = ray.remote(RolloutWorker).options(**self._options).remote(self._model_path, **self._arguments)
+        place = self._reservation.for_engine(index), self._cpu_threads, self._reservation.variables_for_engine(index)
+        engine = ray.remote(RolloutWorker).options(**_options(*place)).remote(self._model_path, **self._arguments)
         self._watchdog.name(engine, "engine", index)
         return engine
 

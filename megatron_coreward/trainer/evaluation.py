@@ -40,6 +40,7 @@ from megatron_coreward.telemetry.evaluation_page import write_comparison_page, w
 from megatron_coreward.telemetry.files import replaced_whole
 from megatron_coreward.telemetry.journal import Item, Journal
 from megatron_coreward.trainer.cluster import EngineGroup, start_ray
+from megatron_coreward.trainer.placement import START_LIMIT_S, Demand, Reservation
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
 from megatron_coreward.types import Problem, RolloutGroup
 
@@ -227,7 +228,10 @@ def running_engines(hf_path: Path, engines: Engines, sampling: Sampling, max_mod
     )
     start_ray()
     with ExitStack() as stack:
-        group = EngineGroup(hf_path, settings, sampling.dtype, max_model_len, sampling.seed, own_weights=VERSION)
+        reservation = stack.enter_context(Reservation(Demand.of_engines(settings), START_LIMIT_S))
+        group = EngineGroup(
+            hf_path, settings, reservation, sampling.dtype, max_model_len, sampling.seed, own_weights=VERSION
+        )
         stack.callback(group.shutdown)
         group.wait()
         yield group

@@ -41,10 +41,11 @@ from megatron_coreward.telemetry.rollout_dump import discard_rollouts
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
-from megatron_coreward.trainer.cluster import ActorGroup, EngineGroup, resolve_transport, start_ray
+from megatron_coreward.trainer.cluster import ActorGroup, EngineGroup, start_ray
 from megatron_coreward.trainer.evaluate import Accuracy, evaluate
 from megatron_coreward.trainer.journal import RolloutJournal, fingerprint_of
 from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.placement import Demand, Reservation
 from megatron_coreward.trainer.preemption import Preempted, StopRequest, StopSignals
 from megatron_coreward.trainer.preflight import preflight
 from megatron_coreward.trainer.recovery import EngineRecovery
@@ -53,7 +54,7 @@ from megatron_coreward.trainer.session import UNFINISHED, Session
 from megatron_coreward.trainer.sync import open_sync, weight_version
 from megatron_coreward.trainer.turns import no_turns, open_turns
 from megatron_coreward.trainer.watchdog import Watchdog, WorkerDied
-from megatron_coreward.weights.route import Transport
+from megatron_coreward.weights.route import Transport, choose_transport
 from megatron_coreward.weights.segment import remove_leftovers
 
 
@@ -225,16 +226,34 @@ def processes(
     """
     start_ray()
     watchdog = watchdog or Watchdog(config.watchdog)
-    transport = resolve_transport(config.sync.transport, config.rollout.placement)
     colocated = config.rollout.placement == "colocated"
+    demand = Demand(
+        ranks=config.actor.world_size,
+        rank_group=config.actor.tensor_parallel,
+        engines=config.rollout.num_engines,
+        engine_size=config.rollout.tensor_parallel,
+        colocated=colocated,
+    )
     max_sequence = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     with ExitStack() as stack:
-        if not colocated:
-            actors = ActorGroup(actor_setup(config, max_sequence), watchdog)
+        reservation = stack.enter_context(Reservation(demand, config.watchdog.start_limit_s))
+        transport = choose_transport(
+            config.sync.transport,
+            gpus=reservation.on_gpus,
+            colocated=colocated,
+            num_hosts=reservation.num_hosts,
+        )
+
+        def start_actors() -> ActorGroup:
+            actors = ActorGroup(actor_setup(config, max_sequence), reservation, watchdog)
             stack.push(partial(_leave, actors))
+            return actors
+
+        actors = None if colocated else start_actors()
         engines = EngineGroup(
             config.model.hf_path.resolve(),
             config.rollout,
+            reservation,
             config.model.dtype,
             max_sequence + 1,
             config.seed,
@@ -242,15 +261,12 @@ def processes(
             watchdog=watchdog,
         )
         stack.push(partial(_leave, engines))
-        if colocated:  # an engine plans its memory by what is free when it starts; the actors come when it is asleep
+        if actors is None:  # an engine plans its memory by what is free when it starts; actors come when it is asleep
             engines.wait()
             engines.sleep()
-            actors = ActorGroup(actor_setup(config, max_sequence), watchdog, colocated=True)
-            stack.push(partial(_leave, actors))
-            actors.wait()
-        else:
-            actors.wait()
-            engines.wait()
+            actors = start_actors()
+        actors.wait()
+        engines.wait()
         yield actors, engines, transport
 
 

@@ -76,11 +76,11 @@ class Session:
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timeout
         # The interface that leads to the others; the host's name may stand for loopback.
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(self.address, self.port))]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(self.address, self.port))]
         return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, size, options)
 
 
-def _own_address(address: str, port: int) -> str:
+def own_address(address: str, port: int) -> str:
     """This host's address on the way to another; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, port))

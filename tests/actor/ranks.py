@@ -25,7 +25,9 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
     """
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
-        os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+        root = str(Path(__file__).parents[2])
+        if root not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+            os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])
         processes = [
             context.Process(target=_entry, args=(rank, Path(folder), function, args)) for rank in range(num_ranks)
         ]

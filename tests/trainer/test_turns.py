@@ -169,6 +169,29 @@ def test_the_actors_are_whole_after_a_turn_that_failed() -> None:
     assert actors.whole
 
 
+def test_a_turn_in_which_an_engine_died_is_taken_again() -> None:
+    """The engine's death shows once more when it shall sleep; the one in its place is awake from its start."""
+    card = Card(80 * GIB)
+    _, events, actors, turns = colocated(card)
+    engines: Any = turns._engines
+    asleep = engines.sleep
+
+    def dead() -> Any:
+        asleep()
+        raise RunError("engine 0 has died")
+
+    engines.sleep = dead
+    with pytest.raises(RunError, match="has died"), turns(PhaseTimer()):
+        raise RunError("engine 0 has died while sampling")
+    assert not actors.whole
+    engines.sleep = asleep
+    with turns(PhaseTimer()):
+        pass
+    assert actors.whole
+    assert events.count("offload") == 2
+    assert card.held["state of the actor"] == actors.state
+
+
 def test_engines_that_do_not_fit_beside_the_actors_weights_are_told() -> None:
     trainer, events, _, turns = colocated(Card(90 * GIB))
     assert trainer.actors is not None

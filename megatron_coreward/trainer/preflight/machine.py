@@ -115,7 +115,7 @@ def problems(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
         yield from _gpus(config, gpus)
     elif arch is not None:
         yield from _memory(config, arch)
-    if arch is not None:
+    if arch is not None and not (gpus and config.sync.transport == "auto"):  # which goes from GPU to GPU
         yield from _shared_memory(config, arch)
 
 
