@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from megatron_coreward import __version__
-from megatron_coreward.commands import convert, demo, evaluate, plan, prepare_data, rephrase, train, verify_sync
+from megatron_coreward.commands import convert, demo, evaluate, plan, prepare_data, rephrase, report, train, verify_sync
 from megatron_coreward.errors import InputError, RunError
 
-COMMANDS: tuple[ModuleType, ...] = (demo, prepare_data, rephrase, plan, train, evaluate, verify_sync, convert)
+COMMANDS: tuple[ModuleType, ...] = (demo, prepare_data, rephrase, plan, train, evaluate, report, verify_sync, convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

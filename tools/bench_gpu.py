@@ -203,7 +203,7 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
 
     from megatron_coreward.actor.actor import MegatronActor
     from megatron_coreward.actor.packing import plan_packs, shares
-    from megatron_coreward.config.accelerator import token_alignment
+    from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
     from megatron_coreward.trainer.run import actor_setup
     from megatron_coreward.types import Sequences, TrainBatch
     from megatron_coreward.weights.device import free_port
@@ -223,7 +223,13 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
         kl_coef=0.0,
     )
     settings = config.actor
-    plan = plan_packs(sequences.lengths, 1, settings.tokens_per_microbatch, align=token_alignment(settings))
+    plan = plan_packs(
+        sequences.lengths,
+        1,
+        settings.tokens_per_microbatch,
+        align=token_alignment(settings),
+        pad=sequence_multiple(settings),
+    )
     (share,) = shares(plan)
     torch.cuda.reset_peak_memory_stats()
     update = statistics.median(timed(lambda: actor.update(batch, share), 5))

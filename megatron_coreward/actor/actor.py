@@ -35,7 +35,7 @@ from megatron_coreward.actor.optimizer import (  # noqa: E402
     build_scheduler,
     wrap_chunks,
 )
-from megatron_coreward.actor.packing import Share  # noqa: E402
+from megatron_coreward.actor.packing import ContextRank, Share  # noqa: E402
 from megatron_coreward.actor.saving import FileHashes, Saving  # noqa: E402
 from megatron_coreward.actor.setup import ActorSetup, Weights  # noqa: E402
 from megatron_coreward.actor.shards import main_shards  # noqa: E402
@@ -88,6 +88,7 @@ class MegatronActor:
             size=self.arch.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group() if self.at.tp_size > 1 else None,
         )
+        self._context = ContextRank(parallel_state.get_context_parallel_rank(), setup.settings.context_parallel)
         self._address = address  # of rank 0
         self._senders: dict[Weights, Sender] = {}
         self._staging: Staging | None = None
@@ -151,7 +152,7 @@ class MegatronActor:
         return self.policy if weights == "policy" else self.frozen[weights].chunks
 
     def _packs(self, sequences: Sequences, share: Share) -> list[Pack]:
-        return [build_pack(sequences, rows, share.num_tokens, parallel.device()) for rows in share.packs]
+        return [build_pack(sequences, rows, share.num_tokens, parallel.device(), self._context) for rows in share.packs]
 
     def token_stats(
         self, sequences: Sequences, share: Share, weights: Weights, temperature: float
@@ -160,7 +161,7 @@ class MegatronActor:
         packs = self._packs(sequences, share)
 
         def score(pack: Pack, logits: torch.Tensor) -> Scores:
-            return score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, temperature)
+            return _of_all_ranks(score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, temperature), pack)
 
         with self._bf16_under_delayed_scaling(weights):
             scores = forward_only(self._chunks(weights), packs, score)
@@ -349,6 +350,16 @@ class MegatronActor:
         for sender in self._senders.values():
             sender.close()
         parallel.shutdown()
+
+
+def _of_all_ranks(scores: Scores, pack: Pack) -> Scores:
+    """The scores of all response tokens of a pack, of which each context-parallel rank has computed some."""
+    if pack.scored is None:
+        return scores
+    whole = torch.zeros(3, sum(pack.response_lengths), dtype=torch.float32, device=scores.logprobs.device)
+    whole[:, pack.scored] = torch.stack([scores.logprobs, scores.entropy, scores.self_certainty])
+    dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+    return Scores(*whole)
 
 
 def _buffers(wrapped: Any) -> list[Any]:

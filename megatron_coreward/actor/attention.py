@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_coreward.actor.packing import ContextRank, local_tokens
 
 
 class PackedAttention(MegatronModule):
@@ -35,6 +39,8 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> torch.Tensor:  # [T, heads * D]
         cu_seqlens = packed_seq_params.cu_seqlens_q  # [N + 1]
+        if self.config.context_parallel_size > 1:
+            return self._over_ranks(query, key, value, cu_seqlens)
         lengths = cu_seqlens[1:] - cu_seqlens[:-1]
         rows, longest = len(lengths), packed_seq_params.max_seqlen_q
         device = query.device
@@ -56,3 +62,25 @@ class PackedAttention(MegatronModule):
         )
         folded = out.transpose(1, 2).reshape(rows * longest, -1)
         return folded.index_select(0, slot)
+
+    def _over_ranks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        """The same where each context-parallel rank has a part of every sequence: keys and values of all ranks are
+        gathered, and all pairs of a pack's tokens are masked. It shows what Transformer Engine's ring has to compute."""
+        group = parallel_state.get_context_parallel_group()
+        bounds, size, rank = cu_seqlens.tolist(), group.size(), group.rank()
+        held = [torch.from_numpy(local_tokens(bounds, ContextRank(r, size))).to(query.device) for r in range(size)]
+        order = torch.cat(held).argsort()
+        key, value = (gather_from_sequence_parallel_region(x, group=group)[order] for x in (key, value))
+        tokens = torch.arange(len(order), device=query.device)
+        sequence = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)  # [T]
+        mine = held[rank]
+        visible = (sequence[mine, None] == sequence[None]) & (mine[:, None] >= tokens[None])
+        out = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (query, key, value)),
+            attn_mask=visible,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out[0].transpose(0, 1).reshape(len(mine), -1)

@@ -25,7 +25,7 @@ def _run(chunks: list[Any], packs: list[Pack], step: Callable[..., Any], **kwarg
         data_iterator=iterators if several else iterators[0],
         model=chunks if several else chunks[0],
         num_microbatches=len(packs),
-        seq_length=packs[0].token_ids.shape[1],
+        seq_length=packs[0].num_tokens,
         micro_batch_size=1,
         **kwargs,
     )

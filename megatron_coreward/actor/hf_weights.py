@@ -109,7 +109,7 @@ def owned_blocks(chunks: list[GPTModel], arch: Architecture, at: Coordinates) ->
         if name == "output_layer.weight" and arch.tied:
             continue  # the copy of the embedding that the last pipeline stage keeps
         tp_rank, tp_size = _tensor_parallel(name, at)
-        replica, replicas = (at.expert_dp_rank, at.expert_dp_size) if is_expert(name) else (at.dp_rank, at.dp_size)
+        replica, replicas = (at.expert_dp_rank, at.expert_dp_size) if is_expert(name) else (at.copy_rank, at.num_copies)
         if is_replicated(name):
             replica, replicas = replica * tp_size + tp_rank, replicas * tp_size
         if turn % replicas != replica:

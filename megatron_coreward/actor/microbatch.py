@@ -7,29 +7,41 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_coreward.actor.packing import ContextRank, local_tokens
 from megatron_coreward.types import Sequences
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """The tensors of one micro-batch: T tokens, of which N are response tokens to score."""
+    """The tensors of one micro-batch: T tokens, of which N are response tokens to score.
+
+    Under context parallelism a rank has T / C of the tokens and scores n of the N.
+    """
 
     rows: tuple[int, ...]  # sequences of the batch, in the order in which they lie in the pack
-    token_ids: torch.Tensor  # [1, T]
-    position_ids: torch.Tensor  # [1, T], restarting at each sequence
-    bounds: PackedSeqParams  # where sequences begin and end
-    predicts: torch.Tensor  # [N] where the logits that predict a response token stand
-    targets: torch.Tensor  # [N] the response tokens
-    row_of: torch.Tensor  # [N] index into `rows`
+    num_tokens: int  # T
+    token_ids: torch.Tensor  # [1, T / C]
+    position_ids: torch.Tensor  # [1, T / C], restarting at each sequence
+    bounds: PackedSeqParams  # where sequences begin and end, in the pack as a whole
+    predicts: torch.Tensor  # [n] where the logits that predict a response token stand
+    targets: torch.Tensor  # [n] the response tokens
+    row_of: torch.Tensor  # [n] index into `rows`
+    scored: torch.Tensor | None  # [n] which of the N these are; None: all
     response_lengths: tuple[int, ...]  # of each row; sums to N
 
 
-def build_pack(sequences: Sequences, rows: Sequence[int], num_tokens: int, device: torch.device) -> Pack:
+def build_pack(
+    sequences: Sequences,
+    rows: Sequence[int],
+    num_tokens: int,
+    device: torch.device,
+    context: ContextRank = ContextRank(),  # noqa: B008 (frozen)
+) -> Pack:
     """Lays the given sequences end to end and pads to `num_tokens` with a last sequence of token 0 that nobody scores.
 
     Args:
         rows: which of the sequences.
-        num_tokens: T; at least the sum of their lengths.
+        num_tokens: T; at least the sum of their lengths, each padded to the context's multiple.
     """
     tokens = np.zeros(num_tokens, dtype=np.int64)
     positions = np.zeros(num_tokens, dtype=np.int64)
@@ -42,15 +54,27 @@ def build_pack(sequences: Sequences, rows: Sequence[int], num_tokens: int, devic
         predicts.append(np.arange(start + prompt - 1, stop - 1))
         row_of.append(np.full(len(sequence) - prompt, place))
         lengths.append(len(sequence) - prompt)
-        ends.append(stop)
+        padded = -(-len(sequence) // context.multiple) * context.multiple
+        positions[stop : start + padded] = np.arange(len(sequence), padded)
+        ends.append(start + padded)
     if ends[-1] < num_tokens:
         positions[ends[-1] :] = np.arange(num_tokens - ends[-1])
         ends.append(num_tokens)
     where = np.concatenate(predicts) if predicts else np.zeros(0, dtype=np.int64)
+    row_of_each = np.concatenate(row_of) if row_of else np.zeros(0, dtype=np.int64)
+    targets, scored = tokens[where + 1], None
+    if context.size > 1:
+        own = local_tokens(ends, context)
+        place = np.full(num_tokens, -1, dtype=np.int64)
+        place[own] = np.arange(len(own))
+        here = np.flatnonzero(place[where] >= 0)
+        tokens, positions, where = tokens[own], positions[own], place[where[here]]
+        targets, row_of_each, scored = targets[here], row_of_each[here], torch.from_numpy(here).to(device)
     cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(device)
     longest = int(np.diff(ends).max())
     return Pack(
         rows=tuple(rows),
+        num_tokens=num_tokens,
         token_ids=torch.from_numpy(tokens)[None].to(device),
         position_ids=torch.from_numpy(positions)[None].to(device),
         bounds=PackedSeqParams(
@@ -61,7 +85,8 @@ def build_pack(sequences: Sequences, rows: Sequence[int], num_tokens: int, devic
             max_seqlen_kv=longest,
         ),
         predicts=torch.from_numpy(where).to(device),
-        targets=torch.from_numpy(tokens[where + 1]).to(device),
-        row_of=torch.from_numpy(np.concatenate(row_of) if row_of else np.zeros(0, dtype=np.int64)).to(device),
+        targets=torch.from_numpy(targets).to(device),
+        row_of=torch.from_numpy(row_of_each).to(device),
+        scored=scored,
         response_lengths=tuple(lengths),
     )

@@ -14,6 +14,9 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
@@ -29,7 +32,7 @@ class PackPlan:
 
 
 def plan_packs(
-    lengths: Sequence[int], num_ranks: int, token_budget: int, multiple_of: int = 1, align: int = 1
+    lengths: Sequence[int], num_ranks: int, token_budget: int, multiple_of: int = 1, align: int = 1, pad: int = 1
 ) -> PackPlan:
     """Spreads sequences over ranks and packs so that the packs are few and nearly equal.
 
@@ -42,11 +45,14 @@ def plan_packs(
         multiple_of: of the number of packs a rank (interleaved pipelines need a multiple of the pipeline size).
         align: of the tokens of a pack (sequence parallelism cuts a pack over the tensor-parallel ranks).
 
+        pad: of the tokens that each sequence takes (context parallelism cuts a sequence into equal pieces).
+
     Raises:
         ValueError: no sequences.
     """
     if len(lengths) == 0:
         raise ValueError("there are no sequences to pack")
+    lengths = [-(-length // pad) * pad for length in lengths]
     budget = max(token_budget // align * align, max(lengths))
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     per_rank = max(1, -(-sum(lengths) // (budget * num_ranks)))
@@ -87,3 +93,35 @@ def shares(plan: PackPlan) -> list[Share]:
         place = {row: i for i, row in enumerate(rows)}
         result.append(Share(rows, tuple(tuple(place[row] for row in pack) for pack in packs), plan.num_tokens))
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRank:
+    """Which of the ranks this is that share the tokens of every pack (context parallelism)."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def multiple(self) -> int:
+        """Tokens of a sequence are padded to a multiple of this."""
+        return 2 * self.size if self.size > 1 else 1
+
+
+def local_tokens(bounds: Sequence[int], context: ContextRank) -> NDArray[np.int64]:
+    """The tokens of a pack that a context-parallel rank holds, in its order.
+
+    Of 2 C equal pieces of a sequence, rank r has pieces r and 2 C - 1 - r: early tokens attend to few others, late ones to
+    many, so the ranks' work is equal. (Transformer Engine's order, `thd_get_partitioned_indices`.)
+
+    Args:
+        bounds: [N + 1] where the sequences of the pack begin and end; lengths are multiples of 2 C.
+    """
+    if context.size == 1:
+        return np.arange(bounds[-1], dtype=np.int64)
+    pieces = []
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        size = (stop - start) // (2 * context.size)
+        for piece in (context.rank, 2 * context.size - 1 - context.rank):
+            pieces.append(np.arange(start + piece * size, start + (piece + 1) * size, dtype=np.int64))
+    return np.concatenate(pieces)

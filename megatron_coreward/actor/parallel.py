@@ -28,6 +28,8 @@ class Coordinates:
     pp_size: int
     dp_rank: int
     dp_size: int
+    copy_rank: int  # among the ranks with the same parameters: data-parallel and context-parallel ones
+    num_copies: int
     ep_rank: int
     ep_size: int
     expert_tp_rank: int
@@ -80,6 +82,8 @@ def initialize(settings: ActorSettings, rank: int, address: str, port: int, seed
         pp_size=settings.pipeline_parallel,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=settings.data_parallel,
+        copy_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        num_copies=settings.data_parallel * settings.context_parallel,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=settings.expert_parallel,
         expert_tp_rank=parallel_state.get_expert_tensor_parallel_rank(),

@@ -15,9 +15,10 @@ from megatron_coreward.types import FloatArray, TrainBatch
 
 
 def _gather(pack: Pack, ragged: Sequence[FloatArray], device: torch.device) -> torch.Tensor:
-    """[N] the per-token values of the pack's sequences, in pack order."""
+    """[n] the per-token values of the response tokens that this rank scores, in pack order."""
     values = [ragged[row] for row in pack.rows]
-    return torch.from_numpy(np.concatenate(values) if values else np.zeros(0, np.float32)).to(device)
+    whole = torch.from_numpy(np.concatenate(values) if values else np.zeros(0, np.float32)).to(device)
+    return whole if pack.scored is None else whole[pack.scored]
 
 
 def pack_loss(

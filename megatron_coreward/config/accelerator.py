@@ -67,7 +67,12 @@ def token_alignment(settings: ActorSettings) -> int:
     """Tokens of a pack are a multiple of this: sequence parallelism cuts a pack over the tensor-parallel ranks, and the
     gradient of a weight is a product over tokens, which FP8 takes in blocks."""
     blocks = 1 if settings.fp8 is None else RECIPES[settings.fp8].multiple
-    return blocks * settings.tensor_parallel
+    return blocks * settings.tensor_parallel * sequence_multiple(settings)
+
+
+def sequence_multiple(settings: ActorSettings) -> int:
+    """Every sequence of a pack is padded to a multiple of this: context parallelism gives each rank two pieces of it."""
+    return 2 * settings.context_parallel if settings.context_parallel > 1 else 1
 
 
 def setting_problems(config: RunConfig) -> Iterator[str]:

@@ -179,6 +179,8 @@ class _Axis:
             return cls(10.0**bottom, 10.0**top, tuple(10.0**e for e in range(bottom, top + 1, every)), scale)
         if 0 <= low < 0.5 * high:
             low = 0.0
+        if low == high == 0.0:
+            high = 1.0
         if high - low <= 1e-9 * max(abs(high), abs(low), 1e-9):
             high, low = high + 0.05 * (abs(high) or 1.0), low - 0.05 * (abs(low) or 1.0)
         step = _nice((high - low) / 4)

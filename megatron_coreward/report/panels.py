@@ -11,6 +11,7 @@ from megatron_coreward.telemetry.jsonl import Row
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#B8A800", "#8C8C8C")
 PHASE_COLORS = {
     "teacher_ema": "#CC79A7",
+    "switch": "#332288",
     "sync": "#E69F00",
     "rollout": "#56B4E9",
     "token_stats": "#B8A800",
@@ -154,8 +155,15 @@ def draw_time(rows: Sequence[Row]) -> Drawn | None:
 
 
 def points_of(rows: Sequence[Row], key: str) -> Points:
-    """Steps and values of a metric where it was written; a null is a gap."""
-    return [(int(row[keys.STEP] or 0), row[key]) for row in rows if key in row]
+    """Steps and values of a metric where it was written; a null is a gap.
+
+    The time of a step leaves out step 0, which only validates.
+    """
+    return [
+        (int(row[keys.STEP] or 0), row[key])
+        for row in rows
+        if key in row and not (key == keys.STEP_TIME and row[keys.STEP] == 0)
+    ]
 
 
 def _span(rows: Sequence[Row]) -> tuple[int, int]:

@@ -77,7 +77,9 @@ def _head(record: RunRecord, decisions: list[Decision]) -> str:
     facts.append(("in all steps", format_seconds(seconds), False))
     alarm = next((decision for decision in reversed(decisions) if decision.level != "none"), None)
     worst = "none" if alarm is None else f"{alarm.level}, last at step {alarm.step}"
-    facts.append(("collapse guard", worst, alarm is not None))
+    if record.rollbacks:
+        worst = f"{worst}; went back {len(record.rollbacks)}x"
+    facts.append(("collapse guard", worst, alarm is not None or bool(record.rollbacks)))
     cards = "".join(
         f'<div class="card{" alarm" if alarming else ""}"><b>{text(value)}</b><span>{text(name)}</span></div>'
         for name, value, alarming in facts
@@ -106,8 +108,13 @@ def _guard(record: RunRecord, decisions: list[Decision]) -> str:
         else "The run recorded no decisions; this is what the guard's settings say of its metrics."
     )
     told = [decision for decision in decisions if decision.news]
+    back = "".join(
+        f"<p>Went back from step {text(entry.get('from'))} to step {text(entry.get('to'))}: "
+        f"{text(entry.get('reason'))}. The steps in between were done again.</p>"
+        for entry in record.rollbacks
+    )
     if not told:
-        return f"<p>No alarm in {len(decisions)} steps.</p><p class=dim>{source}</p>"
+        return f"{back}<p>No alarm in {len(decisions)} steps.</p><p class=dim>{source}</p>"
     rows = [
         [
             str(decision.step),
@@ -119,9 +126,8 @@ def _guard(record: RunRecord, decisions: list[Decision]) -> str:
         for decision in told
     ]
     head = ("step", "level", "action", "signs, against the mean of the first steps", "last step before them")
-    return (
-        f"{table(head, rows, numeric=(0, 4))}<p class=dim>{source} Dashed lines in the curves stand at these steps.</p>"
-    )
+    marked = "Dashed lines in the curves stand at these steps."
+    return f"{back}{table(head, rows, numeric=(0, 4))}<p class=dim>{source} {marked}</p>"
 
 
 def _browser(samples: Samples) -> str:

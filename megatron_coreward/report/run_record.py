@@ -4,6 +4,7 @@ Only the parts of `config.yaml` that are asked for are read as settings, and the
 version of this package, or one whose model and data are elsewhere, can still be looked at.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class RunRecord:
     rows: list[Row]  # of metrics.jsonl, in order
     dumps: Mapping[int, Path]  # step -> its rollouts
     events: tuple[str, ...]  # lines of events.log
+    rollbacks: tuple[Mapping[str, Any], ...] = ()  # lines of rollbacks.jsonl: from, to, reason
 
     @property
     def name(self) -> str:
@@ -83,7 +85,17 @@ def load_record(run_dir: Path) -> RunRecord:
         rows=rows,
         dumps=dumped_steps(run_dir),
         events=tuple(_text(run_dir / "events.log").splitlines()),
+        rollbacks=_rollbacks(run_dir / "rollbacks.jsonl"),
     )
+
+
+def _rollbacks(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """Whole lines only: a part of one that a kill left does not count."""
+    lines = [line for line in _text(path).splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        return tuple(json.loads(line) for line in lines)
+    except ValueError as error:
+        raise InputError(f"{path}: not one JSON object a line ({error})") from None
 
 
 def _text(path: Path) -> str:

@@ -70,6 +70,7 @@ _PANELS = (
             ("label/accuracy", "accuracy"),
             ("label/view_agreement", "agreement of views"),
             ("label/teacher_agreement", "agreement with teacher"),
+            ("label/flip_rate", "changed since last time"),
         ),
         "share",
     ),

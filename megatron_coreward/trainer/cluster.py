@@ -15,7 +15,7 @@ import torch
 from megatron_coreward.actor.packing import plan_packs, shares
 from megatron_coreward.actor.setup import ActorSetup, Weights
 from megatron_coreward.actor.worker import ActorWorker
-from megatron_coreward.config.accelerator import token_alignment
+from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
 from megatron_coreward.config.schema import RolloutSettings
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.rollout.worker import RolloutWorker
@@ -119,6 +119,7 @@ class ActorGroup:
             s.tokens_per_microbatch,
             multiple_of=s.pipeline_parallel if s.virtual_pipeline > 1 else 1,
             align=token_alignment(s),
+            pad=sequence_multiple(s),
         )
         return shares(plan)
 

@@ -3,7 +3,7 @@
 import datetime
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.guard import Guard
+from megatron_coreward.report.report import write_report
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry import label_history
@@ -199,6 +200,16 @@ def _run(
         session.train()
         view.note("writing the final model")
         actors.export_hf("policy", (config.run_dir / "hf").resolve())
+        _write_report(config, tell)
+
+
+def _write_report(config: RunConfig, tell: Callable[[str], None]) -> None:
+    """The run's page. All that it shows is kept beside it: an error here is told, and takes no finished run away."""
+    try:
+        write_report(config.run_dir)
+    except Exception as error:
+        again = f"`megatron-coreward report {config.run_dir}` tries again"
+        tell(f"report.html was not written: {type(error).__name__}: {error}; {again}")
 
 
 def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy:

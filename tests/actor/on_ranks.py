@@ -9,6 +9,7 @@ import torch
 
 from megatron_coreward.actor.packing import plan_packs, shares
 from megatron_coreward.actor.setup import ActorSetup
+from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
 from megatron_coreward.config.schema import ActorSettings, LossSettings
 from megatron_coreward.types import Sequences, TrainBatch
 
@@ -41,7 +42,8 @@ def start(rank: int, setup: ActorSetup, port: int) -> Any:
 def share_of(actor: Any, sequences: Sequences) -> Any:
     s = actor.setup.settings
     multiple = s.pipeline_parallel if s.virtual_pipeline > 1 else 1
-    plan = plan_packs(sequences.lengths, s.data_parallel, s.tokens_per_microbatch, multiple, s.tensor_parallel)
+    align, pad = token_alignment(s), sequence_multiple(s)
+    plan = plan_packs(sequences.lengths, s.data_parallel, s.tokens_per_microbatch, multiple, align, pad)
     return shares(plan)[actor.at.dp_rank]
 
 

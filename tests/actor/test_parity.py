@@ -25,10 +25,15 @@ TWO = [
     {"data_parallel": 2},
     {"tensor_parallel": 2, "recompute": "full"},
     {"tensor_parallel": 2, "recompute": "selective"},
+    {"context_parallel": 2},
+    {"context_parallel": 2, "tokens_per_microbatch": 64},
 ]
 FOUR = [
     {"tensor_parallel": 2, "pipeline_parallel": 2},
     {"tensor_parallel": 2, "data_parallel": 2},
+    {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2},
+    {"pipeline_parallel": 2, "context_parallel": 2},
+    {"data_parallel": 2, "context_parallel": 2},
     {"pipeline_parallel": 2, "virtual_pipeline": 2, "data_parallel": 2},
 ]
 

@@ -240,6 +240,26 @@ def test_every_metric_of_the_panels_is_one_that_runs_write() -> None:
     assert shown <= set(keys.MEANINGS)
 
 
+def test_every_phase_of_a_step_has_its_own_colour() -> None:
+    assert {*keys.PHASES, keys.OUTSIDE} <= set(panels.PHASE_COLORS)
+    assert len(set(panels.PHASE_COLORS.values())) == len(panels.PHASE_COLORS)
+
+
+def test_the_validation_before_training_is_no_step_of_the_time() -> None:
+    rows = [{keys.STEP: 0, keys.STEP_TIME: 9.0, "val/avg@8": 0.5}, {keys.STEP: 1, keys.STEP_TIME: 3.0}]
+    assert panels.points_of(rows, keys.STEP_TIME) == [(1, 3.0)]
+    assert panels.points_of(rows, "val/avg@8") == [(0, 0.5)]
+
+
+def test_going_back_is_told_with_its_reason(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    line = json.dumps({"from": 57, "to": 40, "reason": "<b>KL</b>"})
+    (run_dir / "rollbacks.jsonl").write_text(f'{line}\n{{"from": 6')  # the last line was cut by a kill
+    page = Reader(write_report(run_dir).read_text())
+    assert "Went back from step 57 to step 40: <b>KL</b>." in page.words
+    assert "went back 1x" in page.words
+
+
 def test_the_assets_are_part_of_the_package() -> None:
     settings = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert re.search(r'^megatron_coreward = \[.*"report/assets/\*".*\]', settings, re.MULTILINE)

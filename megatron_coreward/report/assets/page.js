@@ -93,12 +93,22 @@
       .filter(({ question }) => !words || JSON.stringify(question).toLowerCase().includes(words));
   }
 
+  // What a person asked, of a prompt with the marks and roles of a chat template: its last turn that says something.
+  function asked(prompt) {
+    const turns = prompt.split(/<\|[^|]*\|>/).map((turn) => turn.trim());
+    const said = turns
+      .filter((turn) => !/^assistant\b/.test(turn))
+      .map((turn) => turn.replace(/^(system|user)(\n|$)/, "").trim())
+      .filter((turn) => turn);
+    return said.length ? said[said.length - 1] : prompt;
+  }
+
   function drawList() {
     const found = matching();
     list.replaceChildren();
     for (const { question, place } of found) {
       const first = question.groups.find((group) => group.role === "policy") || question.groups[0];
-      const button = make("button", "", question.uid, make("small", "", first.prompt.replace(/<\|[^|]*\|>/g, " ")));
+      const button = make("button", "", question.uid, make("small", "", asked(first.prompt)));
       button.type = "button";
       if (place === shown.question) button.setAttribute("aria-current", "true");
       button.addEventListener("click", () => go(shown.step, place));

@@ -1,0 +1,137 @@
+"""What differs between the releases of vLLM that GPU machines have (0.26) and that the tests run on (0.32)."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_coreward.errors import RunError
+from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+
+pytest.importorskip("vllm")
+
+
+class OldLLM:
+    """`vllm.LLM` of 0.26, as far as the engine asks: it knows no versions of weights."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
+        self.calls.append("init")
+
+    def start_weight_update(self) -> None:
+        self.calls.append("start")
+
+    def update_weights(self, request: dict[str, Any]) -> None:
+        self.calls.append("update")
+
+    def finish_weight_update(self) -> None:
+        self.calls.append("finish")
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+    def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+        flat = SimpleNamespace(logprobs=[-0.5, -1.0], start_indices=[0, 1])
+        answer = SimpleNamespace(token_ids=[5, 6], logprobs=flat, finish_reason="stop")  # no weight_versions
+        return [SimpleNamespace(outputs=[answer] * one.n) for one in params]
+
+
+class NewLLM(OldLLM):
+    """Of 0.32: tokens are marked with the version that `finish_weight_update` was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.version = "default"
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.version = weight_version or self.version
+
+    def get_weight_version(self) -> str:
+        return self.version
+
+    def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+        outputs = super().generate(prompts, params, use_tqdm)
+        for answer in (answer for output in outputs for answer in output.outputs):
+            answer.weight_versions = [SimpleNamespace(version=self.version)]
+        return outputs
+
+
+def engine_of(llm: Any) -> RolloutEngine:
+    engine = RolloutEngine.__new__(RolloutEngine)
+    tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ["text"] * len(ids))
+    held = {"_llm": llm, "_tokenizer": tokenizer, "_versions_told": hasattr(llm, "get_weight_version")}
+    held |= {"_max_model_len": 64, "_tensor_parallel": 1, "_on_cpu": True}
+    for name, value in (held | {"_broken": None, "_init_info": None, "_version": None}).items():
+        setattr(engine, name, value)
+    return engine
+
+
+REQUEST = SamplingRequest(np.asarray([1, 2]), n=2, seed=0, temperature=1.0, top_p=1.0, max_tokens=4)
+
+
+@pytest.mark.parametrize("llm", [OldLLM, NewLLM])
+def test_samples_come_from_the_version_that_was_asked_for_with_either(llm: Any) -> None:
+    engine = engine_of(llm())
+    with pytest.raises(RunError, match="no weights were published"):
+        engine.sample([REQUEST], 0)
+    for version in (2, 4):
+        engine.start_update({})
+        with pytest.raises(RunError, match="no weights were published"):
+            engine.sample([REQUEST], version)
+        engine.load_bucket(0, version)
+        engine.finish_update(version)
+        samples = engine.sample([REQUEST], version)
+        assert [sample.weight_version for sample in samples[0]] == [version] * 2
+        with pytest.raises(RunError, match=f"holds weights of version {version}, expected version 9"):
+            engine.sample([REQUEST], 9)
+
+
+def test_a_sample_of_other_weights_is_refused_where_vllm_tells() -> None:
+    engine = engine_of(NewLLM())
+    engine.start_update({})
+    engine.finish_update(2)
+    generate = engine._llm.generate
+
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        outputs = generate(*args, **kwargs)
+        outputs[0].outputs[0].weight_versions = [SimpleNamespace(version="1"), SimpleNamespace(version="2")]
+        return outputs
+
+    engine._llm.generate = mixed
+    with pytest.raises(RunError, match="tokens of weight versions"):
+        engine.sample([REQUEST], 2)
+
+
+@pytest.mark.parametrize("release", ["0.26", "0.32"])
+def test_a_layer_that_lacks_weights_is_found_by_the_names_of_either(
+    monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    from vllm.model_executor.layers import attention
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, meta, record_metadata_for_reloading
+
+    from megatron_coreward.weights.receive import _incomplete_layers
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    record_metadata_for_reloading(model)
+    initialize_layerwise_reload(model)
+    weight: Any = model[0].weight
+    weight.weight_loader(weight, torch.ones(2, 3))
+    if release == "0.26":
+        monkeypatch.setattr(meta, "SKIP_TENSORS", meta.SKIP_LOAD_TENSORS, raising=False)
+        monkeypatch.delattr(meta, "SKIP_LOAD_TENSORS")
+        monkeypatch.delattr(attention, "is_deferred_attention_layer")
+    assert list(_incomplete_layers(model)) == ["'1' (0 of 4 elements)"]
+
+
+def test_receiving_engines_have_every_method_that_0_26_calls_abstract() -> None:
+    from megatron_coreward.weights.device_receive import IpcEngine, NcclEngine
+    from megatron_coreward.weights.receive import GlooEngine, SharedMemoryEngine
+
+    wanted = ["init_transfer_engine", "start_weight_update", "finish_weight_update", "receive_weights", "shutdown"]
+    for engine in (SharedMemoryEngine, GlooEngine, IpcEngine, NcclEngine):
+        for name in (*wanted, "trainer_send_weights"):
+            assert not getattr(getattr(engine, name), "__isabstractmethod__", False), (engine, name)
