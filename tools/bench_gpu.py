@@ -223,13 +223,8 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
         kl_coef=0.0,
     )
     settings = config.actor
-    plan = plan_packs(
-        sequences.lengths,
-        1,
-        settings.tokens_per_microbatch,
-        align=token_alignment(settings),
-        pad=sequence_multiple(settings),
-    )
+    align, pad = token_alignment(settings), sequence_multiple(settings)
+    plan = plan_packs(sequences.lengths, 1, settings.tokens_per_microbatch, align=align, pad=pad)
     (share,) = shares(plan)
     torch.cuda.reset_peak_memory_stats()
     update = statistics.median(timed(lambda: actor.update(batch, share), 5))

@@ -67,7 +67,7 @@ class PackedAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
         """The same where each context-parallel rank has a part of every sequence: keys and values of all ranks are
-        gathered, and all pairs of a pack's tokens are masked. It shows what Transformer Engine's ring has to compute."""
+        gathered, and all pairs of a pack's tokens are masked. Transformer Engine passes keys and values in a ring."""
         group = parallel_state.get_context_parallel_group()
         bounds, size, rank = cu_seqlens.tolist(), group.size(), group.rank()
         held = [torch.from_numpy(local_tokens(bounds, ContextRank(r, size))).to(query.device) for r in range(size)]
@@ -77,8 +77,11 @@ class PackedAttention(MegatronModule):
         sequence = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)  # [T]
         mine = held[rank]
         visible = (sequence[mine, None] == sequence[None]) & (mine[:, None] >= tokens[None])
+        heads_first = [x.transpose(0, 1)[None] for x in (query, key, value)]  # [1, heads, tokens, D]
         out = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (query, key, value)),
+            heads_first[0],
+            heads_first[1],
+            heads_first[2],
             attn_mask=visible,
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],

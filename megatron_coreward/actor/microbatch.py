@@ -65,10 +65,10 @@ def build_pack(
     targets, scored = tokens[where + 1], None
     if context.size > 1:
         own = local_tokens(ends, context)
-        place = np.full(num_tokens, -1, dtype=np.int64)
-        place[own] = np.arange(len(own))
-        here = np.flatnonzero(place[where] >= 0)
-        tokens, positions, where = tokens[own], positions[own], place[where[here]]
+        slot_of = np.full(num_tokens, -1, dtype=np.int64)
+        slot_of[own] = np.arange(len(own))
+        here = np.flatnonzero(slot_of[where] >= 0)
+        tokens, positions, where = tokens[own], positions[own], slot_of[where[here]]
         targets, row_of_each, scored = targets[here], row_of_each[here], torch.from_numpy(here).to(device)
     cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(device)
     longest = int(np.diff(ends).max())

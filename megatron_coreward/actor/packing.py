@@ -11,6 +11,7 @@ Invariants (tests/actor/test_packing.py):
 """
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,8 +112,8 @@ class ContextRank:
 def local_tokens(bounds: Sequence[int], context: ContextRank) -> NDArray[np.int64]:
     """The tokens of a pack that a context-parallel rank holds, in its order.
 
-    Of 2 C equal pieces of a sequence, rank r has pieces r and 2 C - 1 - r: early tokens attend to few others, late ones to
-    many, so the ranks' work is equal. (Transformer Engine's order, `thd_get_partitioned_indices`.)
+    Of 2 C equal pieces of a sequence, rank r has pieces r and 2 C - 1 - r: early tokens attend to few others, late ones
+    to many, so the ranks' work is equal. (Transformer Engine's order, `thd_get_partitioned_indices`.)
 
     Args:
         bounds: [N + 1] where the sequences of the pack begin and end; lengths are multiples of 2 C.
@@ -120,7 +121,7 @@ def local_tokens(bounds: Sequence[int], context: ContextRank) -> NDArray[np.int6
     if context.size == 1:
         return np.arange(bounds[-1], dtype=np.int64)
     pieces = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         size = (stop - start) // (2 * context.size)
         for piece in (context.rank, 2 * context.size - 1 - context.rank):
             pieces.append(np.arange(start + piece * size, start + (piece + 1) * size, dtype=np.int64))

@@ -71,7 +71,7 @@ def token_alignment(settings: ActorSettings) -> int:
 
 
 def sequence_multiple(settings: ActorSettings) -> int:
-    """Every sequence of a pack is padded to a multiple of this: context parallelism gives each rank two pieces of it."""
+    """Every sequence is padded to a multiple of this: context parallelism gives each rank two equal pieces of it."""
     return 2 * settings.context_parallel if settings.context_parallel > 1 else 1
 
 

@@ -65,8 +65,6 @@ def _layout(config: RunConfig, arch: Architecture) -> Iterator[str]:
     yield from _divides(
         "the model's layers", arch.num_layers, "actor.pipeline_parallel x actor.virtual_pipeline", pp * vpp
     )
-    if a.context_parallel > 1:
-        yield f"actor.context_parallel: {a.context_parallel} is not supported yet; allowed: 1"
     if arch.experts is None:
         if a.expert_parallel > 1:
             yield f"actor.expert_parallel: {a.expert_parallel} for a model without experts; allowed: 1"

@@ -63,7 +63,7 @@ PANELS: tuple[Panel, ...] = (
             ("label/flip_rate", "changed since last time"),
             ("label/view_agreement", "views agree"),
             ("label/teacher_agreement", "teacher agrees"),
-            ("vote/label_variety", "variety"),
+            ("vote/label_variety", "distinct labels"),
         ),
         "share",
     ),

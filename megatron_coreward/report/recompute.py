@@ -13,7 +13,7 @@ from megatron_coreward.algorithms.advantages import group_advantages
 from megatron_coreward.config.schema import RewardSettings
 from megatron_coreward.errors import InputError
 from megatron_coreward.report.run_record import RunRecord
-from megatron_coreward.rewards.agreement import agreement_metrics, reward_metrics, vote_metrics
+from megatron_coreward.rewards.agreement import agreement_metrics, gold_metrics, reward_metrics, vote_metrics
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.evidence import BatchEvidence, GroupKey
@@ -66,6 +66,7 @@ def recompute_step(judged: Sequence[JudgedGroup], method: Method, settings: Rewa
             **reward_metrics(judgements, advantages),
             **vote_metrics(votes),
             **agreement_metrics(votes, judge),
+            **gold_metrics(groups, judgements, {item.group.uid: item.gold for item in policy}, judge),
         },
     )
 
@@ -88,6 +89,10 @@ def recompute_run(
 
 def method_of(record: RunRecord) -> Method:
     """The run's method. Raises InputError for one that is unknown here."""
+    if not record.config:
+        raise InputError(
+            f"{record.run_dir / 'config.yaml'}: missing or empty; it names the method whose votes to recompute"
+        )
     name = str(record.config.get("method"))
     if name not in METHODS:
         raise InputError(f"{record.run_dir / 'config.yaml'}: method: found {name!r}; allowed: {', '.join(METHODS)}")

@@ -115,7 +115,7 @@ class Trainer:
             judgements = recorded.judgements if recorded else [self.method.judge(group, evidence) for group in groups]
             advantages = [group_advantages(judgement.rewards) for judgement in judgements]
 
-        judged = _judged(groups, judgements, advantages, rollouts["teacher"])
+        judged = _judged(groups, judgements, advantages, rollouts["teacher"], self._golds(problems))
         if self.journal is not None and recorded is None:
             self.journal.write(number, judged, syncs)
 
@@ -171,9 +171,10 @@ def _judged(
     judgements: Sequence[Judgement],
     advantages: Sequence[FloatArray],
     teacher_groups: Sequence[RolloutGroup],
+    golds: Mapping[str, str | None],
 ) -> list[JudgedGroup]:
     policy = [
-        JudgedGroup(group, judgement.label, judgement.rewards, advantage)
+        JudgedGroup(group, judgement.label, judgement.rewards, advantage, golds.get(group.uid))
         for group, judgement, advantage in zip(groups, judgements, advantages, strict=True)
     ]
-    return policy + [JudgedGroup(group, None, None, None) for group in teacher_groups]
+    return policy + [JudgedGroup(group, None, None, None, golds.get(group.uid)) for group in teacher_groups]

@@ -1,12 +1,13 @@
 """The three invariants that `actor.packing` states, over many batches."""
 
+import itertools
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_coreward.actor.packing import plan_packs, shares
+from megatron_coreward.actor.packing import ContextRank, local_tokens, plan_packs, shares
 
 lengths_of = st.lists(st.integers(1, 300), min_size=1, max_size=200)
 
@@ -55,3 +56,25 @@ def test_shares_name_the_same_sequences_as_the_plan(lengths: list[int], ranks: i
         renamed = tuple(tuple(share.rows[place] for place in pack) for pack in share.packs)
         assert renamed == plan.packs[rank]
         assert share.num_tokens == plan.num_tokens
+
+
+@given(pieces=st.lists(st.integers(1, 9), min_size=1, max_size=12), size=st.integers(1, 6))
+def test_context_parallel_ranks_share_every_sequence_equally(pieces: list[int], size: int) -> None:
+    bounds = [0]
+    for piece in pieces:
+        bounds.append(bounds[-1] + 2 * size * piece)
+    held = [local_tokens(bounds, ContextRank(rank, size)) for rank in range(size)]
+    assert sorted(int(token) for tokens in held for token in tokens) == list(range(bounds[-1]))
+    for start, stop in itertools.pairwise(bounds):
+        of_sequence = [tokens[(tokens >= start) & (tokens < stop)] for tokens in held]
+        assert {len(tokens) for tokens in of_sequence} == {(stop - start) // size}
+        attended = {int((tokens - start + 1).sum()) for tokens in of_sequence}  # pairs of query and key
+        assert len(attended) == 1
+
+
+@given(lengths=lengths_of, pad=st.sampled_from([2, 4, 8]))
+def test_padded_sequences_fit_into_their_packs(lengths: list[int], pad: int) -> None:
+    plan = plan_packs(lengths, 2, 400, align=pad, pad=pad)
+    assert plan.num_tokens % pad == 0
+    for pack in (pack for rank in plan.packs for pack in rank):
+        assert sum(-(-lengths[row] // pad) * pad for row in pack) <= plan.num_tokens

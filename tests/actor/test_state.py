@@ -47,7 +47,7 @@ def test_policy_teacher_and_reference_are_three_models(run: tuple[Path, Path, li
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
     [
-        (2, [{"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"data_parallel": 2}]),
+        (2, [{"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"data_parallel": 2}, {"context_parallel": 2}]),
         pytest.param(4, [{"tensor_parallel": 2, "pipeline_parallel": 2}], marks=pytest.mark.slow),
     ],
     ids=["2 ranks", "4 ranks"],

@@ -69,7 +69,6 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
         (["actor.pipeline_parallel=2", "actor.virtual_pipeline=4"], r"8 does not divide the model's layers \(4\)"),
         (["actor.virtual_pipeline=2"], "actor.virtual_pipeline: 2 needs actor.pipeline_parallel"),
         (["actor.expert_parallel=2"], "actor.expert_parallel: 2 for a model without experts"),
-        (["actor.context_parallel=2"], "actor.context_parallel: 2 is not supported yet"),
         (["actor.sequence_parallel=true"], "actor.sequence_parallel: true needs actor.tensor_parallel"),
         (["rollout.tensor_parallel=3"], "rollout.tensor_parallel: 3 does not divide"),
         (["rollout.max_response_tokens=4000"], "4512 tokens, the model has positions for 4096"),

@@ -38,6 +38,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     assert load_config(finished / "config.yaml").steps == 3
     assert saved_steps(finished) == [2, 3]
     assert list((finished / "tensorboard").iterdir())
+    assert (finished / "report.html").read_text().startswith("<!doctype html>")
     rows = read_rows(finished / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for key in ("val/pass@1", "val/avg@8", "val/maj@8"):

@@ -31,6 +31,17 @@ def test_a_colocated_run_is_the_disaggregated_one(task: Task) -> None:
     assert weights["colocated"] == weights["disaggregated"]
 
 
+@pytest.mark.slow
+def test_context_parallel_ranks_publish_every_block_once_over_either_way(task: Task) -> None:
+    """The checks of a run (tiling, versions, checksums, log-probs of the probe) hold, and both ways give one model."""
+    weights = {}
+    for transport in ("shared_memory", "gloo"):
+        layout = ["actor.tensor_parallel=1", "actor.context_parallel=2", f"sync.transport={transport}"]
+        changes = [f"run_dir={task.folder / f'context_{transport}'}", "sync.hashes=true", "sync.bucket_mib=0.1"]
+        weights[transport] = digest(run(task, *changes, *layout, "steps=2", "validation.at_start=false"))
+    assert weights["gloo"] == weights["shared_memory"]
+
+
 @pytest.mark.parametrize("transport", ["gloo", pytest.param("shared_memory", marks=pytest.mark.slow)])
 def test_verify_sync_publishes_every_role_and_says_what_it_found(
     transport: str, task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -103,3 +103,10 @@ def test_smoothing_keeps_gaps_and_stays_between_the_extremes(values: list[float 
 )
 def test_numbers_for_people(value: float, scale: Scale, shown: str) -> None:
     assert format_value(value, scale) == shown
+
+
+def test_a_line_of_zeros_lies_on_the_floor_of_an_axis_without_negative_numbers() -> None:
+    chart = line_chart("title", [Line("alarms", "#000000", [(1, 0.0), (2, 0.0)])])
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", chart.svg)
+    assert {"0", "1"} <= set(labels)
+    assert not any(label.startswith("-") for label in labels)

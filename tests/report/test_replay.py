@@ -35,6 +35,21 @@ def test_an_honest_run_comes_out_as_recorded(tmp_path: Path, method: str) -> Non
     assert bool(result.notes) == (needs.token_stats or needs.gold)
 
 
+def test_label_quality_is_recomputed_where_the_answers_of_the_data_set_were_kept(tmp_path: Path) -> None:
+    record = load_record(write_run(tmp_path / "run", "majority_voting", gold="2"))
+    assert {"label/accuracy", "rollout/accuracy"} <= set(record.steps[0])
+    assert replay(record).equal
+    record.steps[0]["label/accuracy"] = 0.99
+    assert [difference.where for difference in replay(record).differences] == ["label/accuracy"]
+
+
+def test_a_run_without_a_configuration_is_refused_by_name(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    (run_dir / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"config\.yaml: missing or empty"):
+        replay(load_record(run_dir))
+
+
 def edit(run_dir: Path, step: int, change: Change) -> None:
     """Changes the first group of a step's dump."""
     first, *others = read_rollouts(rollouts_path(run_dir, step))

@@ -84,6 +84,8 @@ def test_every_method_runs_and_gets_what_it_needs(method: MethodName) -> None:
     assert any(e.startswith("teacher") for e in events) == needs.teacher == (method in TEACHER_METHODS)
     assert (len(needs.views) == 2) == (method in REPHRASED_METHODS)
     assert {g.group.view for g in result.judged} == set(needs.views)
+    golds = {problem.uid: problem.gold for problem in trainer.problems_of(0)}
+    assert [g.gold for g in result.judged] == [golds[g.group.uid] for g in result.judged]  # for people, in the dump
     assert np.isfinite(actors.batches[0].advantages).all()
     assert result.metrics["reward/mean"] == pytest.approx(
         np.mean([r for g in result.judged if g.rewards is not None for r in g.rewards])

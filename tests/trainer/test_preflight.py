@@ -258,7 +258,6 @@ CASES: dict[str, Case] = {
     "experts without sequence parallel": key(
         "model.hf_path=experts", "actor.tensor_parallel=2", says="actor.sequence_parallel: Megatron needs true"
     ),
-    "context parallel": key("actor.context_parallel=2", says="actor.context_parallel: 2 is not supported yet"),
     "sequence parallel alone": key("actor.sequence_parallel=true", says="actor.sequence_parallel: true needs actor"),
     "engine heads": key("rollout.tensor_parallel=3", says="rollout.tensor_parallel: 3 does not divide"),
     "engine vocabulary": broken(
