@@ -58,7 +58,7 @@ class ActorSettings(Component):
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive = 1  # model chunks a pipeline rank
     expert_parallel: Positive = 1
-    context_parallel: Positive = 1
+    context_parallel: Positive = 1  # ranks that share the tokens of every sequence
     data_parallel: Positive = 1
     sequence_parallel: bool = False
     backend: Literal["auto", "te", "local"] = "auto"  # layer spec: Transformer Engine where it is installed

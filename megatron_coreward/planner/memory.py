@@ -126,8 +126,8 @@ def keeps_reference(config: RunConfig) -> bool:
 
 
 def microbatch_tokens(a: ActorSettings) -> int:
-    """T of the largest micro-batch, a multiple of the tensor-parallel size (`actor.packing`)."""
-    return a.tokens_per_microbatch // a.tensor_parallel * a.tensor_parallel
+    """A context-parallel rank's tokens of the largest micro-batch, a multiple of the tensor-parallel size."""
+    return a.tokens_per_microbatch // a.context_parallel // a.tensor_parallel * a.tensor_parallel
 
 
 def in_flight(a: ActorSettings, stage: int, num_layers: int) -> int:

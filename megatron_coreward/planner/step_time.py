@@ -125,7 +125,7 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
     """Forward passes over the batch, and the update."""
     a, layout, todo = config.actor, actor_layout(config.actor), work(config, assumptions)
     item, stages = ITEM_BYTES[config.model.dtype], a.pipeline_parallel
-    tokens = todo.tokens / a.data_parallel  # of a rank
+    tokens = todo.tokens / a.data_parallel / a.context_parallel  # of a rank; passing keys and values is not counted
     per_pack = min(assumptions.packing * microbatch_tokens(a), tokens)
     packs = math.ceil(tokens / per_pack / config.loss.updates_per_batch) * config.loss.updates_per_batch
     if a.virtual_pipeline > 1:
