@@ -1,4 +1,4 @@
-"""The command line: `megatron-coreward COMMAND`. Exit status 0 ok, 1 failed run, 2 bad input."""
+"""The command line: `megatron-coreward COMMAND`. Exit status 0 ok, 1 failed run, 2 bad input, 3 halted by its guard."""
 
 import argparse
 import sys
@@ -7,10 +7,32 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from megatron_coreward import __version__
-from megatron_coreward.commands import convert, demo, evaluate, plan, prepare_data, rephrase, report, train, verify_sync
-from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.commands import (
+    convert,
+    demo,
+    evaluate,
+    launch,
+    plan,
+    prepare_data,
+    rephrase,
+    report,
+    train,
+    verify_sync,
+)
+from megatron_coreward.errors import HaltedError, InputError, RunError
 
-COMMANDS: tuple[ModuleType, ...] = (demo, prepare_data, rephrase, plan, train, evaluate, report, verify_sync, convert)
+COMMANDS: tuple[ModuleType, ...] = (
+    demo,
+    prepare_data,
+    rephrase,
+    plan,
+    train,
+    launch,
+    evaluate,
+    report,
+    verify_sync,
+    convert,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1
+    except HaltedError as e:
+        print(f"the run is halted: {e}", file=sys.stderr)
+        return 3
     except RunError as e:
         print(f"the run failed: {e}", file=sys.stderr)
         return 1

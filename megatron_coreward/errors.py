@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early, and their exit statuses."""
+"""The ways in which a run ends early, and their exit statuses."""
 
 
 class InputError(ValueError):
@@ -10,3 +10,10 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had started cannot go on; the command line prints it and exits with status 1."""
+
+
+class HaltedError(RunError):
+    """A run has halted itself on purpose, and is not to be started again as it is.
+
+    The command line prints it and exits with status 3.
+    """

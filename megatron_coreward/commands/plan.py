@@ -24,8 +24,7 @@ def add(commands: Any) -> None:
     plan.add_argument(
         "--placement",
         choices=("disaggregated", "colocated"),
-        default="disaggregated",
-        help="engines on GPUs of their own (default), or on those of the actor, in turn",
+        help="engines on GPUs of their own, or on those of the actor, in turn (default: rollout.placement)",
     )
     plan.add_argument("--search", action="store_true", help="propose layouts for --gpus GPUs, fastest first")
     plan.add_argument("--top", type=int, default=5, metavar="K", help="layouts to propose (default: 5)")
@@ -51,10 +50,11 @@ def _plan(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)
     arch = architecture_of(config.model)
-    machine = Machine(find_gpu(options.gpu), options.placement, assume(options.assume))
+    placement = options.placement or config.rollout.placement
+    machine = Machine(find_gpu(options.gpu), placement, assume(options.assume))
     if options.gpus is not None and options.gpus < 1:
         raise InputError(f"--gpus: {options.gpus}; allowed: 1 or more")
-    gpus = options.gpus or gpus_of(config, options.placement)
+    gpus = options.gpus or gpus_of(config, placement)
     model = config.model.hf_path.name
 
     if options.search:
@@ -68,7 +68,7 @@ def _plan(options: argparse.Namespace) -> None:
         return
 
     problems: list[str] = []
-    needed = gpus_of(config, options.placement)
+    needed = gpus_of(config, placement)
     if needed > gpus:
         problems.append(f"the layout takes {needed} GPUs, --gpus is {gpus}")
     try:

@@ -5,7 +5,7 @@ training itself. Exit status:
 
 0     the run is finished: all steps are done and the final model is there
 75    it is not, and to run it again is what it needs: it was asked to stop and has saved, or it failed after progress
-else  as `train` has it: 1 failed (without a checkpoint that was not there before), 2 bad input
+else  as `train` has it: 1 failed (without a checkpoint that was not there before), 2 bad input, 3 halted by its guard
 
 A failure after progress counts as 75 because lost nodes look like that; without progress it would fail again.
 """

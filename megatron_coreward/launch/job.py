@@ -32,10 +32,12 @@ def make_job(config: RunConfig, name: str | None, nodes: int, gpus_per_node: int
         InputError: the run does not fit on the GPUs, or it could not go on after a preemption.
     """
     actors, engines = config.actor.world_size, config.rollout.num_engines * config.rollout.tensor_parallel
-    if gpus_per_node and actors + engines > nodes * gpus_per_node:
+    colocated = config.rollout.placement == "colocated"
+    needed = max(actors, engines) if colocated else actors + engines
+    if gpus_per_node and needed > nodes * gpus_per_node:
         raise InputError(
             f"--nodes {nodes} --gpus-per-node {gpus_per_node}: {nodes * gpus_per_node} GPUs, and the run needs "
-            f"{actors + engines} ({actors} actor ranks, {engines} for rollout engines)"
+            f"{needed} ({actors} actor ranks, {engines} for rollout engines{', colocated' if colocated else ''})"
         )
     if config.checkpoint.resume == "never":
         raise InputError("checkpoint.resume is never: a launched run must be able to go on; set it to auto")

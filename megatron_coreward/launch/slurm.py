@@ -46,6 +46,13 @@ class Slurm:
             raise InputError("ssh: set job_dir and workdir too, to absolute paths over there")
         if cluster.mounts and cluster.image is None:
             raise InputError("mounts: there is no image; mounts are for containers")
+        run_dir = (cluster.workdir or PurePosixPath(os.getcwd())) / PurePosixPath(job.config.run_dir)
+        targets = [mount.partition(":")[2].partition(":")[0] for mount in cluster.mounts]
+        if cluster.image is not None and not any(run_dir.is_relative_to(target) for target in targets):
+            raise InputError(
+                f"run_dir: {run_dir} is in no mount, and would be lost with its container; allowed: a path under "
+                f"{', '.join(targets) or 'a mount, of which there is none'}"
+            )
         self.directory = directory
         self.files = self._files()
         self._shown = 0

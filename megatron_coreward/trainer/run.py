@@ -30,7 +30,7 @@ from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.data.sampler import BatchSampler
-from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.guard import Guard
 from megatron_coreward.report.report import write_report
 from megatron_coreward.rewards.equivalence import Judge
@@ -68,6 +68,7 @@ def train(config: RunConfig) -> Path:
     Raises:
         InputError: before any process starts, if config, model or data cannot work.
         Preempted: the run was asked to stop; what it had done is saved.
+        HaltedError: the guard has ended the run.
         RunError: the run cannot go on; the message names the cause and from where it would go on.
     """
     with StopSignals(config.faults.stop_signals) as stop:
@@ -94,7 +95,7 @@ def train(config: RunConfig) -> Path:
                 notes = [f"{death}; all processes are started anew (faults.max_restarts: {restarts} left)"]
             except Collapsing as collapse:
                 if collapse.decision.action != "rollback":
-                    raise RunError(str(collapse)) from None
+                    raise HaltedError(str(collapse)) from None
                 step = roll_back(config.run_dir, collapse.decision)
                 notes = [f"{collapse} Going on from step {step}."]
             except RunError as error:

@@ -148,4 +148,5 @@ def test_experts_agree_with_transformers(tmp_path: Path) -> None:
     """transformers holds the experts of a layer in fused tensors, so theirs are compared through the norm alone."""
     write_model(tmp_path, byte_level_tokenizer(), family="qwen3_moe", hidden=64, ffn=96)
     layouts = [{"data_parallel": 2}, {"data_parallel": 2, "expert_parallel": 2}, {"pipeline_parallel": 2}]
+    layouts.append({"context_parallel": 2})
     check(tmp_path, make_batch(259), layouts, 2, skip=".experts.")

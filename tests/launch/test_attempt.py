@@ -56,6 +56,10 @@ def test_a_failure_is_run_again_only_after_progress(recipe: Path, monkeypatch: p
     assert run(recipe, monkeypatch, status=1, reached=1) == 1
 
 
+def test_a_run_that_its_guard_has_halted_is_never_run_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(recipe, monkeypatch, status=3, reached=1) == 3
+
+
 def test_bad_input_is_never_run_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(recipe, monkeypatch, status=2, reached=1) == 2
     recipe.write_text("stepz: 3\n")

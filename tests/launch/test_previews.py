@@ -97,13 +97,17 @@ class TestSlurmWithoutContainers:
         assert "--gpus" not in files["job.sbatch"]
         assert "--num-gpus=0" in files["node.sh"]
 
+    def test_colocated_actors_and_engines_count_once(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ("slurm", str(recipe), "rollout.placement=colocated", "--gpus-per-node", "1")
+        assert "#SBATCH --gpus-per-node=1" in files_of(preview(capsys, *words))["job.sbatch"].splitlines()
+
 
 class TestSlurmWithContainers:
     @pytest.fixture
     def files(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
         cluster = str(CLUSTERS / "slurm-containers.yaml")
         words = ("--nodes", "2", "--gpus-per-node", "8", "--cluster", cluster, "--name", "long-run")
-        return files_of(preview(capsys, "slurm", str(recipe), *words))
+        return files_of(preview(capsys, "slurm", str(recipe), "run_dir=long", *words))
 
     def test_ray_runs_in_the_image_with_the_mounts(self, files: dict[str, str]) -> None:
         assert "node.sh" not in files
@@ -193,6 +197,10 @@ def test_skypilot_where_it_is_not_installed(recipe: Path) -> None:
     ("words", "message"),
     [
         (("slurm", "--gpus-per-node", "1"), "1 GPUs, and the run needs 2 .1 actor ranks, 1 for rollout engines"),
+        (
+            ("slurm", "actor.data_parallel=2", "rollout.placement=colocated", "--gpus-per-node", "1"),
+            "1 GPUs, and the run needs 2 .2 actor ranks, 1 for rollout engines, colocated",
+        ),
         (("slurm", "checkpoint.resume=never"), "checkpoint.resume is never"),
         (("slurm", "--name", "Not/this"), "--name: 'Not/this'; allowed"),
         (("slurm", "--cluster", "absent.yaml"), "--cluster: absent.yaml does not exist"),
@@ -215,6 +223,8 @@ def test_bad_input_is_one_message(recipe: Path, words: tuple[str, ...], message:
         ("job_dir: launch\n", "job_dir: launch.*; allowed: an absolute path"),
         ("ssh: {host: login, user: me}\n", "ssh: set job_dir and workdir too"),
         ("mounts: [/a:/b]\n", "mounts: there is no image"),
+        ("image: x.sqsh\nmounts: [/a:/b:ro]\n", "run_dir: .*/Run_1 is in no mount, .* under /b"),
+        ("image: x.sqsh\n", "run_dir: .*/Run_1 is in no mount, .* of which there is none"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path: Path, text: str, message: str) -> None:
