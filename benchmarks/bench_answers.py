@@ -151,13 +151,18 @@ def hostile_run(count: int, workers: int = 2, seed: int = 0, timeout_s: float = 
                 assert verdict == reverse, pair
                 return time.perf_counter() - begin, pair[0]
 
-            begin = time.perf_counter()
+            begin, done = time.perf_counter(), 0
             memory.append(_memory_mib())
             with ThreadPoolExecutor(workers) as threads:
                 cases = hostile(seed, count)
                 while part := list(islice(cases, max(1, min(count // 8, 1000)))):
                     slowest = max(slowest, *threads.map(one, part))
                     memory.append(_memory_mib())
+                    done += len(part)
+                    where = f"{done} of {count} pairs after {time.perf_counter() - begin:.0f} s"
+                    figures = f"slowest {slowest[0]:.1f} s, {judge.timeouts} over the limit"
+                    memories = ", ".join(f"{who} {mib:.0f} MiB" for who, mib in memory[-1].items())
+                    print(f"{where}: {figures}, {memories}", file=sys.stderr, flush=True)
             seconds = time.perf_counter() - begin
             assert judge.equivalent("y+y", "2y"), "honest pairs are no longer answered"
             assert not list(Path(folder).rglob(f"*{MARKER}*")), "an answer was executed"

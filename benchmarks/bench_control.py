@@ -3,9 +3,10 @@
     python benchmarks/bench_control.py [--tokens 512] [--buckets 8] [--ray] [--picture docs/control_cost.png]
 
 The driver is the real one: `Trainer.step` over `ActorGroup`, `EngineGroup` and `WeightSync`. Ranks and engines are not:
-a call serialises its arguments and results (pickle, in full, as Ray would between hosts), and costs no time otherwise.
-What the stand-ins take to make up their answers is left out. Time is that of the driver's CPU, so that a busy machine
-tells the same; the driver is one thread. Every row is a process of its own, and memory is its peak resident set.
+a call serialises its arguments and results as Ray does (pickle; arrays are copied once, beside it, and read where they
+lie), and costs no time otherwise. What the stand-ins take to make up their answers is left out. Time is that of the
+driver's CPU, so that a busy machine tells the same; the driver is one thread. Every row is a process of its own, and
+memory is its peak resident set.
 
 With --ray, what a call to an actor costs the driver is measured on a real Ray, and times the calls of a step it is told
 beside the table: the stand-ins leave it out.
@@ -30,10 +31,12 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout.engine import Sample
+from megatron_coreward.rollout.packed import pack
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer import cluster
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.sync import WeightSync
+from megatron_coreward.trainer.watchdog import Watchdog
 from megatron_coreward.types import Problem, Prompt, TokenStats
 from megatron_coreward.weights.layouts import EngineLayout
 from megatron_coreward.weights.route import Route
@@ -44,22 +47,44 @@ PROMPT_TOKENS, LIMIT_S = 128, 900
 STEPS = 2  # the first one warms up
 
 
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """An object on its way: a pickle, and the arrays beside it."""
+
+    pickled: bytes
+    arrays: list[bytes]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.pickled) + sum(map(len, self.arrays))
+
+
+def dump(value: Any) -> Sent:
+    arrays: list[bytes] = []
+    pickled = pickle.dumps(value, protocol=5, buffer_callback=lambda buffer: arrays.append(bytes(buffer.raw())))
+    return Sent(pickled, arrays)
+
+
+def load(sent: Sent) -> Any:
+    return pickle.loads(sent.pickled, buffers=sent.arrays)
+
+
 @dataclass
 class World:
-    """Stands in for Ray: what is put or returned is bytes, and is made into objects again where it is read."""
+    """Stands in for Ray: what is put or returned is serialised, and is made into objects again where it is read."""
 
     calls: int = 0
     sent_bytes: int = 0
     away_s: float = 0.0  # in the stand-ins, not in the driver
     by_method: Counter[str] = field(default_factory=Counter)
 
-    def put(self, value: Any) -> bytes:
-        data = pickle.dumps(value, protocol=5)
-        self.sent_bytes += len(data)
+    def put(self, value: Any) -> Sent:
+        data = dump(value)
+        self.sent_bytes += data.num_bytes
         return data
 
     def get(self, results: Any, *ignored: Any, **also_ignored: Any) -> Any:
-        return [pickle.loads(result) for result in results]
+        return [load(result) for result in results]
 
 
 @dataclass
@@ -67,7 +92,7 @@ class Worker:
     """An actor rank or an engine: every attribute is a remote method."""
 
     world: World
-    answer: Any  # (method, arguments) -> the pickled result
+    answer: Any  # (method, arguments) -> the serialised result
 
     def __getattr__(self, method: str) -> "Remote":
         return Remote(self, method)
@@ -78,14 +103,14 @@ class Remote:
     worker: Worker
     method: str
 
-    def remote(self, *arguments: Any) -> bytes:
+    def remote(self, *arguments: Any) -> Sent:
         world = self.worker.world
         world.calls += 1
         world.by_method[self.method] += 1
         # What was put is sent as a reference.
-        data = world.put([a for a in arguments if not isinstance(a, bytes)])
+        world.put([a for a in arguments if not isinstance(a, Sent)])
         begin = time.process_time()
-        result: bytes = self.worker.answer(self.method, data, arguments)
+        result: Sent = self.worker.answer(self.method, arguments)
         world.away_s += time.process_time() - begin
         return result
 
@@ -96,8 +121,8 @@ class Answers:
     def __init__(self, tokens: int, seed: int = 1) -> None:
         rng = np.random.default_rng(seed)
         self.lengths = rng.integers(tokens // 2, tokens * 3 // 2, 4096)
-        self.kept: dict[Any, bytes] = {}
-        self.nothing = pickle.dumps(None)
+        self.kept: dict[Any, Sent] = {}
+        self.nothing = dump(None)
 
     def sample(self, i: int, version: int) -> Sample:
         length = int(self.lengths[i % len(self.lengths)])
@@ -105,35 +130,35 @@ class Answers:
         text = "so it is " * (length // 3) + f"\\boxed{{{i % 3}}}"
         return Sample(ids, np.full(length, -1.0, dtype=np.float32), text, "stop", version)
 
-    def engine(self, method: str, data: bytes, arguments: tuple[Any, ...]) -> bytes:
+    def engine(self, method: str, arguments: tuple[Any, ...]) -> Sent:
         if method == "score":
-            return pickle.dumps(np.zeros(len(arguments[0]) - 1, dtype=np.float32))
+            return dump(np.zeros(len(arguments[0]) - 1, dtype=np.float32))
         if method != "sample":
             return self.nothing
         requests, version = arguments
         if not requests:
-            return pickle.dumps([])
+            return dump(pack([]))
         key = ("sample", len(requests), requests[0].n, version)
         if key not in self.kept:
             made = [[self.sample(7 * q + i, version) for i in range(r.n)] for q, r in enumerate(requests)]
-            self.kept[key] = pickle.dumps(made, protocol=5)
+            self.kept[key] = dump(pack(made))
         return self.kept[key]
 
     def rank(self, last_stage: bool) -> Any:
-        def answer(method: str, data: bytes, arguments: tuple[Any, ...]) -> bytes:
+        def answer(method: str, arguments: tuple[Any, ...]) -> Sent:
             if method == "write_bucket":
-                return pickle.dumps([])
+                return dump([])
             if method == "open_sender":
-                return pickle.dumps({})
+                return dump({})
             if not last_stage or method not in ("token_stats", "update"):
                 return self.nothing
             if method == "update":
                 names = ["tokens", "clipped", "entropy", "self_certainty", "logprob_gap", "loss/policy", "loss/total"]
-                return pickle.dumps(dict.fromkeys([*names, "max:logprob_gap", "lr", "grad_norm"], 1.0))
-            sequences = pickle.loads(arguments[0])
+                return dump(dict.fromkeys([*names, "max:logprob_gap", "lr", "grad_norm"], 1.0))
+            sequences = load(arguments[0])
             pairs = zip(sequences.lengths, sequences.prompt_lengths, strict=True)
             zeros = [np.zeros(total - int(prompt), dtype=np.float32) for total, prompt in pairs]
-            return pickle.dumps(TokenStats(zeros, zeros, zeros), protocol=5)
+            return dump(TokenStats(zeros, zeros, zeros))
 
         return answer
 
@@ -223,7 +248,7 @@ def measure(ranks: int, questions: int, n: int, tokens: int, buckets: int) -> di
 
 
 def ray_call_us(calls: int = 4096, actors: int = 8) -> float:
-    """Microseconds of the driver for one call to an actor and its empty answer."""
+    """CPU microseconds of the driver, Ray's threads in it included, for a call to an actor that a run awaits."""
     import ray
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", num_cpus=2)
@@ -235,9 +260,9 @@ def ray_call_us(calls: int = 4096, actors: int = 8) -> float:
 
     workers = [Idle.remote() for _ in range(actors)]
     ray.get([worker.nothing.remote() for worker in workers], timeout=LIMIT_S)
-    begin = time.perf_counter()
-    ray.get([workers[i % actors].nothing.remote() for i in range(calls)], timeout=LIMIT_S)
-    seconds = time.perf_counter() - begin
+    begin = time.process_time()
+    Watchdog().get([workers[i % actors].nothing.remote() for i in range(calls)], "nothing", limit_s=LIMIT_S)
+    seconds = time.process_time() - begin
     ray.shutdown()
     return 1e6 * seconds / calls
 

@@ -7,7 +7,7 @@ tokens. Everything here is plain data: numpy arrays, strings, numbers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,21 @@ class RolloutGroup:
         return [c.answer for c in self.completions]
 
 
+def join(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Arrays laid end to end, and their lengths: to pickle ten thousand small arrays costs more than their bytes do."""
+    lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+    return (np.concatenate(arrays) if len(arrays) else np.empty(0, dtype=np.float32)), lengths
+
+
+def cut(joined: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """What `join` has joined, as views."""
+    ends = np.cumsum(lengths).tolist()
+    return [joined[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+Joined = tuple[NDArray[Any], NDArray[np.int64]]
+
+
 @dataclass(frozen=True, slots=True)
 class TokenStats:
     """What a model says of the response tokens of S sequences; each entry an array [L_s]."""
@@ -72,6 +87,13 @@ class TokenStats:
     logprobs: Sequence[FloatArray]  # of the tokens that were sampled
     entropy: Sequence[FloatArray]  # of the next-token distribution, nats
     self_certainty: Sequence[FloatArray]  # KL(uniform || p) of the next-token distribution, nats
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _token_stats, (join(self.logprobs), join(self.entropy), join(self.self_certainty))
+
+
+def _token_stats(*joined: Joined) -> TokenStats:
+    return TokenStats(*(cut(*arrays) for arrays in joined))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +114,13 @@ class Sequences:
     def select(self, rows: Sequence[int]) -> "Sequences":
         """The given sequences, in the given order."""
         return Sequences([self.token_ids[i] for i in rows], self.prompt_lengths[np.asarray(rows, dtype=np.int64)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _sequences, (join(self.token_ids), self.prompt_lengths)
+
+
+def _sequences(token_ids: Joined, prompt_lengths: IntArray) -> Sequences:
+    return Sequences(cut(*token_ids), prompt_lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +158,19 @@ class TrainBatch:
             reference_logprobs=pick(self.reference_logprobs),
             kl_coef=self.kl_coef,
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        ragged = (self.rollout_logprobs, self.old_logprobs, self.reference_logprobs)
+        joined = tuple(None if arrays is None else join(arrays) for arrays in ragged)
+        return _train_batch, (self.sequences, self.advantages, self.token_weights, joined, self.kl_coef)
+
+
+def _train_batch(
+    sequences: Sequences,
+    advantages: FloatArray,
+    token_weights: FloatArray,
+    joined: tuple[Joined | None, ...],
+    kl_coef: float,
+) -> TrainBatch:
+    rollout, old, reference = (None if arrays is None else cut(*arrays) for arrays in joined)
+    return TrainBatch(sequences, advantages, token_weights, rollout, old, reference, kl_coef)

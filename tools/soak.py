@@ -104,8 +104,8 @@ class Attempt:
                 process.kill()
         self.process.wait()
 
-    def orphans(self, patience_s: float = 20.0) -> list[str]:
-        """Processes that are still there some time after the driver has gone."""
+    def orphans(self, patience_s: float = 60.0) -> list[str]:
+        """Processes that outlive the driver. Ray's own notice on a busy host only after a while that it is gone."""
         deadline = time.monotonic() + patience_s
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.5)

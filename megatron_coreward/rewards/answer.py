@@ -27,11 +27,10 @@ def extract_answer(text: str, forms: Sequence[AnswerForm] = ("boxed",)) -> str |
     what the last "answer is", "answer:" or "answer =" announces, or else a last line that is nothing but a number or a
     formula between dollar signs. Raises ValueError for an unknown form.
     """
-    readers = {"boxed": _boxed, "hashes": _hashes, "plain": _plain}
     for form in forms:
-        if form not in readers:
+        if form not in _READERS:
             raise ValueError(f"unknown form of answers {form!r}; allowed: {', '.join(get_args(AnswerForm))}")
-        if (answer := readers[form](text)) is not None:
+        if (answer := _READERS[form](text)) is not None:
             return answer
     return None
 
@@ -68,9 +67,18 @@ def _boxed(text: str) -> str | None:
     inner one counts. Without a balanced `\boxed{...}`, two forms of the published MATH helpers are read instead:
     `\boxed 5` up to the next dollar sign or the end of the line, then the last balanced `\fbox{...}`.
     """
+    # What stands before the first box has no say: braces that are open there are closed after those of the boxes. Only
+    # the backslashes right before it have, for one may escape the next.
+    first = text.find("box")
+    if first < 0:
+        return None
+    if text.startswith("f", max(0, first - 1)):
+        first -= 1
+    while first and text[first - 1] == "\\":
+        first -= 1
     last: dict[str, tuple[int, int]] = {}  # box name -> span of the content of its last balanced box
     open_braces: list[tuple[str, int]] = []  # (box name or "" for a plain brace, start of the content)
-    for token in _TOKEN.finditer(text):
+    for token in _TOKEN.finditer(text, first):
         if token["open"]:
             open_braces.append((token["box"], token.end()))
         elif token[0] == "{":
@@ -84,3 +92,6 @@ def _boxed(text: str) -> str | None:
         return unbraced[-1].strip() or None
     span = last.get("boxed") or last.get("fbox")
     return (text[slice(*span)].strip() or None) if span else None
+
+
+_READERS = {"boxed": _boxed, "hashes": _hashes, "plain": _plain}

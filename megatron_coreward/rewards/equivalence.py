@@ -57,10 +57,12 @@ class Judge:
         """
         founders: list[CanonicalAnswer] = []
         class_of: dict[CanonicalAnswer, int] = {}
-        result: list[int | None] = []
+        known: dict[str | None, int | None] = {}  # most answers of a group are spelled alike
         for answer in answers:
+            if answer in known:
+                continue
             if not has_answer(answer):
-                result.append(None)
+                known[answer] = None
                 continue
             form = self._form(answer)
             if form not in class_of:
@@ -68,8 +70,8 @@ class Judge:
                 if joined == len(founders):
                     founders.append(form)
                 class_of[form] = joined
-            result.append(class_of[form])
-        return result
+            known[answer] = class_of[form]
+        return [known[answer] for answer in answers]
 
     def close(self) -> None:
         """End the processes. The judge stays usable and remembers its verdicts."""

@@ -87,7 +87,9 @@ class BatchEvidence:
 
     def matches(self, group: RolloutGroup, label: str | None) -> FloatArray:
         """[G] 1.0 where the rollout's answer is equivalent to the label, else 0.0; all 0.0 without a label."""
-        return np.array([self._judge.equivalent(answer, label) for answer in group.answers], dtype=np.float32)
+        answers = group.answers
+        same = {answer: self._judge.equivalent(answer, label) for answer in dict.fromkeys(answers)}
+        return np.array([same[answer] for answer in answers], dtype=np.float32)
 
     def vote(self, uid: str, view: View, role: Role) -> Vote:
         """The whole vote, for telemetry: not part of what a method sees. KeyError: there is no such group."""

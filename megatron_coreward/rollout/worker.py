@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_coreward.rollout.engine import RolloutEngine, Sample, SamplingRequest
+from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+from megatron_coreward.rollout.packed import PackedSamples, pack
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import FloatArray, IntArray
 
@@ -23,8 +24,8 @@ class RolloutWorker:
     def version(self) -> int | None:
         return self._engine.version
 
-    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
-        return self._engine.sample(requests, expected_version)
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> PackedSamples:
+        return pack(self._engine.sample(requests, expected_version))
 
     def score(self, token_ids: Sequence[int] | IntArray) -> FloatArray:
         return self._engine.score(token_ids)

@@ -7,19 +7,20 @@ import numpy as np
 
 from megatron_coreward.algorithms.aggregation import token_weights
 from megatron_coreward.config.schema import LossSettings
-from megatron_coreward.types import FloatArray, RolloutGroup, Sequences, TokenStats, TrainBatch
+from megatron_coreward.types import FloatArray, RolloutGroup, Sequences, TokenStats, TrainBatch, cut
 
 
 def to_sequences(groups: Sequence[RolloutGroup]) -> Sequences:
     """Prompt and response of every completion, group after group: [S]."""
-    completions = [(group.prompt, completion) for group in groups for completion in group.completions]
-    return Sequences(
-        [np.concatenate([prompt.token_ids, c.token_ids]).astype(np.int32) for prompt, c in completions],
-        np.asarray([len(prompt.token_ids) for prompt, _ in completions], dtype=np.int32),
-    )
+    pairs = [(group.prompt.token_ids, c.token_ids) for group in groups for c in group.completions]
+    prompts = np.asarray([len(prompt) for prompt, _ in pairs], dtype=np.int32)
+    responses = np.asarray([len(response) for _, response in pairs], dtype=np.int64)
+    joined = np.concatenate([part for pair in pairs for part in pair], dtype=np.int32)
+    return Sequences(cut(joined, prompts + responses), prompts)
 
 
 def to_batch(
+    sequences: Sequences,
     groups: Sequence[RolloutGroup],
     advantages: Sequence[FloatArray],
     loss: LossSettings,
@@ -31,12 +32,13 @@ def to_batch(
     """All sequences of a step with their advantages, weighed over the whole batch.
 
     Args:
+        sequences: those of the groups (`to_sequences`).
         advantages: [G] of each group.
         old, reference: statistics of the same sequences, where the loss needs them.
     """
     completions = [completion for group in groups for completion in group.completions]
     return TrainBatch(
-        sequences=to_sequences(groups),
+        sequences=sequences,
         advantages=np.concatenate(advantages).astype(np.float32),
         token_weights=token_weights([len(c.token_ids) for c in completions], loss.aggregation, max_response_tokens),
         rollout_logprobs=[c.logprobs for c in completions],

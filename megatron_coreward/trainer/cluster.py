@@ -7,12 +7,13 @@ that fail raise the worker's error, with its traceback, in the driver. Every wai
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import ray
 import torch
 
-from megatron_coreward.actor.packing import plan_packs, shares
+from megatron_coreward.actor.packing import Share, plan_packs, shares
 from megatron_coreward.actor.setup import ActorSetup, Weights
 from megatron_coreward.actor.worker import ActorWorker
 from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
@@ -83,6 +84,11 @@ def _options(place: Mapping[str, Any], cpu_threads: int, more: Mapping[str, str]
     }
 
 
+@lru_cache(maxsize=2)  # the statistics and the update of a step are of the same sequences
+def _planned_shares(lengths: tuple[int, ...], *layout: int, **more: int) -> list[Share]:
+    return shares(plan_packs(lengths, *layout, **more))
+
+
 class ActorGroup:
     """All ranks of the Megatron actor."""
 
@@ -111,17 +117,16 @@ class ActorGroup:
         """The method on every rank with the same arguments."""
         return self._watchdog.get([getattr(rank, method).remote(*args) for rank in self._ranks], method)
 
-    def _plan(self, sequences: Sequences) -> list[Any]:
+    def _plan(self, sequences: Sequences) -> list[Share]:
         s = self.setup.settings
-        plan = plan_packs(
-            sequences.lengths,
+        return _planned_shares(
+            tuple(sequences.lengths),
             s.data_parallel,
             s.tokens_per_microbatch,
             multiple_of=s.pipeline_parallel if s.virtual_pipeline > 1 else 1,
             align=token_alignment(s),
             pad=sequence_multiple(s),
         )
-        return shares(plan)
 
     def _spread(self, method: str, parts: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The method on every rank with the arguments of its data-parallel rank, each sent once."""
@@ -140,11 +145,10 @@ class ActorGroup:
         stats: list[list[FloatArray]] = [[None] * len(sequences) for _ in range(3)]  # type: ignore[list-item]
         for dp_rank, result in zip(self._dp_ranks, results, strict=True):
             if result is not None:
-                for place, row in enumerate(plan[dp_rank].rows):
-                    for target, source in zip(
-                        stats, (result.logprobs, result.entropy, result.self_certainty), strict=True
-                    ):
-                        target[row] = source[place]
+                of_rank = result.logprobs, result.entropy, result.self_certainty
+                for target, source in zip(stats, of_rank, strict=True):
+                    for row, values in zip(plan[dp_rank].rows, source, strict=True):
+                        target[row] = values
         return TokenStats(*stats)
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
@@ -296,7 +300,7 @@ class EngineGroup:
 
             results: list[list[Sample]] = [[] for _ in requests]
             for i, part in enumerate(self._watchdog.get(calls, "rollouts", interruptible=True, on_result=done)):
-                results[i::n] = part
+                results[i::n] = part.unpack()
             self.sampling_seconds = seconds
             return results
 

@@ -21,6 +21,7 @@ from megatron_coreward.telemetry.rollout_dump import JudgedGroup
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer import step_metrics
 from megatron_coreward.trainer.batch import mini_batches, to_batch, to_sequences
+from megatron_coreward.trainer.collector import collector_paused
 from megatron_coreward.trainer.journal import Recorded, RolloutJournal
 from megatron_coreward.trainer.schedule import RolloutEngines, RolloutSchedule
 from megatron_coreward.trainer.sync import WeightSync, weight_version
@@ -75,6 +76,7 @@ class Trainer:
             surviving=self.surviving,
         )
 
+    @collector_paused()
     def step(self, number: int, timer: PhaseTimer) -> StepResult:
         """Step `number` of the run, counted from 1."""
         config, needs = self.config, self.method.needs
@@ -122,6 +124,7 @@ class Trainer:
         with timer.phase("update"):
             several = config.loss.updates_per_batch > 1
             batch = to_batch(
+                sequences,
                 groups,
                 advantages,
                 config.loss,

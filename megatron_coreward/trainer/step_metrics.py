@@ -101,16 +101,20 @@ def label_quality(
         vote_metrics(votes)
         | agreement_metrics(votes, judge)
         | gold_metrics(groups, judgements, golds, judge)
-        | _relations(groups, judge)
+        | _relations(groups, votes, judge)
     )
 
 
-def _relations(groups: Sequence[RolloutGroup], judge: Judge) -> dict[str, float]:
+def _relations(groups: Sequence[RolloutGroup], votes: Mapping[GroupKey, Vote], judge: Judge) -> dict[str, float]:
     """What `rewards.equivalence` changed. Under `exact`, `math` stands for its normal forms: the symbolic comparison
     would cost more than the step for a figure that nobody trains on."""
     other = Judge("math", symbolic=False) if judge.relation == "exact" else Judge("exact")
     keys = [(group.uid, group.view, group.role) for group in groups]
-    used = {key: majority_vote(group.answers, judge) for key, group in zip(keys, groups, strict=True)}
+    # Without a least margin: a vote that did not abstain is the same with it.
+    used = {
+        key: majority_vote(group.answers, judge) if key not in votes or votes[key].abstained else votes[key]
+        for key, group in zip(keys, groups, strict=True)
+    }
     others = {key: majority_vote(group.answers, other) for key, group in zip(keys, groups, strict=True)}
     exact, math = (used, others) if judge.relation == "exact" else (others, used)
     return relation_metrics(exact, math, other if judge.relation == "exact" else judge)

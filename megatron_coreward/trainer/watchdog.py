@@ -90,8 +90,12 @@ class Watchdog:
             if interruptible and self._stop is not None:
                 self._stop.check()
             ready, pending = ray.wait(pending, num_returns=1, timeout=LOOK_EVERY_S)
+            if ready and pending:  # whatever else has come: one look at thousands of calls for each would cost seconds
+                more, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
+                ready = ready + more
+            others = [*ready, *pending]
             for call in ready:
-                results[places[call]] = self._result(call, pending, awaited)
+                results[places[call]] = self._result(call, others, awaited)
                 if on_result is not None:
                     on_result(places[call])
             waited = self._clock() - begin
@@ -111,13 +115,13 @@ class Watchdog:
     def _name_of(self, call: Any) -> tuple[Kind, int]:
         return self._names.get(call.task_id().actor_id(), ("worker", 0))
 
-    def _result(self, call: Any, pending: Sequence[Any], awaited: str) -> Any:
+    def _result(self, call: Any, others: Sequence[Any], awaited: str) -> Any:
         try:
             return ray.get(call)
         except _DEATHS as error:
             raise self._death(call, awaited, error) from error
         except RayTaskError as error:
-            ready: list[Any] = ray.wait(list(pending), num_returns=len(pending), timeout=PEERS_S)[0] if pending else []
+            ready: list[Any] = ray.wait(list(others), num_returns=len(others), timeout=PEERS_S)[0]
             for other in ready:
                 try:
                     ray.get(other)

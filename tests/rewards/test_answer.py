@@ -101,6 +101,12 @@ def test_any_text_gives_a_stripped_part_of_it_or_nothing(text: str) -> None:
     assert answer is None or (answer and answer == answer.strip() and answer in text)
 
 
+@given(st.lists(st.sampled_from([r"\boxed", r"\fbox", "box", "f", "\\", "{", "}", "5", " ", "$", "\n"]), max_size=14))
+def test_what_stands_before_the_first_box_need_not_be_read(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    assert extract_answer(text) == extract_answer("box " + text)  # where "box" stands first, all of it is read
+
+
 @given(st.text(max_size=40), st.text(alphabet="ab12{}", max_size=20))
 def test_what_is_boxed_last_comes_back(before: str, content: str) -> None:
     depth, balanced = 0, True

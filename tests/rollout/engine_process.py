@@ -10,6 +10,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from megatron_coreward.rollout.engine import Sample
+from megatron_coreward.rollout.packed import PackedSamples
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.weights.buckets import TensorMeta, check_tiling
 from megatron_coreward.weights.send import BlockHash, HeldBlock, SharedMemorySender
@@ -44,6 +46,11 @@ class EngineProcess:
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return lambda *args: self._pool.submit(_call, method, args).result(timeout=CALL_TIMEOUT_S)
+
+    def sample(self, *args: Any) -> list[list[Sample]]:
+        """As the trainer has them, which unpacks what comes."""
+        packed: PackedSamples = self._pool.submit(_call, "sample", args).result(timeout=CALL_TIMEOUT_S)
+        return packed.unpack()
 
     def close(self) -> None:
         try:

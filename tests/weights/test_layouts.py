@@ -13,31 +13,7 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.weights.buckets import TensorMeta, check_tiling
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout, HFBlock
 from megatron_coreward.weights.mapping import hf_tensors
-
-EXPERTS = Experts(num=4, top_k=2, ffn_size=8, normalise_top_k=True)
-
-
-def architecture(**changes: Any) -> Architecture:
-    shape: dict[str, Any] = {
-        "family": "qwen3",
-        "num_layers": 4,
-        "hidden_size": 24,
-        "num_heads": 8,
-        "num_kv_heads": 2,
-        "head_dim": 6,
-        "ffn_size": 16,
-        "vocab_size": 131,
-        "max_position": 64,
-        "tied": False,
-        "qkv_bias": False,
-        "qk_norm": True,
-        "rope_theta": 1e4,
-        "rope_scaling": None,
-        "norm_eps": 1e-6,
-        "experts": None,
-    }
-    return Architecture(**(shape | changes))
-
+from tests.weights.architectures import EXPERTS, architecture
 
 ACTORS = [
     ActorLayout(tp, pp, vpp, ep, etp, dp, cp)

@@ -1,7 +1,5 @@
 """The two invariants that `weights.mapping` states, for every architecture and layout."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,39 +7,18 @@ from hypothesis import strategies as st
 
 from megatron_coreward.config.architecture import Architecture, Experts
 from megatron_coreward.weights.mapping import blocks, hf_tensors, is_expert, is_replicated, megatron_parameters
-
-
-def architecture(**changes: Any) -> Architecture:
-    shape: dict[str, Any] = {
-        "family": "qwen3",
-        "num_layers": 2,
-        "hidden_size": 24,
-        "num_heads": 8,
-        "num_kv_heads": 4,
-        "head_dim": 6,
-        "ffn_size": 16,
-        "vocab_size": 131,
-        "max_position": 64,
-        "tied": False,
-        "qkv_bias": False,
-        "qk_norm": True,
-        "rope_theta": 1e4,
-        "rope_scaling": None,
-        "norm_eps": 1e-6,
-        "experts": None,
-    }
-    return Architecture(**(shape | changes))
-
+from tests.weights.architectures import EXPERTS, architecture
 
 architectures = st.builds(
     architecture,
+    num_layers=st.just(2),
     num_kv_heads=st.sampled_from([1, 2, 4, 8]),
     head_dim=st.sampled_from([4, 12]),  # the rows of the fused QKV divide by every TP size below
     vocab_size=st.integers(1, 700),
     tied=st.booleans(),
     qkv_bias=st.booleans(),
     qk_norm=st.booleans(),
-    experts=st.sampled_from([None, Experts(num=4, top_k=2, ffn_size=8, normalise_top_k=True)]),
+    experts=st.sampled_from([None, EXPERTS]),
 )
 
 

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from itertools import product
 from math import prod
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,32 +15,7 @@ from megatron_coreward.weights.buckets import ITEM_BYTES
 from megatron_coreward.weights.layouts import ActorLayout, Bounds, EngineLayout
 from megatron_coreward.weights.mapping import hf_tensors
 from megatron_coreward.weights.plan import Params, Transfer, TransferPlan, plan_transfers
-
-EXPERTS = Experts(num=4, top_k=2, ffn_size=8, normalise_top_k=True)
-
-
-def architecture(**changes: Any) -> Architecture:
-    """Fewer key/value heads than the largest tensor-parallel size, and a vocabulary that every padding has to fill."""
-    shape: dict[str, Any] = {
-        "family": "qwen3",
-        "num_layers": 4,
-        "hidden_size": 24,
-        "num_heads": 8,
-        "num_kv_heads": 2,
-        "head_dim": 6,
-        "ffn_size": 16,
-        "vocab_size": 131,
-        "max_position": 64,
-        "tied": False,
-        "qkv_bias": False,
-        "qk_norm": True,
-        "rope_theta": 1e4,
-        "rope_scaling": None,
-        "norm_eps": 1e-6,
-        "experts": None,
-    }
-    return Architecture(**(shape | changes))
-
+from tests.weights.architectures import EXPERTS, architecture
 
 DENSE = [
     architecture(),
