@@ -32,7 +32,11 @@ class Backend(Protocol):
         """What the run has printed since the last call."""
 
     def interrupted(self, job: str) -> str:
-        """Called when the launcher leaves early; returns what becomes of the job, in words."""
+        """Called when the launcher leaves early; returns what becomes of the job, in words.
+
+        Args:
+            job: empty where the launcher was interrupted while it submitted.
+        """
 
 
 def exit_outcome(status: int | None, otherwise: str) -> Outcome:
@@ -64,11 +68,12 @@ def follow(
         RunError: the run failed, was cancelled, or was stopped more often than it may be submitted again.
     """
     for submission in range(max_resubmits + 1):
-        job = backend.submit()
-        write(f"in the queue: {job}")
-        if detach:
-            return
+        job = ""
         try:
+            job = backend.submit()
+            write(f"in the queue: {job}")
+            if detach:
+                return
             outcome = _watch(backend, job, poll_s, write)
         except KeyboardInterrupt:
             write(backend.interrupted(job))

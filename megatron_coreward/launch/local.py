@@ -2,12 +2,12 @@
 
 import os
 import shlex
-import signal
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import psutil
 
 from megatron_coreward.errors import InputError
 from megatron_coreward.launch import scripts
@@ -53,7 +53,8 @@ class Local:
         from nemo_run.core.frontend.console.api import CONSOLE
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / scripts.STATUS).unlink(missing_ok=True)
+        for name in (scripts.STATUS, _PID):
+            (self.directory / name).unlink(missing_ok=True)
         log = self.directory / scripts.LOG
         self._shown = log.stat().st_size if log.exists() else 0
         for name, text in self.files.items():
@@ -95,9 +96,8 @@ class Local:
 
     def interrupted(self, job: str) -> str:
         """Asks the training to stop and waits until it has saved."""
-        pid = int((self.directory / _PID).read_text())
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        while self.poll(job) is None:
-            time.sleep(0.2)
+        with suppress(FileNotFoundError, psutil.NoSuchProcess):  # it had not begun yet, or has ended by itself
+            driver = psutil.Process(int((self.directory / _PID).read_text()))
+            driver.terminate()
+            driver.wait()
         return "stopped; the same launch command goes on from the last checkpoint"

@@ -98,3 +98,11 @@ def test_a_launcher_that_is_interrupted_says_what_becomes_of_the_job(monkeypatch
 )
 def test_exit_statuses_have_one_meaning(status: int | None, kind: str) -> None:
     assert exit_outcome(status, "node lost").kind == kind
+
+
+def test_an_interrupt_during_the_submission_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, lines = Jobs([FINISHED]), []
+    monkeypatch.setattr(jobs, "submit", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        follow(jobs, max_resubmits=1, poll_s=0, write=lambda line: lines.append(str(line)))
+    assert lines == [" goes on"]

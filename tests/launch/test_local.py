@@ -1,6 +1,6 @@
 """`launch local` through nemo-run's executor, with a stand-in for the attempt."""
 
-import os
+import signal
 import subprocess
 import sys
 import threading
@@ -63,16 +63,23 @@ def test_a_failure_is_an_error(words: list[str], tmp_path: Path) -> None:
 
 
 def test_an_interrupt_lets_the_training_save(words: list[str], tmp_path: Path) -> None:
+    """Even if it comes while the job is still being submitted, as it may here."""
     (tmp_path / "statuses").write_text("wait\n")
     command = [sys.executable, "-m", "tests.launch.arguments", *words]
-    root = Path(__file__).parents[2]
-    launcher = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    launcher = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     killer = threading.Timer(100, launcher.kill)
     killer.start()
     try:
         while not (tmp_path / "waiting").exists() and launcher.poll() is None:
             time.sleep(0.1)
-        os.kill(launcher.pid, 2)
+        launcher.send_signal(signal.SIGINT)
         out, _ = launcher.communicate()
     finally:
         killer.cancel()
