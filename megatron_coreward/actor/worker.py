@@ -1,6 +1,5 @@
 """An actor rank in a process of its own: the shell that the trainer makes a Ray actor of."""
 
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +7,7 @@ from megatron_coreward.actor.packing import Share
 from megatron_coreward.actor.setup import ActorSetup, Weights
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import Sequences, TokenStats, TrainBatch
+from megatron_coreward.weights.ports import free_port
 from megatron_coreward.weights.route import Route
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ class ActorWorker:
         """This node's address and a port that is free on it, where the ranks can meet."""
         import ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        return ray.util.get_node_ip_address(), free_port()
 
     def start(self, setup: ActorSetup, rank: int, address: str, port: int) -> tuple[int, bool]:
         """Builds the rank; returns its data-parallel rank and whether results are taken from it."""

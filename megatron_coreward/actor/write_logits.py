@@ -3,7 +3,6 @@
 python -m megatron_coreward.actor.write_logits CONFIG_DIR TOKENS.npy LOGITS.npy CHECKPOINT policy|teacher
 """
 
-import socket
 import sys
 from pathlib import Path
 
@@ -23,15 +22,13 @@ from megatron_coreward.checkpoint.convert import key_prefix  # noqa: E402
 from megatron_coreward.config.architecture import read_architecture  # noqa: E402
 from megatron_coreward.config.schema import ActorSettings  # noqa: E402
 from megatron_coreward.types import Sequences  # noqa: E402
+from megatron_coreward.weights.ports import free_port  # noqa: E402
 
 
 def main(config: Path, tokens: Path, target: Path, checkpoint: Path, weights: str) -> None:
     """Writes [T, V] logits of the T tokens, without the padding of the vocabulary."""
     arch, ids = read_architecture(config), np.load(tokens).astype(np.int32)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    at = parallel.initialize(ActorSettings(cpu_threads=torch.get_num_threads()), 0, "127.0.0.1", port, seed=0)
+    at = parallel.initialize(ActorSettings(cpu_threads=torch.get_num_threads()), 0, "127.0.0.1", free_port(), seed=0)
     chunks = build_chunks(arch, ActorSettings(), torch.float32, len(ids))
     load_megatron(chunks, arch, at, checkpoint, key_prefix(weights))
     whole = Sequences([ids], np.asarray([1], dtype=np.int32))

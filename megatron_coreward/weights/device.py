@@ -12,7 +12,6 @@ Invariants (tests/weights/test_device.py):
   3. Behind a bucket stand its version and number; they are written when the bucket is complete.
 """
 
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_coreward.weights.buckets import Entry, TensorMeta, block_bounds, plan_buckets
+from megatron_coreward.weights.ports import free_port
 from megatron_coreward.weights.send import BlockHash, HeldBlock, crc32
 
 MARK_BYTES = 16  # version and bucket, two 64-bit integers
@@ -219,9 +219,3 @@ def broadcast(group: Any, memory: torch.Tensor) -> None:
     with torch.cuda.stream(stream):
         group.broadcast(memory, src=0, stream=stream)
     stream.synchronize()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -11,11 +10,9 @@ from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
+from megatron_coreward.weights.ports import free_port
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+__all__ = ["free_port", "run_ranks"]
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
