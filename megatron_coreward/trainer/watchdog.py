@@ -127,7 +127,7 @@ class Watchdog:
                     ray.get(other)
                 except _DEATHS as death:
                     raise self._death(other, awaited, death) from error
-                except Exception:
+                except Exception:  # an error of its own, as when a partner fails: the first one is raised below
                     continue
             cause = getattr(error, "cause", None)
             if isinstance(cause, (OSError, FloatingPointError)) and not isinstance(error, (InputError, RunError)):
