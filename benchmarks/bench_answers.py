@@ -21,6 +21,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from os import chdir, getcwd, getpid
 from pathlib import Path
@@ -183,20 +184,22 @@ def hostile_run(count: int, workers: int = 2, seed: int = 0, timeout_s: float = 
 
 
 def _memory_mib() -> dict[str, float]:
-    """Resident memory of this process and of its worker processes together."""
+    """Resident memory of this process and, together, of its worker processes with the copies that they compare in."""
     page = resource.getpagesize()
 
     def resident(pid: int) -> float:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page / 2**20
 
-    children = []
-    for task in Path(f"/proc/{getpid()}/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            try:
-                children.append(resident(int(pid)))
-            except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-                continue
-    return {"driver": round(resident(getpid())), "workers": round(sum(children)), "num_workers": len(children)}
+    def children(pid: int) -> list[int]:
+        tasks = Path(f"/proc/{pid}/task").glob("*/children")
+        return [int(child) for task in tasks for child in task.read_text().split()]
+
+    loaded = children(getpid())
+    workers = []
+    for process in loaded:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            workers += [resident(pid) for pid in (process, *children(process))]
+    return {"driver": round(resident(getpid())), "workers": round(sum(workers)), "num_workers": len(loaded)}
 
 
 def _golds(file: Path) -> list[str]:

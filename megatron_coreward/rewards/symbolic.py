@@ -1,14 +1,16 @@
 """Symbolic comparison behind a hard time limit: a small pool of killable processes.
 
-Invariants: no call lasts longer than the time limit plus the start of a process; a process that runs over the limit or
-dies is killed and replaced, never waited for; a process starts when its first pair comes and is reused after that.
-Safe to call from several threads: each call borrows one process.
+Invariants: no call lasts longer than the time limit plus the start of a process; a comparison that runs over the limit
+is killed, never waited for; a process starts when its first pair comes and is reused after that. Safe to call from
+several threads: each call borrows one process.
 """
 
+import contextlib
 import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from megatron_coreward.errors import RunError
 WORKER_PROGRAM = Path(__file__).with_name("symbolic_worker.py")
 # What a process needs to find its interpreter and packages: no tokens, no keys, nothing else of the parent's.
 INHERITED = frozenset({"HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"})
+OVERTIME_S = 2.0  # after a pair's limit, at which the kernel ends the comparison, until its process is given up, too
 START_LIMIT_S = 120.0  # importing sympy takes half a second, much more on a crowded machine or a cold network disk
 
 
@@ -40,11 +43,13 @@ class SymbolicPool:
         """
         worker, keep = self._idle.get(), False
         try:
-            if worker is None or not worker.is_alive():
-                worker = _Worker()
+            if worker and not worker.is_alive():
+                worker.kill()
+                worker = None
+            worker = worker or _Worker()
             reply = worker.ask(a, b, self._timeout_s)
-            keep = reply is not None and not reply["retire"]
-            return None if reply is None else bool(reply["equivalent"])
+            keep = reply is not None
+            return None if reply is None or "died" in reply else bool(reply["equivalent"])
         finally:  # an interrupt ends the process too: its answer would be taken for that of the next pair
             if worker and not keep:
                 worker.kill()
@@ -59,9 +64,11 @@ class SymbolicPool:
 
 
 class _Worker:
-    """One comparison process and the pipes to it."""
+    """A comparison process, which forks those that compare (see `symbolic_worker.py`), and the pipes to them."""
 
     def __init__(self) -> None:
+        self._pair = 0
+        self._received = b""
         # A fresh interpreter in a session of its own: no copied memory, no inherited file, no preloaded library and no
         # secret of the parent's, no Ctrl-C that is meant for the parent; -P keeps this folder off its module path.
         self._process = subprocess.Popen(
@@ -73,42 +80,52 @@ class _Worker:
             start_new_session=True,
             env={name: value for name, value in os.environ.items() if name in INHERITED},
         )
-        greeting = self._receive(START_LIMIT_S) or {}
+        greeting = self._receive(time.monotonic() + START_LIMIT_S) or {}
         if "ready" not in greeting:
             self.kill()
             reason = greeting.get("error", f"exit status {self._process.returncode} within {START_LIMIT_S:.0f} s")
             raise RunError(f"the process for symbolic comparison did not start: {reason}")
 
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        # Not reaped here: until then no other process or group can get its number, so kill() ends the right ones.
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def ask(self, a: str, b: str, limit_s: float) -> dict[str, Any] | None:
-        """The reply to one pair; None where it did not come in time or the process died."""
+        """The reply to one pair, or that its comparison died; None where nothing came in time or the process died."""
         assert self._process.stdin is not None
+        while self._receive(0.0):  # of a comparison that died while idle
+            pass
+        self._pair += 1
         try:
-            # The process's own alarm is the second line: it matters when this parent is gone.
-            self._process.stdin.write(json.dumps([a, b, limit_s + 1.0]).encode() + b"\n")
+            self._process.stdin.write(json.dumps([self._pair, a, b, limit_s]).encode() + b"\n")
         except BrokenPipeError:
             return None
-        return self._receive(limit_s)
+        deadline = time.monotonic() + limit_s + OVERTIME_S
+        while reply := self._receive(deadline):
+            if "died" in reply or reply["pair"] == self._pair:
+                return reply
+        return None
 
-    def _receive(self, limit_s: float) -> dict[str, Any] | None:
+    def _receive(self, deadline: float) -> dict[str, Any] | None:
+        """The next line from the process, if it is there or comes before the deadline (of the monotonic clock)."""
         assert self._process.stdout is not None
-        descriptor, deadline, line = self._process.stdout.fileno(), time.monotonic() + limit_s, b""
+        descriptor = self._process.stdout.fileno()
         ready = select.poll()  # unlike select(), good for descriptors beyond 1023
         ready.register(descriptor, select.POLLIN)
-        while not line.endswith(b"\n"):
-            left_ms = (deadline - time.monotonic()) * 1000
-            if left_ms <= 0 or not ready.poll(left_ms):
+        while b"\n" not in self._received:
+            if not ready.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 return None
             if not (chunk := os.read(descriptor, 4096)):
                 return None
-            line += chunk
+            self._received += chunk
+        line, _, self._received = self._received.partition(b"\n")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
     def kill(self) -> None:
-        self._process.kill()
+        """End the process and what it forked: it leads a process group of its own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe:

@@ -1,18 +1,20 @@
-"""The program of one comparison process: math-verify and nothing else of this package.
+"""The program of a comparison process: math-verify and nothing else of this package.
 
 `symbolic.py` runs this file by its path, so that the process imports neither the parent's main module nor this package.
-It reads one JSON line `[a, b, limit_s]` per pair from standard input and answers each with a JSON line. Before the
-first it says whether math-verify could be loaded.
+The process loads math-verify once, says whether that worked, and forks a copy of itself, which does the comparing. The
+copy reads one JSON line `[pair, a, b, limit_s]` per pair from standard input and answers each with a JSON line. Where
+it dies, the process says so and forks the next copy: milliseconds, where loading math-verify takes a second.
 
 math-verify's own time limits are off: they rely on a Python signal handler, which never runs while the interpreter
-is inside one long big-integer operation. The process instead lets the kernel end it: an alarm per pair with the default
-action, and a limit on its memory. So it outlives neither its limit nor, for longer than that, its parent.
+is inside one long big-integer operation. The copy instead lets the kernel end it: an alarm per pair with the default
+action, and a limit on its memory. So it outlives neither its limit nor, for longer than that, whoever asks.
 
 Most pairs are far apart as numbers. So each answer is first evaluated, its variables at fixed points; math-verify,
 which takes milliseconds for a pair, is asked only where the values are close or there are none. It rounds to 6 decimals
 and never equates values that are further apart.
 """
 
+import gc
 import json
 import logging
 import os
@@ -21,12 +23,14 @@ import resource
 import signal
 import sys
 import zlib
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space; about 60 MiB are in use after start
-RETIRE_ABOVE_KIB = 512 << 10  # resident set after which a process asks to be replaced
+RETIRE_ABOVE_KIB = 512 << 10  # resident set after which a copy makes room for a fresh one
+RETIRED = 3  # exit status of a copy that did
 FAR_APART = 1e-3  # relative distance of two values that are different whatever math-verify rounds to
 FAR_FROM_ZERO = 1e-4  # the same as an absolute distance; math-verify rounds to 1e-6
 
@@ -51,13 +55,35 @@ def main() -> None:
             answer(error=f"{type(error).__name__}: {error}")
             return
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # an answer has nothing to write
+        gc.freeze()  # what is loaded now is shared with every copy, not touched by its garbage collector
         answer(ready=True)
-        for line in sys.stdin:
-            a, b, limit_s = json.loads(line)
-            signal.setitimer(signal.ITIMER_REAL, limit_s)
-            verdict = equivalent(a, b)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            answer(equivalent=verdict, retire=_resident_kib() > RETIRE_ABOVE_KIB)
+        while status := _in_a_copy(lambda: _compare(equivalent, answer)):
+            if status != RETIRED:
+                answer(died=status)
+
+
+def _compare(equivalent: Callable[[str, str], bool], answer: Callable[..., None]) -> int:
+    """Answer pairs until there are no more (0) or the memory has grown too much (RETIRED)."""
+    for line in sys.stdin:
+        pair, a, b, limit_s = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        verdict = equivalent(a, b)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        answer(pair=pair, equivalent=verdict)
+        if _resident_kib() > RETIRE_ABOVE_KIB:
+            return RETIRED
+    return 0
+
+
+def _in_a_copy(work: Callable[[], int]) -> int:
+    """The exit status of a forked copy that does the work: what the work returns, or how it died."""
+    if copy := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
+    status = 1
+    try:
+        status = work()
+    finally:  # whatever happens, the copy must not go on as its parent would
+        os._exit(status)
 
 
 def _resident_kib() -> int:

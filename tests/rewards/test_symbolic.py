@@ -1,6 +1,8 @@
 """The processes for symbolic comparison: light, started late, killed on time, replaced, and never waited for."""
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -23,8 +25,8 @@ GRACE_S = 30.0  # for the start of a process on a crowded machine
 pytestmark = pytest.mark.timeout(120)
 
 
-def workers() -> set[int]:
-    """Ids of the comparison processes that are children of this one and not the business of other test modules."""
+def workers(of: int | None = None) -> set[int]:
+    """Ids of the processes that are children of this one, or of another, and not the business of other test modules."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -33,9 +35,19 @@ def workers() -> set[int]:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
                 continue
-            if parent == os.getpid() and b"symbolic_worker.py" in command:
+            if parent == (of or os.getpid()) and b"symbolic_worker.py" in command:
                 found.add(int(entry.name))
     return found - others
+
+
+def comparing() -> int:
+    """The process that compares: the one that the only comparison process has forked."""
+    (loaded,) = workers()
+    deadline = time.monotonic() + GRACE_S
+    while not (forked := workers(loaded)):
+        assert time.monotonic() < deadline, "no process was forked"
+        time.sleep(0.01)
+    return forked.pop()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,37 +93,79 @@ def test_a_process_is_kept_however_large_its_parent_is(pool: SymbolicPool) -> No
 
 def test_a_pair_that_runs_over_the_limit_gives_none_on_time_and_the_next_is_answered(pool: SymbolicPool) -> None:
     pool.equivalent("x", "y")
-    (first,) = workers()
+    loaded, first = workers(), comparing()
     pool._timeout_s = 1.0
     start = time.monotonic()
     assert pool.equivalent(TOWER, "1") is None
     assert 0.9 < time.monotonic() - start < 1.0 + GRACE_S
-    assert first not in workers()
+    assert comparing() != first
+    assert workers() == loaded  # math-verify is not loaded again
     pool._timeout_s = 60.0
     assert pool.equivalent("x+x", "2x") is True
 
 
-def test_a_process_that_dies_under_a_pair_gives_none_and_the_next_is_answered(pool: SymbolicPool) -> None:
+def test_a_process_that_does_not_report_in_time_is_given_up_with_its_comparison(pool: SymbolicPool) -> None:
+    """Even where nobody reports that the kernel has ended the comparison."""
     pool.equivalent("x", "y")
-    (worker,) = workers()
-    threading.Timer(0.3, os.kill, (worker, signal.SIGKILL)).start()
-    start = time.monotonic()
+    (loaded,), first = workers(), comparing()
+    pool._timeout_s = 0.5
+    os.kill(loaded, signal.SIGSTOP)
     assert pool.equivalent(TOWER, "1") is None
-    assert time.monotonic() - start < GRACE_S  # noticed, not waited for
+    assert not workers()
+    assert not Path(f"/proc/{first}").exists() or "State:\tZ" in Path(f"/proc/{first}/status").read_text()
+    pool._timeout_s = 60.0
     assert pool.equivalent("x+x", "2x") is True
 
 
-def test_a_process_that_died_idle_costs_no_pair(pool: SymbolicPool) -> None:
+@pytest.mark.parametrize("which", ["comparing", "loaded"])
+def test_a_process_that_dies_under_a_pair_gives_none_and_the_next_is_answered(pool: SymbolicPool, which: str) -> None:
     pool.equivalent("x", "y")
-    (worker,) = workers()
-    os.kill(worker, signal.SIGKILL)
+    victim = comparing() if which == "comparing" else workers().pop()
+    pool._timeout_s = 5.0
+    threading.Timer(0.3, os.kill, (victim, signal.SIGKILL)).start()
+    start = time.monotonic()
+    assert pool.equivalent(TOWER, "1") is None
+    assert time.monotonic() - start < 5.0 + GRACE_S
+    pool._timeout_s = 60.0
+    assert pool.equivalent("x+x", "2x") is True
+    assert len(workers()) == 1
+
+
+@pytest.mark.parametrize("which", ["comparing", "loaded"])
+def test_a_process_that_died_idle_costs_no_pair(pool: SymbolicPool, which: str) -> None:
+    pool.equivalent("x", "y")
+    os.kill(comparing() if which == "comparing" else workers().pop(), signal.SIGKILL)
     time.sleep(0.2)
     assert pool.equivalent("x+x", "2x") is True
 
 
+def test_answers_stay_with_their_pairs_whatever_dies_when(pool: SymbolicPool) -> None:
+    """The comparing process is killed at random moments while pairs with known answers go through it."""
+    pool.equivalent("x", "y")
+    done = threading.Event()
+
+    def kill() -> None:
+        chance = random.Random(0)
+        while not done.wait(chance.uniform(0.0, 0.03)):
+            for process in workers():
+                for victim in workers(process):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(victim, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        verdicts = [(n % 2 == 0, pool.equivalent(rf"\sqrt{{{n * n}}}", str(n + n % 2))) for n in range(2, 300)]
+    finally:
+        done.set()
+        killer.join()
+    assert {verdict for right, verdict in verdicts if right} == {True, None}
+    assert {verdict for right, verdict in verdicts if not right} <= {False, None}
+
+
 def test_memory_is_limited(pool: SymbolicPool) -> None:
     pool.equivalent("x", "y")
-    (worker,) = workers()
+    worker = comparing()
     limits = Path(f"/proc/{worker}/limits").read_text().splitlines()
     (address_space,) = [line for line in limits if line.startswith("Max address space")]
     assert address_space.split()[3] == str(2 << 30)
@@ -121,7 +175,7 @@ def test_a_process_is_light_whatever_its_parent_has_loaded(pool: SymbolicPool) -
     assert np.ones(1).any()
     assert "/numpy" in Path("/proc/self/maps").read_text()
     pool.equivalent("x", "y")
-    (worker,) = workers()
+    worker = comparing()
     libraries = Path(f"/proc/{worker}/maps").read_text()
     assert not [name for name in ("/numpy", "/torch", "/pyarrow", "/ray", "/vllm") if name in libraries]
     descriptors = {os.readlink(entry) for entry in Path(f"/proc/{worker}/fd").iterdir()}
@@ -144,14 +198,12 @@ def test_a_process_does_not_outlive_a_parent_that_was_killed_while_it_worked() -
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline().strip() == "at work"
-        (worker,) = [
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and f" {parent.pid} " in (entry / "stat").read_text().rpartition(")")[2][:20]
-        ]
+        (loaded,) = workers(parent.pid)
+        left = {loaded, *workers(loaded)}
+        assert len(left) == 2
         parent.kill()
     deadline = time.monotonic() + 2.0 + 1.0 + GRACE_S
-    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+    while any(Path(f"/proc/{worker}").exists() for worker in left):
         assert time.monotonic() < deadline, "still running"
         time.sleep(0.1)
 
@@ -214,9 +266,12 @@ def test_a_process_that_has_grown_is_retired_with_its_answer_kept(
     greedy.write_text(symbolic.WORKER_PROGRAM.read_text().replace("512 << 10", "1"))
     monkeypatch.setattr(symbolic, "WORKER_PROGRAM", greedy)
     pool = SymbolicPool(60.0)
+    pool.equivalent("x", "y")
+    time.sleep(0.5)  # until the first has left and the second is there
+    second = comparing()
     assert pool.equivalent("x+x", "2x") is True
-    assert not workers()
     assert pool.equivalent("x+x", "3x") is False
+    assert comparing() != second
     pool.close()
 
 
