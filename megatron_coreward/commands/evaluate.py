@@ -4,12 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_coreward.config.schema import SYSTEM_PROMPT
+from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerForm
 
 
 def add(commands: Any) -> None:
-    from megatron_coreward.rewards.answer import AnswerForm
-
     evaluate = commands.add_parser(
         "evaluate", help="pass@1, avg@k, pass@k, maj@k on prepared questions, with intervals"
     )

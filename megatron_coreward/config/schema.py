@@ -25,6 +25,8 @@ MethodName = Literal[
     "entropy",
 ]
 
+AnswerForm = Literal["boxed", "hashes", "plain"]
+
 # Which methods read rephrased questions and which keep a teacher; a test holds these against the methods' own needs.
 REPHRASED_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
 TEACHER_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_ii", "co_rewarding_i+ii"})
@@ -115,6 +117,7 @@ class TeacherSettings(Component):
 
 class RewardSettings(Component):
     equivalence: Literal["exact", "math"] = "exact"
+    answer_forms: tuple[AnswerForm, ...] = Field(("boxed",), min_length=1)  # where final answers stand, tried in order
     min_margin: Fraction = 0.0  # a vote whose margin over the runner-up is smaller abstains: no label, no reward
     judge_timeout_s: Annotated[float, Field(gt=0)] = 5.0  # for one comparison under `math`
 

@@ -57,7 +57,9 @@ def recompute_step(judged: Sequence[JudgedGroup], method: Method, settings: Rewa
     return Recomputed(
         recorded=tuple(judged),
         policy=policy,
-        answers=tuple(tuple(extract_answer(c.text) for c in item.group.completions) for item in judged),
+        answers=tuple(
+            tuple(extract_answer(c.text, settings.answer_forms) for c in item.group.completions) for item in judged
+        ),
         votes=votes,
         judgements=judgements,
         advantages=advantages,

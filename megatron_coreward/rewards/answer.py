@@ -5,9 +5,9 @@ Invariants: time is linear in the length of the text whatever it holds; never ra
 
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
-AnswerForm = Literal["boxed", "hashes", "plain"]
+from megatron_coreward.config.schema import AnswerForm
 
 # A control word that opens a box, any other control sequence (an escaped brace is no brace), or a brace.
 _TOKEN = re.compile(r"\\(?P<box>boxed|fbox)(?![A-Za-z])(?:\s*(?P<open>\{))?|\\.|[{}]", re.DOTALL)

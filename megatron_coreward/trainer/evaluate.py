@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_coreward.algorithms.accuracy import sampled_scores
-from megatron_coreward.config.schema import ValidationSettings
+from megatron_coreward.config.schema import AnswerForm, ValidationSettings
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.scoring import score_answers
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
@@ -36,6 +36,7 @@ def evaluate(
     max_tokens: int,
     version: int,
     seed: int,
+    answer_forms: Sequence[AnswerForm] = ("boxed",),
 ) -> Accuracy:
     """Samples every problem once greedily and `settings.n` times at `settings.temperature`.
 
@@ -54,6 +55,7 @@ def evaluate(
             version=version,
             step=0,
             seed=seed,
+            answer_forms=answer_forms,
         )
 
     verdicts = [

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
-from megatron_coreward.config.schema import RolloutSettings
+from megatron_coreward.config.schema import AnswerForm, RolloutSettings
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.errors import InputError
-from megatron_coreward.rewards.answer import AnswerForm, extract_answer
+from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.equivalence import Judge, Relation
 from megatron_coreward.rewards.scoring import score_answers
 from megatron_coreward.telemetry.evaluation import (

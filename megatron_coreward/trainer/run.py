@@ -225,6 +225,7 @@ def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy
                 max_tokens=run.config.rollout.max_response_tokens,
                 version=weight_version("policy", run.num_updates),
                 seed=run.config.seed,
+                answer_forms=run.config.rewards.answer_forms,
             )
 
 

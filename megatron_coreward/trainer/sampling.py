@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_coreward.rewards.answer import AnswerForm, extract_answer
+from megatron_coreward.config.schema import AnswerForm
+from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.types import Completion, Problem, Role, RolloutGroup, View
 

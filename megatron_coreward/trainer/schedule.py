@@ -102,7 +102,7 @@ class RolloutSchedule:
         if begun is None:
             return []
         with timer.phase("rollout"):
-            return to_groups(self.problems_of(begun.step - 1), self.needs.views, "policy", begun.finish())
+            return self._groups("policy", begun.step, begun.finish())
 
     def _draw(self, step: int, num_updates: int, timer: PhaseTimer) -> _UnderWay | None:
         """The teacher's rollouts, complete, and the beginning of the policy's; None if these are in the journal."""
@@ -128,9 +128,12 @@ class RolloutSchedule:
         with timer.phase("rollout"):
             answers = iter(self.engines.begin([r for of_step in asked for r in of_step], version)())
         for s in steps:
-            problems = self.problems_of(s - 1)
-            own = [next(answers) for _ in range(len(problems) * len(self.needs.views))]
-            self._labelled[s] = to_groups(problems, self.needs.views, "teacher", own)
+            own = [next(answers) for _ in range(len(self.problems_of(s - 1)) * len(self.needs.views))]
+            self._labelled[s] = self._groups("teacher", s, own)
+
+    def _groups(self, role: Role, step: int, answers: Sequence[Sequence[Sample]]) -> list[RolloutGroup]:
+        problems, forms = self.problems_of(step - 1), self.config.rewards.answer_forms
+        return to_groups(problems, self.needs.views, role, answers, forms)
 
     def _to_label(self, step: int) -> list[int]:
         """The steps whose teacher rollouts are drawn when this one's are due."""

@@ -24,17 +24,19 @@ G = 4
 
 
 def sampled(uid: str, view: View, role: Role, texts: Sequence[str], question: str | None = None) -> RolloutGroup:
-    """A group with the given responses, each as many tokens as words; a text in a box is its answer."""
+    """A group with the given responses, each as many tokens as words; a text in a box or behind #### is its answer."""
     completions = []
     for text in texts:
         length = max(1, len(text.split()))
-        inside = text.rpartition("\\boxed{")[2].removesuffix("}") if "\\boxed{" in text else None
+        _, box, inside = text.rpartition("\\boxed{")
+        _, mark, behind = text.rpartition("#### ")
+        answer = inside.removesuffix("}") if box else behind if mark else None
         completions.append(
             Completion(
                 token_ids=np.arange(length, dtype=np.int32),
                 logprobs=np.zeros(length, dtype=np.float32),
                 text=text,
-                answer=inside,
+                answer=answer,
                 finish_reason="stop",
                 weight_version=1,
             )

@@ -35,6 +35,18 @@ def test_an_honest_run_comes_out_as_recorded(tmp_path: Path, method: str) -> Non
     assert bool(result.notes) == (needs.token_stats or needs.gold)
 
 
+@pytest.mark.parametrize(
+    ("forms", "as_recorded"), [(["hashes"], True), (["boxed", "hashes"], True), (["boxed"], False)]
+)
+def test_answers_are_read_in_the_forms_of_the_run(tmp_path: Path, forms: list[str], as_recorded: bool) -> None:
+    def texts(step: int, question: int, view: View, role: Role) -> list[str]:
+        return [f"so it is #### {question + step}", f"#### {question + step}", f"or #### {step}", "who knows"]
+
+    record = load_record(write_run(tmp_path / "run", texts=texts, config={"rewards": {"answer_forms": forms}}))
+    answers = [difference for difference in replay(record).differences if difference.what == "answer"]
+    assert (answers == []) is as_recorded
+
+
 def test_label_quality_is_recomputed_where_the_answers_of_the_data_set_were_kept(tmp_path: Path) -> None:
     record = load_record(write_run(tmp_path / "run", "majority_voting", gold="2"))
     assert {"label/accuracy", "rollout/accuracy"} <= set(record.steps[0])

@@ -1,15 +1,19 @@
 """What is sampled when: rollouts a step ahead, a teacher that labels several steps at once, what a resume sees."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_coreward.config.schema import AnswerForm, ValidationSettings
+from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.evaluate import evaluate
 from megatron_coreward.trainer.journal import RolloutJournal
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.watchdog import WorkerDied
-from tests.trainer.fakes import FakeEngines
+from tests.trainer.fakes import FakeEngines, make_problem
 from tests.trainer.test_loop import make_trainer
 
 LAGGING = {"rollout.lag": 1, "loss.mismatch_correction": "tis", "steps": 4}
@@ -41,6 +45,29 @@ def test_the_same_questions_and_seeds_are_drawn_ahead_as_in_time() -> None:
         for step in (1, 2, 3, 4):
             trainer.step(step, PhaseTimer())
     assert drawn(ahead[3]) == drawn(in_time[3])
+
+
+def test_answers_are_read_in_the_forms_that_are_asked_for() -> None:
+    def answers(*forms: str) -> set[str | None]:
+        trainer, _, _, engines = make_trainer("co_rewarding_ii", **{"rewards.answer_forms": list(forms)})
+        engines._sample = lambda i, version: replace(FakeEngines._sample(i, version), text="thus #### 7")  # type: ignore[method-assign]
+        return {answer for item in trainer.step(1, PhaseTimer()).judged for answer in item.group.answers}
+
+    assert answers("boxed", "hashes") == {"7"}  # of the policy and of the teacher
+    assert answers("boxed") == {None}
+
+
+def test_validation_reads_answers_in_the_forms_that_are_asked_for() -> None:
+    _, _, _, engines = make_trainer("majority_voting")
+    engines._sample = lambda i, version: replace(FakeEngines._sample(i, version), text="thus #### 7")  # type: ignore[method-assign]
+    engines.version = 0
+    problems, settings = [replace(make_problem(0), gold="7")], ValidationSettings(n=4)
+
+    def accuracy(*forms: AnswerForm) -> float:
+        how = {"max_tokens": 8, "version": 0, "seed": 1}
+        return evaluate(engines, problems, settings, Judge("exact"), **how, answer_forms=forms).avg_at_k
+
+    assert (accuracy("hashes"), accuracy("boxed")) == (1.0, 0.0)
 
 
 def test_nothing_goes_ahead_across_a_checkpoint() -> None:
