@@ -37,7 +37,12 @@ COMMANDS: tuple[ModuleType, ...] = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and runs the command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # key=value behind an option, which argparse does not count to those before it
+        options.overrides += more
     try:
         options.run(options)
     except InputError as e:

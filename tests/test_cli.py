@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_coreward import cli
-from megatron_coreward.commands import train
+from megatron_coreward.commands import launch, train
 from megatron_coreward.errors import HaltedError, InputError, RunError
 
 
@@ -52,3 +52,23 @@ finally:
     assert "imported: []" in done.stdout
     for command in cli.COMMANDS:
         assert command.__name__.rpartition(".")[2].replace("_", "-") in done.stdout
+
+
+def test_keys_may_stand_before_and_behind_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr(launch, "_launch", taken.append)
+    cli.main(["launch", "slurm", "recipe.yaml", "steps=3", "--nodes", "2", "seed=4", "--dry-run", "method=entropy"])
+    (options,) = taken
+    assert (options.nodes, options.dry_run) == (2, True)
+    assert options.overrides == ["steps=3", "seed=4", "method=entropy"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["launch", "slurm", "recipe.yaml", "--nods", "2"], ["rephrase", "m", "f", "--out", "o", "seed=4"]]
+)
+def test_what_no_command_takes_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert f"unrecognized arguments: {' '.join(arguments[-2:] if '--nods' in arguments else arguments[-1:])}" in (
+        capsys.readouterr().err
+    )

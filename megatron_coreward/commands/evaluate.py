@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
 from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerForm
 
 
@@ -32,10 +33,7 @@ def add(commands: Any) -> None:
         choices=get_args(AnswerForm),
         help="where final answers stand, tried in the order given; default: boxed",
     )
-    run.add_argument("--num-engines", type=int, default=1)
-    run.add_argument("--tensor-parallel", type=int, default=1)
-    run.add_argument("--kv-cache-gib", type=float, default=1.0, help="an engine rank, without GPUs")
-    run.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    add_engine_options(run)
     run.add_argument("--batch-questions", type=int, default=64, help="what an interruption can lose")
     run.add_argument("--max-problems", type=int)
     prompt = run.add_mutually_exclusive_group()
@@ -77,48 +75,31 @@ def _converter(hf_path: Path | None) -> Any:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from megatron_coreward.telemetry.evaluation import result_table
-    from megatron_coreward.trainer.cluster import stop_ray
-    from megatron_coreward.trainer.evaluation import Engines, Judging, Sampling, evaluate_files
+    from megatron_coreward.trainer.evaluation import Judging, Sampling, evaluate_files
 
-    with tqdm(desc="questions", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        try:
-            result = evaluate_files(
-                options.model,
-                options.files,
-                options.out,
-                Sampling(
-                    n=options.n,
-                    temperature=options.temperature,
-                    top_p=options.top_p,
-                    max_tokens=options.max_tokens,
-                    greedy=not options.no_greedy,
-                    seed=options.seed,
-                    dtype=options.dtype,
-                ),
-                Judging(options.equivalence, tuple(options.answer_form or ("boxed",))),
-                Engines(
-                    num_engines=options.num_engines,
-                    tensor_parallel=options.tensor_parallel,
-                    kv_cache_gib=options.kv_cache_gib,
-                    gpu_memory_utilization=options.gpu_memory_utilization,
-                    batch_questions=options.batch_questions,
-                ),
-                system_prompt=None if options.keep_system_prompt else options.system_prompt,
-                max_problems=options.max_problems,
-                convert=_converter(options.hf_path),
-                name=options.name,
-                on_progress=progress,
-            )
-        finally:
-            stop_ray()
+    with answering("questions") as progress:
+        result = evaluate_files(
+            options.model,
+            options.files,
+            options.out,
+            Sampling(
+                n=options.n,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                max_tokens=options.max_tokens,
+                greedy=not options.no_greedy,
+                seed=options.seed,
+                dtype=options.dtype,
+            ),
+            Judging(options.equivalence, tuple(options.answer_form or ("boxed",))),
+            chosen_engines(options, batch_questions=options.batch_questions),
+            system_prompt=None if options.keep_system_prompt else options.system_prompt,
+            max_problems=options.max_problems,
+            convert=_converter(options.hf_path),
+            name=options.name,
+            on_progress=progress,
+        )
     _show(result_table(result))
 
 

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
+
 
 def add(commands: Any) -> None:
     rephrase = commands.add_parser("rephrase", help="rewrite questions with a model, and keep what passes the checks")
@@ -27,53 +29,33 @@ def add(commands: Any) -> None:
     )
     rephrase.add_argument("--batch-rows", type=int, default=64, help="what an interruption can lose")
     rephrase.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    rephrase.add_argument("--num-engines", type=int, default=1)
-    rephrase.add_argument("--tensor-parallel", type=int, default=1)
-    rephrase.add_argument("--kv-cache-gib", type=float, default=1.0, help="an engine rank, without GPUs")
-    rephrase.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    add_engine_options(rephrase)
     rephrase.set_defaults(run=_rephrase)
 
 
 def _rephrase(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from megatron_coreward.trainer.cluster import stop_ray
-    from megatron_coreward.trainer.evaluation import Engines
     from megatron_coreward.trainer.rephrase import Rewriting, rephrase_file
 
-    with tqdm(desc="rewritten", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        try:
-            report = rephrase_file(
-                options.model,
-                options.file,
-                options.out,
-                Rewriting(
-                    attempts=options.attempts,
-                    temperature=options.temperature,
-                    top_p=options.top_p,
-                    max_tokens=options.max_tokens,
-                    seed=options.seed,
-                    solver_samples=options.solver_samples,
-                    solver_max_tokens=options.solver_max_tokens,
-                    batch_rows=options.batch_rows,
-                    refused=options.refused,
-                ),
-                Engines(
-                    num_engines=options.num_engines,
-                    tensor_parallel=options.tensor_parallel,
-                    kv_cache_gib=options.kv_cache_gib,
-                    gpu_memory_utilization=options.gpu_memory_utilization,
-                ),
-                dtype=options.dtype,
-                on_progress=progress,
-            )
-        finally:
-            stop_ray()
+    with answering("rewritten") as progress:
+        report = rephrase_file(
+            options.model,
+            options.file,
+            options.out,
+            Rewriting(
+                attempts=options.attempts,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                max_tokens=options.max_tokens,
+                seed=options.seed,
+                solver_samples=options.solver_samples,
+                solver_max_tokens=options.solver_max_tokens,
+                batch_rows=options.batch_rows,
+                refused=options.refused,
+            ),
+            chosen_engines(options),
+            dtype=options.dtype,
+            on_progress=progress,
+        )
     print(f"{report.written} of {report.rows} questions rewritten with {report.replies} replies")
     for name, counts in (("replies refused", report.refused_replies), ("checks failed", report.failed_checks)):
         if counts:

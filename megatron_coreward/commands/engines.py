@@ -1,0 +1,48 @@
+"""What commands share that ask vLLM engines outside of training: their options, and a bar while they answer."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_coreward.trainer.evaluation import Engines
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-engines", type=int, default=1)
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="an engine rank, without GPUs")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+
+
+def chosen_engines(options: argparse.Namespace, **more: Any) -> "Engines":
+    """The engines that the options describe; `more` are further fields of theirs."""
+    from megatron_coreward.trainer.evaluation import Engines
+
+    return Engines(
+        num_engines=options.num_engines,
+        tensor_parallel=options.tensor_parallel,
+        kv_cache_gib=options.kv_cache_gib,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        **more,
+    )
+
+
+@contextmanager
+def answering(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar, which the yielded function moves to (done, total). Ray ends with it."""
+    from tqdm import tqdm
+
+    from megatron_coreward.trainer.cluster import stop_ray
+
+    with tqdm(desc=what, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            yield progress
+        finally:
+            stop_ray()
