@@ -1,11 +1,12 @@
 """Kills processes of a training run at random moments, resumes it, and compares it with one that was never interrupted.
 
-python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine rank worker term] [--folder runs/soak]
+python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine ...] [--folder runs/soak] [key=value ...]
 
 `term` is SIGTERM to the driver, which saves and leaves; all others are SIGKILL. Every trial ends with the same rows of
 metrics (but for times), bit-identical weights, no process left and no segment of shared memory left, or it has failed
-and the status is 1. The model, its data and the undisturbed runs are made in the folder or taken from there (give a new
-one after a change of the code). A trial takes about a minute on two idle cores.
+and the status is 1. Keys change the runs (`sync.transport=gloo`). The model, its data and the undisturbed runs are made
+in the folder or taken from there (give a new one after a change of the code or the keys). A trial takes about a minute
+on two idle cores.
 """
 
 import argparse
@@ -280,12 +281,13 @@ def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.R
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--victims", nargs="+", default=DEFAULT_VICTIMS, choices=["driver", "term", *TITLES])
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     parser.add_argument("--niceness", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     chance = random.Random(options.seed)
     task = (options.folder / "task").resolve()
     if not (task / "start" / "config.json").is_file():
@@ -298,7 +300,9 @@ def main() -> int:
         references[method] = (options.folder / f"reference-{method}").resolve()
         begin = time.monotonic()
         if not (references[method] / "hf").is_dir():
-            attempt = Attempt.start(task_config(task, references[method], method), niceness=options.niceness)
+            attempt = Attempt.start(
+                task_config(task, references[method], method, *options.overrides), niceness=options.niceness
+            )
             status, output = attempt.wait()
             if status != 0:
                 print(output)
@@ -317,7 +321,8 @@ def main() -> int:
         row = chance.randrange(-1, 6)
         trial = Trial(method, victim, row, chance.uniform(0, START_S if row < 0 else step_s[method]))
         run_dir = (options.folder / stamp / f"trial-{number:03d}").resolve()
-        run_trial(trial, task_config(task, run_dir, method), references[method], chance, options.niceness)
+        config = task_config(task, run_dir, method, *options.overrides)
+        run_trial(trial, config, references[method], chance, options.niceness)
         trials.append(trial)
         outcome = "; ".join(trial.problems) or "same"
         if trial.message:
