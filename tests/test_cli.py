@@ -11,12 +11,22 @@ from megatron_coreward.commands import launch, train
 from megatron_coreward.errors import HaltedError, InputError, RunError
 
 
+def noted(error: BaseException, note: str) -> BaseException:
+    error.add_note(note)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
         (None, 0, ""),
         (RunError("no space"), 1, "the run failed: no space"),
         (OSError("odd"), 1, "the run failed: OSError: odd"),
+        (
+            noted(OSError("odd"), "the same command goes on"),
+            1,
+            "the run failed: OSError: odd; the same command goes on",
+        ),
         (KeyboardInterrupt(), 1, "interrupted"),
         (InputError("steps: -1"), 2, "error: steps: -1"),
         (HaltedError("signs of collapse"), 3, "the run is halted: signs of collapse"),

@@ -20,6 +20,7 @@ from megatron_coreward.errors import RunError
 from megatron_coreward.rollout import environment
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import FloatArray, IntArray
+from megatron_coreward.weights.buckets import NO_BUCKET
 
 # Without chunked prefill a prompt is read in one step, so this is also the least number of tokens of a step.
 CPU_BATCHED_TOKENS = 8192
@@ -113,6 +114,7 @@ class RolloutEngine:
         self._broken: str | None = None
         self._init_info: Mapping[str, Any] | None = None
         self._version: int | None = None
+        self._updating = False  # since an update was begun, until it is finished or has failed
         self._llm: Any = LLM(
             str(model_path),
             dtype=dtype,
@@ -208,6 +210,8 @@ class RolloutEngine:
     def start_update(self, init_info: Mapping[str, Any]) -> None:
         """Begins an update of all weights; there is nothing to sample from until `finish_update`.
 
+        An update that is under way is given up: it lost its way when another engine died.
+
         Args:
             init_info: what the backend needs to know of the sender (`SharedMemorySender.init_info`); it may change
                 from update to update, as it does between the weights of the policy and those of the teacher.
@@ -216,11 +220,15 @@ class RolloutEngine:
             RunError: an update failed before in a tensor-parallel engine. Other engines can be updated again.
         """
         self._version = None
+        if self._updating:
+            self.update({"bucket": NO_BUCKET, "version": 0})
+            self._finish("given up")
         with self._all_workers():
             if init_info != self._init_info:
                 self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
                 self._init_info = dict(init_info)
             self._llm.start_weight_update()
+        self._updating = True
 
     def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any] = ()) -> None:
         """Loads the bucket that the sender has written; its slot may be overwritten afterwards.
@@ -233,16 +241,24 @@ class RolloutEngine:
 
     def update(self, update_info: Mapping[str, Any]) -> None:
         """Receives a part of the weights, described as the weight-transfer backend in use wants it."""
-        with self._all_workers():
-            self._llm.update_weights({"update_info": dict(update_info)})
+        try:
+            with self._all_workers():
+                self._llm.update_weights({"update_info": dict(update_info)})
+        except Exception:
+            self._updating = False  # vLLM has ended it
+            raise
 
     def finish_update(self, version: int) -> None:
         """Ends an update that has brought all weights, and names them."""
-        with self._all_workers():
-            self._llm.finish_weight_update(**({"weight_version": str(version)} if self._versions_told else {}))
+        self._finish(str(version))
         if not self._llm.reset_prefix_cache():
             raise RunError("the prefix cache of the former weights could not be cleared: requests are still running")
         self._version = version
+
+    def _finish(self, name: str) -> None:
+        with self._all_workers():
+            self._llm.finish_weight_update(**({"weight_version": name} if self._versions_told else {}))
+        self._updating = False
 
     def sleep(self) -> DeviceMemory | None:
         """Gives the GPU's memory to a colocated actor: weights and key-value cache are dropped, and the next samples

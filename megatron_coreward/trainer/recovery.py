@@ -27,13 +27,13 @@ class EngineRecovery:
     def __call__(self, ask: Callable[[], T]) -> T:
         """`ask()`, which publishes weights and then samples, and once more for every engine that dies in it.
 
-        Raises WorkerDied for an actor rank, and for an engine when no restart is left.
+        Raises WorkerDied for an actor rank, and for an engine when no restart is left or others hang with it.
         """
         while True:
             try:
                 return ask()
             except WorkerDied as death:
-                if death.kind != "engine" or self._left == 0:
+                if death.kind != "engine" or self._left == 0 or self._sync.stuck:
                     raise
                 self._left -= 1
                 self._tell(f"{death}; starting it anew ({self._left} restarts left, faults.engine_restarts)")

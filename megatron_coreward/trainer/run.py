@@ -100,6 +100,9 @@ def train(config: RunConfig) -> Path:
                 notes = [f"{collapse} Going on from step {step}."]
             except RunError as error:
                 raise RunError(f"{error}; {resume_hint(config)}") from error
+            except Exception as error:
+                error.add_note(resume_hint(config))
+                raise
 
 
 def _run(

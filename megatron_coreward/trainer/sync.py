@@ -81,6 +81,7 @@ class WeightSync:
         self._max_gap = max_gap
         self._init_info: dict[Role, dict[str, Any]] = {}
         self._published: int | None = None
+        self.stuck = False  # a transfer failed that some processes will wait in for ever
         self.generation = 0  # of the engines: grows when one was started anew
 
     def publish(self, role: Role, version: int) -> SyncReport | None:
@@ -95,9 +96,11 @@ class WeightSync:
         self._published = None
         if role not in self._init_info:
             self._init_info[role] = self._actors.open_sender(role, self._route)
+        self.stuck = self._route.transport == "nccl"  # whose broadcasts do not end when a member has gone
         self._engines.start_update(self._init_info[role])
         self._transfer(role, version)
         self._engines.finish_update(version)
+        self.stuck = False
         gap = self._probe_gap(role)
         if not gap <= self._max_gap:
             raise RunError(

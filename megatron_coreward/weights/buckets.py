@@ -21,6 +21,7 @@ from typing import Any
 ALIGNMENT = 64  # bytes: a cache line, and enough for any vector load
 HEADER_BYTES = 65536  # before the slots: the digest of the layout, and who has written what
 MARK_BYTES = 16  # version and bucket, two 64-bit integers
+NO_BUCKET = -1  # in place of a bucket: the update that is under way is given up
 _MARKS = 64  # byte of the first mark
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 

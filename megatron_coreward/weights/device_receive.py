@@ -158,6 +158,9 @@ class NcclEngine(DeviceEngine[NcclInitInfo]):
             self._arriving = self._thread.submit(self._receive, bucket + 1)
         return memory, 0
 
+    def _give_up(self) -> None:
+        raise RuntimeError("a weight update over nccl was given up; this engine has to be started anew")
+
     def _receive(self, bucket: int) -> torch.Tensor:
         assert self._meeting is not None
         to = self._meeting

@@ -12,10 +12,11 @@ Invariants (tests/rollout/test_weight_sync.py):
      the model does not know ends the update with an error.
   2. Nothing refers to a bucket's memory once `update_weights` has returned, so it may be overwritten.
   3. A bucket of another version, or one that a sender has not completed, is refused.
-  4. A tied output layer (lm_head = embed_tokens) computes with the new embedding, and experts with their new weights.
+  4. An update that was given up (`NO_BUCKET`, then `finish_weight_update`) leaves an engine that takes the next one.
+  5. A tied output layer (lm_head = embed_tokens) computes with the new embedding, and experts with their new weights.
 
 Why 2 takes care: vLLM's layerwise reload keeps the tensors it is given until a layer is complete, and a fused layer
-(q, k and v; gate and up) may straddle two buckets. Why 4 takes care: CPU linear layers multiply with a packed copy of
+(q, k and v; gate and up) may straddle two buckets. Why 5 takes care: CPU linear layers multiply with a packed copy of
 their weight; the reload packs a tied weight again for the embedding only, and the head would go on with the old copy.
 Experts have a case of their own (`_forget_expert_kernels`).
 """
@@ -41,7 +42,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from megatron_coreward.config.architecture import read_architecture
-from megatron_coreward.weights.buckets import Bucket, SegmentLayout
+from megatron_coreward.weights.buckets import NO_BUCKET, Bucket, SegmentLayout
 from megatron_coreward.weights.gloo import Inbox, Session
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.plan import Params
@@ -66,7 +67,7 @@ def register() -> None:
 
 @dataclass
 class BucketUpdateInfo(WeightTransferUpdateInfo):
-    """The next bucket, which all ranks have written or are about to send."""
+    """The next bucket, which all ranks have written or are about to send; or `NO_BUCKET`."""
 
     bucket: int
     version: int
@@ -97,6 +98,9 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
         Raises:
             RuntimeError: the bucket is incomplete, or of another version.
         """
+
+    def _give_up(self) -> None:
+        """Leaves an update of which nothing more will come. Raises RuntimeError where that is not possible."""
 
     @abstractmethod
     def _end(self) -> None:
@@ -130,7 +134,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: BucketUpdateInfo) -> None:
-        """Loads one bucket, and checks after the last one that the model is complete.
+        """Loads one bucket, and checks after the last one that the model is complete; or gives the update up.
 
         Raises:
             RuntimeError: the bucket is out of turn, incomplete or damaged, one of its tensors is unknown to the model,
@@ -138,6 +142,10 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
         """
         if self._next_bucket is None:
             raise RuntimeError("no weight update is under way")
+        if update_info.bucket == NO_BUCKET:
+            self._give_up()
+            self._next_bucket = NO_BUCKET
+            return
         if update_info.bucket != self._next_bucket or update_info.bucket >= len(self._buckets):
             raise RuntimeError(f"bucket {update_info.bucket} arrived, bucket {self._next_bucket} is next")
         bucket = self._buckets[update_info.bucket]
@@ -156,7 +164,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        if not self._buckets or self._next_bucket != len(self._buckets):
+        if not self._buckets or self._next_bucket not in (len(self._buckets), NO_BUCKET):
             raise RuntimeError(f"the update ends after {self._next_bucket} buckets, which are not all")
         finalize_layerwise_reload(self.model, self.model_config)
         self._reloading = False

@@ -84,6 +84,32 @@ def test_a_tensor_that_is_missing_ends_the_update_and_the_next_full_one_is_right
     np.testing.assert_allclose(engine.score(PROMPTS[0]), logprobs(reference(path), PROMPTS[0]), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loaded", [0, 3])
+def test_an_update_that_is_left_half_way_is_given_up_for_the_next(
+    kind: str, loaded: int, engine_of: Engines, checkpoint: Callable[[str, int], Path]
+) -> None:
+    """As where another engine dies while all are being updated: nobody finishes what was begun."""
+    engine, path = engine_of(kind), checkpoint(kind, 4)
+
+    class Interrupted:
+        def __getattr__(self, method: str) -> Callable[..., Any]:
+            return getattr(engine, method)
+
+        def load_bucket(self, bucket: int, *args: Any) -> None:
+            if bucket == loaded:
+                raise InterruptedError
+            engine.load_bucket(bucket, *args)
+
+    with pytest.raises(InterruptedError):
+        send(Interrupted(), *two_ranks(checkpoint(kind, 3)), 3)
+    assert engine.version() is None
+    with pytest.raises(RunError, match="no weights were published"):
+        engine.sample([greedy([5])], 3)
+    send(engine, *two_ranks(path), 4)
+    np.testing.assert_allclose(engine.score(PROMPTS[0]), logprobs(reference(path), PROMPTS[0]), atol=1e-4)
+
+
 def test_a_tied_head_needs_the_embedding_and_only_the_embedding(
     engine_of: Engines, checkpoint: Callable[[str, int], Path]
 ) -> None:

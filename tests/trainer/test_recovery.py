@@ -1,5 +1,6 @@
 """An engine that dies is started anew, gets the weights, and is asked again; anything else ends the run."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.recovery import EngineRecovery
 from megatron_coreward.trainer.watchdog import Kind, WorkerDied
+from megatron_coreward.weights.route import Transport
 from tests.trainer.fakes import FakeEngines
 from tests.trainer.test_loop import make_trainer, story
 
@@ -57,6 +59,27 @@ def test_weights_are_published_anew_and_the_same_requests_are_made_again() -> No
 
 def seed_of(request: SamplingRequest) -> tuple[int, tuple[int, ...]]:
     return request.seed, tuple(np.asarray(request.prompt).tolist())
+
+
+@pytest.mark.parametrize(("transport", "goes_on"), [("shared_memory", True), ("gloo", True), ("nccl", False)])
+def test_a_death_while_weights_travel_is_passed_on_where_others_hang_with_it(
+    transport: Transport, goes_on: bool
+) -> None:
+    trainer, events, _, engines = trainer_with_deaths([], 1)
+    trainer.sync._route = replace(trainer.sync._route, transport=transport)
+    load = engines.load_bucket
+
+    def die(bucket: int, version: int, hashes: Any) -> Any:
+        engines.load_bucket = load  # type: ignore[method-assign]
+        raise WorkerDied("engine", 1, "a bucket of weights", ConnectionError("gone"))
+
+    engines.load_bucket = die  # type: ignore[method-assign]
+    if goes_on:
+        trainer.step(1, PhaseTimer())
+    else:
+        with pytest.raises(WorkerDied):
+            trainer.step(1, PhaseTimer())
+    assert ("restart 1" in events) is goes_on
 
 
 @pytest.mark.parametrize(("deaths", "restarts"), [(["engine", "engine"], 1), (["engine"], 0), (["actor rank"], 5)])
