@@ -2,9 +2,9 @@
 
 python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine ...] [--folder runs/soak] [key=value ...]
 
-`term` is SIGTERM to the driver, which saves and leaves; all others are SIGKILL. Every trial ends with the same rows of
-metrics (but for times), bit-identical weights, no process left and no segment of shared memory left, or it has failed
-and the status is 1. Keys change the runs (`sync.transport=gloo`). The model, its data and the undisturbed runs are made
+`term` is SIGTERM to the driver, which saves and leaves; all others are SIGKILL. `shard` is a process of an engine with
+`rollout.tensor_parallel` of 2 or more. Every trial ends with the same rows of metrics (but for times), bit-identical
+weights, no process left and no segment of shared memory left, or it has failed and the status is 1. Keys change the runs (`sync.transport=gloo`). The model, its data and the undisturbed runs are made
 in the folder or taken from there (give a new one after a change of the code or the keys). A trial takes about a minute
 on two idle cores.
 """
@@ -31,7 +31,13 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.telemetry.jsonl import Row, read_rows
 
 MARK = "MEGATRON_COREWARD_SOAK"  # environment variable by which all processes of a run are found, adopted or not
-TITLES = {"engine": "ray::RolloutWorker", "rank": "ray::ActorWorker", "worker": "ray::IDLE", "raylet": "raylet"}
+TITLES = {
+    "engine": "ray::RolloutWorker",
+    "rank": "ray::ActorWorker",
+    "worker": "ray::IDLE",
+    "raylet": "raylet",
+    "shard": "VLLM::Worker",
+}
 DEFAULT_VICTIMS = ["driver", "engine", "rank", "worker", "term"]
 METHODS = ("co_rewarding_i", "co_rewarding_ii")
 START_S = 30.0  # about what starting takes

@@ -68,6 +68,7 @@ class RolloutEngine:
         quantization: Literal["fp8"] | None = None,
         cuda_graphs: bool = True,
         own_weights: int | None = None,
+        on_worker_death: Callable[[], None] = lambda: None,
     ) -> None:
         """Starts the engine with meaningless weights, or with those of the model directory.
 
@@ -83,6 +84,8 @@ class RolloutEngine:
             quantization: of the weights, as they are loaded, with a GPU; they travel as the actor has them.
             cuda_graphs: decode with captured graphs, with a GPU.
             own_weights: load the directory's weights as this version, to sample without any update; None: wait for one.
+            on_worker_death: called, on a thread of its own, when a process of a tensor-parallel engine has died and the
+                others have been ended.
         """
         on_cpu = environment.prepare(cpu_threads)
 
@@ -130,6 +133,8 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from
             **where,
         )
+        if tensor_parallel > 1:
+            self._llm.llm_engine.model_executor.register_failure_callback(on_worker_death)
         self._tokenizer: Any = self._llm.get_tokenizer()
         # vLLM marks tokens with the version of the weights from 0.30 on. Before, only this object knows it; nothing can
         # come between: an update and a call of `sample` are calls of one thread.

@@ -1,5 +1,6 @@
 """A rollout engine in a process of its own: the shell that the trainer makes a Ray actor of."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,10 @@ class RolloutWorker:
     """`ray.remote(RolloutWorker)`; the methods are those of `RolloutEngine`, with arguments and results by value."""
 
     def __init__(self, model_path: Path, **settings: Any) -> None:
-        """Starts the engine; the arguments are those of `RolloutEngine`."""
-        self._engine = RolloutEngine(model_path, **settings)
+        """Starts the engine; the arguments are those of `RolloutEngine`. Where a process of it dies, this one does too:
+        the trainer hears of it, and may start the engine anew.
+        """
+        self._engine = RolloutEngine(model_path, on_worker_death=lambda: os._exit(1), **settings)
 
     def ready(self) -> bool:
         """True; a call that returns once the engine has started."""

@@ -50,6 +50,10 @@ class Engines:
     def end(self, kind: str) -> None:
         self._running.pop(kind).close()
 
+    def forget(self, kind: str) -> None:
+        """Of an engine that has ended."""
+        self._running.pop(kind).kill()
+
     def end_all(self) -> None:
         for kind in list(self._running):
             self.end(kind)

@@ -1,5 +1,6 @@
 """A rollout engine in a process of its own, as in a run, so that vLLM's global settings touch no other test."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -47,6 +48,10 @@ class EngineProcess:
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return lambda *args: self._pool.submit(_call, method, args).result(timeout=CALL_TIMEOUT_S)
 
+    @property
+    def pid(self) -> int:
+        return self._pid
+
     def sample(self, *args: Any) -> list[list[Sample]]:
         """As the trainer has them, which unpacks what comes."""
         packed: PackedSamples = self._pool.submit(_call, "sample", args).result(timeout=CALL_TIMEOUT_S)
@@ -59,8 +64,9 @@ class EngineProcess:
             self.kill()
 
     def kill(self) -> None:
-        for pid in list(self._pool._processes):
-            os.kill(pid, signal.SIGKILL)
+        for pid in list(self._pool._processes or ()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -2,10 +2,12 @@
 
 import struct
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -205,6 +207,22 @@ def test_the_engine_refuses_to_sample_with_other_weights_than_were_asked_for(
     engine = published("tied", 4)
     with pytest.raises(RunError, match="holds weights of version 4, expected version 5"):
         engine.sample([greedy([5, 6])], 5)
+
+
+def test_an_engine_ends_with_any_of_its_processes(engine_of: Engines, checkpoint: Callable[[str, int], Path]) -> None:
+    """Or else a call would wait for the one that died, and nobody would know of it."""
+    kind = "tied, TP 2"
+    engine = engine_of(kind)
+    send(engine, *two_ranks(checkpoint(kind, 1)), 1)
+    workers = [
+        p for p in psutil.Process(engine.pid).children(recursive=True) if "VLLM::Worker" in " ".join(p.cmdline())
+    ]
+    assert len(workers) == 2
+    workers[1].kill()
+    with pytest.raises(BrokenProcessPool):
+        engine.sample([greedy(p) for p in PROMPTS], 1)
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    engine_of.forget(kind)
 
 
 def test_a_tensor_parallel_engine_says_what_was_wrong_with_an_update_and_is_not_used_again(
