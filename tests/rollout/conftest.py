@@ -43,16 +43,16 @@ class Engines:
 
     def __call__(self, kind: str) -> EngineProcess:
         if kind not in self._running:
-            sizes = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_gib": 0.125}
-            self._running[kind] = EngineProcess(self._checkpoint(kind, 0), dtype="float32", **sizes, **KINDS[kind][1])
+            self._running[kind] = self.start(kind)
         return self._running[kind]
+
+    def start(self, kind: str) -> EngineProcess:
+        """One that the caller has to end."""
+        sizes = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_gib": 0.125}
+        return EngineProcess(self._checkpoint(kind, 0), dtype="float32", **sizes, **KINDS[kind][1])
 
     def end(self, kind: str) -> None:
         self._running.pop(kind).close()
-
-    def forget(self, kind: str) -> None:
-        """Of an engine that has ended."""
-        self._running.pop(kind).kill()
 
     def end_all(self) -> None:
         for kind in list(self._running):
@@ -64,6 +64,20 @@ def engine_of(checkpoint: Callable[[str, int], Path]) -> Iterator[Engines]:
     engines = Engines(checkpoint)
     yield engines
     engines.end_all()
+
+
+@pytest.fixture
+def start_engine(engine_of: Engines) -> Iterator[Callable[[str], EngineProcess]]:
+    """Starts an engine of a kind for one test, which may do to it what it likes."""
+    started: list[EngineProcess] = []
+
+    def start(kind: str) -> EngineProcess:
+        started.append(engine_of.start(kind))
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.kill()
 
 
 @pytest.fixture
