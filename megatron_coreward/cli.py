@@ -1,10 +1,12 @@
 """The command line: `megatron-coreward COMMAND`. Exit status 0 ok, 1 failed run, 2 bad input, 3 halted by its guard."""
 
 import argparse
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from megatron_coreward import __version__
 from megatron_coreward.commands import (
@@ -64,6 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"the run failed: {told}", file=sys.stderr)
         return 1
     return 0
+
+
+def console() -> NoReturn:
+    """The command line as a process. Once its work is done, a scheduler's signal no longer changes its exit status."""
+    status = main()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # unloading torch and Ray takes a second
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:

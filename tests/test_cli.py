@@ -1,6 +1,7 @@
 """The command line: how it ends, and that asking it for help is cheap."""
 
 import argparse
+import signal
 import subprocess
 import sys
 
@@ -82,3 +83,16 @@ def test_what_no_command_takes_is_refused(arguments: list[str], capsys: pytest.C
     assert f"unrecognized arguments: {' '.join(arguments[-2:] if '--nods' in arguments else arguments[-1:])}" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_after_the_work_is_done_does_not_change_the_exit_status(sent: signal.Signals) -> None:
+    program = (
+        "import atexit, os, sys\n"
+        "from megatron_coreward import cli\n"
+        f"atexit.register(os.kill, os.getpid(), {int(sent)})\n"
+        "sys.argv = ['megatron-coreward', 'plan', 'nowhere.yaml']\n"
+        "cli.console()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
