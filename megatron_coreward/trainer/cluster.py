@@ -5,8 +5,11 @@ that fail raise the worker's error, with its traceback, in the driver. Every wai
 """
 
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -30,12 +33,38 @@ from megatron_coreward.weights.route import ENGINE_BACKENDS, Route, Transport
 PATIENCE_S = 20.0  # with workers that are asked to leave
 
 
-def start_ray() -> None:
-    """Joins the cluster that `RAY_ADDRESS` names, or starts one on this machine, on loopback, without a dashboard."""
-    if ray.is_initialized():
-        return
+def start_ray(limit_s: float = 600.0) -> None:
+    """Joins the cluster that `RAY_ADDRESS` names, or starts one on this machine, on loopback, without a dashboard.
+
+    Ends the process where that takes longer than `limit_s`: it is one call into native code, which waits for ever where
+    one of Ray's processes dies in it.
+    """
+    if not ray.is_initialized():
+        with _no_longer_than(limit_s, "the start of Ray"):
+            _init_ray()
+
+
+@contextmanager
+def _no_longer_than(limit_s: float, awaited: str) -> Iterator[None]:
+    def give_up() -> None:
+        text = f"stalled: {awaited} was awaited for {limit_s:.0f} s (watchdog.start_limit_s)"
+        print(f"the run failed: {text}; the same command tries again", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(limit_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _init_ray() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would start a worker a core that nobody here uses, and wait for ever where one dies meanwhile (ray#40131).
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # workers are the run; at 15 any other process starves them
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)

@@ -81,7 +81,7 @@ def train(config: RunConfig) -> Path:
         notes: list[str] = []
         while True:
             start = _claim_run_dir(config, notes)
-            start_ray()
+            start_ray(config.watchdog.start_limit_s)
             stop.take()
             try:
                 _run(config, arch, problems, held_out, start, stop)
@@ -240,7 +240,7 @@ def processes(
 
     After an error nobody waits for them: they may hang in a collective whose partner is gone, or in rollouts.
     """
-    start_ray()
+    start_ray(config.watchdog.start_limit_s)
     watchdog = watchdog or Watchdog(config.watchdog)
     colocated = config.rollout.placement == "colocated"
     demand = Demand(
