@@ -48,6 +48,7 @@ class NewLLM(OldLLM):
         self.version = "default"
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.calls.append("finish")
         self.version = weight_version or self.version
 
     def get_weight_version(self) -> str:
@@ -64,7 +65,7 @@ def engine_of(llm: Any) -> RolloutEngine:
     engine = RolloutEngine.__new__(RolloutEngine)
     tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ["text"] * len(ids))
     held = {"_llm": llm, "_tokenizer": tokenizer, "_versions_told": hasattr(llm, "get_weight_version")}
-    held |= {"_max_model_len": 64, "_tensor_parallel": 1, "_on_cpu": True}
+    held |= {"_max_model_len": 64, "_tensor_parallel": 1, "_on_cpu": True, "_updating": False}
     for name, value in (held | {"_broken": None, "_init_info": None, "_version": None}).items():
         setattr(engine, name, value)
     return engine
@@ -88,6 +89,17 @@ def test_samples_come_from_the_version_that_was_asked_for_with_either(llm: Any) 
         assert [sample.weight_version for sample in samples[0]] == [version] * 2
         with pytest.raises(RunError, match=f"holds weights of version {version}, expected version 9"):
             engine.sample([REQUEST], 9)
+
+
+@pytest.mark.parametrize("llm", [OldLLM, NewLLM])
+def test_an_update_that_was_left_half_way_is_given_up_with_either(llm: Any) -> None:
+    engine = engine_of(llm())
+    for _ in range(2):
+        engine.start_update({"sender": 1})
+        engine.load_bucket(0, 2)
+    engine.finish_update(2)
+    assert [sample.weight_version for sample in engine.sample([REQUEST], 2)[0]] == [2, 2]
+    assert engine._llm.calls == ["init", "start", "update", "update", "finish", "start", "update", "finish"]
 
 
 def test_a_sample_of_other_weights_is_refused_where_vllm_tells() -> None:
