@@ -122,6 +122,8 @@ class RolloutEngine:
             str(model_path),
             dtype=dtype,
             tensor_parallel_size=tensor_parallel,
+            # With a GPU, in a Ray placement group, vLLM would ask Ray for GPUs that this process has taken already.
+            distributed_executor_backend="mp" if tensor_parallel > 1 else None,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             seed=seed,

@@ -1,5 +1,6 @@
 """What differs between the releases of vLLM that GPU machines have (0.26) and that the tests run on (0.32)."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,3 +148,22 @@ def test_receiving_engines_have_every_method_that_0_26_calls_abstract() -> None:
     for engine in (SharedMemoryEngine, GlooEngine, IpcEngine, NcclEngine):
         for name in (*wanted, "trainer_send_weights"):
             assert not getattr(getattr(engine, name), "__isabstractmethod__", False), (engine, name)
+
+
+@pytest.mark.parametrize(("tensor_parallel", "backend"), [(1, None), (2, "mp")])
+def test_the_processes_of_an_engine_are_its_own_even_within_a_placement_group(
+    tensor_parallel: int, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would otherwise take Ray's, on GPUs that are taken; on CPU it never does: only what it is told shows."""
+    told: dict[str, Any] = {}
+
+    def start(*_: Any, **settings: Any) -> Any:
+        told.update(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr("megatron_coreward.rollout.environment.prepare", lambda cpu_threads: True)
+    monkeypatch.setattr("vllm.LLM", start)
+    with pytest.raises(InterruptedError):
+        RolloutEngine(Path("model"), dtype="float32", max_model_len=64, tensor_parallel=tensor_parallel)
+    assert told["tensor_parallel_size"] == tensor_parallel
+    assert told["distributed_executor_backend"] == backend
