@@ -152,7 +152,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_name_and_by_setting_all_are_star
     expected = reference("co_rewarding_ii")
     config = make_config(task, "rank", "co_rewarding_ii")
     attempt = start(config)
-    wait_for(attempt, lambda: last_step(config.run_dir) >= 1)
+    wait_for(attempt, lambda: bool(saved_steps(config.run_dir)))
     kill_one(attempt, "rank")
     status, output = attempt.wait()
     assert status == 1
