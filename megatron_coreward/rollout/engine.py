@@ -151,6 +151,11 @@ class RolloutEngine:
         """The version of the weights; None before the first update, during one, and after one that failed."""
         return self._version
 
+    @property
+    def lost_a_process(self) -> bool:
+        """Whether a process of a tensor-parallel engine has died; nothing can be asked of the engine any more."""
+        return self._tensor_parallel > 1 and bool(self._llm.llm_engine.model_executor.is_failed)
+
     def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
         """Draws `n` samples for each request, in the order of the requests.
 

@@ -1,14 +1,35 @@
 """A rollout engine in a process of its own: the shell that the trainer makes a Ray actor of."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
 from megatron_coreward.rollout.packed import PackedSamples, pack
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import FloatArray, IntArray
+
+Result = TypeVar("Result")
+Asked = ParamSpec("Asked")
+
+
+def _ends_with_its_processes(
+    method: "Callable[Concatenate[RolloutWorker, Asked], Result]",
+) -> "Callable[Concatenate[RolloutWorker, Asked], Result]":
+    """A call that fails because a process of the engine has died ends this one: it is not the request that is wrong."""
+
+    @wraps(method)
+    def call(self: "RolloutWorker", /, *args: Asked.args, **kwargs: Asked.kwargs) -> Result:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception:
+            if self._engine.lost_a_process:
+                os._exit(1)
+            raise
+
+    return call
 
 
 class RolloutWorker:
@@ -27,27 +48,35 @@ class RolloutWorker:
     def version(self) -> int | None:
         return self._engine.version
 
+    @_ends_with_its_processes
     def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> PackedSamples:
         return pack(self._engine.sample(requests, expected_version))
 
+    @_ends_with_its_processes
     def score(self, token_ids: Sequence[int] | IntArray) -> FloatArray:
         return self._engine.score(token_ids)
 
+    @_ends_with_its_processes
     def start_update(self, init_info: Mapping[str, Any]) -> None:
         self._engine.start_update(init_info)
 
+    @_ends_with_its_processes
     def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any] = ()) -> None:
         self._engine.load_bucket(bucket, version, hashes)
 
+    @_ends_with_its_processes
     def update(self, update_info: Mapping[str, Any]) -> None:
         self._engine.update(update_info)
 
+    @_ends_with_its_processes
     def finish_update(self, version: int) -> None:
         self._engine.finish_update(version)
 
+    @_ends_with_its_processes
     def sleep(self) -> DeviceMemory | None:
         return self._engine.sleep()
 
+    @_ends_with_its_processes
     def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> DeviceMemory | None:
         return self._engine.wake(part)
 
