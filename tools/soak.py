@@ -154,6 +154,11 @@ def leftover_segments() -> list[str]:
     return found
 
 
+def segments_of_engines() -> set[str]:
+    """Segments of shared memory under vLLM's names, whoever has them."""
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "vllm_dist_"))}
+
+
 def digest(run_dir: Path) -> str:
     """Of the final model's weights."""
     return hashlib.sha256((run_dir / "hf" / "model.safetensors").read_bytes()).hexdigest()
@@ -244,7 +249,7 @@ class Trial:
 
 def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.Random, niceness: int) -> None:
     """One kill, and as many attempts as it takes."""
-    begin = time.monotonic()
+    begin, before = time.monotonic(), segments_of_engines()
     attempt = Attempt.start(config, niceness=niceness)
     while attempt.process.poll() is None and last_step(config.run_dir) < trial.after_row:
         time.sleep(0.05)
@@ -281,7 +286,7 @@ def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.R
         if expected != found:
             keys = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
             trial.problems.append(f"step {found['step']}: {', '.join(keys[:4])} differ")
-    if left := leftover_segments():
+    if left := [*leftover_segments(), *(segments_of_engines() - before)]:
         trial.problems.append(f"shared memory left: {left}")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_coreward.actor.packing import Share
 from megatron_coreward.actor.setup import ActorSetup, Weights
 from megatron_coreward.telemetry.memory import DeviceMemory
+from megatron_coreward.telemetry.process_log import LoggedWorker, ProcessLog
 from megatron_coreward.types import Sequences, TokenStats, TrainBatch
 from megatron_coreward.weights.ports import free_port
 from megatron_coreward.weights.route import Route
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
     from megatron_coreward.weights.send import BlockHash
 
 
-class ActorWorker:
+class ActorWorker(LoggedWorker):
     """`ray.remote(ActorWorker)`; the methods are those of `MegatronActor`, with arguments and results by value.
 
     A share's sequences arrive with it, so that a rank receives no more than its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: ProcessLog | None = None) -> None:
+        super().__init__(log)
         self._actor: MegatronActor | None = None
 
     def address(self) -> tuple[str, int]:

@@ -8,6 +8,7 @@ Invariants (tests/rollout):
   4. No cached key or value survives an update of the weights.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.rollout import environment
+from megatron_coreward.rollout.leftovers import Belongings
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import FloatArray, IntArray
 from megatron_coreward.weights.buckets import NO_BUCKET
@@ -88,6 +90,9 @@ class RolloutEngine:
                 others have been ended.
         """
         on_cpu = environment.prepare(cpu_threads)
+        self._belongings = Belongings() if tensor_parallel > 1 else None
+        if self._belongings is not None:
+            os.environ["VLLM_RPC_BASE_PATH"] = str(self._belongings.folder)
 
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -135,7 +140,8 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from
             **where,
         )
-        if tensor_parallel > 1:
+        if self._belongings is not None:
+            self._belongings.note_segments()
             self._llm.llm_engine.model_executor.register_failure_callback(on_worker_death)
         self._tokenizer: Any = self._llm.get_tokenizer()
         # vLLM marks tokens with the version of the weights from 0.30 on. Before, only this object knows it; nothing can
@@ -302,6 +308,8 @@ class RolloutEngine:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             self._version = None
+        if self._belongings is not None:
+            self._belongings.close()
 
     @contextmanager
     def _all_workers(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
 from megatron_coreward.rollout.packed import PackedSamples, pack
 from megatron_coreward.telemetry.memory import DeviceMemory
+from megatron_coreward.telemetry.process_log import LoggedWorker, ProcessLog
 from megatron_coreward.types import FloatArray, IntArray
 
 Result = TypeVar("Result")
@@ -32,14 +34,16 @@ def _ends_with_its_processes(
     return call
 
 
-class RolloutWorker:
+class RolloutWorker(LoggedWorker):
     """`ray.remote(RolloutWorker)`; the methods are those of `RolloutEngine`, with arguments and results by value."""
 
-    def __init__(self, model_path: Path, **settings: Any) -> None:
+    def __init__(self, model_path: Path, *, log: ProcessLog | None = None, **settings: Any) -> None:
         """Starts the engine; the arguments are those of `RolloutEngine`. Where a process of it dies, this one does too:
         the trainer hears of it, and may start the engine anew.
         """
-        self._engine = RolloutEngine(model_path, on_worker_death=lambda: os._exit(1), **settings)
+        super().__init__(log)
+        with log.watching() if log is not None else nullcontext():
+            self._engine = RolloutEngine(model_path, on_worker_death=lambda: os._exit(1), **settings)
 
     def ready(self) -> bool:
         """True; a call that returns once the engine has started."""

@@ -126,7 +126,9 @@ class ActorGroup:
         self.setup = setup
         self._watchdog = watchdog or Watchdog()
         self._ranks = [
-            ray.remote(ActorWorker).options(**_options(reservation.for_rank(i), setup.settings.cpu_threads)).remote()
+            ray.remote(ActorWorker)
+            .options(**_options(reservation.for_rank(i), setup.settings.cpu_threads))
+            .remote(self._watchdog.log_of("actor rank", i))
             for i in range(setup.settings.world_size)
         ]
         for i, rank in enumerate(self._ranks):
@@ -287,7 +289,10 @@ class EngineGroup:
 
     def _start(self, index: int) -> Any:
         place = self._reservation.for_engine(index), self._cpu_threads, self._reservation.variables_for_engine(index)
-        engine = ray.remote(RolloutWorker).options(**_options(*place)).remote(self._model_path, **self._arguments)
+        log = self._watchdog.log_of("engine", index)
+        engine = (
+            ray.remote(RolloutWorker).options(**_options(*place)).remote(self._model_path, log=log, **self._arguments)
+        )
         self._watchdog.name(engine, "engine", index)
         return engine
 

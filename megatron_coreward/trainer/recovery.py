@@ -25,17 +25,22 @@ class EngineRecovery:
         self._engines, self._sync, self._left, self._tell = engines, sync, max_restarts, tell
 
     def __call__(self, ask: Callable[[], T]) -> T:
-        """`ask()`, which publishes weights and then samples, and once more for every engine that dies in it.
+        """`ask()`, which publishes weights and then samples, and once more for every engine that dies in it, or in its
+        new start.
 
         Raises WorkerDied for an actor rank, and for an engine when no restart is left or others hang with it.
         """
+        dead: int | None = None
         while True:
             try:
+                if dead is not None:
+                    self._engines.restart(dead)
+                    self._sync.forget()
+                    dead = None
                 return ask()
             except WorkerDied as death:
                 if death.kind != "engine" or self._left == 0 or self._sync.stuck:
                     raise
                 self._left -= 1
                 self._tell(f"{death}; starting it anew ({self._left} restarts left, faults.engine_restarts)")
-                self._engines.restart(death.index)
-                self._sync.forget()
+                dead = death.index

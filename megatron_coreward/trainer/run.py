@@ -35,6 +35,7 @@ from megatron_coreward.guard import Guard
 from megatron_coreward.report.report import write_report
 from megatron_coreward.rewards.equivalence import Judge
 from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.rollout import leftovers
 from megatron_coreward.telemetry import label_history
 from megatron_coreward.telemetry.console import open_view
 from megatron_coreward.telemetry.files import replaced_whole
@@ -55,8 +56,8 @@ from megatron_coreward.trainer.session import UNFINISHED, Session
 from megatron_coreward.trainer.sync import open_sync, weight_version
 from megatron_coreward.trainer.turns import no_turns, open_turns
 from megatron_coreward.trainer.watchdog import Watchdog, WorkerDied
+from megatron_coreward.weights import segment
 from megatron_coreward.weights.route import Transport, choose_transport
-from megatron_coreward.weights.segment import remove_leftovers
 
 
 def train(config: RunConfig) -> Path:
@@ -133,7 +134,7 @@ def _run(
             view.note(text)
             _log(config, text)
 
-        watchdog = Watchdog(config.watchdog, tell, stop)
+        watchdog = Watchdog(config.watchdog, tell, stop, logs=config.run_dir / "logs")
         actors, engines, transport = stack.enter_context(processes(config, watchdog))
         judge = stack.enter_context(Judge(config.rewards.equivalence, config.rewards.judge_timeout_s))
         turns = open_turns(config.rollout.placement, actors, engines, engines.slept)
@@ -292,7 +293,8 @@ def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: 
     else:
         group.shutdown(patience_s=0.5)
         for _ in range(5):  # those who were killed need a moment to be gone, and hold their segments until then
-            remove_leftovers()
+            segment.remove_leftovers()
+            leftovers.remove_leftovers()
             time.sleep(0.2)
 
 

@@ -4,33 +4,49 @@ Every result of a worker passes here. A worker that died is one clear error that
 that their peer has gone.
 """
 
+import re
 import time
 from collections.abc import Callable, Sequence
+from itertools import dropwhile
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
+import torch
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
 
 from megatron_coreward.config.schema import WatchdogSettings
 from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.telemetry.process_log import ProcessLog
 from megatron_coreward.trainer.preemption import StopRequest
 
 Kind = Literal["actor rank", "engine", "worker"]
 
 LOOK_EVERY_S = 0.5  # how soon a request to stop is seen
 PEERS_S = 5.0  # a peer's death may be known a little later than the error that it caused elsewhere
+STACKS_AT = 0.9  # of the limit of a wait, a worker writes where it stands: it is ended when the limit has passed
+LESS_MEMORY = (
+    "(less: actor.tokens_per_microbatch, rollout.gpu_memory_utilization; more: actor.recompute, "
+    "actor.offload_optimizer, or another layout: `megatron-coreward plan` tells the bytes)"
+)
 _DEATHS = (RayActorError, ActorDiedError, ActorUnavailableError, WorkerCrashedError)
 
 
 class WorkerDied(RunError):
-    """A process of the run is gone."""
+    """A process of the run is gone, or could not start."""
 
-    def __init__(self, kind: Kind, index: int, awaited: str, cause: Exception) -> None:
-        reason = str(cause).strip().splitlines()
-        super().__init__(
-            f"{kind} {index} died while {awaited} was awaited of it"
-            f" ({type(cause).__name__}: {reason[0] if reason else 'no reason given'})"
-        )
+    def __init__(self, kind: Kind, index: int, awaited: str, cause: Exception, output: object = "Ray's logs") -> None:
+        """Args:
+        output: where what it printed is found.
+        """
+        lines = str(cause).strip().splitlines() or ["no reason given"]
+        in_its_start = [number for number, line in enumerate(lines) if re.match(r'  File ".*, in ', line)]
+        if in_its_start:  # Ray gives the error of a constructor as the text of its traceback
+            error = dropwhile(lambda line: line.startswith("  "), lines[in_its_start[-1] :])
+            what = f"could not start: {' '.join(line.strip() for line in error)}"
+        else:
+            what = f"died while {awaited} was awaited of it ({type(cause).__name__}: {lines[0]})"
+        super().__init__(f"{kind} {index} {what}; what it printed is in {output}")
         self.kind, self.index = kind, index
 
 
@@ -43,20 +59,30 @@ class Watchdog:
         tell: Callable[[str], None] = lambda text: None,
         stop: StopRequest | None = None,
         clock: Callable[[], float] = time.monotonic,
+        logs: Path | None = None,
     ) -> None:
         """Args:
         tell: takes a line for people about a wait that is long.
         stop: ends an interruptible wait.
+        logs: a folder for the output of the workers; None: it stays in Ray's logs.
         """
         self.settings = settings or WatchdogSettings()
         self.tell = tell
         self._stop = stop
         self._clock = clock
+        self._logs = logs
         self._names: dict[Any, tuple[Kind, int]] = {}  # of Ray actors, by id
 
     def name(self, worker: Any, kind: Kind, index: int) -> None:
         """Makes a worker known."""
         self._names[worker._actor_id] = (kind, index)
+
+    def log_of(self, kind: Kind, index: int) -> ProcessLog | None:
+        """What a worker should do with its output."""
+        if self._logs is None:
+            return None
+        path = self._logs.resolve() / f"{kind.replace(' ', '_')}_{index}.log"
+        return ProcessLog(path, STACKS_AT * self.settings.limit_s)
 
     def get(
         self,
@@ -132,7 +158,11 @@ class Watchdog:
             cause = getattr(error, "cause", None)
             if isinstance(cause, (OSError, FloatingPointError)) and not isinstance(error, (InputError, RunError)):
                 raise RunError(f"{awaited}: {self._who([call])}: {cause}") from error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise RunError(f"{awaited}: {self._who([call])}: {cause} {LESS_MEMORY}") from error
             raise
 
     def _death(self, call: Any, awaited: str, error: Exception) -> WorkerDied:
-        return WorkerDied(*self._name_of(call), awaited, error)
+        name = self._name_of(call)
+        log = self.log_of(*name)
+        return WorkerDied(*name, awaited, error, log.path if log is not None else "Ray's logs")

@@ -12,6 +12,7 @@ from megatron_coreward.cli import main
 from megatron_coreward.config.load import dump_config, load_config
 from megatron_coreward.telemetry.jsonl import Row, read_rows
 from megatron_coreward.telemetry.rollout_dump import read_rollouts, rollouts_path
+from megatron_coreward.trainer.preflight.machine import OWN_NAMES
 from tests.e2e.conftest import Task
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(600)]
@@ -44,6 +45,11 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     for key in ("val/pass@1", "val/avg@8", "val/maj@8"):
         assert 0 <= float(rows[0][key]) <= 1
         assert 0 <= float(rows[3][key]) <= 1
+    assert {path.name for path in finished.iterdir()} <= set(OWN_NAMES)
+    logs = {path.name: path.read_text() for path in (finished / "logs").iterdir()}
+    assert {"engine_0.log", "actor_rank_0.log"} <= logs.keys()
+    assert all(text.startswith("--- process ") for text in logs.values())
+    assert "Timeout (" not in "".join(logs.values())  # no call hung
     assert not list(finished.rglob("*partial*"))
 
 

@@ -374,6 +374,10 @@ CASES: dict[str, Case] = {
         link("run/checkpoints", "elsewhere"),
         says="run/checkpoints is a link to .*elsewhere, outside of the run directory",
     ),
+    "the log of events leads outside": broken(
+        link("run/events.log", "elsewhere"),
+        says="run/events.log is a link to .*elsewhere, outside of the run directory",
+    ),
     "another method": broken(
         resumed("method=majority_voting"),
         says="method: 'co_rewarding_i', but the run in run was made with 'majority_vot",

@@ -82,6 +82,28 @@ def test_a_death_while_weights_travel_is_passed_on_where_others_hang_with_it(
     assert ("restart 1" in events) is goes_on
 
 
+@pytest.mark.parametrize(("restarts", "goes_on"), [(2, True), (1, False)])
+def test_an_engine_that_dies_in_its_new_start_is_started_once_more(restarts: int, goes_on: bool) -> None:
+    trainer, events, told, engines = trainer_with_deaths(["engine"], restarts)
+    restart, tries = engines.restart, []
+
+    def die_once(index: int) -> None:
+        tries.append(index)
+        if len(tries) == 1:
+            raise WorkerDied("engine", index, "its start", ConnectionError("gone"))
+        restart(index)
+
+    engines.restart = die_once  # type: ignore[method-assign]
+    if goes_on:
+        trainer.step(1, PhaseTimer())
+        assert tries == [1, 1]
+        assert story(events)[-1] == "update"
+    else:
+        with pytest.raises(WorkerDied, match="its start"):
+            trainer.step(1, PhaseTimer())
+    assert len(told) == restarts
+
+
 @pytest.mark.parametrize(("deaths", "restarts"), [(["engine", "engine"], 1), (["engine"], 0), (["actor rank"], 5)])
 def test_a_death_too_many_or_of_a_rank_is_passed_on(deaths: list[Kind], restarts: int) -> None:
     trainer, events, _, _ = trainer_with_deaths(deaths, restarts)

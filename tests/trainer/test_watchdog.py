@@ -4,12 +4,15 @@ import errno
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_coreward.config.schema import WatchdogSettings
 from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.telemetry.process_log import LoggedWorker, ProcessLog
 from megatron_coreward.trainer.preemption import Preempted, StopRequest
 from megatron_coreward.trainer.watchdog import Watchdog, WorkerDied
 
@@ -92,6 +95,40 @@ def test_a_call_to_one_that_is_dead_already_is_the_same_error(pair: list[Any]) -
     for _ in range(2):
         with pytest.raises(WorkerDied, match="actor rank 0"):
             watchdog.get([pair[0].die.remote()], "update")
+
+
+class Unable(LoggedWorker):
+    def __init__(self, log: ProcessLog | None) -> None:
+        super().__init__(log)
+        print("a lot of detail")
+        raise ValueError("no memory is left:\n  0 of 80 GiB\nTake a smaller model.")
+
+    def ready(self) -> bool:
+        return True
+
+
+def test_one_that_cannot_start_is_an_error_with_its_reason_and_where_it_printed_more(
+    remote: Any, tmp_path: Path
+) -> None:
+    import ray
+
+    watchdog = Watchdog(WatchdogSettings(), logs=tmp_path)
+    worker = ray.remote(Unable).options(num_cpus=0).remote(watchdog.log_of("engine", 3))
+    watchdog.name(worker, "engine", 3)
+    with pytest.raises(WorkerDied) as caught:
+        watchdog.get([worker.ready.remote()], "its start")
+    log = tmp_path / "engine_3.log"
+    assert str(caught.value) == (
+        "engine 3 could not start: ValueError: no memory is left: 0 of 80 GiB Take a smaller model.; "
+        f"what it printed is in {log}"
+    )
+    assert "a lot of detail" in log.read_text()
+
+
+def test_memory_that_is_short_is_a_run_error_that_says_what_takes_less(pair: list[Any]) -> None:
+    short = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(RunError, match=r"update: actor rank 1: CUDA out of memory.* \(less: actor.tokens_per_micro"):
+        watching(pair).get([pair[1].fail.remote(short)], "update")
 
 
 def test_a_full_disk_and_a_bad_gradient_are_run_errors_of_one_line(pair: list[Any]) -> None:
