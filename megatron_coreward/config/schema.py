@@ -149,6 +149,7 @@ class ValidationSettings(Component):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_problems: Positive | None = None
     at_start: bool = True
+    warn_below_start: Fraction = 0.1  # says so when avg@n is this far below the first one; nothing else follows from it
 
 
 class CheckpointSettings(Component):

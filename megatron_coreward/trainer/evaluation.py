@@ -42,6 +42,7 @@ from megatron_coreward.telemetry.journal import Item, Journal
 from megatron_coreward.trainer.cluster import EngineGroup, start_ray
 from megatron_coreward.trainer.placement import START_LIMIT_S, Demand, Reservation
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
+from megatron_coreward.trainer.watchdog import Watchdog
 from megatron_coreward.types import Problem, RolloutGroup
 
 JOURNAL = "journal.jsonl"
@@ -139,7 +140,7 @@ def evaluate_files(
             on_progress(len(problems) - len(todo), len(problems))
             if todo:
                 max_model_len = max(len(p.prompts["original"].token_ids) for p in problems) + sampling.max_tokens + 1
-                with running_engines(hf_path, engines, sampling, max_model_len) as group:
+                with running_engines(hf_path, engines, sampling, max_model_len, out / "logs") as group:
                     sample_into(
                         journal,
                         group,
@@ -216,8 +217,10 @@ def problems_fingerprint(problems: Sequence[Problem]) -> str:
 
 
 @contextmanager
-def running_engines(hf_path: Path, engines: Engines, sampling: Sampling, max_model_len: int) -> Iterator[EngineGroup]:
-    """Engines that hold the model's own weights as `VERSION`; ended in any case."""
+def running_engines(
+    hf_path: Path, engines: Engines, sampling: Sampling, max_model_len: int, logs: Path
+) -> Iterator[EngineGroup]:
+    """Engines that hold the model's own weights as `VERSION`; ended in any case. `logs` takes what they print."""
     settings = RolloutSettings(
         num_engines=engines.num_engines,
         tensor_parallel=engines.tensor_parallel,
@@ -230,7 +233,14 @@ def running_engines(hf_path: Path, engines: Engines, sampling: Sampling, max_mod
     with ExitStack() as stack:
         reservation = stack.enter_context(Reservation(Demand.of_engines(settings), START_LIMIT_S))
         group = EngineGroup(
-            hf_path, settings, reservation, sampling.dtype, max_model_len, sampling.seed, own_weights=VERSION
+            hf_path,
+            settings,
+            reservation,
+            sampling.dtype,
+            max_model_len,
+            sampling.seed,
+            own_weights=VERSION,
+            watchdog=Watchdog(logs=logs),
         )
         stack.callback(group.shutdown)
         group.wait()

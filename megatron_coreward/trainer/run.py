@@ -59,6 +59,8 @@ from megatron_coreward.trainer.watchdog import Watchdog, WorkerDied
 from megatron_coreward.weights import segment
 from megatron_coreward.weights.route import Transport, choose_transport
 
+LOGS = "logs"  # in the run directory: what the processes print
+
 
 def train(config: RunConfig) -> Path:
     """Runs `config.steps` steps (those that an earlier attempt did not do) and writes the final model.
@@ -134,7 +136,7 @@ def _run(
             view.note(text)
             _log(config, text)
 
-        watchdog = Watchdog(config.watchdog, tell, stop, logs=config.run_dir / "logs")
+        watchdog = Watchdog(config.watchdog, tell, stop, logs=config.run_dir / LOGS)
         actors, engines, transport = stack.enter_context(processes(config, watchdog))
         judge = stack.enter_context(Judge(config.rewards.equivalence, config.rewards.judge_timeout_s))
         turns = open_turns(config.rollout.placement, actors, engines, engines.slept)
@@ -242,7 +244,7 @@ def processes(
     After an error nobody waits for them: they may hang in a collective whose partner is gone, or in rollouts.
     """
     start_ray(config.watchdog.start_limit_s)
-    watchdog = watchdog or Watchdog(config.watchdog)
+    watchdog = watchdog or Watchdog(config.watchdog, logs=config.run_dir / LOGS)
     colocated = config.rollout.placement == "colocated"
     demand = Demand(
         ranks=config.actor.world_size,

@@ -23,6 +23,7 @@ from megatron_coreward.trainer.preemption import Preempted, StopRequest
 from megatron_coreward.trainer.rollback import Collapsing
 
 GUARD = "guard"  # its state, in a checkpoint
+FIRST_ACCURACY = "first_accuracy"
 UNFINISHED = "unfinished_row"  # of a checkpoint that was written between a step's update and its validation
 
 Row = dict[str, float]
@@ -44,12 +45,14 @@ class Session:
     done: int = 0  # steps whose row is written
     saved: int = 0  # the last step that a checkpoint covers
     skipped: int = 0  # steps in a row without an update
+    first_accuracy: float | None = None  # avg@n of the run's first validation
 
     def resume(self, position: Position) -> None:
         """Takes over where an earlier attempt stood; the actors have loaded their part."""
         self.run.num_updates, self.run.teacher_moves = position.num_updates, position.teacher_moves
         if GUARD in position.extra:
             self.run.guard.load_state_dict(position.extra[GUARD])
+        self.first_accuracy = position.extra.get(FIRST_ACCURACY)
         self.done = self.saved = position.step
         if UNFINISHED in position.extra:
             row = {k: math.nan if value is None else value for k, value in position.extra[UNFINISHED].items()}
@@ -113,6 +116,13 @@ class Session:
     def _validated(self, timer: PhaseTimer) -> Row:
         assert self.validate is not None
         metrics: Row = self.run.surviving(partial(self.validate, timer))
+        key = f"val/avg@{self.config.validation.n}"
+        first = self.first_accuracy = metrics[key] if self.first_accuracy is None else self.first_accuracy
+        if metrics[key] < first - self.config.validation.warn_below_start:
+            self.tell(
+                f"{key} is {metrics[key]:.1%}, and was {first:.1%} at first: training makes the model worse on the "
+                "validation questions"
+            )
         return metrics
 
     def _save(self, row: Row) -> None:
@@ -120,7 +130,7 @@ class Session:
         self.saved = self.done
 
     def _position(self, step: int, row: Row, more: dict[str, Any]) -> Position:
-        extra = {GUARD: self.run.guard.state_dict()} | more
+        extra = {GUARD: self.run.guard.state_dict(), FIRST_ACCURACY: self.first_accuracy} | more
         score = row.get(self.config.checkpoint.best_metric or "", math.nan)
         known = score if math.isfinite(score) else None
         return Position(step, self.run.num_updates, self.run.teacher_moves, known, extra)

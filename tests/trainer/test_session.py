@@ -18,7 +18,7 @@ from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.preemption import Preempted, StopRequest
 from megatron_coreward.trainer.rollback import Collapsing
-from megatron_coreward.trainer.session import GUARD, UNFINISHED, Session
+from megatron_coreward.trainer.session import FIRST_ACCURACY, GUARD, UNFINISHED, Session
 from megatron_coreward.types import TrainBatch
 from tests.checkpoint.test_store import write_actors
 from tests.trainer.fakes import FakeActors, FakeEngines
@@ -114,6 +114,25 @@ def test_without_asynchronous_saving_a_checkpoint_is_complete_before_the_next_st
     w = world(**{"checkpoint.every": 2, "checkpoint.asynchronous": "false"})
     w.session.train()
     assert told(w.events, "row", "published")[:4] == ["row 1", "row 2", "published 2", "row 3"]
+
+
+def test_accuracy_well_below_the_first_is_told_by_a_resumed_run_too(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    accuracies = iter([0.5, 0.41, 0.39, 0.45])
+    options = {"validation.every": 1, "validation.at_start": "true", "checkpoint.every": 1, "checkpoint.keep": 9}
+    w = world(validate=lambda timer: {"val/avg@8": next(accuracies)}, steps=3, **options)
+    w.session.validate_at_start()
+    w.session.train()
+    assert told(w.events, "row", "told") == [
+        *("row 0", "row 1"),
+        "told val/avg@8 is 39.0%, and was 50.0% at first: training makes the model worse on the validation questions",
+        *("row 2", "row 3"),
+    ]
+    again = world(validate=lambda timer: {"val/avg@8": 0.3}, steps=4, **options)
+    again.session.resume(check_checkpoint(checkpoint_path(tmp_path, 3)))
+    again.session.train()
+    assert [e for e in again.events if "30.0%, and was 50.0%" in e]
 
 
 def interrupt_sampling(w: World, role_version: int) -> None:
@@ -308,5 +327,5 @@ def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(world: Ca
 def test_a_position_survives_json(world: Callable[..., World], tmp_path: Path) -> None:
     w = world(steps=1)
     w.session.train()
-    extra = {GUARD: w.session.run.guard.state_dict()}
+    extra = {GUARD: w.session.run.guard.state_dict(), FIRST_ACCURACY: None}
     assert check_checkpoint(checkpoint_path(tmp_path, 1)) == Position(1, 1, 1, None, extra)
