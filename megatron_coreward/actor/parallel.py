@@ -48,14 +48,14 @@ def initialize(settings: ActorSettings, rank: int, address: str, port: int, seed
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("MASTER_ADDR", address)
     os.environ.setdefault("MASTER_PORT", str(port))
+    interface = _interface_of(own_address(address, port))
+    if interface is not None:  # gloo asks the host's name, which may stand for loopback
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if on_gpu:
         if settings.tensor_parallel > 1:  # before the context: kernels start in the order of their calls, so that
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # communication begins before what it overlaps
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
-        interface = _interface_of(own_address(address, port))
-        if interface is not None:  # gloo asks the host's name, which may stand for loopback
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         torch.set_num_threads(settings.cpu_threads)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",

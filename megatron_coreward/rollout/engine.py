@@ -238,9 +238,7 @@ class RolloutEngine:
             RunError: an update failed before in a tensor-parallel engine. Other engines can be updated again.
         """
         self._version = None
-        if self._updating:
-            self.update({"bucket": NO_BUCKET, "version": 0})
-            self._finish("given up")
+        self._give_up()
         with self._all_workers():
             if init_info != self._init_info:
                 self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
@@ -273,6 +271,11 @@ class RolloutEngine:
             raise RunError("the prefix cache of the former weights could not be cleared: requests are still running")
         self._version = version
 
+    def _give_up(self) -> None:
+        if self._updating:
+            self.update({"bucket": NO_BUCKET, "version": 0})
+            self._finish("given up")
+
     def _finish(self, name: str) -> None:
         with self._all_workers():
             self._llm.finish_weight_update(**({"weight_version": name} if self._versions_told else {}))
@@ -284,6 +287,7 @@ class RolloutEngine:
         """
         if not self._on_cpu:
             self._version = None
+            self._give_up()  # vLLM copies every buffer before it sleeps; those of layers that wait have no memory
         return self._switch(lambda: self._llm.sleep(level=2))
 
     def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> DeviceMemory | None:
@@ -295,11 +299,10 @@ class RolloutEngine:
     def _switch(self, switch: Callable[[], object]) -> DeviceMemory | None:
         if self._on_cpu:
             return None
-        import torch
-
-        before: int = torch.cuda.mem_get_info()[0]
-        switch()
-        after: int = torch.cuda.mem_get_info()[0]
+        with self._all_workers():
+            before = min(self._llm.collective_rpc(_free_bytes))
+            switch()
+            after = min(self._llm.collective_rpc(_free_bytes))
         return DeviceMemory(after, after - before)
 
     def shutdown(self) -> None:
@@ -347,6 +350,14 @@ class RolloutEngine:
             finish_reason=completion.finish_reason,
             weight_version=version,
         )
+
+
+def _free_bytes(worker: object) -> int:
+    """Of the worker's GPU: the engine's own process has none where workers are processes of their own."""
+    import torch
+
+    free: int = torch.cuda.mem_get_info()[0]
+    return free
 
 
 def _prompt(token_ids: Sequence[int] | IntArray) -> dict[str, list[int]]:

@@ -378,6 +378,11 @@ class EngineGroup:
         """Every engine takes memory back: that of its `weights` or of its `kv_cache`."""
         return self._all("wake", part)
 
+    def abandon(self) -> None:
+        """Ends the engines at once, whatever they do."""
+        for engine in self._engines:
+            ray.kill(engine)
+
     def shutdown(self, patience_s: float = PATIENCE_S) -> None:
         """Ends the engines."""
         _end(self._engines, patience_s)

@@ -139,7 +139,7 @@ def evaluate_files(
             todo = [problem for problem in problems if problem.uid not in journal]
             on_progress(len(problems) - len(todo), len(problems))
             if todo:
-                max_model_len = max(len(p.prompts["original"].token_ids) for p in problems) + sampling.max_tokens + 1
+                max_model_len = max(len(p.prompts["original"].token_ids) for p in problems) + sampling.max_tokens
                 with running_engines(hf_path, engines, sampling, max_model_len, out / "logs") as group:
                     sample_into(
                         journal,

@@ -154,7 +154,7 @@ class Reservation:
         """
         nodes = living_nodes()
         placement = place(nodes, demand)
-        self.demand, self.placement = demand, placement
+        self.demand, self.placement, self._limit_s = demand, placement, limit_s
         self.on_gpus = any(node.gpus for node in nodes)
         used = {*placement.ranks, *placement.engines}
         self.num_hosts = len({node.address for node in nodes if node.id in used})
@@ -165,6 +165,7 @@ class Reservation:
         if not (demand.colocated and self.on_gpus):
             homes += placement.engines
             bundles += [of_engine] * demand.engines
+        self._gpus: dict[int, list[Any]] = {}  # of a bundle, asked for once: later its actor rank holds them
         self._group: PlacementGroup = placement_group(
             bundles, strategy="PACK", bundle_label_selector=[{NODE_LABEL: home} for home in homes]
         )
@@ -207,14 +208,14 @@ class Reservation:
         """Environment of an engine. Ray gives a GPU to one process; a second one has to be told which it is."""
         if not (self.demand.colocated and self.on_gpus):
             return {}
-        size = self.demand.engine_size
+        bundles = range(engine * self.demand.engine_size, (engine + 1) * self.demand.engine_size)
+        new = [bundle for bundle in bundles if bundle not in self._gpus]
         ask = [
-            ray.remote(_gpus_here)
-            .options(num_gpus=1, num_cpus=0, scheduling_strategy=self._at(engine * size + i))
-            .remote()
-            for i in range(size)
+            ray.remote(_gpus_here).options(num_gpus=1, num_cpus=0, scheduling_strategy=self._at(bundle)).remote()
+            for bundle in new
         ]
-        return {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpus in ray.get(ask) for gpu in gpus)}
+        self._gpus.update(zip(new, ray.get(ask, timeout=self._limit_s), strict=True))
+        return {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for bundle in bundles for gpu in self._gpus[bundle])}
 
     def _at(self, bundle: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)

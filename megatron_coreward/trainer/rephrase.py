@@ -143,7 +143,7 @@ def rephrase_file(
             if job.pending():
                 sampling = Sampling(seed=settings.seed, dtype=dtype)
                 needed = max(asking + settings.max_tokens, solving + settings.solver_max_tokens if solving else 0)
-                with running_engines(hf_path, engines, sampling, needed + 1, _beside(target, "logs")) as group:
+                with running_engines(hf_path, engines, sampling, needed, _beside(target, "logs")) as group:
                     job.run(group, on_progress)
             report = job.report()
             _write(table, target, job, model.absolute().name)

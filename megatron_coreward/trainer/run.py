@@ -53,7 +53,7 @@ from megatron_coreward.trainer.preflight import preflight
 from megatron_coreward.trainer.recovery import EngineRecovery
 from megatron_coreward.trainer.rollback import Collapsing, count_rollbacks, roll_back
 from megatron_coreward.trainer.session import UNFINISHED, Session
-from megatron_coreward.trainer.sync import open_sync, weight_version
+from megatron_coreward.trainer.sync import PROBE_TOKENS, open_sync, weight_version
 from megatron_coreward.trainer.turns import no_turns, open_turns
 from megatron_coreward.trainer.watchdog import Watchdog, WorkerDied
 from megatron_coreward.weights import segment
@@ -274,7 +274,7 @@ def processes(
             config.rollout,
             reservation,
             config.model.dtype,
-            max_sequence + 1,
+            max(max_sequence, PROBE_TOKENS + 1),
             config.seed,
             transport=transport,
             watchdog=watchdog,

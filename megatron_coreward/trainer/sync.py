@@ -19,7 +19,7 @@ from megatron_coreward.types import FloatArray, IntArray, Role, Sequences, Token
 from megatron_coreward.weights.layouts import EngineLayout
 from megatron_coreward.weights.route import MEETING, Route, Transport
 
-PROBE_TOKENS = 64
+PROBE_TOKENS = 64  # an engine reads them and writes one more
 
 
 def weight_version(role: Role, num_updates: int) -> int:

@@ -9,10 +9,12 @@ Without GPUs the calls come in the same order, and there is no memory to move.
 
 Invariants (tests/trainer/test_turns.py):
   1. Engines never hold memory while actors hold theirs, but for the weights that are being published.
-  2. After a turn, whatever ended it, the actors are whole again, unless the engines keep their memory.
+  2. After a turn, whatever ended it, the actors are whole again, unless the engines keep their memory. The next turn
+     then begins with putting to sleep whoever is awake.
   3. Weights that an engine has dropped are published anew before it samples.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -20,10 +22,12 @@ from typing import Any, Protocol
 from megatron_coreward.errors import RunError
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.preemption import Preempted
 from megatron_coreward.trainer.sync import ReceivingEngines
 from megatron_coreward.types import FloatArray, IntArray
 
 SWITCH = "switch"  # the phase of a step that the switches are timed as
+PATIENCE_S, LOOK_EVERY_S = 30.0, 0.5  # with processes that were ended
 Memories = Sequence[DeviceMemory | None]
 
 
@@ -39,6 +43,7 @@ class TurnTakingEngines(ReceivingEngines, Protocol):
 
     def sleep(self) -> Memories: ...
     def wake(self, part: str) -> Memories: ...
+    def abandon(self) -> None: ...
 
 
 class Published(Protocol):
@@ -89,6 +94,8 @@ class Turns:
         self.engines = ColocatedEngines(engines)
         self.published: Published | None = None  # the sync, which is made of `engines`
         self._engines_need = _most_given(engines_slept)
+        self._actors_need = 0
+        self._awake = False  # engines, or some of them
 
     @contextmanager
     def __call__(self, timer: PhaseTimer) -> Iterator[None]:
@@ -98,20 +105,54 @@ class Turns:
             RunError: less memory was given away than the other side needs.
         """
         with timer.phase(SWITCH):
-            given = self._actors.offload()
-            _require(given, self._engines_need, "the actors", "the engines", "rollout.gpu_memory_utilization")
+            if self._awake:  # the turn before has failed, and an engine in the place of one that died is awake
+                self._put_to_sleep()
+            self._offload()
+            self._awake = True
             self._engines.wake("weights")
             self.engines.caches_asleep = True
         try:
             yield
-        finally:
-            with timer.phase(SWITCH):
-                slept = self._engines.sleep()
-                if self.published is not None:
-                    self.published.drop()
-                self._engines_need = max(self._engines_need, _most_given(slept))
-                _require(slept, _most_given(given), "the engines", "the actors", "actor.tokens_per_microbatch")
-                self._actors.onload()
+        except Preempted:
+            self._engines.abandon()  # they would finish their rollouts first, and nobody waits for those
+            self._take_room_back()
+            raise
+        except Exception as error:
+            try:
+                self._end(timer)
+            except Exception as another:
+                error.add_note(f"after that: {another}")
+            raise
+        else:
+            self._end(timer)
+
+    def _end(self, timer: PhaseTimer) -> None:
+        with timer.phase(SWITCH):
+            slept = self._put_to_sleep()
+            _require(slept, self._actors_need, "the engines", "the actors", "actor.tokens_per_microbatch")
+            self._actors.onload()
+
+    def _offload(self) -> None:
+        given = self._actors.offload()
+        self._actors_need = max(self._actors_need, _most_given(given))  # nothing where they were away already
+        _require(given, self._engines_need, "the actors", "the engines", "rollout.gpu_memory_utilization")
+
+    def _put_to_sleep(self) -> Memories:
+        slept = self._engines.sleep()
+        self._awake = False
+        if self.published is not None:
+            self.published.drop()
+        self._engines_need = max(self._engines_need, _most_given(slept))
+        return slept
+
+    def _take_room_back(self) -> None:
+        """Once the processes of engines that were abandoned are gone, which takes them a moment."""
+        for _ in range(int(PATIENCE_S / LOOK_EVERY_S)):
+            free = _least_free(self._actors.offload())
+            if free is None or free >= self._actors_need:
+                break
+            time.sleep(LOOK_EVERY_S)
+        self._actors.onload()
 
 
 def open_turns(
@@ -125,8 +166,12 @@ def _most_given(memories: Memories) -> int:
     return max((memory.given for memory in memories if memory is not None), default=0)
 
 
+def _least_free(memories: Memories) -> int | None:
+    return min((memory.free for memory in memories if memory is not None), default=None)
+
+
 def _require(memories: Memories, needed: int, who: str, whom: str, key: str) -> None:
-    free = min((memory.free for memory in memories if memory is not None), default=None)
+    free = _least_free(memories)
     if free is not None and free < needed:
         raise RunError(
             f"rollout.placement: colocated: {who} left {free / 2**30:.1f} GiB of a GPU, {whom} need "

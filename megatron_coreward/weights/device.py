@@ -209,7 +209,8 @@ def join_nccl(address: str, port: int, rank: int, size: int, device: torch.devic
     """vLLM's communicator between trainer and workers: rank 0 is the trainer. Returns once everybody has come."""
     from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
-    with torch.cuda.device(device):
+    # vLLM makes a stream of its own the current one of a process that has not chosen any: in a rank, for Megatron, too.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
         return stateless_init_process_group(address, port, rank, size, device)
 
 

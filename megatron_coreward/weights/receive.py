@@ -28,6 +28,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -112,13 +113,11 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
         raise NotImplementedError("weights are sent by the actor's ranks, bucket by bucket")
 
     def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         if not self._buckets:
             raise RuntimeError("init_weight_transfer_engine was not called: the sender is not known")
-        if self._reloading:  # puts the layers back; the weights of a failed update are overwritten below
-            finalize_layerwise_reload(self.model, self.model_config)
-            self._reloading = False
+        self._put_layers_back()  # of an update that has failed; its weights are overwritten below
         self._begin()
         self._next_bucket = 0
         self._tied = _tied_parameters(self.model)
@@ -129,7 +128,12 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.receive_weights(self.parse_update_info(update_info))
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except Exception:
+            with suppress(Exception):  # the first error is the one to tell; the next update tries again
+                self._put_layers_back()  # an engine whose layers have no memory could not even sleep
+            raise
         if self.device.type != "cpu":  # the base class synchronizes always, which torch refuses without an accelerator
             torch.accelerator.synchronize()
 
@@ -162,14 +166,19 @@ class BucketEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo], ABC, Generi
             self._check_complete()
 
     def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
         if not self._buckets or self._next_bucket not in (len(self._buckets), NO_BUCKET):
             raise RuntimeError(f"the update ends after {self._next_bucket} buckets, which are not all")
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._reloading = False
+        self._put_layers_back()
         self._next_bucket = None
         self._end()
+
+    def _put_layers_back(self) -> None:
+        """Ends vLLM's reload, if one is under way: layers whose weights have not come get their former memory."""
+        if self._reloading:
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+            finalize_layerwise_reload(self.model, self.model_config)
+            self._reloading = False
 
     def shutdown(self) -> None:
         self._end()

@@ -10,6 +10,7 @@ import torch
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+from megatron_coreward.telemetry.memory import DeviceMemory
 
 pytest.importorskip("vllm")
 
@@ -101,6 +102,19 @@ def test_an_update_that_was_left_half_way_is_given_up_with_either(llm: Any) -> N
     engine.finish_update(2)
     assert [sample.weight_version for sample in engine.sample([REQUEST], 2)[0]] == [2, 2]
     assert engine._llm.calls == ["init", "start", "update", "update", "finish", "start", "update", "finish"]
+
+
+def test_an_engine_on_a_gpu_gives_an_update_up_before_it_sleeps_and_measures_where_its_workers_are() -> None:
+    """vLLM copies every buffer before it sleeps, and those of layers that wait for weights have no memory."""
+    engine = engine_of(NewLLM())
+    engine._on_cpu = False
+    free = iter([(30, 20), (70, 60)])  # bytes of the two workers' GPUs
+    engine._llm.collective_rpc = lambda what: next(free)
+    engine._llm.sleep = lambda level: engine._llm.calls.append(f"sleep {level}")
+    engine.start_update({"sender": 1})
+    engine.load_bucket(0, 2)
+    assert engine.sleep() == DeviceMemory(free=60, given=40)
+    assert engine._llm.calls == ["init", "start", "update", "update", "finish", "sleep 2"]
 
 
 def test_a_sample_of_other_weights_is_refused_where_vllm_tells() -> None:

@@ -1,6 +1,10 @@
 """Ranks and engines on the nodes of a cluster: engines whole, neighbours together, nothing placed twice or nowhere."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +16,9 @@ from megatron_coreward.trainer.placement import Demand, Node, place
 
 def nodes(*gpus: int) -> list[Node]:
     return [Node(f"n{i}", f"10.0.0.{i}", count) for i, count in enumerate(gpus)]
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_an_actor_fills_nodes_in_order_and_engines_take_what_is_left() -> None:
@@ -86,3 +93,35 @@ def test_no_gpu_is_given_twice_and_everybody_has_one(
     if group <= max(gpus):
         for start in range(0, demand.ranks, group):
             assert len(set(placed.ranks[start : start + group])) == 1
+
+
+TWICE = """
+import ray
+from megatron_coreward.trainer.placement import Demand, Reservation
+
+class Rank:
+    def gpus(self):
+        return ray.get_gpu_ids()
+
+ray.init(address="local", num_gpus=2, num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+demand = Demand(ranks=2, rank_group=1, engines=1, engine_size=2, colocated=True)
+with Reservation(demand, limit_s=60) as reservation:
+    print(reservation.variables_for_engine(0)["CUDA_VISIBLE_DEVICES"])
+    ranks = [ray.remote(Rank).options(num_cpus=0, **reservation.for_rank(i)).remote() for i in range(2)]
+    print(",".join(str(gpu) for rank in ranks for gpu in ray.get(rank.gpus.remote(), timeout=60)))
+    reservation._limit_s = 5
+    print(reservation.variables_for_engine(0)["CUDA_VISIBLE_DEVICES"])
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_a_colocated_engine_can_be_started_anew_while_the_ranks_hold_its_gpus() -> None:
+    """Ray counts GPUs that it was told of, whether they exist or not."""
+    environment = {**os.environ, "RAY_prestart_worker_first_driver": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    command = [sys.executable, "-c", TWICE]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    at_first, ranks, again = done.stdout.split()[-3:]
+    assert at_first == ranks == again
+    assert sorted(ranks.split(",")) == ["0", "1"]

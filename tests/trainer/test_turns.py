@@ -1,5 +1,6 @@
 """Actors and engines on one card: who holds its memory when, and what is told when it does not fit."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.preemption import Preempted
 from megatron_coreward.trainer.sync import WeightSync
 from megatron_coreward.trainer.turns import Turns, no_turns, open_turns
 from tests.trainer.fakes import ROUTE, FakeActors, FakeEngines, make_config, make_problem
@@ -77,6 +79,16 @@ class CardEngines(FakeEngines):
         given = self.card.change("weights of the engine", 0).given
         memory = self.card.change("caches of the engine", 0)
         return [DeviceMemory(memory.free, memory.given + given)]
+
+    def start_anew(self) -> None:
+        """In the place of one that died: awake, with memory for everything."""
+        self.awake = {"weights", "kv_cache"}
+        if self.card is not None:
+            self.card.change("weights of the engine", self.WEIGHTS)
+            self.card.change("caches of the engine", self.CACHES)
+
+    def abandon(self) -> None:
+        self.events.append("abandon")
 
     def wake(self, part: str) -> list[DeviceMemory | None]:
         self.events.append(f"wake {part}")
@@ -185,11 +197,44 @@ def test_a_turn_in_which_an_engine_died_is_taken_again() -> None:
         raise RunError("engine 0 has died while sampling")
     assert not actors.whole
     engines.sleep = asleep
+    engines.start_anew()
     with turns(PhaseTimer()):
         pass
     assert actors.whole
     assert events.count("offload") == 2
     assert card.held["state of the actor"] == actors.state
+    with pytest.raises(RunError, match="the engines left 50.0 GiB .* the actors need 60.0 GiB"), turns(PhaseTimer()):
+        card.change("a leak", 20 * GIB)  # what the actors need is known, though they gave nothing the second time
+
+
+def test_an_error_within_a_turn_is_the_one_that_is_told() -> None:
+    _, _, _, turns = colocated(None)
+    engines: Any = turns._engines
+
+    def unable() -> Any:
+        raise RunError("cannot sleep")
+
+    engines.sleep = unable
+    with pytest.raises(ZeroDivisionError) as caught, turns(PhaseTimer()):
+        _ = 1 / 0
+    assert caught.value.__notes__ == ["after that: cannot sleep"]
+
+
+def test_a_request_to_stop_does_not_wait_for_rollouts_that_nobody_will_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(80 * GIB)
+    _, events, actors, turns = colocated(card)
+
+    def a_moment(seconds: float) -> None:  # after which the engine's process is gone
+        events.append("wait")
+        card.change("weights of the engine", 0)
+
+    monkeypatch.setattr(time, "sleep", a_moment)
+    card.change("weights of the engine", 70 * GIB)
+    turns._engines.wake = lambda part: [None]  # type: ignore[method-assign]
+    with pytest.raises(Preempted), turns(PhaseTimer()):
+        raise Preempted("SIGTERM")
+    assert [e for e in events if e in ("abandon", "wait", "onload", "sleep")] == ["abandon", "wait", "onload"]
+    assert actors.whole
 
 
 def test_engines_that_do_not_fit_beside_the_actors_weights_are_told() -> None:
