@@ -103,7 +103,8 @@ def held_bytes(run: Run, config: RunConfig, arch: Architecture) -> int:
     a_parameter = {
         "actor": 2 + 4 + 4 + 8,  # weights, gradients, main parameters, moments
         "rollout": 2,
-        "train": 2 + 4 + 4 + 8 + (2 + 8 if "ii" in config.method else 2),  # and the teacher, or the frozen reference
+        # And the teacher or the frozen reference, and what is gathered of one quantity when a save begins.
+        "train": 2 + 4 + 4 + 8 + (2 + 8 if "ii" in config.method else 2) + 4,
     }
     return num_parameters(arch) * a_parameter[run.group]
 

@@ -26,7 +26,7 @@ from megatron_coreward.actor.export import export_hf  # noqa: E402
 from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
 from megatron_coreward.actor.hf_weights import held_blocks, load_hf, load_megatron, owned_blocks  # noqa: E402
 from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
-from megatron_coreward.actor.model import DTYPES, build_chunks, resolve_backend  # noqa: E402
+from megatron_coreward.actor.model import DTYPES, build_chunks, forget_quantised_weights, resolve_backend  # noqa: E402
 from megatron_coreward.actor.offload import Offloaded, Part, free_memory  # noqa: E402
 from megatron_coreward.actor.optimizer import (  # noqa: E402
     MOMENTS,
@@ -118,7 +118,7 @@ class MegatronActor:
         """What this rank computes with, as far as it depends on what is installed."""
         config = self.policy[0].module.config
         return {
-            "backend": resolve_backend(self.setup.settings.backend),
+            "backend": resolve_backend(self.setup.settings.backend, DTYPES[self.setup.dtype]),
             "fp8": f"{config.fp8_recipe}{' with FP8 weights' if config.fp8_param else ''}" if config.fp8 else "off",
             "adam": adam_name(self.optimizer),
             "gradient accumulation": "fused" if config.gradient_accumulation_fusion else "separate",
@@ -128,6 +128,8 @@ class MegatronActor:
         """Gives away the memory of all that neither publishing nor a probe needs: the optimizer's state, gradients, the
         EMA's state, the frozen reference. Weights of policy and teacher stay. Returns None without a GPU."""
         before = free_memory()
+        for model in ([c.module for c in self.policy], *(frozen.chunks for frozen in self.frozen.values())):
+            forget_quantised_weights(model)
         self._offloaded.leave("optimizer", "teacher", "reference")
         for chunk in self.policy:
             chunk.offload_grad_buffers()

@@ -44,10 +44,21 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return wrapper
 
 
+def _let_experts_do_without_transformer_engine() -> None:
+    """0.16.1 leaves the name undefined, and the router reads it."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def install() -> None:
-    """Makes megatron-core run on CPU tensors and gloo. Idempotent; a no-op where CUDA is available."""
+    """Makes megatron-core run on CPU tensors and gloo, and on any device without Transformer Engine. Idempotent."""
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        _let_experts_do_without_transformer_engine()
         return
     _installed = True
     cpu = torch.device("cpu")
@@ -83,11 +94,8 @@ def install() -> None:
     tensor_class.type = type_with_cuda_name
 
     import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
 
     # The tracker reads the generator of a CUDA device by index.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # 0.16.1 leaves the name undefined without Transformer Engine, and the router reads it.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    _let_experts_do_without_transformer_engine()

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ from megatron_coreward.weights.mapping import is_replicated
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def resolve_backend(backend: str) -> str:
-    """`te` or `local`: what `actor.backend: auto|te|local` means on this machine.
+def resolve_backend(backend: str, dtype: torch.dtype) -> str:
+    """`te` or `local`: what `actor.backend: auto|te|local` means on this machine. `auto` is `local` in fp32, for which
+    Transformer Engine has no fused attention, and whose products it rounds (TF32).
 
     Raises:
         InputError: `te` was asked for and is not installed or there is no GPU.
     """
-    if backend == "local":
+    if backend == "local" or (backend == "auto" and dtype == torch.float32):
         return "local"
     from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: F401  (fails loudly if broken)
 
@@ -207,7 +209,7 @@ def build_chunks(
     Raises:
         InputError: the settings ask for what this machine does not have.
     """
-    backend = resolve_backend(settings.backend)
+    backend = resolve_backend(settings.backend, dtype)
     if settings.fp8 is not None and backend != "te":
         raise InputError(f"actor.fp8: {settings.fp8} needs a GPU and the transformer-engine package; allowed: null")
     config = transformer_config(arch, settings, dtype, backend, frozen)
@@ -244,6 +246,13 @@ def _place(model: GPTModel, dtype: torch.dtype) -> None:
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             if not is_float8tensor(tensor):
                 tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else None)
+
+
+def forget_quantised_weights(chunks: Iterable[torch.nn.Module]) -> None:
+    """Drops the copies in FP8 that Transformer Engine keeps of weights; it makes them again when they are needed."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:

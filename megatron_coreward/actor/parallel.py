@@ -52,8 +52,6 @@ def initialize(settings: ActorSettings, rank: int, address: str, port: int, seed
     if interface is not None:  # gloo asks the host's name, which may stand for loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if on_gpu:
-        if settings.tensor_parallel > 1:  # before the context: kernels start in the order of their calls, so that
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # communication begins before what it overlaps
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         torch.set_num_threads(settings.cpu_threads)

@@ -48,7 +48,10 @@ class Saving:
             return
         (transforms, _), (_, buckets, results) = self._request.async_fn.args, self._request.async_fn_args
         if self._request.preload_fn is not None:
-            buckets = self._request.preload_fn()
+            on_host = self._request.preload_fn()
+            for _, _, (_, tensors) in buckets:  # the request holds these lists, and with them device memory, to the end
+                tensors.clear()
+            buckets = on_host
         memory = {tensor.untyped_storage().data_ptr() for tensor in live}
         own = [_own_copies(bucket, memory) for bucket in buckets]
         self._thread = threading.Thread(target=self._write, args=(transforms, own, results), name="checkpoint")

@@ -42,13 +42,16 @@ class FlatWeights:
     Data-parallel ranks fill it with the shards they own and gather the rest.
     """
 
-    def __init__(self, policy: list[DistributedDataParallel], dtype: torch.dtype | None = None) -> None:
-        """Zeros; of the policy's dtype unless another is given (that which it computes in, where weights are FP8)."""
+    def __init__(
+        self, policy: list[DistributedDataParallel], dtype: torch.dtype | None = None, device: str | None = None
+    ) -> None:
+        """Zeros; of the policy's dtype and device unless others are given (where weights are FP8: of the dtype that it
+        computes in)."""
         self._flats: list[tuple[Any, torch.Tensor]] = []  # (policy buffer, our flat tensor of the same geometry)
         self._place: dict[torch.nn.Parameter, tuple[torch.Tensor, int]] = {}
         for wrapped in policy:
             for buffer in [*wrapped.buffers, *wrapped.expert_parallel_buffers]:
-                flat = torch.zeros_like(buffer.param_data, dtype=dtype or buffer.params[0].dtype)
+                flat = torch.zeros_like(buffer.param_data, dtype=dtype or buffer.params[0].dtype, device=device)
                 self._flats.append((buffer, flat))
                 for param in buffer.params:
                     self._place[param] = (flat, buffer.param_index_map[param][0])

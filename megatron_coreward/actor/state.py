@@ -6,17 +6,20 @@ seed and step). The frozen reference is the model that the run started from and 
 
 Everything that belongs to a parameter is saved in the parameter's own shape, as the model's weights are, so that any
 tensor, pipeline or data-parallel layout can read it. (Megatron's own resharding of optimizer state does not know
-torch's AdamW: in 0.16 it fails on the step count.) While it is saved, the shards gathered over data-parallel ranks take
-12 bytes (20 with a teacher) per parameter of a model-parallel rank.
+torch's AdamW: in 0.16 it fails on the step count.) To be saved, one quantity after the other is gathered over
+data-parallel ranks, which takes 4 bytes of device memory per parameter of a model-parallel rank. The hosts of the ranks
+that write hold all of them, 12 bytes (20 with a teacher), until they are written.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
@@ -52,6 +55,10 @@ def _model_state(policy: Policy) -> dict[str, Any]:
     several = len(policy) > 1
     state = {}
     for i, chunk in enumerate(policy):
+        for module in chunk.module.modules():
+            if hasattr(module, "_split_extra_state"):  # of grouped experts, for the entries that are left out below
+                # With Transformer Engine 2.18 they are empty for most recipes, and Megatron 0.16 fails to split them.
+                module._split_extra_state = lambda state, copies=module.num_gemms: [state] * copies
         weights = {k: v for k, v in chunk.module.sharded_state_dict().items() if not _is_scaling_state(k)}
         for entry in weights.values():
             if hasattr(entry, "data") and entry.data is not None and is_float8tensor(entry.data):
@@ -64,13 +71,19 @@ def _is_scaling_state(key: str) -> bool:
     return key.rpartition(".")[2].startswith("_extra_state")
 
 
-def _quantity_state(policy: Policy, weights: FlatWeights, prefix: str) -> dict[str, Any]:
-    """The policy's sharded state with other values, in fp32, under prefixed keys."""
+def _quantity_state(policy: Policy, prefix: str, values: Callable[[Any, torch.nn.Parameter], Any]) -> dict[str, Any]:
+    """The policy's sharded state with other values, in fp32, under prefixed keys.
+
+    Args:
+        values: those that an entry of the state shall have in place of its parameter's.
+    """
     state = {}
     for chunk, (name, sharded) in zip(policy, _model_state(policy).items(), strict=True):
         params = dict(chunk.module.named_parameters())
         state[name] = {
-            key: dataclasses.replace(entry, key=f"{prefix}.{entry.key}", data=weights.of(params[key]), **_fp32(entry))
+            key: dataclasses.replace(
+                entry, key=f"{prefix}.{entry.key}", data=values(entry, params[key]), **_fp32(entry)
+            )
             for key, entry in sharded.items()
             if key in params
         }
@@ -79,6 +92,18 @@ def _quantity_state(policy: Policy, weights: FlatWeights, prefix: str) -> dict[s
 
 def _fp32(entry: Any) -> dict[str, Any]:
     return {"dtype": torch.float32} if hasattr(entry, "dtype") else {}
+
+
+def _to_write(weights: FlatWeights, entry: Any, param: torch.nn.Parameter) -> torch.Tensor:
+    """The values on the host, or where another rank writes them, their shape alone."""
+    values = weights.of(param)
+    if is_main_replica(entry.replica_id):
+        return values.cpu()
+    return torch.zeros((), dtype=values.dtype).expand(values.shape)
+
+
+def _to_read(weights: FlatWeights, entry: Any, param: torch.nn.Parameter) -> torch.Tensor:
+    return weights.of(param)
 
 
 def begin_save(
@@ -94,7 +119,7 @@ def begin_save(
     for name, slots in _quantities(optimizer, teacher).items():
         whole = FlatWeights(policy, torch.float32)
         whole.fill(slots())
-        state[name] = _quantity_state(policy, whole, name)
+        state[name] = _quantity_state(policy, name, partial(_to_write, whole))
     state["scheduler"] = scheduler.state_dict()
     state["optimizer_steps"] = step_count(optimizer)
     live = [tensor for chunk in policy for tensor in (*chunk.parameters(), *chunk.module.buffers())]
@@ -111,9 +136,9 @@ def load_state(
 ) -> None:
     """Reads what `begin_save` wrote, under whatever layout this is. Called on every rank."""
     check_no_code(source)
-    wholes = {name: FlatWeights(policy, torch.float32) for name in _quantities(optimizer, teacher)}
+    wholes = {name: FlatWeights(policy, torch.float32, "cpu") for name in _quantities(optimizer, teacher)}
     wanted = _model_state(policy)
-    wanted |= {name: _quantity_state(policy, whole, name) for name, whole in wholes.items()}
+    wanted |= {name: _quantity_state(policy, name, partial(_to_read, whole)) for name, whole in wholes.items()}
     state = dist_checkpointing.load(wanted, str(source))
     for chunk, name in zip(policy, _model_state(policy), strict=True):
         missing, unknown = chunk.module.load_state_dict(state[name], strict=False)

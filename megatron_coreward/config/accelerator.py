@@ -78,6 +78,11 @@ def sequence_multiple(settings: ActorSettings) -> int:
 def setting_problems(config: RunConfig) -> Iterator[str]:
     """Keys for GPUs that contradict each other, whatever the machine and the model."""
     a = config.actor
+    if a.backend == "te" and config.model.dtype == "float32" and a.context_parallel > 1:
+        yield (
+            f"actor.context_parallel: {a.context_parallel} in float32 with actor.backend: te, whose attention over "
+            "several ranks knows no float32; allowed: actor.backend auto, local, or model.dtype bfloat16"
+        )
     if a.fp8 is None:
         if a.fp8_params:
             yield "actor.fp8_params: true needs actor.fp8, found null; allowed there: tensorwise, blockwise"

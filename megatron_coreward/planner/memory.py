@@ -104,7 +104,7 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
             "activations": activation_bytes(arch, a, stage, item, assumptions),
             "logits": logits_bytes(arch, a, stage, item),
         }
-        checkpoint = (5 if teacher else 3) * 4 * held.numel
+        checkpoint = 4 * held.numel  # main parameters, moments and teacher are gathered one after the other
         total = sum(static.values()) + max(sum(update.values()), checkpoint)
         stages.append(
             StageMemory(

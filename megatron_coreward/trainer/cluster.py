@@ -125,9 +125,14 @@ class ActorGroup:
         """Starts the processes where there is room for them; `wait` returns once the ranks are built."""
         self.setup = setup
         self._watchdog = watchdog or Watchdog()
+        variables = {}
+        if setup.settings.tensor_parallel > 1:
+            # Kernels start in the order of their calls, so that communication begins before what it overlaps. CUDA
+            # reads this once, when anything first asks for a GPU.
+            variables["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         self._ranks = [
             ray.remote(ActorWorker)
-            .options(**_options(reservation.for_rank(i), setup.settings.cpu_threads))
+            .options(**_options(reservation.for_rank(i), setup.settings.cpu_threads, variables))
             .remote(self._watchdog.log_of("actor rank", i))
             for i in range(setup.settings.world_size)
         ]

@@ -41,6 +41,8 @@ def save_while_training(
         (folder / "state").mkdir()
     torch.distributed.barrier()
     actor.begin_save(folder / "state")
+    request = actor._saving._request
+    held = sum(len(tensors) for _, _, (_, tensors) in request.async_fn_args[1]) if request.async_fn else 0
     children = len(psutil.Process().children(recursive=True))
     for _ in range(2):
         actor.update(part, share)
@@ -55,7 +57,12 @@ def save_while_training(
     actor.load(folder / "state")
     restored = _same(before, _state(actor))
     actor.shutdown()
-    return {"children": children, "same as at the beginning": moved and restored, "hashes are right": right}
+    return {
+        "held": held,
+        "children": children,
+        "same as at the beginning": moved and restored,
+        "hashes are right": right,
+    }
 
 
 def save_to_full_disk(rank: int, path: Path, port: int, folder: Path) -> str:

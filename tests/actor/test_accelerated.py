@@ -31,6 +31,36 @@ def test_every_recipe_has_its_format() -> None:
     assert told(fp8="delayed")["fp8_amax_history_len"] == 1024
 
 
+@pytest.mark.parametrize(
+    ("asked", "dtype", "meant"),
+    [
+        ("auto", torch.bfloat16, "te"),
+        ("auto", torch.float32, "local"),
+        ("te", torch.float32, "te"),
+        ("local", torch.bfloat16, "local"),
+    ],
+)
+def test_auto_means_transformer_engine_but_for_fp32(
+    monkeypatch: pytest.MonkeyPatch, asked: str, dtype: torch.dtype, meant: str
+) -> None:
+    from megatron.core.extensions import transformer_engine
+
+    from megatron_coreward.actor.model import resolve_backend
+
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_backend(asked, dtype) == meant
+
+
+def test_copies_of_weights_in_fp8_are_forgotten_wherever_they_are() -> None:
+    from megatron_coreward.actor.model import forget_quantised_weights
+
+    layer = torch.nn.Linear(2, 2)
+    layer._fp8_workspaces = {"weight": torch.zeros(1)}  # type: ignore[assignment]
+    forget_quantised_weights([torch.nn.Sequential(layer, torch.nn.ReLU())])
+    assert layer._fp8_workspaces == {}
+
+
 def test_first_and_last_layers_may_stay_in_bf16() -> None:
     ends = told(fp8="tensorwise", fp8_bf16_layers=2)
     assert ends["first_last_layers_bf16"]

@@ -105,6 +105,10 @@ def test_a_machine_that_lacks_something_is_told(overrides: list[str], machine: M
         (["actor.fp8=tensorwise", "actor.backend=local"], ["actor.backend: local"]),
         (["actor.fp8=tensorwise", "model.dtype=float32"], ["model.dtype: float32", "bfloat16"]),
         (["actor.fp8=blockwise", "actor.tensor_parallel=32"], ["multiples of 128"]),
+        (
+            ["actor.backend=te", "actor.context_parallel=2", "model.dtype=float32"],
+            ["actor.context_parallel: 2", "float32", "auto, local"],
+        ),
         (["rollout.placement=colocated", "rollout.num_engines=2"], ["2 engine ranks and 1 actor ranks"]),
         (["rollout.placement=colocated", "sync.transport=nccl"], ["sync.transport: nccl"]),
         (["sync.transport=ipc"], ["sync.transport: ipc", "colocated"]),

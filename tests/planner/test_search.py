@@ -43,7 +43,7 @@ def test_a_layout_that_does_not_fit_names_the_part_and_the_nearest_fits() -> Non
     plan = make_plan(c, EIGHT, machine())
     actor, engine = plan.problems
     assert actor.startswith("actor, stage 0: needs")
-    assert "checkpoint" in actor
+    assert "most of it: activations" in actor
     assert "rollout.gpu_memory_utilization 0.1 is 8.0 GiB" in engine
     closest = nearest(c, EIGHT, machine(), 8)
     assert closest is not None

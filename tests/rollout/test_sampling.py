@@ -123,6 +123,13 @@ def test_more_prompts_than_a_step_reads_are_no_problem(engine: Any) -> None:
     assert tokens(engine.sample(requests, VERSION)) == first
 
 
+def test_prompt_and_answer_may_fill_the_engines_length(engine: Any) -> None:
+    (samples,) = engine.sample([replace(REQUEST, prompt=[5] * 472)], VERSION)  # 512 tokens with an answer of 40
+    lengths = [len(sample.token_ids) for sample in samples if sample.finish_reason == "length"]
+    assert lengths
+    assert set(lengths) == {40}
+
+
 def test_no_requests_give_no_samples(engine: Any) -> None:
     assert engine.sample([], VERSION) == []
 

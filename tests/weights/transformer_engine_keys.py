@@ -125,7 +125,7 @@ def describe(config: Path) -> dict[str, Any]:
     from megatron_coreward.config.architecture import read_architecture
     from megatron_coreward.config.schema import ActorSettings
 
-    model.resolve_backend = lambda backend: "te"
+    model.resolve_backend = lambda backend, dtype: "te"
     (chunk,) = model.build_chunks(read_architecture(config), ActorSettings(), torch.float32, 64)
     assert type(chunk.decoder.layers[0].self_attention.linear_qkv).__name__ == "TELayerNormColumnParallelLinear"
     tensors: dict[str, tuple[int, ...]] = {}
