@@ -154,9 +154,14 @@ def leftover_segments() -> list[str]:
     return found
 
 
-def segments_of_engines() -> set[str]:
-    """Segments of shared memory under vLLM's names, whoever has them."""
-    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "vllm_dist_"))}
+def abandoned_segments() -> set[str]:
+    """Segments of shared memory under vLLM's names that no process has mapped."""
+    found = {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "vllm_dist_"))}
+    for process in _alive():
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            found = {name for name in found if name not in maps}
+    return found
 
 
 def digest(run_dir: Path) -> str:
@@ -249,7 +254,7 @@ class Trial:
 
 def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.Random, niceness: int) -> None:
     """One kill, and as many attempts as it takes."""
-    begin, before = time.monotonic(), segments_of_engines()
+    begin, before = time.monotonic(), abandoned_segments()
     attempt = Attempt.start(config, niceness=niceness)
     while attempt.process.poll() is None and last_step(config.run_dir) < trial.after_row:
         time.sleep(0.05)
@@ -286,7 +291,7 @@ def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.R
         if expected != found:
             keys = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
             trial.problems.append(f"step {found['step']}: {', '.join(keys[:4])} differ")
-    if left := [*leftover_segments(), *(segments_of_engines() - before)]:
+    if left := [*leftover_segments(), *(abandoned_segments() - before)]:
         trial.problems.append(f"shared memory left: {left}")
 
 

@@ -127,7 +127,7 @@ class MegatronActor:
     def offload(self) -> DeviceMemory | None:
         """Gives away the memory of all that neither publishing nor a probe needs: the optimizer's state, gradients, the
         EMA's state, the frozen reference. Weights of policy and teacher stay. Returns None without a GPU."""
-        before = free_memory()
+        before = free_memory(cached=True)  # what only torch still holds is not asked back
         for model in ([c.module for c in self.policy], *(frozen.chunks for frozen in self.frozen.values())):
             forget_quantised_weights(model)
         self._offloaded.leave("optimizer", "teacher", "reference")

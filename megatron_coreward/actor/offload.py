@@ -90,6 +90,12 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def free_memory() -> int | None:
-    """Bytes of this process's GPU that nobody holds; None without one."""
+def free_memory(cached: bool = False) -> int | None:
+    """Bytes of this process's GPU that nobody holds; None without one.
+
+    Args:
+        cached: give back first what torch keeps for its next tensors.
+    """
+    if cached and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None

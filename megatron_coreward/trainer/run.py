@@ -146,6 +146,7 @@ def _run(
         )
         if turns is not None:
             turns.published = sync
+            sync.open("policy")  # buckets take memory on the GPU, which the first turn has to know of
         tell("actors compute with " + ", ".join(f"{what}: {how}" for what, how in actors.describe().items()))
         journal = RolloutJournal(
             config.run_dir, fingerprint_of(config), first_step=steps_done + 1, keep=config.telemetry.dump_rollouts

@@ -94,8 +94,7 @@ class WeightSync:
             return None
         begin = time.perf_counter()
         self._published = None
-        if role not in self._init_info:
-            self._init_info[role] = self._actors.open_sender(role, self._route)
+        self.open(role)
         self.stuck = self._route.transport == "nccl"  # whose broadcasts do not end when a member has gone
         self._engines.start_update(self._init_info[role])
         self._transfer(role, version)
@@ -109,6 +108,11 @@ class WeightSync:
             )
         self._published = version
         return SyncReport(time.perf_counter() - begin, gap)
+
+    def open(self, role: Role) -> None:
+        """Makes the actors ready to send a role's weights, with the memory that it takes; `publish` does so itself."""
+        if role not in self._init_info:
+            self._init_info[role] = self._actors.open_sender(role, self._route)
 
     def drop(self) -> None:
         """The engines have dropped their weights to sleep: the next `publish` sends them, whatever their version."""
