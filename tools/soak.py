@@ -2,7 +2,8 @@
 
 python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine ...] [--folder runs/soak] [key=value ...]
 
-`term` is SIGTERM to the driver, which saves and leaves; all others are SIGKILL. `shard` is a process of an engine with
+`term` is SIGTERM to the driver, which saves and leaves; all others are SIGKILL. Engines and ranks are Ray's workers;
+`ray` is one of Ray's own processes. `shard` is a process of an engine with
 `rollout.tensor_parallel` of 2 or more. Every trial ends with the same rows of metrics (but for times), bit-identical
 weights, no process left and no segment of shared memory left, or it has failed and the status is 1. Keys change the
 runs (`sync.transport=gloo`). The model, its data and the undisturbed runs are made in the folder or taken from there
@@ -34,11 +35,11 @@ MARK = "MEGATRON_COREWARD_SOAK"  # environment variable by which all processes o
 TITLES = {
     "engine": "ray::RolloutWorker",
     "rank": "ray::ActorWorker",
-    "worker": "ray::IDLE",
+    "ray": "/ray/",  # Ray's own processes, whichever: raylet, GCS, agents, monitors
     "raylet": "raylet",
     "shard": "VLLM::Worker",
 }
-DEFAULT_VICTIMS = ["driver", "engine", "rank", "worker", "term"]
+DEFAULT_VICTIMS = ["driver", "engine", "rank", "ray", "term"]
 METHODS = ("co_rewarding_i", "co_rewarding_ii")
 START_S = 30.0  # about what starting takes
 LIMIT_S = 600.0  # of one attempt
@@ -273,7 +274,8 @@ def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.R
         if status != -signal.SIGKILL and not before_anything and not (config.run_dir / "hf").is_dir():
             lines = [line for line in output.splitlines() if "the run failed" in line or "stopped by" in line]
             trial.message = lines[-1] if lines else ""
-            if not lines or "the same command" not in lines[-1]:
+            by_ray = trial.victim in ("ray", "raylet")  # which ends the driver itself, with words of its own
+            if not by_ray and (not lines or "the same command" not in lines[-1]):
                 trial.problems.append(f"no clear message: ...{output[-300:]!r}")
         if orphans := attempt.orphans():
             trial.problems.append(f"left after attempt {number + 1}: {orphans}")

@@ -229,8 +229,7 @@ def test_a_request_to_stop_does_not_wait_for_rollouts_that_nobody_will_use(monke
         card.change("weights of the engine", 0)
 
     monkeypatch.setattr(time, "sleep", a_moment)
-    card.change("weights of the engine", 70 * GIB)
-    turns._engines.wake = lambda part: [None]  # type: ignore[method-assign]
+    turns._engines.wake = lambda part: [card.change("weights of the engine", 40 * GIB)]  # type: ignore[method-assign]
     with pytest.raises(Preempted), turns(PhaseTimer()):
         raise Preempted("SIGTERM")
     assert [e for e in events if e in ("abandon", "wait", "onload", "sleep")] == ["abandon", "wait", "onload"]
