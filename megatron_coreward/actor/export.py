@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from megatron_coreward.actor.hf_weights import owned_blocks
 from megatron_coreward.actor.parallel import Coordinates, device
 from megatron_coreward.checkpoint.hf_description import copy_description
+from megatron_coreward.checkpoint.manifest import MANIFEST
+from megatron_coreward.checkpoint.new_directory import sync_directory
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.weights.mapping import hf_tensors
 
@@ -70,8 +72,14 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, sourc
     flush()
     _name_files(partial, weight_map, files, sum(_numel(s) for s in shapes.values()) * dtype.itemsize)
     copy_description(source, partial, dtype)
-    shutil.rmtree(target, ignore_errors=True)
+    (partial / MANIFEST).unlink(missing_ok=True)  # of the weights that training started from
+    sync_directory(partial)
+    former = target.with_name(f".{target.name}.removed")
+    shutil.rmtree(former, ignore_errors=True)
+    if target.exists():
+        os.replace(target, former)  # the name goes first: a kill leaves no model with holes under it
     os.replace(partial, target)
+    shutil.rmtree(former, ignore_errors=True)
     dist.barrier()
 
 

@@ -112,7 +112,8 @@ def build_scheduler(
     """Warm-up, then decay over `total_updates` optimizer steps; advance it by 1 *before* each step.
 
     Step k (from 1) runs at lr(k): warm-up reaches the peak at its share of all steps, the decay would reach `min_lr`
-    one step after the last, so that neither the first nor the last step is spent at a rate of zero.
+    one step after the last, so that neither the first nor the last step is spent at a rate of zero. A checkpoint brings
+    the position alone: the horizon is that of this run, which may have been prolonged.
     """
     return OptimizerParamScheduler(
         optimizer,
@@ -126,4 +127,6 @@ def build_scheduler(
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -156,5 +156,6 @@ def load_state(
             part._copy_main_params_to_model_params()
         for chunk in policy:
             chunk.start_param_sync(force_sync=True)
+    scheduler.num_steps = 0  # Megatron adds what it reads
     scheduler.load_state_dict(state["scheduler"])
     set_step_count(optimizer, state["optimizer_steps"])

@@ -59,6 +59,7 @@ def score_tokens(
 
 
 def _chunks(predicts: torch.Tensor, width: int) -> list[slice]:
+    """Of `width` columns, padding included: ranks reduce chunk by chunk, and only the padded width is that of all."""
     step = max(1, CHUNK_ELEMENTS // max(1, width))
     return [slice(i, min(i + step, len(predicts))) for i in range(0, len(predicts), step)]
 
@@ -82,7 +83,7 @@ class _Score(torch.autograd.Function):
         n = len(predicts)
         lse = torch.empty(n, dtype=torch.float32, device=logits.device)
         logprobs, entropy, certainty = torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse)
-        for chunk in _chunks(predicts, shard.width):
+        for chunk in _chunks(predicts, logits.shape[1]):
             z = logits[predicts[chunk], : shard.width].float().div_(temperature)  # [n, W]
             # A rank may hold nothing but padding of the vocabulary.
             top = z.amax(dim=-1) if shard.width else torch.full((len(z),), -torch.inf, device=z.device)
@@ -112,7 +113,7 @@ class _Score(torch.autograd.Function):
         logits, predicts, targets, lse = ctx.saved_tensors
         shard, temperature = ctx.shard, ctx.temperature
         grad_logits = torch.zeros_like(logits)
-        for chunk in _chunks(predicts, shard.width):
+        for chunk in _chunks(predicts, logits.shape[1]):
             rows = predicts[chunk]
             z = logits[rows, : shard.width].float().div_(temperature)
             g = torch.exp(z.sub_(lse[chunk, None])).mul_(-grad[chunk, None])  # [n, W]: -grad * p

@@ -7,7 +7,7 @@ def teacher_decay(step: int, total_steps: int, start: float, end: float) -> floa
     """Decay d of `teacher <- d * teacher + (1 - d) * policy` at `step` k of K `total_steps`.
 
     d(k) = end - 0.5 * (end - start) * (1 + cos(pi * k / K)): `start` at k = 0, `end` at k = K, a half cosine between.
-    A run that is prolonged stays at `end`: steps beyond K count as K. Raises ValueError for a negative step, for
+    Steps beyond K count as K; a run that is prolonged has another K. Raises ValueError for a negative step, for
     K < 1 and for decays outside 0..1.
     """
     if step < 0 or total_steps < 1:

@@ -106,6 +106,8 @@ def publish(
             _sync_file(path)
             known[name] = (path.stat().st_size, _hash(path))
         entries[name] = {"bytes": known[name][0], "blake3": known[name][1]}
+    if missing := known.keys() - entries.keys():
+        raise OSError(f"{partial / min(missing)} was written by a rank and is not there")
     manifest = partial / MANIFEST
     manifest.write_text(json.dumps({"format": 1, "files": entries}, indent=1) + "\n")
     _sync_file(manifest)
@@ -116,6 +118,8 @@ def publish(
     sync_directory(final.parent)
     for old in set(saved_steps(run_dir)) - _to_keep(run_dir, keep, best):
         _remove(checkpoint_path(run_dir, old))
+    for left in final.parent.glob(".step_*.removed"):
+        shutil.rmtree(left, ignore_errors=True)
     return final
 
 
@@ -206,7 +210,7 @@ def _remove(path: Path) -> None:
         doomed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)  # a file may be open somewhere, which keeps its directory on NFS
 
 
 def _sync_file(path: Path) -> None:

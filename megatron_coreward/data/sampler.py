@@ -9,6 +9,7 @@ Invariants:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,9 @@ class BatchOrder:
         behind that batch. So an epoch's order hangs on the one before as far back as the last epoch that began with a
         batch of its own, at most `batch_size` epochs; the walk starts there.
         """
+        return _order_of(self, epoch)
+
+    def _walk(self, epoch: int) -> NDArray[np.int64]:
         first = epoch
         while self._carried(first):
             first -= 1
@@ -68,6 +72,13 @@ class BatchOrder:
         if not self.shuffle:
             return np.arange(self.num_problems)
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_problems)
+
+
+@lru_cache(maxsize=4)  # a step asks several times for its batch, and the walk may go back hundreds of epochs
+def _order_of(order: BatchOrder, epoch: int) -> NDArray[np.int64]:
+    found = order._walk(epoch)
+    found.setflags(write=False)
+    return found
 
 
 def _move_back(order: NDArray[np.int64], held: NDArray[np.int64], head: int) -> NDArray[np.int64]:

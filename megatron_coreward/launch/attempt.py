@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_coreward.checkpoint.store import saved_steps
+from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
 from megatron_coreward.config.load import load_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
@@ -35,6 +35,12 @@ def is_finished(config: RunConfig) -> bool:
     return bool(steps) and steps[-1] >= config.steps and (config.run_dir / "hf").is_dir()
 
 
+def _checkpoints(config: RunConfig) -> set[tuple[int, int]]:
+    """Those that are there: a run that went back writes the same steps anew, which is progress."""
+    steps = saved_steps(config.run_dir)
+    return {(step, checkpoint_path(config.run_dir, step).stat().st_mtime_ns) for step in steps}
+
+
 def attempt(path: Path) -> int:
     """Trains until the run is finished, fails or is asked to stop; returns the exit status."""
     from megatron_coreward.cli import main as command_line
@@ -47,11 +53,11 @@ def attempt(path: Path) -> int:
     if is_finished(config):
         print(f"the run in {config.run_dir} is finished")
         return FINISHED
-    before = saved_steps(config.run_dir)[-1:]
+    before = _checkpoints(config)
     status = command_line(["train", str(path)])
     if is_finished(config):
         return FINISHED
-    progress = saved_steps(config.run_dir)[-1:] > before
+    progress = bool(_checkpoints(config) - before)
     if status == 0 or (status == FAILED and progress):
         return STOPPED
     return status

@@ -26,6 +26,10 @@ _RESOURCE = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}
 GONE_AFTER_S = 300.0  # until a deleted RayJob has left
 
 
+class Unreachable(RunError):
+    """The API server does not answer; a later look may find it."""
+
+
 class Kubernetes:
     """One RayJob."""
 
@@ -90,7 +94,10 @@ class Kubernetes:
         return self._name
 
     def poll(self, job: str) -> Outcome | None:
-        found = self._get()
+        try:
+            found = self._get()
+        except Unreachable:
+            return None
         if found is None:
             return Outcome("cancelled", "somebody has deleted the RayJob")
         status = found.get("status") or {}
@@ -110,7 +117,10 @@ class Kubernetes:
         words += [] if self._since is None else [f"--since-time={self._since}"]
         if shutil.which(words[0]) is None:
             raise InputError("launch kubernetes shows logs with kubectl, which is not in PATH; or use --detach")
-        text = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False).stdout
+        try:
+            text = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False).stdout
+        except subprocess.TimeoutExpired:
+            return ""  # the next look has it
         lines = [line.partition(" ") for line in text.splitlines()]
         new = [(stamp, line) for stamp, _, line in lines if self._since is None or stamp > self._since]
         self._since = new[-1][0] if new else self._since
@@ -143,6 +153,7 @@ class Kubernetes:
 
     def _get(self) -> Any:
         from kubernetes.client.exceptions import ApiException
+        from urllib3.exceptions import HTTPError
 
         try:
             return self._backend.api.get_namespaced_custom_object(
@@ -151,7 +162,11 @@ class Kubernetes:
         except ApiException as e:
             if e.status == 404:
                 return None
+            if e.status is None or e.status == 429 or e.status >= 500:
+                raise Unreachable(f"Kubernetes does not answer for RayJob {self._name}: {e.reason}") from None
             raise RunError(f"Kubernetes refuses RayJob {self._name}: {e.reason}") from None
+        except HTTPError as e:
+            raise Unreachable(f"Kubernetes does not answer for RayJob {self._name}: {e}") from None
 
     def _manifest(self) -> dict[str, Any]:
         c = self.cluster

@@ -130,7 +130,10 @@ _TEXT_MACRO = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|m
 _TEXT = re.compile(_TEXT_MACRO + r"\{([^{}]*)\}")
 _POWER_OF_UNIT = r"(?:\s*\^\s*(?:[23]|\{[23]\}))?"
 _TRAILING_TEXT = re.compile(_TEXT_MACRO + r"\{([A-Za-z. /-]+)\}" + _POWER_OF_UNIT + "$")
-_NO_UNITS = frozenset({"am", "pm", "a.m.", "p.m.", "or", "and", "to", "mod", "base"})  # change what a number says
+_NO_UNITS = frozenset(  # change what a number says
+    {"am", "pm", "a.m.", "p.m.", "or", "and", "to", "mod", "base"}
+    | {"dozen", "hundred", "thousand", "million", "billion", "trillion"}
+)
 _UNIT_WORDS = (
     "degrees?|percent|dollars?|cents?|units?|points?|square|cubic|sq|mm|cm|km|meters?|metres?|centimeters?|kilometers?|"
     "inch|inches|ft|foot|feet|yards?|miles?|mph|kg|grams?|kilograms?|pounds?|lbs?|ounces?|oz|liters?|litres?|gallons?|"
@@ -150,7 +153,7 @@ _BARE_ROOT = re.compile(r"\\sqrt(\[[^\]]*\])? ?(\d+|[A-Za-z])", re.ASCII)
 _BARE_FIRST = re.compile(r"\\(frac|binom) ?(\d|[A-Za-z]|\\[A-Za-z]+(?![A-Za-z{]))", re.ASCII)
 _BARE_SECOND = re.compile(r" ?(\d|[A-Za-z]|\\[A-Za-z]+(?![A-Za-z{]))", re.ASCII)
 _SLASH = re.compile(r"(?<![\w.})])(-?\d+)/(\d+)(?![\w.{(\\^])", re.ASCII)
-_DECIMAL_FRACTION = re.compile(r"\d*\.\d+", re.ASCII)
+_DECIMAL_FRACTION = re.compile(r"(?<![\d.])\d*\.\d+(?!\.?\d)", re.ASCII)  # "1.000.000" is none
 
 _BRACKET = re.compile(r"\\?[{}]|[()\[\],]")
 _STEP = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}

@@ -44,6 +44,7 @@ _TIME_BAR = 48  # characters
 
 _PHASE_COLORS = {
     "teacher_ema": "magenta",
+    "switch": "bright_yellow",
     "sync": "yellow",
     "rollout": "cyan",
     "token_stats": "bright_blue",

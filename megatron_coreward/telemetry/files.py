@@ -32,3 +32,20 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append_line(descriptor: int, line: bytes, path: Path) -> None:
+    """Writes a whole line at the end of a file and makes it durable, or leaves the file as it was.
+
+    Raises:
+        OSError: it cannot be written whole.
+    """
+    size = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, line)
+        if written != len(line):
+            raise OSError(f"{path}: wrote {written} of {len(line)} bytes of a line: is the disk full?")
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+    os.fsync(descriptor)

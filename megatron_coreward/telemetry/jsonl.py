@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.telemetry import keys
-from megatron_coreward.telemetry.files import replaced_whole, sync_directory
+from megatron_coreward.telemetry.files import append_line, replaced_whole, sync_directory
 
 FILE_NAME = "metrics.jsonl"
 
@@ -43,24 +43,13 @@ class JsonlSink:
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"{self._path}: step {step} comes after step {self._last_step}")
         row = {keys.STEP: step} | {key: _json_number(value) for key, value in metrics.items() if key != keys.STEP}
-        self._append(self._descriptor, json.dumps(row, allow_nan=False).encode() + b"\n")
+        append_line(self._descriptor, json.dumps(row, allow_nan=False).encode() + b"\n", self._path)
         self._last_step = step
 
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-    def _append(self, descriptor: int, line: bytes) -> None:
-        size = os.fstat(descriptor).st_size
-        try:
-            written = os.write(descriptor, line)
-            if written != len(line):
-                raise OSError(f"{self._path}: wrote {written} of {len(line)} bytes of a row: is the disk full?")
-        except OSError:
-            os.ftruncate(descriptor, size)
-            raise
-        os.fsync(descriptor)
 
 
 def read_rows(path: Path) -> list[Row]:

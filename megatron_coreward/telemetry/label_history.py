@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_coreward.errors import RunError
-from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.telemetry.files import append_line, replaced_whole
 from megatron_coreward.telemetry.rollout_dump import JudgedGroup
 
 FILE_NAME = "labels.jsonl"
@@ -33,6 +33,7 @@ class LabelHistory:
         """
         self._same = same
         self._last: dict[Key, str] = {}
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._read(path, first_step)
@@ -54,11 +55,15 @@ class LabelHistory:
             return {}
         flips = [not self._same(self._last[key], label) for key, label in labels.items() if key in self._last]
         line = json.dumps({"step": step, "labels": [[*key, label] for key, label in labels.items()]})
-        os.write(self._descriptor, line.encode() + b"\n")
-        os.fsync(self._descriptor)
+        append_line(self._descriptor, line.encode() + b"\n", self._path)
         self._last.update(labels)
         metrics = {"label/seen_before_share": len(flips) / len(labels)}
         return metrics | ({"label/flip_rate": sum(flips) / len(flips)} if flips else {})
+
+    def snapshot(self, step: int) -> bytes:
+        """The last label of every question as a history of one line: all that a run needs to go on after `step`."""
+        labels = [[*key, label] for key, label in self._last.items()]
+        return json.dumps({"step": step, "labels": labels}).encode() + b"\n"
 
     def close(self) -> None:
         os.close(self._descriptor)

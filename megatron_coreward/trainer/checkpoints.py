@@ -24,9 +24,18 @@ class SavingActors(Protocol):
 
 
 class CheckpointWriter:
-    def __init__(self, config: RunConfig, actors: SavingActors, published: Callable[[int], None]) -> None:
-        """`published` hears the step of every checkpoint that is complete."""
-        self._config, self._actors, self._published = config, actors, published
+    def __init__(
+        self,
+        config: RunConfig,
+        actors: SavingActors,
+        published: Callable[[int], None],
+        labels: Callable[[int], bytes] | None = None,
+    ) -> None:
+        """Args:
+        published: hears the step of every checkpoint that is complete.
+        labels: the label history up to a step, to be kept in its checkpoint.
+        """
+        self._config, self._actors, self._published, self._labels = config, actors, published, labels
         self._under_way: int | None = None
 
     def begin(self, position: Position) -> None:
@@ -37,10 +46,9 @@ class CheckpointWriter:
         """
         self.finish()
         run_dir = self._config.run_dir
-        labels = run_dir / label_history.FILE_NAME
         files = {"config.yaml": dump_config(self._config).encode()}
-        if labels.is_file():
-            files[labels.name] = labels.read_bytes()
+        if self._labels is not None:
+            files[label_history.FILE_NAME] = self._labels(position.step)
         try:
             self._actors.begin_save(store.new_checkpoint(run_dir, position, files))
         except (OSError, RunError) as error:

@@ -58,6 +58,7 @@ def roll_back(run_dir: Path, decision: Decision) -> int:
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+    discard_rollouts(run_dir, good[-1] + 1)  # first: rollouts of weights that will not come again must not be used
     for step in saved:
         if step > good[-1]:
             path = checkpoint_path(run_dir, step)
@@ -65,5 +66,4 @@ def roll_back(run_dir: Path, decision: Decision) -> int:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
     sync_directory(run_dir / "checkpoints")
-    discard_rollouts(run_dir, good[-1] + 1)
     return good[-1]

@@ -1,6 +1,8 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
 import datetime
+import fcntl
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +61,7 @@ from megatron_coreward.trainer.watchdog import Watchdog, WorkerDied
 from megatron_coreward.weights import segment
 from megatron_coreward.weights.route import Transport, choose_transport
 
+LOCK = "lock"  # in the run directory: of the process that trains in it
 LOGS = "logs"  # in the run directory: what the processes print
 
 
@@ -74,14 +77,16 @@ def train(config: RunConfig) -> Path:
         HaltedError: the guard has ended the run.
         RunError: the run cannot go on; the message names the cause and from where it would go on.
     """
-    with StopSignals(config.faults.stop_signals) as stop:
+    with StopSignals(config.faults.stop_signals) as stop, ExitStack() as stack:
         arch = preflight(config)
+        stack.enter_context(_sole_use(config.run_dir))
         if config.telemetry.wandb_project is not None:
             require_wandb(config.telemetry.wandb_project)
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
         problems, held_out = _load_data(config, tokenizer)
         restarts = config.faults.max_restarts
         notes: list[str] = []
+        before: Exception | None = None  # what ended the attempt before
         while True:
             start = _claim_run_dir(config, notes)
             start_ray(config.watchdog.start_limit_s)
@@ -95,14 +100,21 @@ def train(config: RunConfig) -> Path:
                 if restarts == 0:
                     raise RunError(f"{death}; {resume_hint(config)}") from death
                 restarts -= 1
+                before = death
                 notes = [f"{death}; all processes are started anew (faults.max_restarts: {restarts} left)"]
             except Collapsing as collapse:
                 if collapse.decision.action != "rollback":
                     raise HaltedError(str(collapse)) from None
                 step = roll_back(config.run_dir, collapse.decision)
+                before = collapse
                 notes = [f"{collapse} Going on from step {step}."]
             except RunError as error:
                 raise RunError(f"{error}; {resume_hint(config)}") from error
+            except InputError as error:
+                if before is None:
+                    raise
+                # The input was good once: it is the cluster that has changed, which has lost a node, say.
+                raise RunError(f"{before}; started anew: {error}; {resume_hint(config)}") from error
             except Exception as error:
                 error.add_note(resume_hint(config))
                 raise
@@ -130,6 +142,10 @@ def _run(
         )
         for note in start.notes:
             view.note(note)
+        for what, some in (("training", problems), ("validation", held_out)):
+            if some is not None and some.num_dropped:
+                longer = f"longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"
+                view.note(f"{some.num_dropped} {what} questions are {longer} and left out; {len(some)} are used")
         view.note("starting Ray, actors and rollout engines")
 
         def tell(text: str) -> None:
@@ -187,7 +203,7 @@ def _run(
         session = Session(
             config=config,
             run=run,
-            checkpoints=CheckpointWriter(config, actors, journal.covered),
+            checkpoints=CheckpointWriter(config, actors, journal.covered, labels.snapshot),
             stop=stop,
             validate=None if held_out is None else lambda timer: _validate(run, held_out, timer).metrics(),
             observe=lambda step, judged: (
@@ -344,6 +360,35 @@ def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, ProblemSe
     return problems, held_out
 
 
+@contextmanager
+def _sole_use(run_dir: Path, patience_s: float = 10.0) -> Iterator[None]:
+    """Keeps other processes from training in the directory meanwhile.
+
+    Raises:
+        InputError: another process does, and still does after a moment in which one that was killed would be gone.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    deadline = time.monotonic() + patience_s
+    try:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    who = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+                    raise InputError(f"run_dir: {who} trains in {run_dir}; choose another run_dir") from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        yield
+    finally:
+        os.close(file)
+
+
 @dataclass(frozen=True, slots=True)
 class _Start:
     """From where an attempt goes on."""
@@ -389,6 +434,12 @@ def _claim_run_dir(config: RunConfig, told: Sequence[str] = ()) -> _Start:
         changed = changed_keys(checkpoint_path(run_dir, position.step) / "config.yaml", config)
         if changed:
             notes.append(f"the checkpoint of step {position.step} was made with other settings: {', '.join(changed)}")
+    done = position.step if position is not None else 0
+    if (run_dir / "hf").exists() and done < config.steps:  # of a run that was shorter
+        aside = run_dir / f"hf_step_{done:06d}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(run_dir / "hf", aside)
+        notes.append(f"the model of the shorter run is now {aside.name}")
     run_dir.mkdir(parents=True, exist_ok=True)
     with replaced_whole(run_dir / "config.yaml") as temporary:
         temporary.write_text(dump_config(config))

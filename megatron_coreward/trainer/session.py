@@ -8,7 +8,7 @@ Invariants (tests/trainer/test_session.py, tests/e2e/test_resume.py):
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ class Session:
     done: int = 0  # steps whose row is written
     saved: int = 0  # the last step that a checkpoint covers
     skipped: int = 0  # steps in a row without an update
+    last_row: Row = field(default_factory=dict)  # of the step that was done last
     first_accuracy: float | None = None  # avg@n of the run's first validation
 
     def resume(self, position: Position) -> None:
@@ -83,7 +84,7 @@ class Session:
             raise
         except Preempted:
             if self.done > self.saved:
-                self._save({})
+                self._save(self.last_row)
             self.checkpoints.finish()
             raise
 
@@ -99,7 +100,7 @@ class Session:
         decision = self.run.guard.observe(step, row)
         row = row | decision.metrics()
         self.record(step, row | timer.metrics())
-        self.done = step
+        self.done, self.last_row = step, row
         if decision.news:
             self.tell(str(decision))
         if decision.action in ("rollback", "stop"):

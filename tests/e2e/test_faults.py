@@ -114,9 +114,13 @@ def test_killed_in_an_update_and_with_a_damaged_checkpoint_it_goes_on_without_sa
 
 
 @pytest.mark.slow
-def test_sigterm_saves_says_how_to_go_on_and_exits_with_0(task: Task, reference: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("placement", ["disaggregated", "colocated"])
+def test_sigterm_saves_says_how_to_go_on_and_exits_with_0(
+    task: Task, reference: Callable[[str], Path], placement: str
+) -> None:
     expected = reference("co_rewarding_ii")
-    config = make_config(task, "stopped", "co_rewarding_ii", "checkpoint.every=0")
+    options = ("checkpoint.every=0", f"rollout.placement={placement}")
+    config = make_config(task, f"stopped-{placement}", "co_rewarding_ii", *options)
     attempt = start(config)
     wait_for(attempt, lambda: last_step(config.run_dir) >= 2)
     begin = time.monotonic()

@@ -56,6 +56,22 @@ def test_a_failure_is_run_again_only_after_progress(recipe: Path, monkeypatch: p
     assert run(recipe, monkeypatch, status=1, reached=1) == 1
 
 
+def test_a_run_that_went_back_and_wrote_the_same_step_anew_has_made_progress(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = checkpoint_path(recipe.parent / "Run_1", 2)
+
+    def train(arguments: list[str]) -> int:
+        saved.rename(saved.with_name("collapsed_step_000002"))
+        saved.mkdir()
+        return 1
+
+    saved.mkdir(parents=True)
+    os.utime(saved, (0, 0))
+    monkeypatch.setattr(cli, "main", train)
+    assert attempt.attempt(recipe) == 75
+
+
 def test_a_run_that_its_guard_has_halted_is_never_run_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(recipe, monkeypatch, status=3, reached=1) == 3
 

@@ -2,11 +2,13 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_coreward.config.load import load_config
+from megatron_coreward.errors import RunError
 from megatron_coreward.launch.job import make_job
 from megatron_coreward.launch.settings import KubernetesCluster
 from tests.launch.arguments import write_recipe
@@ -93,3 +95,30 @@ def test_the_log_is_shown_once(kubernetes: Kubernetes, monkeypatch: pytest.Monke
     assert kubernetes.new_log("one-coreward") == "three"
     assert "job-name=one-coreward" in asked[0]
     assert "--since-time=2026-01-01T00:00:02Z" in asked[1]
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(500, None), (503, None), (429, None), (404, "cancelled")])
+def test_a_server_that_does_not_answer_is_asked_again(
+    kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch, status: int, outcome: str | None
+) -> None:
+    from kubernetes.client.exceptions import ApiException
+
+    def get_namespaced_custom_object(**_: object) -> None:
+        raise ApiException(status=status, reason="because")
+
+    api = SimpleNamespace(get_namespaced_custom_object=get_namespaced_custom_object)
+    monkeypatch.setattr(Kubernetes, "_backend", SimpleNamespace(api=api))
+    found = kubernetes.poll("one-coreward")
+    assert (None if found is None else found.kind) == outcome
+
+
+def test_a_refusal_ends_the_wait(kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kubernetes.client.exceptions import ApiException
+
+    def get_namespaced_custom_object(**_: object) -> None:
+        raise ApiException(status=403, reason="Forbidden")
+
+    api = SimpleNamespace(get_namespaced_custom_object=get_namespaced_custom_object)
+    monkeypatch.setattr(Kubernetes, "_backend", SimpleNamespace(api=api))
+    with pytest.raises(RunError, match="refuses RayJob .*Forbidden"):
+        kubernetes.poll("one-coreward")

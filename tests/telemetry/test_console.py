@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
+from megatron_coreward.telemetry import console, keys
 from megatron_coreward.telemetry.console import LiveView, Mode, PlainView, SilentView, open_view
 from megatron_coreward.telemetry.timing import PhaseTimer
 
@@ -169,3 +170,7 @@ def test_notes_stay_on_the_screen_above_the_panel(clock: Clock) -> None:
         view.write(1, STEP)
     assert "engine 0 restarted [1/3]" in stream.getvalue()
     assert "step 1/2" in stream.getvalue()
+
+
+def test_every_phase_has_a_colour() -> None:
+    assert {*keys.PHASES, keys.OUTSIDE} == console._PHASE_COLORS.keys()

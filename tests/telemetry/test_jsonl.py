@@ -143,7 +143,7 @@ def test_a_row_that_does_not_fit_on_the_disk_is_taken_back(path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "bytes of a row: is the disk full?" in done.stderr
+    assert "bytes of a line: is the disk full?" in done.stderr
     content = path.read_bytes()
     assert content.endswith(b"\n")
     assert 900 < len(content) <= 1000

@@ -68,3 +68,14 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "labels": []}\nnonsense\n')
     with pytest.raises(RunError, match="labels.jsonl, line 2"):
         open_history(path, first_step=5)
+
+
+def test_a_snapshot_is_a_history_that_goes_on_alike(tmp_path: Path) -> None:
+    with open_history(tmp_path / "labels.jsonl") as history:
+        history.observe(1, [judged("a", "1"), judged("b", "2")])
+        history.observe(2, [judged("a", "3")])
+        snapshot = history.snapshot(2)
+        expected = history.observe(3, [judged("a", "3"), judged("b", "4")])
+    (tmp_path / "restored.jsonl").write_bytes(snapshot)
+    with open_history(tmp_path / "restored.jsonl", first_step=3) as restored:
+        assert restored.observe(3, [judged("a", "3"), judged("b", "4")]) == expected

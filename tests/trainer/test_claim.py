@@ -1,5 +1,7 @@
 """Where a run goes on: the newest checkpoint that is whole; nothing is touched where there is none."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
-from megatron_coreward.trainer.run import _claim_run_dir, changed_keys, resume_hint
+from megatron_coreward.trainer.run import _claim_run_dir, _sole_use, changed_keys, resume_hint
 from tests.checkpoint.test_store import flip, save
 from tests.trainer.fakes import make_config
+
+ROOT = Path(__file__).parents[2]
 
 
 def config_in(tmp_path: Path, **changes: Any) -> RunConfig:
@@ -59,6 +63,45 @@ def test_a_run_that_died_while_it_wrote_its_final_model_is_not_finished(tmp_path
     (tmp_path / "hf").mkdir()
     with pytest.raises(InputError, match="has done its 10 steps"):
         _claim_run_dir(config_in(tmp_path))
+
+
+def test_the_model_of_a_run_that_is_prolonged_is_not_taken_for_the_final_one(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"of step 10")
+    start = _claim_run_dir(config_in(tmp_path, steps=20))
+    assert start.position is not None
+    assert not (tmp_path / "hf").exists()
+    assert (tmp_path / "hf_step_000010" / "model.safetensors").read_bytes() == b"of step 10"
+    assert any("hf_step_000010" in note for note in start.notes)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from megatron_coreward.trainer.run import _sole_use
+with _sole_use(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run_dir)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"run_dir: process {other.pid} on .* trains in"), _sole_use(run_dir, 0.5):
+            pass
+    finally:
+        other.kill()
+        other.wait(timeout=60)
+    for _ in range(2):  # one that was killed holds nothing, nor does one that is done
+        with _sole_use(run_dir):
+            pass
 
 
 def test_what_a_killed_process_left_behind_goes(tmp_path: Path) -> None:

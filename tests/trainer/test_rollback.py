@@ -1,6 +1,7 @@
 """Going back leaves the checkpoint from before the signs as the newest, and a trace that it was done."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,21 @@ def test_the_newest_checkpoint_from_before_the_signs_is_gone_on_from(tmp_path: P
         "to": 30,
         "reason": "no signs of collapse",
     }
+
+
+def test_a_kill_while_checkpoints_are_moved_leaves_no_rollouts_of_weights_that_are_gone(
+    tmp_path: Path, decision: Decision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = run_dir_with(tmp_path, [30, 40], range(1, 59))
+
+    def killed(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        roll_back(run_dir, decision)
+    assert max(dumped_steps(run_dir)) == 30
+    assert count_rollbacks(run_dir) == 1
 
 
 def test_every_time_counts_and_raises_the_kl_of_what_follows(tmp_path: Path, decision: Decision) -> None:

@@ -22,6 +22,7 @@ from megatron_coreward.weights.buckets import SegmentLayout
 from megatron_coreward.weights.layouts import expert_number
 from megatron_coreward.weights.mapping import hf_tensors
 from megatron_coreward.weights.route import tensors_to_send
+from megatron_coreward.weights.segment import remove_leftovers
 
 SHARED_MEMORY = Path("/dev/shm")
 # What a run writes into its directory: a link there would lead its writes, and the removal of checkpoints, elsewhere.
@@ -31,6 +32,7 @@ OWN_NAMES = (
     "events.log",
     "hf",
     "labels.jsonl",
+    "lock",
     "logs",
     "metrics.jsonl",
     "report.html",
@@ -178,6 +180,7 @@ def _memory(config: RunConfig, arch: Architecture) -> Iterator[str]:
 def _shared_memory(config: RunConfig, arch: Architecture) -> Iterator[str]:
     if config.sync.transport not in ("auto", "shared_memory") or not SHARED_MEMORY.is_dir():
         return
+    remove_leftovers()  # of runs that were killed, or else they would count
     free = free_bytes(SHARED_MEMORY)
     metas = tuple(tensors_to_send(arch, config.model.dtype))
     segment = SegmentLayout("preflight", metas, max(1, int(config.sync.bucket_mib * 2**20)))

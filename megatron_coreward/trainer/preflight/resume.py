@@ -1,8 +1,8 @@
 """A run directory with checkpoints is the run that made them: what was learned must go on under the same rules.
 
 `FIXED` decides what is learned, and from what. All other keys (layout, engines, transport, validation, checkpoints,
-telemetry, limits) say how it is carried out, and may change from one attempt to the next. Megatron takes learning rate
-and schedule out of the checkpoint, so a change would not even be noticed.
+telemetry, limits) say how it is carried out, and may change from one attempt to the next. So may `steps`: the
+schedules of learning rate and teacher then have the new horizon.
 """
 
 import os
@@ -39,6 +39,7 @@ FIXED = (
     "rollout.temperature",
     "rollout.max_response_tokens",
     "teacher",
+    "rewards.answer_forms",
     "rewards.equivalence",
     "rewards.min_margin",
     "loss",
