@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_coreward.actor.token_stats import CHUNK_ELEMENTS
 from megatron_coreward.algorithms.aggregation import token_weights
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
@@ -38,11 +39,12 @@ FOUR = [
 ]
 
 
-def make_batch(vocab_size: int) -> TrainBatch:
-    """Eight sequences with everything that a loss can read; old log-probs far enough away that some ratios clip."""
+def make_batch(vocab_size: int, times: int = 1) -> TrainBatch:
+    """Eight sequences, or `times` as many, with everything that a loss can read; old log-probs far enough away that
+    some ratios clip."""
     rng = np.random.default_rng(0)
-    prompts = np.asarray([5, 6, 7, 4, 8, 9, 10, 11], dtype=np.int32)
-    lengths = [20, 33, 47, 12, 60, 31, 25, 40]
+    prompts = np.asarray([5, 6, 7, 4, 8, 9, 10, 11] * times, dtype=np.int32)
+    lengths = [20, 33, 47, 12, 60, 31, 25, 40] * times
     ids = [rng.integers(1, vocab_size, n).astype(np.int32) for n in lengths]
     responses = [n - p for n, p in zip(lengths, prompts, strict=True)]
 
@@ -51,7 +53,7 @@ def make_batch(vocab_size: int) -> TrainBatch:
 
     return TrainBatch(
         sequences=Sequences(ids, prompts),
-        advantages=rng.normal(size=8).astype(np.float32),
+        advantages=rng.normal(size=len(ids)).astype(np.float32),
         token_weights=token_weights(responses, "seq-mean-token-mean", 64),
         rollout_logprobs=around(-5.5),
         old_logprobs=around(-5.5),
@@ -84,7 +86,14 @@ def by_hand(path: Path, batch: TrainBatch) -> tuple[dict[int, Any], dict[str, to
     return stats, {name: param.grad for name, param in model.named_parameters()}, float(total.detach())
 
 
-def check(path: Path, batch: TrainBatch, layouts: list[dict[str, Any]], ranks: int, skip: str | None = None) -> None:
+def check(
+    path: Path,
+    batch: TrainBatch,
+    layouts: list[dict[str, Any]],
+    ranks: int,
+    skip: str | None = None,
+    tolerance: float = 1e-5,  # nats
+) -> None:
     expected, gradients, loss = by_hand(path, batch)
     results = run_ranks(ranks, gradients_and_stats, path, layouts, [free_port() for _ in layouts], batch)
     for place, layout in enumerate(layouts):
@@ -96,7 +105,7 @@ def check(path: Path, batch: TrainBatch, layouts: list[dict[str, Any]], ranks: i
                 for values, want in zip(
                     (stats.logprobs[i], stats.entropy[i], stats.self_certainty[i]), expected[row], strict=True
                 ):
-                    np.testing.assert_allclose(values, want, atol=1e-5, err_msg=f"{layout}, sequence {row}")
+                    np.testing.assert_allclose(values, want, atol=tolerance, err_msg=f"{layout}, sequence {row}")
                 seen.add(row)
         assert seen == set(range(len(batch))), layout
         assert sum(r["loss"] for r in of_ranks if r["loss"] is not None) == pytest.approx(loss, rel=1e-5), layout
@@ -125,6 +134,15 @@ def test_layouts_and_microbatches_agree_with_transformers(
     qwen3: Path, ranks: int, layouts: list[dict[str, Any]]
 ) -> None:
     check(qwen3, make_batch(259), layouts, ranks)
+
+
+def test_a_vocabulary_of_real_size_agrees_with_transformers(tmp_path: Path) -> None:
+    """151,936 tokens, of which the second rank has fewer, and more response tokens than are scored at once."""
+    write_model(tmp_path, byte_level_tokenizer(), hidden=32, layers=2, ffn=48, head_dim=16, pad_vocab_to=151_936)
+    batch = make_batch(151_936, times=2)
+    responses = sum(len(ids) for ids in batch.sequences.token_ids) - int(batch.sequences.prompt_lengths.sum())
+    assert responses > CHUNK_ELEMENTS // (151_936 // 2)
+    check(tmp_path, batch, [{"tensor_parallel": 2, "tokens_per_microbatch": 4096}], 2, tolerance=3e-5)  # of 12
 
 
 @pytest.mark.slow

@@ -248,6 +248,13 @@ CASES: dict[str, Case] = {
         text("model/model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}'),
         says="b.safetensors is miss",
     ),
+    "a file beside the index": broken(
+        together(
+            text("model/model.safetensors.index.json", '{"weight_map": {"a": "model.safetensors"}}'),
+            text("model/stray.safetensors", ""),
+        ),
+        says="stray.safetensors lies beside the files that model.safetensors.index.json names",
+    ),
     "index leads outside": broken(
         text("model/model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
         says="outside of the mod",

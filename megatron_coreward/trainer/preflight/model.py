@@ -86,10 +86,7 @@ def _tensors(path: Path) -> dict[str, tuple[int, ...]]:
             raise InputError(f"{index}: no index of safetensors files ({type(error).__name__}: {error})") from None
         if outside := [name for name in names if Path(name).name != name]:
             raise InputError(f"{index} names {outside[0]}, which is outside of the model's directory")
-        named = [path / name for name in names]
-        if beside := sorted(set(files) - set(named)):
-            raise InputError(f"{beside[0]} lies beside the files that {INDEX} names; remove one or the other")
-        files = named
+        files = [path / name for name in names]
     for match in filter(None, [_SHARD.fullmatch(file.name) for file in files]):
         files += [path / f"{match[1]}-{number:05d}-of-{match[3]}.safetensors" for number in range(1, int(match[3]) + 1)]
     shapes: dict[str, tuple[int, ...]] = {}
@@ -107,6 +104,8 @@ def _tensors(path: Path) -> dict[str, tuple[int, ...]]:
                     shapes[name] = tuple(entry.get_shape())
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: truncated or damaged, no whole safetensors file ({error})") from None
+    if index.is_file() and (beside := sorted(set(path.glob("*.safetensors")) - set(files))):
+        raise InputError(f"{beside[0]} lies beside the files that {INDEX} names; remove one or the other")
     return shapes
 
 
