@@ -14,6 +14,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="an engine rank, without GPUs")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="of models that can, as Qwen3; default: as their chat template has it",
+    )
 
 
 def chosen_engines(options: argparse.Namespace, **more: Any) -> "Engines":

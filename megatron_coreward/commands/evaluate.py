@@ -95,6 +95,7 @@ def _run(options: argparse.Namespace) -> None:
             Judging(options.equivalence, tuple(options.answer_form or ("boxed",))),
             chosen_engines(options, batch_questions=options.batch_questions),
             system_prompt=None if options.keep_system_prompt else options.system_prompt,
+            thinking=options.thinking,
             max_problems=options.max_problems,
             convert=_converter(options.hf_path),
             name=options.name,

@@ -51,6 +51,7 @@ def _rephrase(options: argparse.Namespace) -> None:
                 solver_max_tokens=options.solver_max_tokens,
                 batch_rows=options.batch_rows,
                 refused=options.refused,
+                thinking=options.thinking,
             ),
             chosen_engines(options),
             dtype=options.dtype,

@@ -94,6 +94,10 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
             yield f"{key}: {value} is no finite number"
     yield from accelerator.setting_problems(config)
     a, r, loss = config.actor, config.rollout, config.loss
+    n, best = config.validation.n, config.checkpoint.best_metric
+    of_validation = ("val/pass@1", f"val/avg@{n}", f"val/maj@{n}")
+    if best is not None and best.startswith("val") and best not in of_validation:
+        yield f"checkpoint.best_metric: found {best!r}, which no validation has; allowed: {', '.join(of_validation)}"
     if a.virtual_pipeline > 1 and a.pipeline_parallel == 1:
         yield f"actor.virtual_pipeline: {a.virtual_pipeline} needs actor.pipeline_parallel of 2 or more, found 1"
     if a.sequence_parallel and a.tensor_parallel == 1:

@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
     def chat_template(self) -> Any: ...  # None: the tokenizer has none
 
     def apply_chat_template(
-        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **variables: str
+        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **variables: str | bool
     ) -> list[str]:
         """The text of each conversation (with `tokenize=False`)."""
 
@@ -41,28 +41,34 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     return (Message(role="system", content=system_prompt), *turns) if system_prompt else turns
 
 
-def build_prompts(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[Prompt]:
+def build_prompts(
+    tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], thinking: bool | None = None
+) -> list[Prompt]:
     """Renders and tokenises conversations in one batch, each up to where the assistant's answer starts.
 
     A template writes all its special tokens into the text, so none are added to that. A tokenizer without a template
     (a base model) gets the messages' contents, each followed by a blank line, and the special tokens that it itself
     puts around a text (such as Llama's begin-of-text).
 
+    `thinking` is what a template of a model with a thinking mode calls `enable_thinking` (Qwen3's); None leaves it to
+    the template. Others do not read it.
+
     Raises InputError where the template refuses a conversation, as some do with system messages.
     """
     if tokenizer.chat_template is None:
         texts = ["".join(f"{message['content']}\n\n" for message in messages) for messages in conversations]
     else:
-        texts = _render(tokenizer, [list(messages) for messages in conversations])
+        texts = _render(tokenizer, [list(messages) for messages in conversations], thinking)
     tokens = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
     return [Prompt(text, np.array(ids, dtype=np.int32)) for text, ids in zip(texts, tokens, strict=True)]
 
 
-def _render(tokenizer: Tokenizer, conversations: list[list[Message]]) -> list[str]:
+def _render(tokenizer: Tokenizer, conversations: list[list[Message]], thinking: bool | None) -> list[str]:
+    variables: dict[str, str | bool] = {**TEMPLATE_VARIABLES}
+    if thinking is not None:
+        variables["enable_thinking"] = thinking
     try:
-        return tokenizer.apply_chat_template(
-            conversations, tokenize=False, add_generation_prompt=True, **TEMPLATE_VARIABLES
-        )
+        return tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True, **variables)
     except Exception as error:
         # jinja2 comes with transformers, which this layer does without: its errors are known by their module.
         if type(error).__module__.partition(".")[0] != "jinja2":

@@ -110,6 +110,7 @@ def evaluate_files(
     engines: Engines,
     *,
     system_prompt: str | None,
+    thinking: bool | None = None,
     max_problems: int | None = None,
     convert: Converter | None = None,
     name: str | None = None,
@@ -120,6 +121,7 @@ def evaluate_files(
     Args:
         model: Hugging Face directory or, with `convert`, a Megatron checkpoint.
         system_prompt: replaces the files' own; None keeps theirs.
+        thinking: see `data.prompts.build_prompts`.
         max_problems: the first so many questions only.
         convert: see `hf_model_dir`.
         name: of the model in tables and pages; its path if None.
@@ -129,7 +131,7 @@ def evaluate_files(
     """
     with hf_model_dir(model, convert) as hf_path:
         tokenizer = AutoTokenizer.from_pretrained(hf_path)
-        problems = _problems(files, tokenizer, system_prompt, max_problems)
+        problems = _problems(files, tokenizer, system_prompt, thinking, max_problems)
         identity = {
             "model": {"fingerprint": model_fingerprint(hf_path)},
             "data": {"questions": len(problems), "fingerprint": problems_fingerprint(problems)},
@@ -322,9 +324,10 @@ def _texts(group: RolloutGroup) -> list[dict[str, Any]]:
 
 
 def _problems(
-    files: Sequence[Path], tokenizer: Any, system_prompt: str | None, max_problems: int | None
+    files: Sequence[Path], tokenizer: Any, system_prompt: str | None, thinking: bool | None, max_problems: int | None
 ) -> ProblemSet | tuple[Problem, ...]:
-    problems = load_problems(files, (), tokenizer, system_prompt=system_prompt, max_prompt_tokens=NO_LIMIT)
+    prompting: dict[str, Any] = {"system_prompt": system_prompt, "thinking": thinking, "max_prompt_tokens": NO_LIMIT}
+    problems = load_problems(files, (), tokenizer, **prompting)
     if problems.num_without_gold:
         raise InputError(
             f"{', '.join(map(str, files))}: {problems.num_without_gold} of {len(problems)} questions have no "

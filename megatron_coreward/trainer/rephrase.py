@@ -73,6 +73,7 @@ class Rewriting:
     solver_max_tokens: int = 3072
     batch_rows: int = 64  # rows between two entries in the journal: what a kill can lose
     refused: Literal["leave_out", "keep_original"] = "leave_out"  # a question of which no rewriting passed
+    thinking: bool | None = None  # of models that can; None: as their template has it
 
     def __post_init__(self) -> None:
         for name, allowed, good in (
@@ -158,11 +159,12 @@ def _prompt_lengths(
 
     How long rewritings will be is not known; one that makes the solver's prompt longer than this is refused.
     """
-    asking = build_prompts(tokenizer, [rewriting_prompt(_question(row)) for row in rows])
+    asking = build_prompts(tokenizer, [rewriting_prompt(_question(row)) for row in rows], settings.thinking)
     longest = max(len(prompt.token_ids) for prompt in asking)
     if not settings.solver_samples:
         return longest, 0
-    solving = build_prompts(tokenizer, [with_system_prompt(row.messages, system_prompt) for row in rows])
+    conversations = [with_system_prompt(row.messages, system_prompt) for row in rows]
+    solving = build_prompts(tokenizer, conversations, settings.thinking)
     return longest, 2 * max(longest, *(len(prompt.token_ids) for prompt in solving)) + 64
 
 
@@ -212,7 +214,7 @@ class Job:
     def _attempt(self, engines: SamplingEngines, batch: Sequence[tuple[Row, int]]) -> Iterator[tuple[str, Item]]:
         s = self.settings
         seeds = [request_seed(s.seed, attempt, row.uid, "original", "policy") for row, attempt in batch]
-        prompts = build_prompts(self._tokenizer, [rewriting_prompt(_question(row)) for row, _ in batch])
+        prompts = build_prompts(self._tokenizer, [rewriting_prompt(_question(row)) for row, _ in batch], s.thinking)
         requests = [
             SamplingRequest(prompt.token_ids, 1, seed, s.temperature, s.top_p, s.max_tokens)
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -270,7 +272,7 @@ class Job:
     ) -> list[list[str | None] | None]:
         """The answers to each conversation; None for one that is too long to be asked."""
         s = self.settings
-        prompts = build_prompts(self._tokenizer, conversations)
+        prompts = build_prompts(self._tokenizer, conversations, s.thinking)
         fits = [len(prompt.token_ids) <= self._max_solver_prompt for prompt in prompts]
         requests = [
             SamplingRequest(prompt.token_ids, s.solver_samples, seed, 1.0, 1.0, s.solver_max_tokens)

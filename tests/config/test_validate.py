@@ -72,6 +72,7 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
         (["actor.sequence_parallel=true"], "actor.sequence_parallel: true needs actor.tensor_parallel"),
         (["rollout.tensor_parallel=3"], "rollout.tensor_parallel: 3 does not divide"),
         (["rollout.max_response_tokens=4000"], "4512 tokens, the model has positions for 4096"),
+        (["checkpoint.best_metric=val/avg@16"], "checkpoint.best_metric: found 'val/avg@16'.* val/avg@8, "),
         (["actor.tokens_per_microbatch=1000"], "actor.tokens_per_microbatch: 1000 does not hold one sequence"),
         (
             ["data.batch_size=1", "rollout.n=2", "actor.data_parallel=8"],

@@ -19,10 +19,10 @@ class CharacterTokenizer:
     """One token a character; 0 where it adds its own begin-of-text. Renders with the template as transformers does."""
 
     chat_template: str | None = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    variables: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str | bool] = field(default_factory=dict)
 
     def apply_chat_template(
-        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **variables: str
+        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **variables: str | bool
     ) -> list[str]:
         assert not tokenize
         assert add_generation_prompt
@@ -56,6 +56,18 @@ def test_without_a_template_contents_and_blank_lines_follow_the_tokenizers_own_s
 def test_a_template_that_writes_the_date_gets_a_fixed_one() -> None:
     tokenizer = CharacterTokenizer("{{ date_string }}:{{ messages[0].content }}")
     assert build_prompts(tokenizer, [[USER]])[0].text == "26 Jul 2024:1+1?"
+
+
+QWEN3_ENDING = (  # as its template ends
+    "{{ messages[0]['content'] }}>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("thinking", "ending"), [(None, ""), (True, ""), (False, "<think></think>")])
+def test_a_model_that_can_think_is_told_whether_to(thinking: bool | None, ending: str) -> None:
+    (prompt,) = build_prompts(CharacterTokenizer(QWEN3_ENDING), [[USER]], thinking)
+    assert prompt.text == f"{USER['content']}>{ending}"
 
 
 def test_a_template_that_refuses_system_messages_is_bad_input_that_names_the_way_out() -> None:

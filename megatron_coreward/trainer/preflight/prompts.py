@@ -60,6 +60,7 @@ def _load(
             system_prompt=data.system_prompt,
             max_prompt_tokens=data.max_prompt_tokens,
             over_length=data.over_length,
+            thinking=data.thinking,
         )
     except InputError as error:
         message = str(error)
@@ -75,7 +76,7 @@ class ShortPrompts:
         self.chat_template = None if tokenizer is None else tokenizer.chat_template
 
     def apply_chat_template(
-        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **variables: str
+        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **variables: str | bool
     ) -> list[str]:
         """The text of conversations that may be over the limit, and nothing for the others."""
         assert self._tokenizer is not None

@@ -24,6 +24,7 @@ FIXED = (
     "data.max_prompt_tokens",
     "data.over_length",
     "data.system_prompt",
+    "data.thinking",
     "data.shuffle",
     "actor.lr",
     "actor.min_lr",

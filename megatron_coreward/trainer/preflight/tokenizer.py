@@ -69,7 +69,7 @@ class FileTokenizer:
         return found
 
     def apply_chat_template(
-        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **variables: str
+        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **variables: str | bool
     ) -> list[str]:
         """See `data.prompts.Tokenizer`."""
         if tokenize or self._template is None:
