@@ -52,9 +52,7 @@ class DataSettings(Component):
     max_prompt_tokens: Positive = 512  # a longer prompt is an error before training starts, unless over_length is drop
     over_length: Literal["error", "drop"] = "error"
     system_prompt: str | None = SYSTEM_PROMPT  # replaces the files' own; null keeps theirs
-    thinking: bool | None = (
-        None  # `enable_thinking` of the chat template (Qwen3's has it); null: as the template has it
-    )
+    thinking: bool | None = None  # the chat template's `enable_thinking` (Qwen3); null: as the template has it
     shuffle: bool = True
 
 

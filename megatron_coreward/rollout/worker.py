@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -42,7 +41,7 @@ class RolloutWorker(LoggedWorker):
         the trainer hears of it, and may start the engine anew.
         """
         super().__init__(log)
-        with log.watching() if log is not None else nullcontext():
+        with self._watching():
             self._engine = RolloutEngine(model_path, on_worker_death=lambda: os._exit(1), **settings)
 
     def ready(self) -> bool:

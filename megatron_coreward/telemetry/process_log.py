@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -52,6 +52,9 @@ class LoggedWorker:
         if log is not None:
             log.open()
 
+    def _watching(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._log is None else self._log.watching()
+
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
         for name, method in list(vars(cls).items()):
@@ -62,9 +65,7 @@ class LoggedWorker:
 def _watched(method: Any) -> Any:
     @wraps(method)
     def call(self: LoggedWorker, *args: Any, **kwargs: Any) -> Any:
-        if self._log is None:
-            return method(self, *args, **kwargs)
-        with self._log.watching():
+        with self._watching():
             return method(self, *args, **kwargs)
 
     return call

@@ -11,7 +11,7 @@ from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
-from megatron_coreward.trainer.run import _claim_run_dir, _sole_use, changed_keys, resume_hint
+from megatron_coreward.trainer.claim import changed_keys, claim_run_dir, resume_hint, sole_use
 from tests.checkpoint.test_store import flip, save
 from tests.trainer.fakes import make_config
 
@@ -27,7 +27,7 @@ def test_a_damaged_newest_checkpoint_is_named_set_aside_and_the_one_before_is_us
         save(tmp_path, step, keep=3)
     flip(checkpoint_path(tmp_path, 6) / "megatron" / "__0_0.distcp")
     (checkpoint_path(tmp_path, 4) / "trainer.json").unlink()
-    start = _claim_run_dir(config_in(tmp_path))
+    start = claim_run_dir(config_in(tmp_path))
     assert start.position is not None
     assert start.position.step == 2
     assert saved_steps(tmp_path) == [2]
@@ -43,7 +43,7 @@ def test_with_only_damaged_checkpoints_the_run_is_refused_and_all_stays_as_it_is
         flip(save(tmp_path, step) / "megatron" / "common.pt")
     before = sorted(path for path in tmp_path.rglob("*"))
     with pytest.raises(InputError, match="has no checkpoint that is whole") as caught:
-        _claim_run_dir(config_in(tmp_path))
+        claim_run_dir(config_in(tmp_path))
     assert "step_000002" in str(caught.value)
     assert "step_000004" in str(caught.value)
     assert sorted(path for path in tmp_path.rglob("*")) == before
@@ -51,25 +51,25 @@ def test_with_only_damaged_checkpoints_the_run_is_refused_and_all_stays_as_it_is
 
 def test_sizes_alone_can_be_checked(tmp_path: Path) -> None:
     flip(save(tmp_path, 2) / "megatron" / "common.pt")
-    start = _claim_run_dir(config_in(tmp_path, **{"checkpoint.verify": "sizes"}))
+    start = claim_run_dir(config_in(tmp_path, **{"checkpoint.verify": "sizes"}))
     assert start.position is not None
 
 
 def test_a_run_that_died_while_it_wrote_its_final_model_is_not_finished(tmp_path: Path) -> None:
     save(tmp_path, 10)
-    start = _claim_run_dir(config_in(tmp_path))
+    start = claim_run_dir(config_in(tmp_path))
     assert start.position is not None
     assert start.position.step == 10
     (tmp_path / "hf").mkdir()
     with pytest.raises(InputError, match="has done its 10 steps"):
-        _claim_run_dir(config_in(tmp_path))
+        claim_run_dir(config_in(tmp_path))
 
 
 def test_the_model_of_a_run_that_is_prolonged_is_not_taken_for_the_final_one(tmp_path: Path) -> None:
     save(tmp_path, 10)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"of step 10")
-    start = _claim_run_dir(config_in(tmp_path, steps=20))
+    start = claim_run_dir(config_in(tmp_path, steps=20))
     assert start.position is not None
     assert not (tmp_path / "hf").exists()
     assert (tmp_path / "hf_step_000010" / "model.safetensors").read_bytes() == b"of step 10"
@@ -79,8 +79,8 @@ def test_the_model_of_a_run_that_is_prolonged_is_not_taken_for_the_final_one(tmp
 HOLD = """
 import sys
 from pathlib import Path
-from megatron_coreward.trainer.run import _sole_use
-with _sole_use(Path(sys.argv[1])):
+from megatron_coreward.trainer.claim import sole_use
+with sole_use(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -94,13 +94,13 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"run_dir: process {other.pid} on .* trains in"), _sole_use(run_dir, 0.5):
+        with pytest.raises(InputError, match=f"run_dir: process {other.pid} on .* trains in"), sole_use(run_dir, 0.5):
             pass
     finally:
         other.kill()
         other.wait(timeout=60)
     for _ in range(2):  # one that was killed holds nothing, nor does one that is done
-        with _sole_use(run_dir):
+        with sole_use(run_dir):
             pass
 
 
@@ -108,7 +108,7 @@ def test_what_a_killed_process_left_behind_goes(tmp_path: Path) -> None:
     save(tmp_path, 2)
     for name in (".step_000004.partial", ".step_000001.removed"):
         (tmp_path / "checkpoints" / name).mkdir()
-    _claim_run_dir(config_in(tmp_path))
+    claim_run_dir(config_in(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
 
 
@@ -128,7 +128,7 @@ def test_the_label_history_comes_back_from_the_checkpoint_where_it_is_missing(tm
 
     write_actors(new_checkpoint(tmp_path, Position(1, 1), {"labels.jsonl": b'{"step": 1, "labels": []}\n'}))
     publish(tmp_path, 1, {}, keep=1)
-    _claim_run_dir(config_in(tmp_path))
+    claim_run_dir(config_in(tmp_path))
     assert (tmp_path / "labels.jsonl").read_text() == '{"step": 1, "labels": []}\n'
 
 
