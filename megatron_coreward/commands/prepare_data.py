@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_coreward.commands.arguments import whole
 from megatron_coreward.config.schema import SYSTEM_PROMPT
 from megatron_coreward.errors import InputError
 
@@ -22,7 +23,7 @@ def add(commands: Any) -> None:
     prepare.add_argument("--answer-column")
     prepare.add_argument("--answer-from", choices=get_args(AnswerFrom), help="how the answer stands in its column")
     prepare.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="'' for none")
-    prepare.add_argument("--limit", type=int, help="the first so many rows only")
+    prepare.add_argument("--limit", type=whole(1), help="the first so many rows only")
     prepare.add_argument("--json", action="store_true", help="the summary as JSON")
     prepare.set_defaults(run=_prepare)
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_coreward.commands.arguments import SEED, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
 
 
@@ -12,23 +13,26 @@ def add(commands: Any) -> None:
     rephrase.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory")
     rephrase.add_argument("file", type=Path, metavar="FILE", help="parquet, as prepare-data writes it")
     rephrase.add_argument("--out", type=Path, required=True, help="parquet; journal and report are written beside it")
-    rephrase.add_argument("--attempts", type=int, default=3, help="for a question whose rewriting was refused")
-    rephrase.add_argument("--temperature", type=float, default=0.7)
-    rephrase.add_argument("--top-p", type=float, default=0.95)
-    rephrase.add_argument("--max-tokens", type=int, default=1024, help="of a reply")
-    rephrase.add_argument("--seed", type=int, default=0)
+    rephrase.add_argument("--attempts", type=whole(1), default=3, help="for a question whose rewriting was refused")
+    rephrase.add_argument("--temperature", type=number(above=0), default=0.7, help="of replies")
+    rephrase.add_argument("--top-p", type=number(above=0, most=1), default=0.95, help="of replies")
+    rephrase.add_argument("--max-tokens", type=whole(1), default=1024, help="of a reply")
+    rephrase.add_argument("--seed", type=whole(0, SEED), default=0, help="of what is drawn")
     rephrase.add_argument(
-        "--solver-samples", type=int, default=0, help="answers to both versions, whose majorities must agree; 0: none"
+        "--solver-samples",
+        type=whole(0),
+        default=0,
+        help="answers to both versions, whose majorities must agree; 0: none",
     )
-    rephrase.add_argument("--solver-max-tokens", type=int, default=3072)
+    rephrase.add_argument("--solver-max-tokens", type=whole(1), default=3072, help="of an answer of the solver")
     rephrase.add_argument(
         "--refused",
         choices=("leave_out", "keep_original"),
         default="leave_out",
         help="a question of which no rewriting passed",
     )
-    rephrase.add_argument("--batch-rows", type=int, default=64, help="what an interruption can lose")
-    rephrase.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    rephrase.add_argument("--batch-rows", type=whole(1), default=64, help="what an interruption can lose")
+    rephrase.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
     add_engine_options(rephrase)
     rephrase.set_defaults(run=_rephrase)
 
