@@ -19,6 +19,7 @@ MethodName = Literal[
     "co_rewarding_i",
     "co_rewarding_ii",
     "co_rewarding_i+ii",
+    "co_rewarding_i+ii_original",
     "majority_voting",
     "ground_truth",
     "self_certainty",
@@ -27,9 +28,15 @@ MethodName = Literal[
 
 AnswerForm = Literal["boxed", "hashes", "plain"]
 
-# Which methods read rephrased questions and which keep a teacher; a test holds these against the methods' own needs.
-REPHRASED_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
-TEACHER_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_ii", "co_rewarding_i+ii"})
+Equivalence = Literal["exact", "hendrycks", "math"]
+
+# Which methods train on both views, which read rephrased questions, which keep a teacher and which read ground truth;
+# a test holds these against the methods' own needs.
+TWO_VIEW_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
+REPHRASED_METHODS: frozenset[MethodName] = TWO_VIEW_METHODS | {"co_rewarding_i+ii_original"}
+TEACHER_METHODS: frozenset[MethodName] = frozenset(
+    {"co_rewarding_ii", "co_rewarding_i+ii", "co_rewarding_i+ii_original"}
+)
 
 SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\boxed{}."
 
@@ -51,6 +58,11 @@ class DataSettings(Component):
     batch_size: Positive = 128  # questions a step
     max_prompt_tokens: Positive = 512  # a longer prompt is an error before training starts, unless over_length is drop
     over_length: Literal["error", "drop"] = "error"
+    missing_gold: Literal["error", "drop", "keep"] = "error"
+    """Questions without a ground truth, where one is read: in `data.train_files` for the method `ground_truth`, in
+    `data.val_files` for all. `keep` keeps them: in training they are never rewarded, in validation never right."""
+    unpaired: Literal["error", "drop"] = "error"
+    """Questions without a rephrasing, and rephrasings without a question, for methods that read both."""
     system_prompt: str | None = SYSTEM_PROMPT  # replaces the files' own; null keeps theirs
     thinking: bool | None = None  # the chat template's `enable_thinking` (Qwen3); null: as the template has it
     shuffle: bool = True
@@ -117,7 +129,7 @@ class TeacherSettings(Component):
 
 
 class RewardSettings(Component):
-    equivalence: Literal["exact", "math"] = "exact"
+    equivalence: Equivalence = "exact"
     answer_forms: tuple[AnswerForm, ...] = Field(("boxed",), min_length=1)  # where final answers stand, tried in order
     min_margin: Fraction = 0.0  # a vote whose margin over the runner-up is smaller abstains: no label, no reward
     judge_timeout_s: Annotated[float, Field(gt=0)] = 5.0  # for one comparison under `math`
@@ -129,8 +141,13 @@ class LossSettings(Component):
     dual_clip: Annotated[float, Field(gt=1)] | None = None  # bound on ratio * advantage for negative advantages
     kl_coef: Annotated[float, Field(ge=0)] | None = None  # null: the paper's value for the method
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_clamp: Annotated[float, Field(gt=0)] | None = None
+    """Bound on the k3 estimate of a token, beyond which it has no gradient (10 in the published implementation)."""
     kl_reference: Literal["auto", "frozen", "teacher"] = "auto"  # auto: the teacher where the method has one
     aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"] = "token-mean"
+    views: Literal["mean", "sum"] = "mean"
+    """For methods that train on both views. `mean`: one aggregation over the sequences of both. `sum`: the sum of each
+    view's own aggregation, as in the published implementation; about twice as large, which `actor.clip_grad` sees."""
     updates_per_batch: Positive = 1  # optimizer steps a rollout batch
     mismatch_correction: Literal["off", "tis", "icepop"] = "off"  # rollout engine against actor
     mismatch_cap: Annotated[float, Field(gt=0)] = 2.0  # tis truncates the ratio here; icepop masks beyond [1/cap, cap]
@@ -146,9 +163,14 @@ class SyncSettings(Component):
 
 class ValidationSettings(Component):
     every: NonNegative = 10  # steps; 0: only before and after training
-    n: Positive = 8  # k of avg@k and maj@k
+    samples: Literal["both", "greedy", "random"] = "both"
+    """What is drawn for a question: one greedy answer (pass@1), `n` random ones (avg@k, pass@k, maj@k), or both."""
+    n: Positive = 8  # k of avg@k, pass@k and maj@k
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    equivalence: Equivalence | None = None
+    """When an answer is right; null: as `rewards.equivalence` has it."""
     max_problems: Positive | None = None
+    """The first questions of each data set alone; null: all."""
     at_start: bool = True
     warn_below_start: Fraction = 0.1  # says so when avg@n is this far below the first one; nothing else follows from it
 

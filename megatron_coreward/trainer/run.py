@@ -1,7 +1,8 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.claim import Start, claim_run_dir, log_event, resume_hint, sole_use
 from megatron_coreward.trainer.cluster import ActorGroup, EngineGroup, start_ray
-from megatron_coreward.trainer.evaluate import Accuracy, evaluate
+from megatron_coreward.trainer.evaluate import evaluate
 from megatron_coreward.trainer.journal import RolloutJournal, fingerprint_of
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.placement import Demand, Reservation
@@ -109,7 +110,7 @@ def _run(
     config: RunConfig,
     arch: Architecture,
     problems: ProblemSet,
-    held_out: ProblemSet | None,
+    held_out: Mapping[str, ProblemSet],
     start: Start,
     stop: StopRequest,
 ) -> None:
@@ -127,10 +128,14 @@ def _run(
         )
         for note in start.notes:
             view.note(note)
-        for what, some in (("training", problems), ("validation", held_out)):
-            if some is not None and some.num_dropped:
-                longer = f"longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"
-                view.note(f"{some.num_dropped} {what} questions are {longer} and left out; {len(some)} are used")
+        for what, some in (("training", problems), *((f"validation ({n})", part) for n, part in held_out.items())):
+            for count, why in (
+                (some.num_dropped, f"are longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"),
+                (some.num_unpaired, "have no rephrasing, or are rephrasings without a question"),
+                (some.num_unanswered, "have no ground truth"),
+            ):
+                if count:
+                    view.note(f"{count} {what} questions {why} and are left out; {len(some)} are used")
         view.note("starting Ray, actors and rollout engines")
 
         def tell(text: str) -> None:
@@ -140,6 +145,9 @@ def _run(
         watchdog = Watchdog(config.watchdog, tell, stop, logs=config.run_dir / LOGS)
         actors, engines, transport = stack.enter_context(processes(config, watchdog))
         judge = stack.enter_context(Judge(config.rewards.equivalence, config.rewards.judge_timeout_s))
+        right = stack.enter_context(
+            Judge(config.validation.equivalence or config.rewards.equivalence, config.rewards.judge_timeout_s)
+        )
         turns = open_turns(config.rollout.placement, actors, engines, engines.slept)
         receiving = engines if turns is None else turns.engines
         sync = open_sync(
@@ -190,7 +198,7 @@ def _run(
             run=run,
             checkpoints=CheckpointWriter(config, actors, journal.covered, labels.snapshot),
             stop=stop,
-            validate=None if held_out is None else lambda timer: _validate(run, held_out, timer).metrics(),
+            validate=(lambda timer: _validate(run, held_out, right, timer)) if held_out else None,
             observe=lambda step, judged: (
                 labels.observe(step, judged) | ({} if config.rollout.lag else engines.take_sampling_metrics())
             ),
@@ -221,7 +229,7 @@ def _write_report(config: RunConfig, tell: Callable[[str], None]) -> None:
         tell(f"report.html was not written: {type(error).__name__}: {error}; {again}")
 
 
-def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy:
+def _validate(run: Trainer, held_out: Mapping[str, ProblemSet], judge: Judge, timer: PhaseTimer) -> dict[str, float]:
     with run.engines_turn(timer):
         run.schedule.publish("policy", run.num_updates, timer)
         with timer.phase("validation"):
@@ -229,7 +237,7 @@ def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy
                 run.engines,
                 held_out,
                 run.config.validation,
-                run.judge,
+                judge,
                 max_tokens=run.config.rollout.max_response_tokens,
                 version=weight_version("policy", run.num_updates),
                 seed=run.config.seed,
@@ -320,27 +328,29 @@ def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
     )
 
 
-def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, ProblemSet | None]:
+def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, dict[str, ProblemSet]]:
+    """The questions to train on, and those to validate on: a set for each source, by its name, which two files of one
+    source have with their own name behind it."""
     data, needs = config.data, METHODS[config.method].needs
     limits: dict[str, Any] = {
         "system_prompt": data.system_prompt,
         "max_prompt_tokens": data.max_prompt_tokens,
         "over_length": data.over_length,
+        "unpaired": data.unpaired,
         "thinking": data.thinking,
     }
-    rephrased = data.rephrased_files if "rephrased" in needs.views else ()
+    rephrased = data.rephrased_files if "rephrased" in needs.all_views else ()
     problems = load_problems(data.train_files, rephrased, tokenizer, **limits)
-    if needs.gold and problems.num_without_gold:
-        raise InputError(
-            f"data.train_files: method {config.method} needs reward_model.ground_truth, and "
-            f"{problems.num_without_gold} of {len(problems)} questions have none"
-        )
-    if not data.val_files:
-        return problems, None
-    held_out = load_problems(data.val_files, (), tokenizer, **limits)
-    if held_out.num_without_gold:
-        raise InputError(f"data.val_files: {held_out.num_without_gold} questions have no reward_model.ground_truth")
+    if needs.gold:
+        problems = problems.with_gold(data.missing_gold, f"data.train_files: method {config.method}")
+    held_out = []
+    for file in data.val_files:
+        found = load_problems([file], (), tokenizer, **limits)
+        found = found.with_gold(data.missing_gold, f"data.val_files: {file}: validation")
+        held_out += [(source, file, part) for source, part in found.by_source().items()]
+    sources = Counter(source for source, _, _ in held_out)
     limit = config.validation.max_problems
-    if limit is not None and limit < len(held_out):
-        held_out = ProblemSet(held_out[:limit], held_out.num_dropped, 0, held_out.longest_prompt)
-    return problems, held_out
+    return problems, {
+        source if sources[source] == 1 else f"{source}/{file.stem}": part.first(limit)
+        for source, file, part in held_out
+    }
