@@ -28,7 +28,7 @@ MethodName = Literal[
 
 AnswerForm = Literal["boxed", "hashes", "plain"]
 
-Equivalence = Literal["exact", "hendrycks", "math"]
+Equivalence = Literal["hendrycks", "exact", "math"]
 
 # Which methods train on both views, which read rephrased questions, which keep a teacher and which read ground truth;
 # a test holds these against the methods' own needs.
