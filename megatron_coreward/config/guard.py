@@ -32,7 +32,7 @@ class GuardSettings(BaseModel):
 
     warmup: Positive = 10  # first steps; their mean is what later steps are compared with
     window: Positive = 5  # steps that are averaged: single steps are noisy
-    min_signs: Annotated[int, Field(ge=2)] = 2  # at once; one of them a sign of damage
+    min_indicators: Annotated[int, Field(ge=2)] = 2  # at once; one of them a sign of damage
     warn_after: Positive = 5  # steps in a row with so many signs
     act_after: Positive = 10
 

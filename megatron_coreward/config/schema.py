@@ -25,7 +25,7 @@ MethodName = Literal[
     "entropy",
 ]
 
-AnswerForm = Literal["boxed", "hashes", "plain"]
+AnswerFormat = Literal["boxed", "hashes", "plain"]
 
 # Which methods read rephrased questions and which keep a teacher; a test holds these against the methods' own needs.
 REPHRASED_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
@@ -98,7 +98,9 @@ class RolloutSettings(Component):
     num_engines: Positive = 1
     tensor_parallel: Positive = 1
     n: Annotated[int, Field(ge=2)] = 8  # G: completions a question
-    lag: Literal[0, 1] = 0  # 1: engines draw the next step's rollouts while actors learn, from weights one step old
+    max_staleness: Literal[0, 1] = (
+        0  # 1: engines draw the next step's rollouts while actors learn, from weights one step old
+    )
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_response_tokens: Positive = 3072
     max_num_seqs: Positive = 256  # sequences an engine decodes at once
@@ -110,7 +112,7 @@ class RolloutSettings(Component):
 
 
 class TeacherSettings(Component):
-    lag: NonNegative = 0  # further steps that the teacher labels ahead of time, at one publication
+    lookahead: NonNegative = 0  # further steps that the teacher labels ahead of time, at one publication
     n: Positive = 8  # G~: completions a question that the teacher draws for its vote
     decay_start: Fraction = 0.99
     decay_end: Fraction = 0.9999
@@ -118,9 +120,11 @@ class TeacherSettings(Component):
 
 class RewardSettings(Component):
     equivalence: Literal["exact", "math"] = "exact"
-    answer_forms: tuple[AnswerForm, ...] = Field(("boxed",), min_length=1)  # where final answers stand, tried in order
+    answer_formats: tuple[AnswerFormat, ...] = Field(
+        ("boxed",), min_length=1
+    )  # where final answers stand, tried in order
     min_margin: Fraction = 0.0  # a vote whose margin over the runner-up is smaller abstains: no label, no reward
-    judge_timeout_s: Annotated[float, Field(gt=0)] = 5.0  # for one comparison under `math`
+    comparison_timeout_s: Annotated[float, Field(gt=0)] = 5.0  # for one comparison under `math`
 
 
 class LossSettings(Component):
@@ -139,7 +143,7 @@ class LossSettings(Component):
 class SyncSettings(Component):
     transport: Literal["auto", "shared_memory", "gloo", "ipc", "nccl"] = "auto"  # auto: by placement, GPUs and hosts
     bucket_mib: Annotated[float, Field(gt=0)] = 256.0  # a rank and an engine worker hold two buckets at most
-    hashes: bool = False  # compare checksums of every block where it is loaded
+    checksums: bool = False  # compare checksums of every block where it is loaded
     timeout_s: Annotated[float, Field(gt=0)] = 600.0  # for a message between hosts
     max_logprob_gap: Annotated[float, Field(gt=0)] | None = None  # nats, mean over probe tokens; null: by dtype
 
@@ -166,7 +170,9 @@ class CheckpointSettings(Component):
 class FaultSettings(Component):
     engine_restarts: NonNegative = 3  # engines that may die and be started anew in a run; the next one ends it
     max_restarts: NonNegative = 0  # times that all processes are started anew from the newest checkpoint
-    bad_gradient: Literal["stop", "skip"] = "stop"  # NaN or infinite: weights and moments stay as they are either way
+    nonfinite_gradients: Literal["stop", "skip"] = (
+        "stop"  # NaN or infinite: weights and moments stay as they are either way
+    )
     max_skipped_updates: Positive = 3  # of `skip`, in a row; one more ends the run
     stop_signals: tuple[Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"], ...] = ("SIGTERM",)  # save and leave
 
