@@ -44,7 +44,7 @@ def share_of(actor: Any, sequences: Sequences) -> Any:
     multiple = s.pipeline_parallel if s.virtual_pipeline > 1 else 1
     align, pad = token_alignment(s), sequence_multiple(s)
     plan = plan_packs(sequences.lengths, s.data_parallel, s.tokens_per_microbatch, multiple, align, pad)
-    return micro_batch_plans(plan)[actor.at.dp_rank]
+    return micro_batch_plans(plan)[actor.ranks.dp_rank]
 
 
 def whole_gradients(actor: Any) -> dict[str, list[tuple[Any, np.ndarray]]]:
