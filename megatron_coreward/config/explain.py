@@ -14,6 +14,8 @@ RENAMED_KEYS = {
     "teacher.lag": "teacher.lookahead",
     "rewards.answer_forms": "rewards.answer_formats",
     "faults.bad_gradient": "faults.nonfinite_gradients",
+    "guard.min_signs": "guard.min_indicators",
+    "rewards.judge_timeout_s": "rewards.comparison_timeout_s",
     "sync.hashes": "sync.checksums",
 }
 _LONGEST_VALUE = 80  # characters of a value that a message shows

@@ -1,4 +1,4 @@
-"""The collapse guard's settings: what counts as a sign of collapse, how many at once, for how long, and what follows.
+"""The collapse guard's settings: what counts as an indicator of collapse, how many at once, for how long, and what follows.
 
 Thresholds were set with runs of the demo: healthy ones of both instantiations on three seeds stay clear of an alarm,
 majority voting at learning rates at which accuracy is lost raises one (tests/guard/test_recorded_runs.py).
@@ -14,55 +14,55 @@ GuardAction = Literal["off", "warn", "raise_kl", "freeze_teacher", "rollback", "
 
 
 class GuardSettings(Component):
-    """The collapse guard: signs of collapse in label telemetry, and what follows from them."""
+    """The collapse guard: indicators of collapse in label telemetry, and what follows from them."""
 
     action: GuardAction = "warn"
-    """What follows when signs of collapse have lasted for act_after steps; before that, the guard warns. off looks for
+    """What follows when indicators of collapse have lasted for act_after steps; before that, the guard warns. off looks for
     nothing; warn only says so; raise_kl multiplies the weight of the KL term by kl_factor; freeze_teacher ends the
     teacher's updates, so that labels do not follow the policy; rollback goes back to the newest checkpoint from before
-    the signs, with the KL term raised by kl_factor, because the same step from the same weights would only collapse
+    the indicators, with the KL term raised by kl_factor, because the same step from the same weights would only collapse
     again; stop ends the run with status 3."""
     kl_factor: Annotated[float, Field(gt=1)] = 3.0
     """Factor by which raise_kl and rollback raise the weight of the KL term."""
     max_actions: Positive = 3
     """Actions in a run. After so many of raise_kl the guard only warns; after so many of rollback the run stops."""
     cooldown: NonNegative = 10
-    """Steps after an action in which no sign counts, so that the action can take effect."""
+    """Steps after an action in which no indicator counts, so that the action can take effect."""
 
     warmup: Positive = 10
     """First steps, whose mean is the baseline that later steps are compared with."""
     window: Positive = 5
     """Newest steps whose mean is compared with the baseline, because single steps are noisy."""
-    min_signs: Annotated[int, Field(ge=2)] = 2
-    """Signs at once that raise an alarm; one of them has to be a sign of damage."""
+    min_indicators: Annotated[int, Field(ge=2)] = 2
+    """Indicators at once that raise an alarm; one of them has to be one of damage."""
     warn_after: Positive = 5
-    """Steps in a row with that many signs after which the guard warns; at most act_after."""
+    """Steps in a row with that many indicators after which the guard warns; at most act_after."""
     act_after: Positive = 10
-    """Steps in a row with that many signs after which action follows."""
+    """Steps in a row with that many indicators after which action follows."""
 
-    # Signs of change. A policy that has learned shows them too: they are never enough by themselves.
+    # Indicators of change. A policy that has learned shows them too: they are never enough by themselves.
     consensus: Fraction = 0.7
-    """Sign of change: share of the way to unanimity that vote share and distinct answers have both gone."""
+    """Indicator of change: share of the way to unanimity that vote share and distinct answers have both gone."""
     entropy_fall: Fraction = 0.8
-    """Sign of change: share of the policy's entropy that is gone."""
+    """Indicator of change: share of the policy's entropy that is gone."""
     kl: Annotated[float, Field(gt=0)] = 0.1
-    """Sign of change: KL divergence from the reference, in nats per token."""
-    # Signs of damage.
+    """Indicator of change: KL divergence from the reference, in nats per token."""
+    # Indicators of damage.
     length_fall: Fraction = 0.25
-    """Sign of damage: share of the mean response length that is gone."""
+    """Indicator of damage: share of the mean response length that is gone."""
     variety_fall: Fraction = 0.5
-    """Sign of damage: share of a step's distinct labels that is gone, which means that questions are answered alike."""
+    """Indicator of damage: share of a step's distinct labels that is gone, which means that questions are answered alike."""
     no_answer_rise: Fraction = 0.1
-    """Sign of damage: share of rollouts without an answer, above that of the baseline."""
+    """Indicator of damage: share of rollouts without an answer, above that of the baseline."""
     truncated_rise: Fraction = 0.2
-    """Sign of damage: share of rollouts cut off at rollout.max_response_tokens, above that of the baseline."""
+    """Indicator of damage: share of rollouts cut off at rollout.max_response_tokens, above that of the baseline."""
     entropy_rise: Annotated[float, Field(gt=1)] = 3.0
-    """Sign of damage: the policy's entropy as a multiple of the baseline's."""
+    """Indicator of damage: the policy's entropy as a multiple of the baseline's."""
     agreement_fall: Fraction = 0.2
-    """Sign of damage: share of questions on which policy and teacher, or the two views, vote alike, below that of the
+    """Indicator of damage: share of questions on which policy and teacher, or the two views, vote alike, below that of the
     baseline."""
     label_flips: Annotated[float, Field(gt=0)] = 1.25
-    """Sign of damage: labels of a question that change from one epoch to the next, divided by rollouts that differ from
+    """Indicator of damage: labels of a question that change from one epoch to the next, divided by rollouts that differ from
     their majority. A label that only sampling noise moves changes less often than rollouts do, so 1 means that answers
     themselves move."""
     min_flip_rate: Fraction = 0.1

@@ -23,7 +23,7 @@ MethodName = Literal[
     "entropy",
 ]
 
-AnswerForm = Literal["boxed", "hashes", "plain"]
+AnswerFormat = Literal["boxed", "hashes", "plain"]
 
 # Which methods read rephrased questions and which keep a teacher; a test holds these against the methods' own needs.
 REPHRASED_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
@@ -145,7 +145,7 @@ class RolloutSettings(Component):
     """GPUs per engine; divides the model's attention heads."""
     n: Annotated[int, Field(ge=2)] = 8
     """Completions per question that the policy samples (the group size G of the paper)."""
-    lag: Literal[0, 1] = 0
+    max_staleness: Literal[0, 1] = 0
     """Most steps by which the weights that sample may be older than those that learn. 1: engines sample the next step's
     rollouts while the actors learn; it needs loss.mismatch_correction and placement disaggregated."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -169,7 +169,7 @@ class RolloutSettings(Component):
 class TeacherSettings(Component):
     """The EMA teacher of co_rewarding_ii and co_rewarding_i+ii; other methods read none of these keys."""
 
-    lag: NonNegative = 0
+    lookahead: NonNegative = 0
     """Further steps whose questions the teacher labels ahead of time, with one set of weights. 0: the teacher labels
     each step with the weights of that step, as in the paper."""
     n: Positive = 8
@@ -186,13 +186,13 @@ class RewardSettings(Component):
     equivalence: Literal["exact", "math"] = "exact"
     """When two answers count as the same: exact compares their text as published; math also compares their values,
     numerically and symbolically."""
-    answer_forms: tuple[AnswerForm, ...] = Field(("boxed",), min_length=1)
+    answer_formats: tuple[AnswerFormat, ...] = Field(("boxed",), min_length=1)
     """Where a response states its final answer, tried in this order: boxed is the last \\boxed{}, hashes is what
     follows ####, plain is what follows "the answer is"."""
     min_margin: Fraction = 0.0
     """Least margin of a vote, as a share of the rollouts, over the runner-up. A vote with a smaller one abstains: its
     question has no label and no reward."""
-    judge_timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    comparison_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds that one comparison of two answers may take if equivalence is math; then they count as different."""
 
 
@@ -234,7 +234,7 @@ class SyncSettings(Component):
     gloo between hosts; with GPUs ipc if colocated and nccl otherwise."""
     bucket_mib: Annotated[float, Field(gt=0)] = 256.0
     """Size of a bucket in MiB. An actor rank and an engine worker hold two buckets at most."""
-    hashes: bool = False
+    checksums: bool = False
     """Whether every block is compared by checksum with what was sent when it is loaded."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that a message between hosts may take."""
@@ -281,13 +281,13 @@ class CheckpointSettings(Component):
 
 
 class FaultSettings(Component):
-    """What a run does about crashed processes, bad gradients and signals."""
+    """What a run does about crashed processes, non-finite gradients and signals."""
 
     engine_restarts: NonNegative = 3
     """Engine deaths in a run from which it recovers by a new engine; the next one ends the attempt."""
     max_restarts: NonNegative = 0
     """Times that all processes are started again, from the newest checkpoint, after one of them died."""
-    bad_gradient: Literal["stop", "skip"] = "stop"
+    nonfinite_gradients: Literal["stop", "skip"] = "stop"
     """What follows from a NaN or infinite gradient: stop ends the run, skip leaves that update out. Weights and moments
     stay as they are either way."""
     max_skipped_updates: Positive = 3
