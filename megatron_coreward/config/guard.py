@@ -1,4 +1,4 @@
-"""The collapse guard's settings: what counts as an indicator of collapse, how many at once, for how long, and what follows.
+"""The collapse guard's settings: what indicates collapse, how many indicators at once, for how long, and what follows.
 
 Thresholds were set with runs of the demo: healthy ones of both instantiations on three seeds stay clear of an alarm,
 majority voting at learning rates at which accuracy is lost raises one (tests/guard/test_recorded_runs.py).
@@ -17,11 +17,11 @@ class GuardSettings(Component):
     """The collapse guard: indicators of collapse in label telemetry, and what follows from them."""
 
     action: GuardAction = "warn"
-    """What follows when indicators of collapse have lasted for act_after steps; before that, the guard warns. off looks for
-    nothing; warn only says so; raise_kl multiplies the weight of the KL term by kl_factor; freeze_teacher ends the
+    """What follows when indicators of collapse have lasted for act_after steps; before that, the guard warns. off looks
+    for nothing; warn only says so; raise_kl multiplies the weight of the KL term by kl_factor; freeze_teacher ends the
     teacher's updates, so that labels do not follow the policy; rollback goes back to the newest checkpoint from before
-    the indicators, with the KL term raised by kl_factor, because the same step from the same weights would only collapse
-    again; stop ends the run with status 3."""
+    the indicators, with the KL term raised by kl_factor, because the same step from the same weights would only
+    collapse again; stop ends the run with status 3."""
     kl_factor: Annotated[float, Field(gt=1)] = 3.0
     """Factor by which raise_kl and rollback raise the weight of the KL term."""
     max_actions: Positive = 3
@@ -51,7 +51,7 @@ class GuardSettings(Component):
     length_fall: Fraction = 0.25
     """Indicator of damage: share of the mean response length that is gone."""
     variety_fall: Fraction = 0.5
-    """Indicator of damage: share of a step's distinct labels that is gone, which means that questions are answered alike."""
+    """Indicator of damage: share of a step's distinct labels that is gone; questions are then answered alike."""
     no_answer_rise: Fraction = 0.1
     """Indicator of damage: share of rollouts without an answer, above that of the baseline."""
     truncated_rise: Fraction = 0.2
@@ -59,12 +59,12 @@ class GuardSettings(Component):
     entropy_rise: Annotated[float, Field(gt=1)] = 3.0
     """Indicator of damage: the policy's entropy as a multiple of the baseline's."""
     agreement_fall: Fraction = 0.2
-    """Indicator of damage: share of questions on which policy and teacher, or the two views, vote alike, below that of the
-    baseline."""
+    """Indicator of damage: share of questions on which policy and teacher, or the two views, vote alike, below that of
+    the baseline."""
     label_flips: Annotated[float, Field(gt=0)] = 1.25
-    """Indicator of damage: labels of a question that change from one epoch to the next, divided by rollouts that differ from
-    their majority. A label that only sampling noise moves changes less often than rollouts do, so 1 means that answers
-    themselves move."""
+    """Indicator of damage: labels of a question that change from one epoch to the next, divided by rollouts that differ
+    from their majority. A label that only sampling noise moves changes less often than rollouts do, so 1 means that
+    answers themselves move."""
     min_flip_rate: Fraction = 0.1
     """Share of labels that must change between epochs before label_flips counts, whatever the ratio."""
 
