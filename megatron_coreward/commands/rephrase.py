@@ -43,7 +43,7 @@ def _by_prompt(field: str) -> str:
 
 
 def _rephrase(options: argparse.Namespace) -> None:
-    from megatron_coreward.trainer.rephrase import Rewriting, rephrase_file
+    from megatron_coreward.evaluation.rephrase import Rewriting, rephrase_file
 
     prompt = PROMPTS[options.prompt]
 

@@ -1,7 +1,7 @@
 """Published parquet files to Problems: originals, optionally paired with their rephrasings, rendered and tokenised.
 
 Pairs are made by source and `extra_info.index`, not by place, so files may differ in order; every original must have
-exactly one rephrasing and every rephrasing an original, or is left out where that is asked for. The gold answer is the
+exactly one rephrasing and every rephrasing an original, or is left out where that is asked for. The ground truth is the
 original's.
 """
 
@@ -22,10 +22,10 @@ class ProblemSet(Sequence[Problem]):
 
     problems: tuple[Problem, ...]
     num_dropped: int  # problems left out for a prompt over the limit, in either view
-    num_without_gold: int  # of `problems`
+    num_without_ground_truth: int  # of `problems`
     longest_prompt: int  # tokens, among `problems`
     num_unpaired: int = 0  # questions and rephrasings left out for want of the other
-    num_unanswered: int = 0  # problems left out for want of a gold answer
+    num_unanswered: int = 0  # problems left out for want of a ground truth
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -40,26 +40,26 @@ class ProblemSet(Sequence[Problem]):
     def __iter__(self) -> Iterator[Problem]:
         return iter(self.problems)
 
-    def with_gold(self, missing: Literal["error", "drop", "keep"], where: str) -> "ProblemSet":
-        """What is used where gold answers are read; `where` names the files' key and who reads them.
+    def with_ground_truth(self, missing: Literal["error", "drop", "keep"], where: str) -> "ProblemSet":
+        """What is used where ground truths are read; `where` names the files' key and who reads them.
 
         Raises InputError for problems without one, unless they are to be dropped (and some are left) or kept.
         """
-        if missing == "keep" or not self.num_without_gold:
+        if missing == "keep" or not self.num_without_ground_truth:
             return self
-        answered = tuple(problem for problem in self.problems if problem.gold is not None)
+        answered = tuple(problem for problem in self.problems if problem.ground_truth is not None)
         if missing == "error" or not answered:
             raise InputError(
-                f"{where} needs reward_model.ground_truth, and {self.num_without_gold} of {len(self)} questions have "
-                "none; allowed: data.missing_gold=drop with questions left, or data.missing_gold=keep"
+                f"{where} needs reward_model.ground_truth, and {self.num_without_ground_truth} of {len(self)} questions "
+                "have none; allowed: data.missing_gold=drop with questions left, or data.missing_gold=keep"
             )
         longest = max(len(prompt.token_ids) for problem in answered for prompt in problem.prompts.values())
         return replace(
             self,
             problems=answered,
-            num_without_gold=0,
+            num_without_ground_truth=0,
             longest_prompt=longest,
-            num_unanswered=self.num_without_gold,
+            num_unanswered=self.num_without_ground_truth,
         )
 
     def first(self, limit: int | None) -> "ProblemSet":
@@ -67,7 +67,9 @@ class ProblemSet(Sequence[Problem]):
         if limit is None or limit >= len(self):
             return self
         some = self.problems[:limit]
-        return replace(self, problems=some, num_without_gold=sum(problem.gold is None for problem in some))
+        return replace(
+            self, problems=some, num_without_ground_truth=sum(problem.ground_truth is None for problem in some)
+        )
 
     def by_source(self) -> dict[str, "ProblemSet"]:
         """The problems of each source, by its name, in order of first sight; what was left out counts for the first."""
@@ -77,7 +79,7 @@ class ProblemSet(Sequence[Problem]):
         parts: dict[str, ProblemSet] = {}
         for source in sources:
             own = tuple(problem for problem in self.problems if problem.source == source)
-            without = sum(problem.gold is None for problem in own)
+            without = sum(problem.ground_truth is None for problem in own)
             part = ProblemSet(own, 0, without, self.longest_prompt)
             parts[source] = part if parts else replace(part, num_dropped=self.num_dropped)
         return parts
@@ -157,7 +159,7 @@ def load_problems(
     return ProblemSet(
         problems=tuple(problems),
         num_dropped=len(dropped),
-        num_without_gold=sum(problem.gold is None for problem in problems),
+        num_without_ground_truth=sum(problem.ground_truth is None for problem in problems),
         longest_prompt=max(len(prompt.token_ids) for problem in problems for prompt in problem.prompts.values()),
         num_unpaired=num_unpaired,
     )

@@ -248,8 +248,8 @@ class _Rows:
                     f"{file}, row {number}, column {column}: found half of a surrogate pair; "
                     "allowed: text that is valid Unicode"
                 )
-        gold = read_answer(answer, source.answer_from)
-        if gold is None:
+        ground_truth = read_answer(answer, source.answer_from)
+        if ground_truth is None:
             wanted = {
                 "as-is": "an answer",
                 "boxed": r"a solution with a \boxed{} answer",
@@ -264,7 +264,7 @@ class _Rows:
             "data_source": source.data_source,
             "prompt": [*system, {"role": "user", "content": question}],
             "ability": source.ability,
-            "reward_model": {"ground_truth": gold, "style": "rule"},
+            "reward_model": {"ground_truth": ground_truth, "style": "rule"},
             "extra_info": {"index": index, "split": self.split},
         }
 
@@ -283,7 +283,7 @@ def _labels(file: Path) -> Iterator[tuple[str | None, str | None]]:
 
 
 def read_answer(value: Any, answer_from: AnswerFrom) -> str | None:
-    """The gold answer in a cell of text or a finite number; None where there is none.
+    """The ground truth in a cell of text or a finite number; None where there is none.
 
     A whole number that is stored or, where the column is the answer, written as a decimal is written as a whole one.
     """

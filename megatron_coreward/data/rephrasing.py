@@ -13,10 +13,11 @@ teaches wrong labels, and one that is a copy teaches nothing. A rewriting passes
 | `formulas` | its dollar signs and braces are balanced |
 
 Numbers are read in digits and, outside of formulas, in English words (`data.numerals`), and compared by value, not by
-how often they stand. `153,370,371,407` may be one number or a list of four: either reading will do. Gold answers are not looked at: which questions are trained on must not depend on them.
+how often they stand. `153,370,371,407` may be one number or a list of four: either reading will do. Ground truths are
+not looked at: which questions are trained on must not depend on them.
 Figures ([asy] code) are left out of numbers and lengths: a rewriting may draw or describe them in its own way.
 The filter is strict: "one and a half times" for "50% longer" is refused. What it lets through can still be wrong; a
-solver's majorities on both versions (`trainer.rephrase`) are the stronger check, and cost samples.
+solver's majorities on both versions (`evaluation.rephrase`) are the stronger check, and cost samples.
 """
 
 import re
@@ -43,7 +44,7 @@ _ANSWER = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Verdicts:
+class FilterResult:
     """What the checks said of a rewriting."""
 
     checks: Mapping[str, bool]
@@ -84,13 +85,13 @@ def similarity(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
-def check(original: str, rewriting: str) -> Verdicts:
+def check(original: str, rewriting: str) -> FilterResult:
     """The quality filter; see the table above."""
     old, new = numbers(original), numbers(rewriting)
     old_lists, new_lists = (number_lists(_FIGURE.sub(" ", text)) for text in (original, rewriting))
     alike = similarity(original, rewriting)
     ratio = len(_FIGURE.sub("", rewriting)) / max(1, len(_FIGURE.sub("", original)))
-    return Verdicts(
+    return FilterResult(
         {
             "numbers": _covered(old - SMALL, old_lists, new, new_lists) and _digits_kept(old, new),
             "new_numbers": _covered(new - SMALL, new_lists, old | SMALL, old_lists),

@@ -4,7 +4,7 @@ The teacher samples the rephrasing only and the policy the original only; the po
 teacher's vote. Half of the rollouts and of the update of `co_rewarding_i+ii`.
 """
 
-from megatron_coreward.rewards.methods.base import Evidence, Judgement, Needs, other_view
+from megatron_coreward.rewards.methods.base import GroupReward, Needs, RewardContext, other_view
 from megatron_coreward.types import RolloutGroup
 
 
@@ -12,6 +12,6 @@ class CoRewardingIAndIIOriginal:
     name = "co_rewarding_i+ii_original"
     needs = Needs(teacher=True, teacher_views=("rephrased",))
 
-    def judge(self, group: RolloutGroup, evidence: Evidence) -> Judgement:
-        label = evidence.label_from_vote(group.uid, other_view(group.view), "teacher")
-        return Judgement(label, evidence.matches(group, label))
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        label = context.label_from_vote(group.uid, other_view(group.view), "teacher")
+        return GroupReward(label, context.matches(group, label))
