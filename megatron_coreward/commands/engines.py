@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_coreward.commands.arguments import number, whole
 
 if TYPE_CHECKING:
-    from megatron_coreward.trainer.evaluation import Engines
+    from megatron_coreward.evaluation.evaluate import Engines
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def chosen_engines(options: argparse.Namespace, **more: Any) -> "Engines":
     """The engines that the options describe; `more` are further fields of theirs."""
-    from megatron_coreward.trainer.evaluation import Engines
+    from megatron_coreward.evaluation.evaluate import Engines
 
     return Engines(
         num_engines=options.num_engines,
@@ -47,7 +47,7 @@ def answering(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar, which the yielded function moves to (done, total). Ray ends with it."""
     from tqdm import tqdm
 
-    from megatron_coreward.trainer.cluster import stop_ray
+    from megatron_coreward.cluster.groups import stop_ray
 
     with tqdm(desc=what, disable=None) as bar:
 

@@ -1,6 +1,7 @@
 r"""When two answers are the same: the relation that votes, rewards and scores all rest on.
 
-`exact`: the extracted strings are equal, as in the published implementation. `math`: their normal forms are equal
+`exact`: the extracted strings are equal, as in the published implementation. `hendrycks`: their normal forms by the
+rules of the MATH benchmark are equal (`hendrycks.py`). `math`: their normal forms are equal
 (`latex.py`); failing that, and only where the forms leave the question open, math-verify decides in a process of its
 own under a time limit (`symbolic.py`).
 
@@ -15,17 +16,19 @@ from collections.abc import Sequence
 from functools import cache
 from threading import Lock
 from types import TracebackType
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
+from megatron_coreward.config.schema import Equivalence
+from megatron_coreward.rewards import hendrycks
 from megatron_coreward.rewards.latex import CanonicalAnswer, canonical
 from megatron_coreward.rewards.symbolic import SymbolicPool
 
-Relation = Literal["exact", "math"]
+Relation = Equivalence
 
 CACHE_SIZE = 100_000  # verdicts on pairs that went to a process
 
 
-class Judge:
+class AnswerEquivalence:
     """One relation, its processes and its memory. Use it as a context manager, or close it.
 
     comparisons: pairs that needed a process; timeouts: those of them whose process ran over the limit or died.
@@ -77,7 +80,7 @@ class Judge:
         """End the processes. The judge stays usable and remembers its verdicts."""
         self._pool.close()
 
-    def __enter__(self) -> "Judge":
+    def __enter__(self) -> "AnswerEquivalence":
         return self
 
     def __exit__(
@@ -86,7 +89,9 @@ class Judge:
         self.close()
 
     def _form(self, answer: str) -> CanonicalAnswer:
-        return canonical(answer) if self.relation == "math" else CanonicalAnswer(answer, "opaque")
+        if self.relation == "math":
+            return canonical(answer)
+        return CanonicalAnswer(answer if self.relation == "exact" else hendrycks.comparable(answer), "opaque")
 
     def _same(self, a: CanonicalAnswer, b: CanonicalAnswer) -> bool:
         if a.text == b.text:
@@ -120,12 +125,12 @@ def has_answer(answer: str | None) -> TypeGuard[str]:
 
 
 def equivalent(a: str | None, b: str | None) -> bool:
-    """Whether two extracted answers are mathematically the same, by one `Judge("math")` that this process shares."""
-    return _shared_judge().equivalent(a, b)
+    """Whether two extracted answers are mathematically the same, by one shared `AnswerEquivalence("math")`."""
+    return _shared_equivalence().equivalent(a, b)
 
 
 @cache
-def _shared_judge() -> Judge:
-    judge = Judge("math")
-    atexit.register(judge.close)
-    return judge
+def _shared_equivalence() -> AnswerEquivalence:
+    equivalence = AnswerEquivalence("math")
+    atexit.register(equivalence.close)
+    return equivalence
