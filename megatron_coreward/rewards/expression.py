@@ -93,7 +93,8 @@ _WORDS = tuple(sorted((*_NAMED, "sqrt", "pi"), key=len, reverse=True))
 _OPENING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", r"\langle": r"\rangle"}
 _MULTIPLY = frozenset({"*", r"\cdot", r"\times", r"\ast"})
 _DIVIDE = frozenset({"/", r"\div"})
-_STOPS = frozenset({")", "]", "}", r"\}", r"\rfloor", r"\rceil", r"\rangle", "+", "-", ",", "=", "<", ">", "&", ";", ":"})
+_SEPARATORS = frozenset({",", "|", r"\mid", ";", "=", "<", ">", r"\le", r"\ge", r"\cap", r"\cup"})
+_STOPS = frozenset({r"\mid", r"\le", r"\ge", ")", "]", "}", r"\}", r"\rfloor", r"\rceil", r"\rangle", "+", "-", ",", "=", "<", ">", "&", ";", ":"})
 
 
 @lru_cache(maxsize=8192)
@@ -349,20 +350,21 @@ class _Reader:
             if token in "ei" and self.peek() not in ("_", "'"):
                 return Node("constant", token)
             if token in "fghPEFGTQ" and self.peek() in ("(", "["):
-                return Node("free", token, args=self._arguments(depth))
+                return self._application(token, depth)
             return Node("symbol", token)
         raise Unreadable(f"{token!r}")
 
-    def _arguments(self, depth: int) -> tuple[Node, ...]:
+    def _application(self, name: str, depth: int) -> Node:
+        """`f(x, y)`, `P(A | B)`, `P(X = 2)`: what parts the arguments belongs to the name."""
         closing = _OPENING[self.take()]
         bars, self._bars = self._bars, 0
         args = [self.sum(depth + 1)]
-        while self.peek() in (",", "|", r"\mid", ";"):
-            self.take()
+        while self.peek() in _SEPARATORS:
+            name += self.take()
             args.append(self.sum(depth + 1))
         self._bars = bars
         self.expect(closing)
-        return tuple(args)
+        return Node("free", name, args=tuple(args))
 
     def _command(self, name: str, depth: int) -> Node:
         if name in _CONSTANTS:
@@ -391,9 +393,9 @@ class _Reader:
             self.expect(r"\rangle")
             return Node("free", "angles", args=tuple(args))
         if name in _ACCENTS:
-            return Node("free", name, args=(self.argument(depth),))
+            return Node("free", name, args=(_ordered(self.argument(depth)),))
         if name in _PREFIXES:
-            return Node("free", name, args=(self.product(depth + 1, argument=True),))
+            return Node("free", name, args=(_ordered(self.product(depth + 1, argument=True)),))
         if name == "operatorname":
             return Node("free", self._script_text(), args=self._free_arguments(depth))
         if name in ("Pr", "det", "dim", "deg", "arg", "ker", "hom"):
@@ -404,7 +406,7 @@ class _Reader:
 
     def _free_arguments(self, depth: int) -> tuple[Node, ...]:
         if self.peek() in ("(", "["):
-            return self._arguments(depth)
+            return self._application("", depth).args
         return (self.product(depth + 1, argument=True),)
 
     def _root(self, depth: int) -> Node:
@@ -452,6 +454,13 @@ class _Reader:
         node = self.sum(depth + 1)
         self._bars = bars
         return node
+
+
+def _ordered(node: Node) -> Node:
+    """Letters side by side as one name: the angle ABC is not the angle ACB."""
+    if node.op == "multiply" and all(arg.op == "symbol" for arg in node.args):
+        return Node("symbol", "".join(arg.name for arg in node.args))
+    return node
 
 
 def _degrees(node: Node) -> Node:

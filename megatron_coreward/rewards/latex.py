@@ -57,7 +57,7 @@ RULES = (
     Rule(r"\\text\s*\{\s*([,.:%])\s*\}", r"{\1}", "punctuation in a text macro"),
     Rule(r"\\text\s*\{\s*\\([%$])\s*\}", r"\\\1", "a sign in a text macro"),
     Rule(r"\\?[$€£¥₹₩₽]|(?<!\\)\\[()\[\]]", "", "the question fixes the currency; math delimiters"),
-    Rule(r"\{,\}(?=\d)|(?<=\d)(?:,?\s*(?<!\\)\\[,!;: ]|~)\s*(?=\d{3}(?!\d))", "", r"thousands: 1{,}000, 1,\!000, 1\,000"),
+    Rule(r"\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)(?:,?\s*(?<!\\)\\[,!;: ]|~)\s*(?=\d{3}(?!\d))", "", r"thousands: 1{,}000, 1,\!000, 1\,000"),
     Rule(r"\{([,.:;%])\}", r"\1", "braces that only mend the spacing"),
     Rule(r"(?<!\\)\\!", "", "negative space"),
     Rule(r"(?<!\\)\\[,;:> ]|~|\\q?quad" + _NAME_ENDS + r"|\\(?:thin|med|thick|en)space" + _NAME_ENDS, " ", "space"),

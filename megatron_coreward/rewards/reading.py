@@ -369,17 +369,18 @@ def _bounds(operators: list[str], sides: list[str]) -> Region | None:
         variable, bound = nodes
         if variable is None or bound is None or not _is_variable(variable) or bound.symbols():
             return None
-        return Region("union", (_half_line(operators[0], bound),), variable.name)
+        return Region("union", (half_line(operators[0], bound),), variable.name)
     low, variable, high = nodes
     if low is None or variable is None or high is None or not _is_variable(variable) or r"\ne" in operators:
         return None
     if low.symbols() or high.symbols() or (operators[0] in "<\\le") != (operators[1] in "<\\le"):
         return None
-    first = _half_line(_MIRRORED[operators[0]], low)
-    return Region("intersection", (first, _half_line(operators[1], high)), variable.name)
+    first = half_line(_MIRRORED[operators[0]], low)
+    return Region("intersection", (first, half_line(operators[1], high)), variable.name)
 
 
-def _half_line(operator: str, bound: Node) -> "Piece | Region":
+def half_line(operator: str, bound: Node) -> "Piece | Region":
+    """What a bound leaves of the real line."""
     if operator == r"\ne":
         return Region("without", (_REALS, Piece(bound, True, bound, True)))
     if operator in (">", r"\ge"):
@@ -437,12 +438,15 @@ def _set(text: str) -> Reading | None:
 def _bracketed(text: str) -> Reading | None:
     if len(text) < 2 or text[0] not in "([" or text[-1] not in ")]" or not _encloses(text, 0):
         return None
-    parts = [part.strip() for part in _top_level(text[1:-1], ",")]
-    if not all(parts):
+    meanings = _groupings(text[1:-1])
+    if not all(all(parts) for parts in meanings):
         return None
-    if len(parts) == 1:
-        return _read(parts[0]) if text[0] + text[-1] == "()" and not _is_scalar(text) else None
-    return Items(text[0] + text[-1], tuple(_read(part) for part in parts))
+    brackets = text[0] + text[-1]
+    several = [parts for parts in meanings if len(parts) > 1]  # in brackets, "(100,200)" is no number
+    if not several:
+        return _read(meanings[0][0]) if brackets == "()" and not _is_scalar(text) else None
+    readings = tuple(Items(brackets, tuple(_read(part) for part in parts)) for parts in several)
+    return readings[0] if len(readings) == 1 else Alternatives(readings)
 
 
 def _combined(text: str) -> Reading | None:
@@ -499,7 +503,7 @@ def _measured(text: str) -> Scalar | None:
             continue
         if tail.startswith("^") and _OPEN_FUNCTION.search(head):  # the degrees of an angle
             continue
-        in_text = tail.lstrip().startswith(r"\text{")
+        in_text = r"\text{" in tail
         if node.symbols() and not (in_text and len(re.sub(r"[^A-Za-z]", "", tail)) > 5):  # 4 of them are "text"
             continue
         whole = node.number.numerator if node.op == "number" and node.number.denominator == 1 else None
@@ -567,7 +571,7 @@ _CONJUNCTION = re.compile(r",?\s+(and|or)\s+|\s*(;)\s*|,\s*(and|or)\s+")
 _OPEN_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])[^()]*$")
 _FOREIGN = re.compile(r"\\(?:sum|prod|int|iint|oint|lim|partial|nabla|begin)(?![A-Za-z])")
 _UNIT_START = re.compile(
-    r"\\text\{|\^\{?\s*\\circ|\^\{?\s*\\text\{|\^\{?(?:th|st|nd|rd)\b|%|\\Omega|¢|\s(?=[A-Za-z°(\\])|"
+    r"\\text\{|\\frac\{\s*\\text|\\mu|\^\{?\s*\\circ|\^\{?\s*\\text\{|\^\{?(?:th|st|nd|rd)\b|%|\\Omega|¢|\s(?=[A-Za-z°(\\])|"
     r"(?<=\d)(?=(?:th|st|nd|rd)$)"
 )
 _NUMBER_WORDS = {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cmp_to_key
 from typing import Protocol, TypeVar
 
-from megatron_coreward.rewards.expression import Node, number, quotient
+from megatron_coreward.rewards.expression import Node, difference, number, quotient
 from megatron_coreward.rewards.reading import (
     Alternatives,
     Assignments,
@@ -29,6 +29,7 @@ from megatron_coreward.rewards.reading import (
     Reading,
     Region,
     Scalar,
+    half_line,
     region_of,
     zero_form,
 )
@@ -202,6 +203,21 @@ def _solution(a: Equation, b: Scalar, arithmetic: Arithmetic) -> bool:
     return root is not None and arithmetic.same(root, b.node)
 
 
+def _linear_inequality(a: Equation, b: Region, arithmetic: Arithmetic) -> bool:
+    """`2x < 6` is `x < 3`."""
+    form = zero_form(a)
+    names = form.symbols()
+    if a.operator not in (">", r"\ge") or len(names) != 1:
+        return False
+    (name,) = names
+    root = arithmetic.root(form)
+    sign = root and arithmetic.proportional(form, difference(Node("symbol", name), root))
+    if not root or not sign:
+        return False
+    operator = a.operator if sign > 0 else {">": "<", r"\ge": r"\le"}[a.operator]
+    return _regions(Region("union", (half_line(operator, root),), name), b, arithmetic)
+
+
 def _values_in_order(a: Assignments, b: Items, arithmetic: Arithmetic) -> bool:
     """`x = 1, y = 2` is `(1, 2)`."""
     return b.brackets in ("()", "") and _in_order(a.values, b.items, arithmetic)
@@ -238,7 +254,9 @@ def _ratio_and_clock(a: Ratio, b: Clock, arithmetic: Arithmetic) -> bool:
     """2 : 3 is 10:15, which looks like a time."""
     hours, minutes, seconds = b.parts
     clock = Ratio((number(hours), number(minutes)))
-    return not b.half and not seconds and not _all_digits(a) and _ratios(a, clock, arithmetic)
+    if b.half or seconds or minutes < 10 or _all_digits(a):
+        return False
+    return _ratios(a, clock, arithmetic)
 
 
 def _all_digits(ratio: Ratio) -> bool:
@@ -259,6 +277,7 @@ _ACROSS: dict[tuple[type, type], Callable[..., bool]] = {
     (Named, Equation): _name_and_equation,
     (Named, object): _name_and_value,
     (Equation, Scalar): _solution,
+    (Equation, Region): _linear_inequality,
     (Assignments, Items): _values_in_order,
     (Assignments, Scalar): _one_value,
     (Matrix, Items): _vector,

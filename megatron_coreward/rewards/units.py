@@ -30,6 +30,7 @@ def _spellings(*lines: str) -> dict[str, str]:
 
 UNITS = _spellings(
     "m meter meters metre metres",
+    "um micrometer micrometers micron microns",
     "mm millimeter millimeters millimetre millimetres",
     "cm centimeter centimeters centimetre centimetres",
     "dm decimeter decimeters decimetre decimetres",
@@ -115,6 +116,7 @@ _CHANGING = re.compile(
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _QUALIFIERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_SAYS_OF_WHAT = frozenset("old long tall high wide deep thick total altogether".split())  # "12 years old"
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?: (?:place|term|grade|day|floor|row|position))?")
 _TOKEN = re.compile(r"\^\{?\(?(-?\d)\)?\}?|\\circ|[A-Za-z]+(?:/h)?|[/*().%]|[^\W\d_]+|.")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
@@ -126,6 +128,7 @@ def read_unit(tail: str, plain: bool, value: int | None = None) -> Unit | None:
     `plain`: the letters are not in a text macro. `value`: the whole number before, for nouns in the singular after 1.
     """
     text = _TEXT.sub(r" \1 ", tail).replace(r"\cdot", " ").replace(r"\Omega", "ohm")
+    text = re.sub(r"\\frac *\{([^{}]*)\} *\{([^{}]*)\}", r"\1/\2", text).replace(r"\mu ", "u").replace(r"\mu", "u")
     text = re.sub(r"\bk ohm\b", "kohm", " ".join(text.split())).strip().removesuffix(".")
     text = re.sub(r"^\^ ?\{? ?\\circ ?\}?", "°", text).replace(r"^\circ", "°")
     if (degrees := re.fullmatch(r"° ?([CF]?)", text)) is not None:
@@ -133,6 +136,8 @@ def read_unit(tail: str, plain: bool, value: int | None = None) -> Unit | None:
     if _ORDINAL.fullmatch(text.strip("^{} ")) and value is not None:
         return Unit()
     words = re.sub(r"(?<=[A-Za-z])\.(?=\s|$)", "", text).split(" ")
+    if len(words) > 1 and words[-1] in _SAYS_OF_WHAT:
+        words.pop()
     factor = Fraction(1)
     while words and words[0].lower() in _SCALES:
         factor *= _SCALES[words.pop(0).lower()]
