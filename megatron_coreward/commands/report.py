@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from megatron_coreward.config.schema import Equivalence
 from megatron_coreward.errors import InputError
 
 
@@ -27,7 +28,7 @@ def add(commands: Any) -> None:
     replay.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory with rollouts")
     replay.add_argument("--steps", metavar="FIRST-LAST", help="only these steps, such as 10-20 or 7")
     replay.add_argument(
-        "--equivalence", choices=("exact", "math"), help="show what this relation would have changed, instead"
+        "--equivalence", choices=get_args(Equivalence), help="show what this relation would have changed, instead"
     )
     replay.set_defaults(run=_replay)
 
@@ -49,13 +50,17 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _replay(options: argparse.Namespace) -> None:
+    from megatron_coreward.report.counterfactual import counterfactual, counterfactual_summary
     from megatron_coreward.report.replay import replay, summary
     from megatron_coreward.report.run_record import load_record
-    from megatron_coreward.report.what_if import what_if, what_if_summary
 
     record, steps = load_record(options.run_dir), _steps(options.steps)
     if options.equivalence is not None:
-        print("\n".join(what_if_summary(record, options.equivalence, what_if(record, options.equivalence, steps))))
+        print(
+            "\n".join(
+                counterfactual_summary(record, options.equivalence, counterfactual(record, options.equivalence, steps))
+            )
+        )
         return
     result = replay(record, steps)
     print("\n".join(summary(record, result)))

@@ -1,6 +1,7 @@
 r"""When two answers are the same: the relation that votes, rewards and scores all rest on.
 
-`exact`: the extracted strings are equal, as in the published implementation. `math`: the answers are read (`latex.py`,
+`exact`: the extracted strings are equal, as in the published implementation. `hendrycks`: their normal forms by the
+rules of the MATH benchmark are equal (`hendrycks.py`). `math`: the answers are read (`latex.py`,
 `reading.py`) and compared kind by kind (`sameness.py`): plain numbers and words in this process, everything else in
 processes of its own with limits on time and memory (`symbolic.py`).
 
@@ -13,13 +14,15 @@ counts so too, but is not remembered.
 import atexit
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from threading import Lock
 from types import TracebackType
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
+from megatron_coreward.config.schema import Equivalence
+from megatron_coreward.rewards import hendrycks
 from megatron_coreward.rewards.arithmetic import Quick, plain_value
 from megatron_coreward.rewards.classes import cliques
 from megatron_coreward.rewards.latex import MAX_LENGTH
@@ -27,7 +30,7 @@ from megatron_coreward.rewards.reading import Scalar, read
 from megatron_coreward.rewards.sameness import Undecided, same
 from megatron_coreward.rewards.symbolic import Comparer, Outcome, Request, SymbolicPool
 
-Relation = Literal["exact", "math"]
+Relation = Equivalence
 
 CACHE_SIZE = 500_000  # verdicts on pairs that went to a process: some 60 MiB
 
@@ -40,7 +43,7 @@ class Form:
     plain: bool
 
 
-class Judge:
+class AnswerEquivalence:
     """One relation, its processes and its memory. Use it as a context manager, or close it.
 
     comparisons: pairs that needed a process; timeouts: those of them that got no verdict.
@@ -98,7 +101,7 @@ class Judge:
 
         The groups of a whole step are handed to the processes together, which keeps them all busy.
         """
-        if not self._symbolic or self.relation == "exact":
+        if not self._symbolic or self.relation != "math":
             return
         requests: list[Request] = []
         asked: set[bytes] = set()
@@ -119,7 +122,7 @@ class Judge:
         """End the processes. The relation stays usable and remembers its verdicts."""
         self._pool.close()
 
-    def __enter__(self) -> "Judge":
+    def __enter__(self) -> "AnswerEquivalence":
         return self
 
     def __exit__(
@@ -128,7 +131,7 @@ class Judge:
         self.close()
 
     def _form(self, answer: str) -> Form:
-        return _math_form(answer) if self.relation == "math" else Form(answer, True)
+        return _FORMS[self.relation](answer)
 
     def _same(self, a: Form, b: Form) -> bool:
         quick = self._quick(a, b)
@@ -177,6 +180,14 @@ def _read_form(answer: str) -> Form:
     return Form(" ".join(answer.split()), False)
 
 
+# What stands for an answer under each relation. Forms that are all plain are the same only if their texts are equal.
+_FORMS: dict[Relation, Callable[[str], Form]] = {
+    "exact": lambda answer: Form(answer, True),
+    "hendrycks": lambda answer: Form(hendrycks.comparable(answer), True),
+    "math": _math_form,
+}
+
+
 @lru_cache(maxsize=65536)
 def _without_process(a: str, b: str) -> bool | None:
     try:
@@ -200,12 +211,12 @@ def has_answer(answer: str | None) -> TypeGuard[str]:
 
 
 def equivalent(a: str | None, b: str | None) -> bool:
-    """Whether two extracted answers are mathematically the same, by one `Judge("math")` that this process shares."""
-    return _shared_judge().equivalent(a, b)
+    """Whether two extracted answers are mathematically the same, by one shared `AnswerEquivalence("math")`."""
+    return _shared_equivalence().equivalent(a, b)
 
 
 @cache
-def _shared_judge() -> Judge:
-    judge = Judge("math")
-    atexit.register(judge.close)
-    return judge
+def _shared_equivalence() -> AnswerEquivalence:
+    equivalence = AnswerEquivalence("math")
+    atexit.register(equivalence.close)
+    return equivalence

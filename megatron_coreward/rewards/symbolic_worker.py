@@ -151,8 +151,8 @@ def _load_math_verify() -> Foreign:
         if far_apart(a, b):
             return False
         return all(
-            verify(parsed(gold), parsed(given), allow_set_relation_comp=True, timeout_seconds=None)
-            for gold, given in ((a, b), (b, a))
+            verify(parsed(ground_truth), parsed(given), allow_set_relation_comp=True, timeout_seconds=None)
+            for ground_truth, given in ((a, b), (b, a))
         )
 
     equivalent("x+x", "2x")  # what is built at first use is not to count against the first pair's limit
