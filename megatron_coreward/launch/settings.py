@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from megatron_coreward.config.component import Component, Positive
+from megatron_coreward.config.paths import expand_path
 from megatron_coreward.errors import InputError
 
 # What the launcher and the executors tell their own scripts; set otherwise, a job finds no Ray, no recipe or no end.
@@ -57,7 +58,17 @@ def seconds(limit: str) -> int:
 def _folder(text: str) -> str:
     if not text.startswith("/"):
         raise ValueError("expected an absolute path")
+    return _there(text)
+
+
+def _there(text: str) -> str:
+    if "$" in text or text.startswith("~"):
+        raise ValueError("a path where the job runs, and nothing expands it there; expected one without ~ and $")
     return text
+
+
+def _here(text: str) -> str:
+    return str(expand_path(text))
 
 
 def _claim_name(text: str) -> str:
@@ -77,6 +88,8 @@ EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
 TimeLimit = Annotated[str, AfterValidator(time_limit)]
 Mount = Annotated[str, AfterValidator(_mount)]
 Folder = Annotated[str, AfterValidator(_folder)]
+Here = Annotated[str, AfterValidator(_here)]  # a path on the machine that launches
+There = Annotated[str, AfterValidator(_there)]  # a path where the job runs
 ClaimName = Annotated[str, AfterValidator(_claim_name)]
 
 
@@ -93,13 +106,13 @@ class LocalCluster(Component):
     kind: Literal["local"] = "local"
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
-    python: str | None = None  # null: the one that launches
+    python: Here | None = None  # null: the one that launches
 
 
 class SSH(Component):
     host: str
     user: str
-    identity: str | None = None  # file of the private key; null: what the SSH agent has
+    identity: Here | None = None  # file of the private key; null: what the SSH agent has
 
 
 class SlurmCluster(Component):
@@ -125,6 +138,23 @@ class SlurmCluster(Component):
     ssh: SSH | None = None  # the login node; null: launch runs there
     object_store_gib: Annotated[float, Field(gt=0)] | None = None  # Ray's, a node; null: Ray's choice
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, tree: Any) -> Any:
+        """Paths of a cluster that shares its files with the machine that launches are expanded there, once."""
+        if not isinstance(tree, dict):
+            return tree
+        expanded = dict(tree)
+        for key in ("workdir", "job_dir", "python"):
+            text = tree.get(key)
+            if isinstance(text, str):
+                elsewhere = tree.get("ssh") or (key == "python" and tree.get("image"))
+                try:
+                    expanded[key] = _there(text) if elsewhere else _here(text)
+                except ValueError as e:
+                    raise ValueError(f"{key}: {e}, found {text!r}") from None
+        return expanded
+
 
 class KubernetesCluster(Component):
     kind: Literal["kubernetes"]
@@ -145,7 +175,7 @@ class KubernetesCluster(Component):
     time: TimeLimit | None = None
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretKey] = Field(default_factory=dict)
-    python: str = "python"
+    python: There = "python"
     workdir: PurePosixPath = PurePosixPath("/workspace")
     ray_version: str = "2.60.0"
 
@@ -159,11 +189,11 @@ class SkyPilotCluster(Component):
     memory: Positive | None = None  # GB
     use_spot: bool = True
     storage: dict[str, dict[str, Any]] = Field(min_length=1)  # where it is mounted -> SkyPilot's description of it
-    files: dict[str, str] = Field(default_factory=dict)  # in the job -> here
+    files: dict[str, Here] = Field(default_factory=dict)  # in the job -> here
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
     setup: tuple[str, ...] = ()
-    python: str = "python"
+    python: There = "python"
     workdir: PurePosixPath = PurePosixPath("~/sky_workdir")
 
 
@@ -201,6 +231,8 @@ def load_cluster(model: type[Cluster], path: Path | None) -> Cluster:
 
 def _explain(where: str, model: type[Component], error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
+    if not key:
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     if error["type"] == "extra_forbidden":
         allowed = f"; allowed: {', '.join(model.model_fields)}" if len(error["loc"]) == 1 else ""
         return f"{where}: unknown key {key!r}{allowed}"
