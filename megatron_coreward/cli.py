@@ -6,10 +6,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_coreward import __version__
 from megatron_coreward.commands import (
+    config,
     convert,
     demo,
     evaluate,
@@ -27,6 +28,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     demo,
     prepare_data,
     rephrase,
+    config,
     plan,
     train,
     launch,
@@ -41,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and runs the command; returns the exit status."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
-    if more and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # key=value behind an option, which argparse does not count to those before it
-        options.overrides += more
+        taken = getattr(options, "overrides", None)
+        if taken is None or any(argument.startswith("-") for argument in more):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        taken += more
     try:
         options.run(options)
     except InputError as e:
@@ -76,8 +79,15 @@ def console() -> NoReturn:
     sys.exit(status)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Without abbreviations: `--gpus` would mean one option here and another one there."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="megatron-coreward", description="Co-rewarding: reinforcement learning for LLM reasoning without labels."
     )
     parser.add_argument("--version", action="version", version=__version__)

@@ -2,15 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from megatron_coreward.config.names import RENAMED_KEYS, did_you_mean
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.yaml_file import parse_scalar
+from megatron_coreward.errors import InputError
 
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _KINDS = {"integer": "integer", "number": "number", "boolean": "true or false", "null": "null", "object": "keys"}
@@ -105,3 +107,42 @@ def _kind(schema: dict[str, Any]) -> str:
 def _choices(schema: dict[str, Any]) -> Iterator[str]:
     for part in schema.get("anyOf", [schema.get("items", schema)]):
         yield from (str(value) for value in part.get("enum", [part["const"]] if "const" in part else []))
+
+
+def find_keys(words: Sequence[str], model: type[BaseModel] = RunConfig) -> tuple[Group, ...]:
+    """The keys that the words find, in their groups; all keys for no words.
+
+    A word finds the key or the group of that name, or else every key in whose name or description a word begins so.
+
+    Raises:
+        InputError: a word finds nothing; the message names what is near.
+    """
+    everything = groups(model)
+    wanted: set[str] = set()
+    for word in words:
+        keys = _found(word.lower(), everything)
+        if not keys:
+            raise InputError(_nothing_found(word, everything))
+        wanted |= keys
+    chosen = (
+        replace(group, keys=tuple(key for key in group.keys if not words or key.name in wanted)) for group in everything
+    )
+    return tuple(group for group in chosen if group.keys)
+
+
+def _found(word: str, everything: Sequence[Group]) -> set[str]:
+    keys = [key for group in everything for key in group.keys]
+    names = {key.name for key in keys}
+    if word in names:
+        return {word}
+    inside = {name for name in names if name.startswith(f"{word.rstrip('.')}.")}
+    begins = re.compile(rf"(?<![a-z0-9]){re.escape(word)}")
+    return inside or {key.name for key in keys if begins.search(f"{key.name} {key.description}".lower())}
+
+
+def _nothing_found(word: str, everything: Sequence[Group]) -> str:
+    if word in RENAMED_KEYS:
+        return f"key {word!r} is called {RENAMED_KEYS[word]!r} now"
+    names = [name for group in everything for name in (group.name, *(key.name for key in group.keys)) if name]
+    near = did_you_mean(word, [*names, *(name.rpartition(".")[2] for name in names)])
+    return f"no key has {word!r} in its name or description{f'; did you mean {near!r}?' if near else ''}"

@@ -1,23 +1,13 @@
 """Bad values and unknown keys as messages: where, what was found, what is allowed, and what the key is for."""
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from megatron_coreward.config.describe import Key, all_keys, as_yaml
+from megatron_coreward.config.names import did_you_mean
 
-# Keys that were renamed: the old name is refused with the new one, for one release.
-RENAMED_KEYS = {
-    "rollout.lag": "rollout.max_staleness",
-    "teacher.lag": "teacher.lookahead",
-    "rewards.answer_forms": "rewards.answer_formats",
-    "faults.bad_gradient": "faults.nonfinite_gradients",
-    "guard.min_signs": "guard.min_indicators",
-    "rewards.judge_timeout_s": "rewards.comparison_timeout_s",
-    "sync.hashes": "sync.checksums",
-}
 _LONGEST_VALUE = 80  # characters of a value that a message shows
 
 
@@ -46,13 +36,6 @@ def explain(where: str, model: type[BaseModel], failed: ValidationError, renamed
     return "\n".join(told.values())
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """The one of the known words that is nearest, if one is near; capitals do not matter."""
-    by_small = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), by_small, n=1)
-    return by_small[close[0]] if close else None
-
-
 def _key_of(location: Sequence[Any], keys: Mapping[str, Key]) -> Key | None:
     """The key that a location is in: pydantic adds places in lists and branches of unions to it."""
     names = (".".join(map(str, location[:length])) for length in range(len(location), 0, -1))
@@ -67,10 +50,10 @@ def _unknown(name: str, keys: Mapping[str, Key], model: type[BaseModel], renamed
     close = did_you_mean(last, beside)
     if close is not None:
         return f"unknown key {name!r}; did you mean {f'{group}.{close}'.lstrip('.')!r}?"
-    elsewhere = [other for other in keys if other.rpartition(".")[2] == last]
-    close = elsewhere[0] if elsewhere else did_you_mean(name, keys)
+    elsewhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    close = did_you_mean(last, elsewhere)
     if close is not None:
-        return f"unknown key {name!r}; did you mean {close!r}?"
+        return f"unknown key {name!r}; did you mean {elsewhere[close]!r}?"
     return f"unknown key {name!r}; allowed: {', '.join(beside)}"
 
 

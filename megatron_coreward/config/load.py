@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_coreward.config.accelerator import FP8_LOGPROB_GAP
-from megatron_coreward.config.explain import RENAMED_KEYS, explain
+from megatron_coreward.config.explain import explain
+from megatron_coreward.config.names import RENAMED_KEYS
 from megatron_coreward.config.paths import expand_path
 from megatron_coreward.config.schema import TEACHER_METHODS, RunConfig
 from megatron_coreward.config.yaml_file import parse_scalar, parse_yaml, read_yaml
