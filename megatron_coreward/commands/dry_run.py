@@ -101,7 +101,7 @@ def _processes(config: RunConfig) -> Iterator[str]:
     elif visible_gpus():
         yield "ranks: on this machine, with a GPU each"
     else:
-        yield f"ranks: on this machine, with {a.cpu_threads} threads for the actor's and {r.cpu_threads} for an engine's"
+        yield f"ranks: on this machine's CPUs, with {a.cpu_threads} (actor) and {r.cpu_threads} (engine) threads each"
     layout = ActorLayout(
         tensor_parallel=a.tensor_parallel,
         pipeline_parallel=a.pipeline_parallel,

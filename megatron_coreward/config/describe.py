@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import BaseModel
@@ -86,7 +87,9 @@ def as_yaml(value: Any) -> str:
 
 def _in_list(value: Any) -> str:
     text = as_yaml(value)
-    return text if re.fullmatch(r"[\w.+/@-]+", text) else json.dumps(text, ensure_ascii=False)
+    if not isinstance(value, str | PurePath) or text.startswith('"') or re.fullmatch(r"[\w.+/@-]+", text):
+        return text
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _kind(schema: dict[str, Any]) -> str:
