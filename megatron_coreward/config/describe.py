@@ -16,7 +16,13 @@ from megatron_coreward.config.yaml_file import parse_scalar
 from megatron_coreward.errors import InputError
 
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-_KINDS = {"integer": "integer", "number": "number", "boolean": "true or false", "null": "null", "object": "keys"}
+_KINDS = {
+    "integer": "integer",
+    "number": "number",
+    "boolean": "true or false",
+    "null": "null",
+    "object": "keys and values",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,8 @@ class Key:
     kind: str  # type and limits, such as "integer ≥ 1"
     default: str  # as a recipe would have it, or "required"
     description: str  # one paragraph
-    choices: tuple[str, ...]  # of an enumeration; empty where there is none
+    choices: tuple[str, ...]  # of an enumeration; empty if it is none
+    is_union: bool  # of several types beside null
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,7 @@ def _groups(model: type[BaseModel], prefix: str) -> Iterator[Group]:
                 "required" if default is PydanticUndefined else as_yaml(default),
                 " ".join((field.description or "").split()),
                 tuple(_choices(properties[name])),
+                len([part for part in properties[name].get("anyOf", ()) if part.get("type") != "null"]) > 1,
             )
         )
     yield Group(prefix.rstrip("."), " ".join((model.__doc__ or "").split()), tuple(own))
@@ -77,6 +85,8 @@ def as_yaml(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_in_list(key)}: {_in_list(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_in_list, value))}]"
     text = str(value)
@@ -103,6 +113,8 @@ def _kind(schema: dict[str, Any]) -> str:
         return f"list of {'paths' if inner == 'path' else inner}{at_least}"
     if schema.get("type") == "string":
         return "path" if schema.get("format") == "path" else "text"
+    if "$ref" in schema or "type" not in schema:
+        return "a group of keys" if "$ref" in schema else "any value"
     limits = [f"{sign} {as_yaml(schema[limit])}" for limit, sign in _LIMITS.items() if limit in schema]
     return " ".join([_KINDS[schema["type"]], ", ".join(limits)]).strip()
 

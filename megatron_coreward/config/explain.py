@@ -1,7 +1,7 @@
 """Bad values and unknown keys as messages: where, what was found, what is allowed, and what the key is for."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,7 +20,7 @@ def explain(where: str, model: type[BaseModel], failed: ValidationError, renamed
         renamed: old names of keys -> new ones.
     """
     keys = all_keys(model)
-    told: dict[str, str] = {}
+    told: list[str] = []
     for error in failed.errors():
         name = ".".join(map(str, error["loc"]))
         key = _key_of(error["loc"], keys)
@@ -32,8 +32,8 @@ def explain(where: str, model: type[BaseModel], failed: ValidationError, renamed
             problem = _wrong_group(name, error)
         else:
             problem = _wrong_value(name, key, error)
-        told.setdefault(name if key is None else key.name, f"{where}: {problem}{_about(key)}")
-    return "\n".join(told.values())
+        told.append(f"{where}: {problem}{_about(key)}")
+    return "\n".join(dict.fromkeys(told))  # the branches of a union say the same
 
 
 def _key_of(location: Sequence[Any], keys: Mapping[str, Key]) -> Key | None:
@@ -50,7 +50,7 @@ def _unknown(name: str, keys: Mapping[str, Key], model: type[BaseModel], renamed
     close = did_you_mean(last, beside)
     if close is not None:
         return f"unknown key {name!r}; did you mean {f'{group}.{close}'.lstrip('.')!r}?"
-    elsewhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    elsewhere = {key.rpartition(".")[2]: key for key in reversed(list(keys))}
     close = did_you_mean(last, elsewhere)
     if close is not None:
         return f"unknown key {name!r}; did you mean {elsewhere[close]!r}?"
@@ -60,10 +60,11 @@ def _unknown(name: str, keys: Mapping[str, Key], model: type[BaseModel], renamed
 def _names_in(group: str, model: Any) -> list[str]:
     """The names of a group's keys and groups, of the innermost group of the path that there is."""
     for part in group.split(".") if group else ():
-        field = model.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        kind = model.model_fields[part].annotation if part in model.model_fields else None
+        inner = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
+        if not inner:
             break
-        model = field.annotation
+        model = inner[0]
     return list(model.model_fields)
 
 
@@ -82,8 +83,7 @@ def _wrong_group(name: str, error: Any) -> str:
 
 def _wrong_value(name: str, key: Key, error: Any) -> str:
     value = error["input"]
-    inside = name.removeprefix(key.name).strip(".").split(".")
-    if any(part and not part.isdigit() for part in inside):  # a branch of a union: what all branches allow
+    if key.is_union and name != key.name:  # one of its branches: what all of them allow
         name, message = key.name, f"expected {key.kind}"
     else:
         message = _message(error)

@@ -1,7 +1,8 @@
 """The names of keys: which were renamed, and which one somebody may have meant."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 # Old name -> new one. The old one is refused with the new one, for one release.
 RENAMED_KEYS = {
@@ -13,6 +14,18 @@ RENAMED_KEYS = {
     "guard.min_signs": "guard.min_indicators",
     "sync.hashes": "sync.checksums",
 }
+
+
+def with_new_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that a run was made with, with the new names of renamed keys: runs outlive names."""
+    renamed: dict[str, Any] = {}
+    for group, keys in tree.items():
+        if isinstance(keys, Mapping):
+            names = {name: RENAMED_KEYS.get(f"{group}.{name}", f"{group}.{name}") for name in keys}
+            renamed[group] = {names[name].removeprefix(f"{group}."): value for name, value in keys.items()}
+        else:
+            renamed[group] = keys
+    return renamed
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

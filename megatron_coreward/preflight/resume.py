@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from megatron_coreward.config.names import with_new_names
 from megatron_coreward.config.schema import RunConfig
 
 FIXED = (
@@ -76,7 +77,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     if not isinstance(before, Mapping):
         yield f"run_dir: {file} is damaged (no keys and values); bring it back or choose another run_dir"
         return
-    old, new = (dict(_flat(tree)) for tree in (before, config.model_dump(mode="json")))
+    old, new = (dict(_flat(tree)) for tree in (with_new_names(before), config.model_dump(mode="json")))
     for key in sorted(old.keys() & new.keys()):
         is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
         if is_fixed and _meant(key, old[key]) != _meant(key, new[key]):

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from megatron_coreward.config.describe import all_keys, as_yaml, find_keys, groups
 from megatron_coreward.config.load import parse_config
-from megatron_coreward.config.names import RENAMED_KEYS
+from megatron_coreward.config.names import RENAMED_KEYS, with_new_names
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 
@@ -138,3 +138,13 @@ def test_what_is_not_found_is_told_with_what_is_near() -> None:
 def test_renamed_keys_lead_from_names_that_are_gone_to_names_that_are_there() -> None:
     assert set(RENAMED_KEYS) & set(KEYS) == set()
     assert set(RENAMED_KEYS.values()) <= set(KEYS)
+
+
+def test_what_a_run_was_made_with_is_read_by_new_names() -> None:
+    made_with = {"steps": 3, "sync": {"hashes": True, "bucket_mib": 1.0}, "teacher": {"lag": 2}, "rollout": {"lag": 1}}
+    assert with_new_names(made_with) == {
+        "steps": 3,
+        "sync": {"checksums": True, "bucket_mib": 1.0},
+        "teacher": {"lookahead": 2},
+        "rollout": {"max_staleness": 1},
+    }

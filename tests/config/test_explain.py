@@ -3,11 +3,14 @@
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from megatron_coreward.config.describe import all_keys
+from megatron_coreward.config.explain import explain
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.names import RENAMED_KEYS, did_you_mean
 from megatron_coreward.errors import InputError
+from megatron_coreward.launch import settings
 
 
 def tree() -> dict[str, Any]:
@@ -99,6 +102,34 @@ def test_groups_and_their_rules_are_named() -> None:
 
 def test_long_values_are_cut() -> None:
     assert len(message(f"steps={'x' * 10_000}")) < 500
+
+
+def wrong(model: type[BaseModel], **values: Any) -> str:
+    with pytest.raises(ValidationError) as failed:
+        model.model_validate(values)
+    return explain("cluster.yaml", model, failed.value)
+
+
+def test_the_files_of_clusters_can_be_explained_as_well() -> None:
+    said = wrong(
+        settings.SlurmCluster,
+        kind="slurm",
+        acount="x",
+        stop_before_s=0,
+        env={"low": "x"},
+        ssh={"host": "h", "usr": "u"},
+        mounts=["here"],
+    )
+    for problem in (
+        "cluster.yaml: unknown key 'acount'; did you mean 'account'?",
+        "cluster.yaml: stop_before_s: input should be greater than or equal to 1, found 0",
+        "cluster.yaml: env.low.[key]: an environment variable is named in capitals",
+        "cluster.yaml: key 'ssh.user' is missing",
+        "cluster.yaml: unknown key 'ssh.usr'; did you mean 'ssh.user'?",
+        "cluster.yaml: mounts.0: expected /on/the/host:/in/the/container, found 'here'",
+    ):
+        assert problem in said
+    assert "tolerations" in wrong(settings.KubernetesCluster, kind="kubernetes", tolerations=3)
 
 
 def test_nothing_is_offered_that_is_not_near() -> None:

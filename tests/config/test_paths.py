@@ -89,8 +89,17 @@ def test_a_base_may_be_named_by_a_variable(tmp_path: Path, monkeypatch: pytest.M
 def test_a_path_that_cannot_be_expanded_is_told_with_its_key() -> None:
     with pytest.raises(InputError, match="config: data.val_files: the environment variable NOT_SET is not set"):
         parse_config(tree(), ["data.val_files=[$NOT_SET/v.parquet]"])
-    with pytest.raises(InputError, match="config: run_dir: not UTF-8 text from character 4 on"):
-        parse_config(tree(), ["run_dir=run\udcff"])
+
+
+@pytest.mark.parametrize(
+    "override", ["run_dir=run\udcff", "data.val_files=[run\udcff]", "telemetry.wandb_project=\udcff"]
+)
+def test_text_that_is_not_utf_8_is_told_as_such(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=f"not UTF-8 text from character {override.index(chr(0xDCFF)) + 1} on"):
+        parse_config(tree(), [override])
+    monkeypatch.setenv("DATA", "/data/\udcff")
+    with pytest.raises(InputError, match="model.hf_path: not UTF-8 text"):
+        parse_config(tree())
 
 
 class Remote(Component):

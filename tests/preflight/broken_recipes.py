@@ -393,6 +393,10 @@ CASES: dict[str, Case] = {
         resumed("model.hf_path=experts"), says="model.hf_path: 'model', but the run in run was made with 'experts'"
     ),
     "another rate": broken(resumed(), "actor.lr=1e-5", says="actor.lr: 1e-05, but the run in run was made with 3e-06"),
+    "another value of a renamed key": broken(
+        resumed(config="rewards: {answer_forms: [plain]}"),
+        says=r"rewards.answer_formats: \['boxed'\], but the run in run was made with \['plain'\]",
+    ),
     "other data": broken(resumed(), "data.train_files=[val.parquet]", says="data.train_files: .*was made with"),
     "no resume": broken(resumed(), "checkpoint.resume=never", says="holds checkpoints and checkpoint.resume is never"),
     "damaged config of the run": broken(resumed(config="a: ["), says="run/config.yaml is damaged"),
