@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
-from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerFormat
+from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerFormat, Equivalence
 
 
 def add(commands: Any) -> None:
@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     run.add_argument("--no-greedy", action="store_true", help="without the greedy answer, which pass@1 is of")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    run.add_argument("--equivalence", choices=("exact", "math"), default="math")
+    run.add_argument("--equivalence", choices=get_args(Equivalence), default="math")
     run.add_argument(
         "--answer-form",
         action="append",

@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from megatron_coreward.config.schema import Equivalence
 from megatron_coreward.errors import InputError
 
 
@@ -27,7 +28,7 @@ def add(commands: Any) -> None:
     replay.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory with rollouts")
     replay.add_argument("--steps", metavar="FIRST-LAST", help="only these steps, such as 10-20 or 7")
     replay.add_argument(
-        "--equivalence", choices=("exact", "math"), help="show what this relation would have changed, instead"
+        "--equivalence", choices=get_args(Equivalence), help="show what this relation would have changed, instead"
     )
     replay.set_defaults(run=_replay)
 
