@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron_coreward import __version__
 from megatron_coreward.commands import (
@@ -22,6 +22,7 @@ from megatron_coreward.commands import (
     train,
     verify_sync,
 )
+from megatron_coreward.commands.arguments import Parser
 from megatron_coreward.errors import HaltedError, InputError, RunError
 
 COMMANDS: tuple[ModuleType, ...] = (
@@ -79,15 +80,8 @@ def console() -> NoReturn:
     sys.exit(status)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Without abbreviations: `--gpus` would mean one option here and another one there."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"allow_abbrev": False, **options})
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="megatron-coreward", description="Co-rewarding: reinforcement learning for LLM reasoning without labels."
     )
     parser.add_argument("--version", action="version", version=__version__)
