@@ -30,6 +30,7 @@ import torch
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.weights.buckets import SegmentLayout
 from megatron_coreward.weights.gloo import GlooSender, Inbox, Session, serve_store
@@ -152,7 +153,7 @@ def _worker_end(transport: str) -> None:
 
 def _start_engine(folder: Path, transport: str, tensor_parallel: int) -> None:
     global _engine
-    _engine = RolloutWorker(
+    setup = EngineSetup(
         folder,
         dtype=DTYPE,
         tensor_parallel=tensor_parallel,
@@ -161,10 +162,11 @@ def _start_engine(folder: Path, transport: str, tensor_parallel: int) -> None:
         kv_cache_gib=0.125,
         weight_transfer=transport,
     )
+    _engine = RolloutWorker(setup)
 
 
 def _engine_call(method: str, *args: Any) -> Any:
-    return getattr(_engine, method)(*args)
+    return _engine.shutdown() if method == "shutdown" else _engine.run(method, *args)
 
 
 def memcpy_seconds(nbytes: int) -> float:

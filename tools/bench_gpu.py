@@ -271,8 +271,9 @@ def bench_rollout(run: Run, config: RunConfig, arch: Architecture) -> dict[str, 
             return sum(len(one.token_ids) for output in outputs for one in output.outputs)
     else:
         from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+        from megatron_coreward.rollout.setup import EngineSetup
 
-        engine = RolloutEngine(
+        setup = EngineSetup(
             config.model.hf_path,
             dtype=config.model.dtype,
             max_model_len=limit,
@@ -281,6 +282,7 @@ def bench_rollout(run: Run, config: RunConfig, arch: Architecture) -> dict[str, 
             quantization=r.quantization,
             own_weights=0,
         )
+        engine = RolloutEngine(setup)
 
         def sample(seed: int) -> int:
             requests = [

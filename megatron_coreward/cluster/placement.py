@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megatron_coreward.config.schema import ActorSettings, RolloutSettings
+from megatron_coreward.config.schema import ActorSettings
 from megatron_coreward.errors import InputError, RunError
 
 NODE_LABEL = "ray.io/node-id"
@@ -52,9 +52,9 @@ class ResourceRequest:
         return ResourceRequest(actor.world_size, actor.tensor_parallel, 0, 1)
 
     @staticmethod
-    def of_engines(rollout: RolloutSettings) -> "ResourceRequest":
-        """Engines alone."""
-        return ResourceRequest(0, 1, rollout.num_engines, rollout.tensor_parallel)
+    def of_engines(engines: int, engine_size: int) -> "ResourceRequest":
+        """Engines alone, of `engine_size` GPUs each."""
+        return ResourceRequest(0, 1, engines, engine_size)
 
     @property
     def gpus(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from megatron_coreward.cluster.groups import stop_ray
+from megatron_coreward.cluster.ray_start import stop_ray
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import REPHRASED_METHODS, MethodName, RunConfig
 from megatron_coreward.demo.model import write_model

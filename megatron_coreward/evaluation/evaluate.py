@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
-from megatron_coreward.cluster.groups import EngineGroup, start_ray
+from megatron_coreward.cluster.engine_group import EngineGroup
 from megatron_coreward.cluster.placement import START_LIMIT_S, ReservedPlacement, ResourceRequest
+from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.watchdog import Watchdog
-from megatron_coreward.config.schema import AnswerFormat, RolloutSettings
+from megatron_coreward.config.schema import AnswerFormat
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.errors import InputError
 from megatron_coreward.evaluation.page import write_comparison_page, write_evaluation_page
@@ -41,6 +42,7 @@ from megatron_coreward.evaluation.results import (
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, Relation
 from megatron_coreward.rewards.scoring import score_answers
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.telemetry.files import replaced_whole
 from megatron_coreward.telemetry.job_log import Item, JobLog
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
@@ -224,27 +226,23 @@ def running_engines(
     hf_path: Path, engines: Engines, sampling: Sampling, max_model_len: int, logs: Path
 ) -> Iterator[EngineGroup]:
     """Engines that hold the model's own weights as `VERSION`; ended in any case. `logs` takes what they print."""
-    settings = RolloutSettings(
-        num_engines=engines.num_engines,
+    setup = EngineSetup(
+        hf_path,
+        sampling.dtype,
+        max_model_len,
         tensor_parallel=engines.tensor_parallel,
         max_num_seqs=engines.max_num_seqs,
         kv_cache_gib=engines.kv_cache_gib,
         gpu_memory_utilization=engines.gpu_memory_utilization,
         cpu_threads=engines.cpu_threads,
+        seed=sampling.seed,
+        own_weights=VERSION,
     )
     start_ray()
+    request = ResourceRequest.of_engines(engines.num_engines, engines.tensor_parallel)
     with ExitStack() as stack:
-        placement = stack.enter_context(ReservedPlacement(ResourceRequest.of_engines(settings), START_LIMIT_S))
-        group = EngineGroup(
-            hf_path,
-            settings,
-            placement,
-            sampling.dtype,
-            max_model_len,
-            sampling.seed,
-            own_weights=VERSION,
-            watchdog=Watchdog(logs=logs),
-        )
+        placement = stack.enter_context(ReservedPlacement(request, START_LIMIT_S))
+        group = EngineGroup(setup, engines.num_engines, placement, Watchdog(logs=logs))
         stack.callback(group.shutdown)
         group.wait()
         yield group
@@ -276,6 +274,7 @@ def sample_into(
             version=VERSION,
             step=0,
             seed=sampling.seed,
+            answer_formats=(),  # answers are read when samples are graded
         )
 
     for start in range(0, len(problems), batch_questions):

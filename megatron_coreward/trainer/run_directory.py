@@ -68,6 +68,10 @@ class OpenedRun:
     trainer_state: TrainerState | None  # None: from the beginning
     notes: list[str]
 
+    @property
+    def steps_done(self) -> int:
+        return 0 if self.trainer_state is None else self.trainer_state.step
+
 
 def open_run_directory(config: RunConfig, told: Sequence[str] = ()) -> OpenedRun:
     """Finds the newest checkpoint that is whole, sets damaged ones aside, and writes the resolved config.

@@ -1,12 +1,14 @@
-"""Validation on held-out questions with gold answers: pass@1, avg@k, maj@k."""
+"""Validation on held-out questions with ground truths: pass@1, avg@k, maj@k."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_coreward.algorithms.accuracy import sampled_scores
-from megatron_coreward.config.schema import AnswerFormat, ValidationSettings
+from megatron_coreward.cluster.rollout_engines import RolloutEngines
+from megatron_coreward.config.schema import AnswerFormat, RunConfig, ValidationSettings
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.scoring import score_answers
+from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
 from megatron_coreward.types import Problem, RolloutGroup
 
@@ -27,7 +29,34 @@ class Accuracy:
         return {"val/pass@1": self.pass_at_1, f"val/avg@{self.k}": self.avg_at_k, f"val/maj@{self.k}": self.maj_at_k}
 
 
-def evaluate(
+def validation_metrics(
+    config: RunConfig,
+    problems: Sequence[Problem],
+    engines: RolloutEngines,
+    equivalence: AnswerEquivalence,
+    num_updates: int,
+    timer: PhaseTimer,
+) -> dict[str, float]:
+    """`val/...` of the policy after `num_updates` optimizer steps."""
+
+    def ask() -> Accuracy:
+        version = engines.sync_weights("policy", num_updates, timer)
+        with timer.phase("validation"):
+            return measure_accuracy(
+                engines,
+                problems,
+                config.validation,
+                equivalence,
+                max_tokens=config.rollout.max_response_tokens,
+                version=version,
+                seed=config.seed,
+                answer_formats=config.rewards.answer_formats,
+            )
+
+    return engines.run(ask, timer).metrics()
+
+
+def measure_accuracy(
     engines: SamplingEngines,
     problems: Sequence[Problem],
     settings: ValidationSettings,

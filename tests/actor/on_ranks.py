@@ -82,7 +82,7 @@ def gradients_and_stats(
         part = batch.select(micro_batches.rows)
         stats = actor.token_stats(part.sequences, micro_batches, "policy", 1.0)
         sums = actor.accumulate(part, micro_batches)
-        loss = None if sums is None or not actor.reports else float(sum(s["loss/total"] for s in sums))
+        loss = None if sums is None or not actor.is_output_rank else float(sum(s["loss/total"] for s in sums))
         actor.optimizer.prepare_grads()
         results.append(
             {

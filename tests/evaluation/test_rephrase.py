@@ -18,8 +18,9 @@ from megatron_coreward.evaluation import rephrase as module
 from megatron_coreward.evaluation.evaluate import Engines
 from megatron_coreward.evaluation.rephrase import Job, Rewriting, rephrase_file
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
+from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.telemetry.job_log import JobLog
+from megatron_coreward.types import Completion
 
 QUESTIONS = [f"A baker sells {7 + i} loaves a day for {20 + i} days. How many loaves is that?" for i in range(6)]
 
@@ -50,7 +51,7 @@ class FakeEngines:
         self.asked: list[tuple[int, int]] = []  # (question, seed)
         self.solved = 0  # requests to the solver
 
-    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]:
         self.left -= 1
         if self.left < 0:
             raise RuntimeError("killed")
@@ -69,8 +70,8 @@ class FakeEngines:
         return answers
 
     @staticmethod
-    def _sample(text: str) -> Sample:
-        return Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), text, "stop", 0)
+    def _sample(text: str) -> Completion:
+        return Completion(np.zeros(1, np.int32), np.zeros(1, np.float32), text, None, "stop", 0)
 
 
 ALL_GOOD = {i: [good(i)] for i in range(6)}
@@ -266,7 +267,7 @@ def test_settings_that_make_no_sense_are_refused(setting: dict[str, Any]) -> Non
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_the_nonsense_of_an_untrained_model_is_refused_and_reported(tmp_path: Path, rows: list[Row]) -> None:
-    from megatron_coreward.cluster.groups import stop_ray
+    from megatron_coreward.cluster.ray_start import stop_ray
     from megatron_coreward.demo.model import write_model
     from megatron_coreward.demo.tokenizer import byte_level_tokenizer
 

@@ -10,6 +10,7 @@ import torch
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.telemetry.memory import DeviceMemory
 
 pytest.importorskip("vllm")
@@ -113,7 +114,7 @@ def test_an_engine_on_a_gpu_gives_an_update_up_before_it_sleeps_and_measures_whe
     engine._llm.sleep = lambda level: engine._llm.calls.append(f"sleep {level}")
     engine.start_update({"sender": 1})
     engine.load_bucket(0, 2)
-    assert engine.sleep() == DeviceMemory(free=60, given=40)
+    assert engine.sleep() == DeviceMemory(free=60, freed=40)
     assert engine._llm.calls == ["init", "start", "update", "update", "finish", "sleep 2"]
 
 
@@ -178,6 +179,6 @@ def test_the_processes_of_an_engine_are_its_own_even_within_a_placement_group(
     monkeypatch.setattr("megatron_coreward.rollout.environment.prepare", lambda cpu_threads: True)
     monkeypatch.setattr("vllm.LLM", start)
     with pytest.raises(InterruptedError):
-        RolloutEngine(Path("model"), dtype="float32", max_model_len=64, tensor_parallel=tensor_parallel)
+        RolloutEngine(EngineSetup(Path("model"), "float32", 64, tensor_parallel=tensor_parallel))
     assert told["tensor_parallel_size"] == tensor_parallel
     assert told["distributed_executor_backend"] == backend
