@@ -46,7 +46,7 @@ class TrainerState:
     teacher_updates: int = 0  # the last step whose EMA the teacher has taken; the step after `step` may be begun
     skipped_steps: int = 0  # in a row, without an update
     score: float | None = None  # of the metric by which the best checkpoint is kept
-    first_accuracy: float | None = None  # of the run's first validation
+    first_accuracy: float | None = None  # avg@n of the run's first validation (pass@1 without random samples)
     guard: dict[str, Any] | None = None  # the guard's state
     unfinished_row: dict[str, float | None] | None = None  # of a step whose validation was interrupted; null: NaN
 

@@ -190,10 +190,11 @@ class Trainer:
     def _validated(self, timer: PhaseTimer) -> Row:
         assert self.validate is not None
         metrics = self.validate(self.state.num_updates, timer)
-        key = f"val/avg@{self.config.validation.n}"
+        settings = self.config.validation
+        key = "val/pass@1" if settings.samples == "greedy" else f"val/avg@{settings.n}"
         first = metrics[key] if self.state.first_accuracy is None else self.state.first_accuracy
         self.state = replace(self.state, first_accuracy=first)
-        if metrics[key] < first - self.config.validation.warn_below_start:
+        if metrics[key] < first - settings.warn_below_start:
             self.notify(
                 f"{key} is {metrics[key]:.1%}, and was {first:.1%} at first: training makes the model worse on the "
                 "validation questions"

@@ -1,6 +1,7 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -53,14 +54,19 @@ class _Data:
     """What a run trains on and what it is validated on."""
 
     train: ProblemSet
-    held_out: ProblemSet | None
+    held_out: Mapping[str, ProblemSet]  # data sets by their names
 
     def notes(self, config: RunConfig) -> Iterator[str]:
         """Questions that are left out."""
-        for what, problems in (("training", self.train), ("validation", self.held_out)):
-            if problems is not None and problems.num_dropped:
-                longer = f"longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"
-                yield f"{problems.num_dropped} {what} questions are {longer} and left out; {len(problems)} are used"
+        held_out = ((f"validation ({name})", problems) for name, problems in self.held_out.items())
+        for what, problems in (("training", self.train), *held_out):
+            for count, why in (
+                (problems.num_dropped, f"are longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"),
+                (problems.num_unpaired, "have no rephrasing, or are rephrasings without a question"),
+                (problems.num_unanswered, "have no ground truth"),
+            ):
+                if count:
+                    yield f"{count} {what} questions {why} and are left out; {len(problems)} are used"
 
 
 def train(config: RunConfig) -> Path:
@@ -199,7 +205,7 @@ class _Attempt:
             state=state or TrainerState(0, 0),
             guard=guard,
             stop=self.stop,
-            validate=self._validation(engines, equivalence),
+            validate=self._validation(engines),
             observe=observe,
             record=self._recorder(),
             new_timer=lambda: PhaseTimer(self.view.phase),
@@ -229,13 +235,16 @@ class _Attempt:
 
         return record
 
-    def _validation(
-        self, engines: RolloutEngines, equivalence: AnswerEquivalence
-    ) -> Callable[[int, PhaseTimer], dict[str, float]] | None:
-        held_out = self.data.held_out
-        if held_out is None:
+    def _validation(self, engines: RolloutEngines) -> Callable[[int, PhaseTimer], dict[str, float]] | None:
+        if not self.data.held_out:
             return None
-        return partial(validation_metrics, self.config, held_out, engines, equivalence)
+        config = self.config
+        equivalence = self.stack.enter_context(
+            AnswerEquivalence(
+                config.validation.equivalence or config.rewards.equivalence, config.rewards.comparison_timeout_s
+            )
+        )
+        return partial(validation_metrics, config, self.data.held_out, engines, equivalence)
 
 
 def _write_report(config: RunConfig, notify: Callable[[str], None]) -> None:
@@ -248,29 +257,31 @@ def _write_report(config: RunConfig, notify: Callable[[str], None]) -> None:
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
-    """Raises InputError if the method or the validation needs ground truths that are missing."""
+    """The questions to train on, and those to validate on: a set for each source, by its name, which two files of one
+    source have with their own name behind it."""
     data, needs = config.data, METHODS[config.method].needs
     limits: dict[str, Any] = {
         "system_prompt": data.system_prompt,
         "max_prompt_tokens": data.max_prompt_tokens,
         "over_length": data.over_length,
+        "unpaired": data.unpaired,
         "thinking": data.thinking,
     }
-    rephrased = data.rephrased_files if "rephrased" in needs.views else ()
+    rephrased = data.rephrased_files if "rephrased" in needs.all_views else ()
     problems = load_problems(data.train_files, rephrased, tokenizer, **limits)
-    if needs.ground_truth and problems.num_without_ground_truth:
-        raise InputError(
-            f"data.train_files: method {config.method} needs reward_model.ground_truth, and "
-            f"{problems.num_without_ground_truth} of {len(problems)} questions have none"
-        )
-    if not data.val_files:
-        return _Data(problems, None)
-    held_out = load_problems(data.val_files, (), tokenizer, **limits)
-    if held_out.num_without_ground_truth:
-        raise InputError(
-            f"data.val_files: {held_out.num_without_ground_truth} questions have no reward_model.ground_truth"
-        )
+    if needs.ground_truth:
+        problems = problems.with_ground_truth(data.missing_gold, f"data.train_files: method {config.method}")
+    held_out = []
+    for file in data.val_files:
+        found = load_problems([file], (), tokenizer, **limits)
+        found = found.with_ground_truth(data.missing_gold, f"data.val_files: {file}: validation")
+        held_out += [(source, file, part) for source, part in found.by_source().items()]
+    sources = Counter(source for source, _, _ in held_out)
     limit = config.validation.max_problems
-    if limit is not None and limit < len(held_out):
-        held_out = ProblemSet(held_out[:limit], held_out.num_dropped, 0, held_out.longest_prompt)
-    return _Data(problems, held_out)
+    return _Data(
+        problems,
+        {
+            source if sources[source] == 1 else f"{source}/{file.stem}": part.first(limit)
+            for source, file, part in held_out
+        },
+    )

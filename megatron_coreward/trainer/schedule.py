@@ -93,15 +93,14 @@ class RolloutSchedule:
         if not steps:
             return
         version = self.engines.sync_weights("teacher", num_updates, timer)
-        asked = [self._requests("teacher", s) for s in steps]
+        asked = {s: self._requests("teacher", s) for s in steps}
         with timer.phase("rollout"):
-            answers = iter(self.engines.sample([r for of_step in asked for r in of_step], version))
-        for s in steps:
-            own = [next(answers) for _ in range(len(self.problems_of(s - 1)) * len(self.needs.views))]
-            self._labelled[s] = self._groups("teacher", s, own)
+            answers = iter(self.engines.sample([r for of_step in asked.values() for r in of_step], version))
+        for s, requests in asked.items():
+            self._labelled[s] = self._groups("teacher", s, [next(answers) for _ in requests])
 
     def _groups(self, role: Role, step: int, completions: Sequence[Sequence[Completion]]) -> list[RolloutGroup]:
-        return to_groups(self.problems_of(step - 1), self.needs.views, role, completions)
+        return to_groups(self.problems_of(step - 1), self.needs.sampled_views(role), role, completions)
 
     def _to_label(self, step: int) -> list[int]:
         """The steps whose teacher rollouts are drawn when this one's are due."""
@@ -127,7 +126,7 @@ class RolloutSchedule:
         config = self.config
         return requests_for(
             self.problems_of(step - 1),
-            self.needs.views,
+            self.needs.sampled_views(role),
             role,
             n=config.teacher.n if role == "teacher" else config.rollout.n,
             temperature=config.rollout.temperature,
