@@ -5,11 +5,11 @@
 The driver is the real one: `Trainer.step` over `ActorGroup`, `EngineGroup` and `WeightSync`. Ranks and engines are not:
 a call serialises its arguments and results as Ray does (pickle; arrays are copied once, beside it, and read where they
 lie), and costs no time otherwise. What the stand-ins take to make up their answers is left out. Time is that of the
-driver's CPU, so that a busy machine tells the same; the driver is one thread. Every row is a process of its own, and
-memory is its peak resident set.
+driver's CPU, so that a busy machine gives the same figures; the driver is one thread. Every row is a process of its
+own, and memory is its peak resident set.
 
-With --ray, what a call to an actor costs the driver is measured on a real Ray, and times the calls of a step it is told
-beside the table: the stand-ins leave it out.
+With --ray, what a call to an actor costs the driver is measured on a real Ray, and its product with
+the calls of a step is printed below the table: the stand-ins leave it out.
 """
 
 import argparse

@@ -6,7 +6,7 @@ Ranks are processes that hold the blocks of an actor layout (no optimizer, so th
 Three figures for each of TP 2 -> TP 1, TP 1 -> TP 2 and PP 2 -> TP 2, each as a multiple of the memcpy:
   transfer     every worker's blocks from the ranks' parameters into the worker's own memory, through the transport, in
                buckets, writing and reading overlapped: what this project does.
-  sync         the same with vLLM as the receiver: what a training step pays. vLLM lays every linear layer out anew for
+  sync         the same with vLLM as the receiver: what a training step pays. vLLM lays every linear layer out again for
                its CPU kernels, and copies it twice on the way.
   vLLM alone   vLLM taking in buckets that lie ready in shared memory, nobody writing: what no transport can save.
 """

@@ -83,7 +83,7 @@ class Attempt:
         return [p for p in self.processes() if TITLES[kind] in " ".join(_command(p)) and p.pid != self.process.pid]
 
     def kill(self, kind: str, chance: random.Random) -> bool:
-        """Ends a process of a kind, the driver with its whole group; False where there is none."""
+        """Ends a process of a kind, the driver with its whole group; False if there is none."""
         if kind == "driver":
             os.killpg(self.process.pid, signal.SIGKILL)
             return True

@@ -133,7 +133,7 @@ def discard_unfinished(run_dir: Path) -> None:
 
 
 def read_trainer_state(path: Path) -> TrainerState:
-    """Where the run stood. Raises DamagedCheckpoint where the description is missing or damaged."""
+    """Where the run stood. Raises DamagedCheckpoint if the description is missing or damaged."""
     try:
         tree = json.loads((path / TRAINER).read_text())
         return TrainerState(**(tree | tree.pop("extra", {})))  # the former form had some under "extra"

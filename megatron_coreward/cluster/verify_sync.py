@@ -1,8 +1,8 @@
 """`verify-sync CONFIG`: is the weight sync of this config right, before a run hangs on it?
 
-Starts the actors and engines of the config, publishes every role that the method has, with checksums, and compares the
-engines' log-probs of the probe with the actors'. In the end it asks for samples of weights that were never published,
-which the engines must refuse.
+Starts the actors and engines of the config, syncs the weights of every role that the method has, with checksums, and
+compares the engines' log-probs of the canary with the actors'. In the end it asks for samples of weights that were
+never synced, which the engines must refuse.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from megatron_coreward.weights.route import tensors_to_send
 
 @dataclass(frozen=True, slots=True)
 class SyncCheck:
-    """One publication."""
+    """One weight sync."""
 
     role: Role
     version: int
@@ -35,7 +35,7 @@ class SyncCheck:
 
 
 def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
-    """Publishes `rounds` times each role and yields what each publication took.
+    """Syncs the weights of each role `rounds` times and yields what each sync took.
 
     Raises:
         InputError: before any process starts, if config or model cannot work.
@@ -60,4 +60,4 @@ def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
             running.engines.sample([request], version + 2)
         except RunError:
             return
-        raise RunError(f"an engine sampled with weights of version {version + 2}, which were never published")
+        raise RunError(f"an engine sampled with weights of version {version + 2}, which were never synced")

@@ -84,7 +84,7 @@ class WeightSync:
         self.engine_epoch = 0  # of the engines: grows when one was started anew
 
     def sync_weights(self, role: Role, version: int) -> SyncReport | None:
-        """Brings the role's present weights to every engine and checks them; None where they are there already.
+        """Brings the role's present weights to every engine and checks them; None if they are there already.
 
         Raises:
             RunError: an engine's log-probs of the probe differ from the actors' by more than arithmetic.

@@ -40,7 +40,7 @@ LEARNING_RATE_TWO_VIEWS = 5e-5
 
 
 def demo(method: MethodName, run_dir: Path, seed: int, overrides: Sequence[str] = ()) -> Path:
-    """Prepares the task and the model where they are missing, trains with one method, shows before and after.
+    """Prepares the task and the model if they are missing, trains with one method, shows before and after.
 
     Returns:
         The run directory of the method.

@@ -1,11 +1,11 @@
 """A rollout engine: vLLM, as the rest of the system needs it. Prompts in, samples with log-probs out, weights swapped.
 
 Invariants (tests/rollout):
-  1. Samples come from published weights only: none before the first update, none during one, and every token of a
+  1. Samples come from complete weights only: none before the first update, none during one, and every token of a
      sample from the version that the caller asked for.
   2. A sample's log-probs are those of the distribution that it was drawn from (temperature and top-p applied).
   3. The same requests with the same seeds give the same samples, whatever else the engine did before.
-  4. No cached key or value survives an update of the weights.
+  4. No cached key or value outlives an update of the weights.
 """
 
 import os
@@ -98,7 +98,7 @@ class RolloutEngine:
             seed=setup.seed,
             load_format="dummy"
             if setup.own_weights is None
-            else "auto",  # mostly, weights are published before they are used
+            else "auto",  # mostly, weights are synced before they are used
             weight_transfer_config=WeightTransferConfig(backend=setup.weight_transfer),
             enable_prefix_caching=True,  # the n samples of a prompt share its keys and values
             logprobs_mode="processed_logprobs",  # of the distribution sampled from
@@ -110,9 +110,9 @@ class RolloutEngine:
         self._tokenizer: Any = self._llm.get_tokenizer()
         # vLLM marks tokens with the version of the weights from 0.30 on. Before, only this object knows it; nothing can
         # come between: an update and a call of `sample` are calls of one thread.
-        self._versions_told = hasattr(self._llm, "get_weight_version")
+        self._versions_known = hasattr(self._llm, "get_weight_version")
         if setup.own_weights is not None:
-            if self._versions_told:
+            if self._versions_known:
                 self._llm.llm_engine.set_weight_version(str(setup.own_weights))
             self._version = setup.own_weights
 
@@ -173,11 +173,11 @@ class RolloutEngine:
         """Log-probs of tokens 2 to P of a sequence, each given the tokens before it, at temperature 1: [P - 1].
 
         Raises:
-            RunError: no weights were published yet.
+            RunError: no weights were synced yet.
             ValueError: fewer than 2 tokens, or as many as the engine's length or more.
         """
         if self._version is None:
-            raise RunError("no weights were published to this rollout engine yet")
+            raise RunError("no weights were synced to this rollout engine yet")
         if not 2 <= len(token_ids) < self._max_model_len:
             raise ValueError(f"cannot score {len(token_ids)} tokens; allowed: 2 to {self._max_model_len - 1}")
 
@@ -195,7 +195,7 @@ class RolloutEngine:
     def start_update(self, init_info: Mapping[str, Any]) -> None:
         """Begins an update of all weights; there is nothing to sample from until `finish_update`.
 
-        An update that is under way is given up: it lost its way when another engine died.
+        An update in progress is given up: it was interrupted when another engine died.
 
         Args:
             init_info: what the backend needs to know of the sender (`SharedMemorySender.init_info`); it may change
@@ -245,12 +245,12 @@ class RolloutEngine:
 
     def _finish(self, name: str) -> None:
         with self._all_workers():
-            self._llm.finish_weight_update(**({"weight_version": name} if self._versions_told else {}))
+            self._llm.finish_weight_update(**({"weight_version": name} if self._versions_known else {}))
         self._updating = False
 
     def sleep(self) -> DeviceMemory | None:
-        """Gives the GPU's memory to a colocated actor: weights and key-value cache are dropped, and the next samples
-        need `wake` and a new update. Without a GPU there is no memory to give, and the engine stays as it is.
+        """Frees the GPU's memory for a colocated actor: weights and key-value cache are dropped, and the next samples
+        need `wake` and a new update. Without a GPU there is no memory to free, and the engine stays as it is.
         """
         if not self._on_cpu:
             self._version = None
@@ -258,8 +258,8 @@ class RolloutEngine:
         return self._switch(lambda: self._llm.sleep(level=2))
 
     def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> DeviceMemory | None:
-        """Takes the memory back, all of it or first that of the weights, so that they can be updated while the actor
-        still holds the rest. Without a GPU there is nothing to do.
+        """Allocates the memory again, all of it or first that of the weights, so that they can be updated while the
+        actor still holds the rest. Without a GPU there is nothing to do.
         """
         return self._switch(lambda: self._llm.wake_up(tags=None if part is None else [part]))
 
@@ -297,16 +297,16 @@ class RolloutEngine:
 
     def _require(self, expected_version: int) -> None:
         if self._version is None:
-            raise RunError("no weights were published to this rollout engine yet")
-        held = self._llm.get_weight_version() if self._versions_told else str(self._version)
+            raise RunError("no weights were synced to this rollout engine yet")
+        held = self._llm.get_weight_version() if self._versions_known else str(self._version)
         if held != str(expected_version):
             raise RunError(f"this rollout engine holds weights of version {held}, expected version {expected_version}")
 
     def _to_completion(self, completion: Any, text: str, request: SamplingRequest, version: int) -> Completion:
         if completion.finish_reason not in ("stop", "length"):
             raise RunError(f"vLLM ended a request with finish reason {completion.finish_reason!r}")
-        told = completion.weight_versions if self._versions_told else ()
-        sampled_by = {span.version for span in told} or {str(self._version)}
+        spans = completion.weight_versions if self._versions_known else ()
+        sampled_by = {span.version for span in spans} or {str(self._version)}
         if sampled_by != {str(version)}:
             raise RunError(f"a sample has tokens of weight versions {sorted(sampled_by)}, expected only {version}")
         flat = completion.logprobs
@@ -321,7 +321,7 @@ class RolloutEngine:
 
 
 def _free_bytes(worker: object) -> int:
-    """Of the worker's GPU: the engine's own process has none where workers are processes of their own."""
+    """Of the worker's GPU: the engine's own process has none if workers are processes of their own."""
     import torch
 
     free: int = torch.cuda.mem_get_info()[0]

@@ -1,7 +1,7 @@
 """Training by Co-rewarding, in the order of the paper (arXiv 2508.00410, algorithms 1 and 2).
 
 A step is the same for every method; it branches on what the method needs, never on what it is called. How rollouts are
-collected is told in `trainer.experience`.
+collected is in `trainer.experience`.
 
 Invariants (tests/trainer/test_train.py, tests/e2e/test_faults.py):
   1. The row of a step is on disk before the checkpoint that covers it: a resumed run never lacks one.
@@ -58,12 +58,12 @@ class Trainer:
     config: RunConfig
     needs: Needs  # of the method
     actors: TrainingActors
-    collect: Callable[[int, int, PhaseTimer], Experience]  # of a step, after so many updates (`Collector.collect`)
+    collect: Callable[[int, int, PhaseTimer], Experience]  # step, updates so far (`Collector.collect`)
     checkpoints: CheckpointWriter
     state: TrainerState = field(default_factory=lambda: TrainerState(0, 0))
     guard: Guard = field(default_factory=lambda: Guard(GuardSettings()))
     stop: StopRequest = field(default_factory=StopRequest)
-    validate: Callable[[int, PhaseTimer], Row] | None = None  # after so many updates; None: there is nothing held out
+    validate: Callable[[int, PhaseTimer], Row] | None = None  # updates so far; None: nothing is held out
     observe: Callable[[int, Sequence[ScoredGroup]], Row] = lambda step, scored: {}  # further metrics of a step
     record: Callable[[int, Row], None] = lambda step, row: None
     new_timer: Callable[[], PhaseTimer] = PhaseTimer

@@ -70,7 +70,7 @@ class RolloutLog:
     def read(
         self, step: int, problems: Sequence[Problem], views: Sequence[View], versions: Collection[int]
     ) -> LoggedStep | None:
-        """A step as it was recorded; None where it has to be sampled. `versions`: that it may be sampled from."""
+        """A step as it was recorded; None if it has to be sampled. `versions`: that it may be sampled from."""
         if not self._usable(step):
             return None
         path = rollouts_path(self._run_dir, step)

@@ -164,7 +164,7 @@ class _Attempt:
     stack: ExitStack  # closes what the attempt opens
 
     def notify(self, text: str) -> None:
-        """Tells people, now and in the run directory."""
+        """Shows a line to people, and keeps it in the run directory."""
         self.view.note(text)
         log_event(self.config, text)
 

@@ -85,7 +85,7 @@ class RolloutSchedule:
         return _InFlight(step, self.engines.epoch, finish)
 
     def _label(self, step: int, num_updates: int, timer: PhaseTimer) -> None:
-        """Draws the teacher's rollouts of the steps that begin with this one, where a window of them begins.
+        """Draws the teacher's rollouts of the steps that begin with this one, if a window of them begins.
 
         A step in the rollout log has its own; those after it in its window are drawn here, as they were before.
         """

@@ -65,7 +65,7 @@ def measure_accuracy(
         held_out: data sets by their names.
 
     Returns:
-        `val/<score>` over all questions and, where there are several data sets, `val/<name>/<score>` of each, for the
+        `val/<score>` over all questions and, if there are several data sets, `val/<name>/<score>` of each, for the
         scores of `score_names`.
     """
     problems = list(chain.from_iterable(held_out.values()))

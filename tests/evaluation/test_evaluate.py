@@ -126,7 +126,7 @@ def test_a_killed_evaluation_goes_on_and_repeats_nothing(
     killed, resumed = FakeEngines(batches_until_killed=1), FakeEngines()
     with pytest.raises(Killed):
         run(monkeypatch, killed, model, files, tmp_path / "cut")
-    job_log = tmp_path / "cut" / "journal.jsonl"
+    job_log = tmp_path / "cut" / "samples.jsonl"
     with job_log.open("ab") as file:
         file.write(b'{"key": "set-1/5", "it')  # and the machine went down within a line
     result = run(monkeypatch, resumed, model, files, tmp_path / "cut")
@@ -156,7 +156,7 @@ def test_batches_do_not_change_what_is_drawn(
     assert results[0].questions == results[1].questions
 
 
-def test_other_sampling_data_or_weights_do_not_go_on_from_a_journal(
+def test_other_sampling_data_or_weights_do_not_go_on_from_a_log(
     monkeypatch: pytest.MonkeyPatch, model: Path, files: list[Path], tmp_path: Path
 ) -> None:
     run(monkeypatch, FakeEngines(), model, files, tmp_path)
@@ -169,7 +169,7 @@ def test_other_sampling_data_or_weights_do_not_go_on_from_a_journal(
         run(monkeypatch, FakeEngines(), other, files, tmp_path)
 
 
-def test_judging_anew_samples_nothing(
+def test_grading_again_samples_nothing(
     monkeypatch: pytest.MonkeyPatch, model: Path, files: list[Path], tmp_path: Path
 ) -> None:
     run(monkeypatch, FakeEngines(), model, files, tmp_path)
@@ -303,7 +303,7 @@ def test_a_model_is_evaluated_with_its_own_weights_through_vllm(model: Path, fil
     finally:
         stop_ray()
     assert len(result.questions) == QUESTIONS
-    rows = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()[1:]]
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()[1:]]
     texts = {row["key"]: row["item"]["greedy"]["text"] for row in rows}
     tokenizer = word_level_tokenizer()
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

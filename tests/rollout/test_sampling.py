@@ -163,7 +163,7 @@ def test_there_is_nothing_to_score_or_sample_during_an_update(
 
         def load_bucket(self, bucket: int, *args: Any) -> None:
             for ask in (lambda: engine.sample([REQUEST], VERSION), lambda: engine.score(PROMPT)):
-                with pytest.raises(RunError, match="no weights were published"):
+                with pytest.raises(RunError, match="no weights were synced"):
                     ask()
             engine.load_bucket(bucket, *args)
 

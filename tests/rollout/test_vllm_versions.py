@@ -67,7 +67,7 @@ class NewLLM(OldLLM):
 def engine_of(llm: Any) -> RolloutEngine:
     engine = RolloutEngine.__new__(RolloutEngine)
     tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ["text"] * len(ids))
-    held = {"_llm": llm, "_tokenizer": tokenizer, "_versions_told": hasattr(llm, "get_weight_version")}
+    held = {"_llm": llm, "_tokenizer": tokenizer, "_versions_known": hasattr(llm, "get_weight_version")}
     held |= {"_max_model_len": 64, "_tensor_parallel": 1, "_on_cpu": True, "_updating": False}
     for name, value in (held | {"_broken": None, "_init_info": None, "_version": None}).items():
         setattr(engine, name, value)
@@ -80,11 +80,11 @@ REQUEST = SamplingRequest(np.asarray([1, 2]), n=2, seed=0, temperature=1.0, top_
 @pytest.mark.parametrize("llm", [OldLLM, NewLLM])
 def test_samples_come_from_the_version_that_was_asked_for_with_either(llm: Any) -> None:
     engine = engine_of(llm())
-    with pytest.raises(RunError, match="no weights were published"):
+    with pytest.raises(RunError, match="no weights were synced"):
         engine.sample([REQUEST], 0)
     for version in (2, 4):
         engine.start_update({})
-        with pytest.raises(RunError, match="no weights were published"):
+        with pytest.raises(RunError, match="no weights were synced"):
             engine.sample([REQUEST], version)
         engine.load_bucket(0, version)
         engine.finish_update(version)
