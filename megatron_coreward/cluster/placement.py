@@ -15,8 +15,8 @@ from megatron_coreward.errors import RunError
 from megatron_coreward.planner.placement import Node, ResourceRequest, place
 
 NODE_LABEL = "ray.io/node-id"
-START_LIMIT_S = 600.0  # until there is room, where nothing else is configured
-CPU_SHARE = 0.001  # of a core, for Ray, where a process takes no GPU: it only has to be placed
+START_LIMIT_S = 600.0  # until there is room, if nothing else is configured
+CPU_SHARE = 0.001  # of a core, for Ray, if a process takes no GPU: it only has to be placed
 
 
 def living_nodes() -> list[Node]:
@@ -75,7 +75,7 @@ class ReservedPlacement:
         self.release()
 
     def release(self) -> None:
-        """Gives the room back; what still runs in it is killed."""
+        """Frees the room; what still runs in it is killed."""
         if ray.is_initialized():
             remove_placement_group(self._group)
 
@@ -93,7 +93,7 @@ class ReservedPlacement:
         return {"num_gpus": size, "scheduling_strategy": self._at(self._first_engine + engine)}
 
     def variables_for_engine(self, engine: int) -> dict[str, str]:
-        """Environment of an engine. Ray gives a GPU to one process; a second one has to be told which it is."""
+        """Environment of an engine. Ray gives a GPU to one process; a second one has to be given its number."""
         if not (self.resource_request.colocated and self.on_gpus):
             return {}
         bundles = range(engine * self.resource_request.engine_size, (engine + 1) * self.resource_request.engine_size)

@@ -2,7 +2,7 @@
 
 Rules, in order:
   1. An engine is on one node: its tensor-parallel ranks talk in every layer of every token.
-  2. So is a tensor-parallel group of the actor, where a node has room for one.
+  2. So is a tensor-parallel group of the actor, if a node has room for one.
   3. Neighbouring ranks are close: pipeline and data parallelism cross nodes last.
   4. Colocated, engine e shares the GPUs of actor ranks e t, ..., e t + t - 1.
 
@@ -12,7 +12,7 @@ A plan asks it before anything is queued, and a run (`cluster.placement`) for th
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_coreward.config.schema import ActorSettings, RolloutSettings, RunConfig
+from megatron_coreward.config.schema import ActorSettings, RunConfig
 from megatron_coreward.errors import InputError
 
 
@@ -52,9 +52,9 @@ class ResourceRequest:
         return ResourceRequest(actor.world_size, actor.tensor_parallel, 0, 1)
 
     @staticmethod
-    def of_engines(rollout: RolloutSettings) -> "ResourceRequest":
-        """Engines alone."""
-        return ResourceRequest(0, 1, rollout.num_engines, rollout.tensor_parallel)
+    def of_engines(engines: int, engine_size: int) -> "ResourceRequest":
+        """Engines alone, of `engine_size` GPUs each."""
+        return ResourceRequest(0, 1, engines, engine_size)
 
     @property
     def gpus(self) -> int:
@@ -70,7 +70,7 @@ class Placement:
 
 
 def place(nodes: Sequence[Node], resource_request: ResourceRequest) -> Placement:
-    """Places ranks and engines on nodes with GPUs, or evenly over all nodes where none has any.
+    """Places ranks and engines on nodes with GPUs, or evenly over all nodes if none has any.
 
     Raises:
         InputError: there is not enough room, or not enough on one node.
