@@ -65,7 +65,9 @@ def test_validation_reads_answers_in_the_forms_that_are_asked_for() -> None:
 
     def accuracy(*forms: AnswerFormat) -> float:
         how = {"max_tokens": 8, "version": 0, "seed": 1}
-        return evaluate(engines, problems, settings, AnswerEquivalence("exact"), **how, answer_formats=forms).avg_at_k
+        return evaluate(engines, {"fake": problems}, settings, AnswerEquivalence("exact"), **how, answer_formats=forms)[
+            "val/avg@4"
+        ]
 
     assert (accuracy("hashes"), accuracy("boxed")) == (1.0, 0.0)
 
