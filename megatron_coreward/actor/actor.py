@@ -157,13 +157,15 @@ class MegatronActor:
         return [build_pack(sequences, rows, share.num_tokens, parallel.device(), self._context) for rows in share.packs]
 
     def token_stats(
-        self, sequences: Sequences, share: Share, weights: Weights, temperature: float
+        self, sequences: Sequences, share: Share, weights: Weights, temperature: float, statistics: bool = True
     ) -> TokenStats | None:
-        """Statistics of the response tokens of the share's sequences, in the share's order."""
+        """Log-probs of the response tokens of the share's sequences, in the share's order, and if wanted entropy and
+        self-certainty."""
         packs = self._packs(sequences, share)
 
-        def score(pack: Pack, logits: torch.Tensor) -> Scores:
-            return _of_all_ranks(score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, temperature), pack)
+        def score(pack: Pack, hidden: torch.Tensor, weight: torch.Tensor) -> Scores:
+            scores = score_tokens(hidden, weight, pack.targets, self._vocabulary, temperature, statistics)
+            return _of_all_ranks(scores, pack, statistics)
 
         with self._bf16_under_delayed_scaling(weights):
             scores = forward_only(self._chunks(weights), packs, score)
@@ -178,7 +180,8 @@ class MegatronActor:
                     rows[row] = piece.numpy()
             return rows
 
-        return TokenStats(by_row("logprobs"), by_row("entropy"), by_row("self_certainty"))
+        more = (by_row("entropy"), by_row("self_certainty")) if statistics else ((), ())
+        return TokenStats(by_row("logprobs"), *more)
 
     @contextmanager
     def _bf16_under_delayed_scaling(self, weights: Weights) -> Iterator[None]:
@@ -200,8 +203,10 @@ class MegatronActor:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def loss(pack: Pack, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            scores = score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, setup.temperature)
+        def loss(
+            pack: Pack, hidden: torch.Tensor, weight: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            scores = score_tokens(hidden, weight, pack.targets, self._vocabulary, setup.temperature)
             return pack_loss(scores, pack, batch, setup.loss)
 
         return forward_backward(self.policy, self._packs(batch.sequences, share), loss)
@@ -354,14 +359,15 @@ class MegatronActor:
         parallel.shutdown()
 
 
-def _of_all_ranks(scores: Scores, pack: Pack) -> Scores:
+def _of_all_ranks(scores: Scores, pack: Pack, statistics: bool) -> Scores:
     """The scores of all response tokens of a pack, of which each context-parallel rank has computed some."""
     if pack.scored is None:
         return scores
-    whole = torch.zeros(3, sum(pack.response_lengths), dtype=torch.float32, device=scores.logprobs.device)
-    whole[:, pack.scored] = torch.stack([scores.logprobs, scores.entropy, scores.self_certainty])
+    computed = torch.stack([scores.logprobs, *((scores.entropy, scores.self_certainty) if statistics else ())])
+    whole = computed.new_zeros(len(computed), sum(pack.response_lengths))
+    whole[:, pack.scored] = computed
     dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
-    return Scores(*whole)
+    return Scores(*whole) if statistics else Scores(whole[0], scores.entropy, scores.self_certainty)
 
 
 def _buffers(wrapped: Any) -> list[Any]:

@@ -198,6 +198,21 @@ def layer_spec(arch: Architecture, backend: str) -> tuple[ModuleSpec, Any]:
     return spec, TorchRMSNorm
 
 
+class HiddenStatesModel(GPTModel):
+    """Megatron's model, but that the last stage ends with the hidden states [T, 1, H] (T / tensor-parallel size of them
+    under sequence parallelism). Its output layer holds the weight; `token_stats` applies it to the rows that count."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """[V / tensor-parallel size, H] of the last stage: a parameter of its own, or the embedding's."""
+        tied = self.share_embeddings_and_output_weights
+        weight: torch.Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
+
+
 def build_chunks(
     arch: Architecture, settings: ActorSettings, dtype: torch.dtype, max_sequence_length: int, frozen: bool = False
 ) -> list[GPTModel]:
@@ -217,7 +232,7 @@ def build_chunks(
     chunks = []
     for chunk in range(settings.virtual_pipeline):
         stage = chunk if settings.virtual_pipeline > 1 else None
-        model = GPTModel(
+        model = HiddenStatesModel(
             config,
             TransformerBlockSubmodules(
                 layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=norm

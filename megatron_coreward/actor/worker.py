@@ -47,9 +47,9 @@ class ActorWorker(LoggedWorker):
         return self._actor
 
     def token_stats(
-        self, sequences: Sequences, share: Share, weights: Weights, temperature: float
+        self, sequences: Sequences, share: Share, weights: Weights, temperature: float, statistics: bool
     ) -> TokenStats | None:
-        return self._rank.token_stats(sequences, share, weights, temperature)
+        return self._rank.token_stats(sequences, share, weights, temperature, statistics)
 
     def update(self, batch: TrainBatch, share: Share) -> dict[str, float] | None:
         return self._rank.update(batch, share)

@@ -173,19 +173,22 @@ class ActorGroup:
         ]
         return self._watchdog.get(calls, method)
 
-    def token_stats(self, sequences: Sequences, weights: Weights, temperature: float) -> TokenStats:
-        """Statistics of the response tokens of all sequences, in their order."""
+    def token_stats(
+        self, sequences: Sequences, weights: Weights, temperature: float, statistics: bool = True
+    ) -> TokenStats:
+        """Log-probs of the response tokens of all sequences, in their order, and if wanted entropy and
+        self-certainty."""
         plan = self._plan(sequences)
-        parts = [(sequences.select(share.rows), share, weights, temperature) for share in plan]
+        parts = [(sequences.select(share.rows), share, weights, temperature, statistics) for share in plan]
         results = self._spread("token_stats", parts)
         stats: list[list[FloatArray]] = [[None] * len(sequences) for _ in range(3)]  # type: ignore[list-item]
         for dp_rank, result in zip(self._dp_ranks, results, strict=True):
             if result is not None:
                 of_rank = result.logprobs, result.entropy, result.self_certainty
-                for target, source in zip(stats, of_rank, strict=True):
+                for target, source in zip(stats, of_rank[: 3 if statistics else 1], strict=False):
                     for row, values in zip(plan[dp_rank].rows, source, strict=True):
                         target[row] = values
-        return TokenStats(*stats)
+        return TokenStats(*stats) if statistics else TokenStats(stats[0], (), ())
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step. Returns sums over the batch's response tokens, and the step's global figures."""

@@ -33,7 +33,9 @@ class TrainingActors(Protocol):
     """What a step needs of the actors (`trainer.cluster.ActorGroup`)."""
 
     def move_teacher(self, decay: float) -> None: ...
-    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
+    def token_stats(
+        self, sequences: Sequences, weights: Any, temperature: float, statistics: bool
+    ) -> TokenStats: ...
     def update(self, batch: TrainBatch) -> dict[str, float]: ...
 
 
@@ -101,8 +103,9 @@ class Trainer:
         kl_coef = (config.loss.kl_coef or 0.0) * self.guard.kl_factor
         with timer.phase("token_stats"):
             sequences = to_sequences(groups)
-            old = self._stats(sequences, "policy") if needs.token_stats or config.loss.updates_per_batch > 1 else None
-            reference = self._stats(sequences, self.reference) if kl_coef else None
+            wanted = needs.token_stats or config.loss.updates_per_batch > 1
+            old = self._stats(sequences, "policy", needs.token_stats) if wanted else None
+            reference = self._stats(sequences, self.reference, False) if kl_coef else None
 
         with timer.phase("rewards"):
             evidence = BatchEvidence(
@@ -161,8 +164,8 @@ class Trainer:
         versions = {fresh, lagging} if self.config.rollout.lag else {fresh}
         return self.journal.read(step, problems, self.method.needs.views, versions)
 
-    def _stats(self, sequences: Sequences, weights: str) -> TokenStats:
-        return self.actors.token_stats(sequences, weights, self.config.rollout.temperature)
+    def _stats(self, sequences: Sequences, weights: str, statistics: bool) -> TokenStats:
+        return self.actors.token_stats(sequences, weights, self.config.rollout.temperature, statistics)
 
     @staticmethod
     def _golds(problems: Sequence[Problem]) -> Mapping[str, str | None]:

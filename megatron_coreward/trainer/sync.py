@@ -32,7 +32,9 @@ class PublishingActors(Protocol):
 
     def open_sender(self, weights: Any, route: Route) -> dict[str, Any]: ...
     def write_bucket(self, weights: Any, bucket: int, version: int, hashes: bool) -> list[Any]: ...
-    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
+    def token_stats(
+        self, sequences: Sequences, weights: Any, temperature: float, statistics: bool
+    ) -> TokenStats: ...
 
 
 class ReceivingEngines(Protocol):
@@ -135,7 +137,7 @@ class WeightSync:
         self._wait(loading)
 
     def _probe_gap(self, role: Role) -> float:
-        expected = self._actors.token_stats(self._probe, role, 1.0).logprobs[0]
+        expected = self._actors.token_stats(self._probe, role, 1.0, False).logprobs[0]
         scores: Sequence[FloatArray] = self._engines.score(self._probe.token_ids[0])
         return max(float(np.abs(score - expected).mean()) for score in scores)
 
