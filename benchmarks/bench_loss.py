@@ -130,7 +130,9 @@ def main() -> None:
     for name in cases:
         of = found[name]
         beside, ratio = of["peak_beside_gradients_bytes"] / 2**20, of["peak_over_chunk_logits"]
-        print(f"  {name:<26}{of['seconds']:8.2f} s   {beside:8.0f} MiB beside gradients: {ratio:.2f} of a chunk's logits")
+        print(
+            f"  {name:<26}{of['seconds']:8.2f} s   {beside:8.0f} MiB beside gradients: {ratio:.2f} of a chunk's logits"
+        )
 
 
 if __name__ == "__main__":

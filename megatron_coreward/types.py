@@ -34,7 +34,7 @@ class Problem:
 
     uid: str  # stable over runs: "<data_source>/<extra_info.index>"
     prompts: Mapping[View, Prompt]
-    gold: str | None
+    ground_truth: str | None
     source: str
 
 

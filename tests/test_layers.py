@@ -21,7 +21,10 @@ LAYERS: tuple[frozenset[str], ...] = (
         f"weights.{name}"
         for name in ("send", "receive", "segment", "gloo", "device", "device_receive", "device_source")
     },
+    frozenset({"preflight"}),
+    frozenset({"cluster"}),
     frozenset({"trainer"}),
+    frozenset({"evaluation"}),
     frozenset({"cli", "commands", "demo", "launch", "__main__"}),
 )
 
@@ -117,9 +120,9 @@ def test_actor_and_rollout_never_import_each_other() -> None:
     assert crossing == []
 
 
-def test_ray_appears_only_in_worker_shells_and_in_the_trainer() -> None:
+def test_ray_appears_only_in_worker_shells_and_in_the_cluster() -> None:
     users = third_party(ROOT, "ray")
-    assert [name for name in users if room(name) != "trainer" and not name.endswith(".worker")] == []
+    assert [name for name in users if room(name) != "cluster" and not name.endswith(".worker")] == []
 
 
 def test_the_two_lowest_layers_never_name_megatron_vllm_or_ray_and_torch_only_in_algorithms() -> None:

@@ -24,7 +24,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_coreward.actor import parallel  # noqa: E402
 from megatron_coreward.actor.export import export_hf  # noqa: E402
 from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
-from megatron_coreward.actor.hf_weights import held_blocks, load_hf, load_megatron, owned_blocks  # noqa: E402
+from megatron_coreward.actor.hf_weights import load_hf, load_megatron, local_blocks, owned_blocks  # noqa: E402
 from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
 from megatron_coreward.actor.model import DTYPES, build_chunks, forget_quantised_weights, resolve_backend  # noqa: E402
 from megatron_coreward.actor.offload import Offloaded, Part, free_memory  # noqa: E402
@@ -35,7 +35,7 @@ from megatron_coreward.actor.optimizer import (  # noqa: E402
     build_scheduler,
     wrap_chunks,
 )
-from megatron_coreward.actor.packing import ContextRank, Share  # noqa: E402
+from megatron_coreward.actor.packing import ContextRank, MicroBatchPlan  # noqa: E402
 from megatron_coreward.actor.saving import FileHashes, Saving  # noqa: E402
 from megatron_coreward.actor.setup import ActorSetup, Weights  # noqa: E402
 from megatron_coreward.actor.shards import main_shards  # noqa: E402
@@ -61,7 +61,7 @@ class MegatronActor:
     def __init__(self, setup: ActorSetup, rank: int, address: str, port: int) -> None:
         self.setup = setup
         self.arch = read_architecture(setup.hf_path)
-        self.at = parallel.initialize(setup.settings, rank, address, port, setup.seed)
+        self.ranks = parallel.initialize(setup.settings, rank, address, port, setup.seed)
         dtype = DTYPES[setup.dtype]
 
         def build(frozen: bool) -> Any:
@@ -69,9 +69,9 @@ class MegatronActor:
 
         chunks = build(frozen=False)
         if setup.megatron_path is None:
-            load_hf(chunks, self.arch, self.at, setup.hf_path)
+            load_hf(chunks, self.arch, self.ranks, setup.hf_path)
         else:
-            load_megatron(chunks, self.arch, self.at, setup.megatron_path)
+            load_megatron(chunks, self.arch, self.ranks, setup.megatron_path)
         self.policy = wrap_chunks(chunks)
         self.optimizer = build_optimizer(self.policy, setup.settings, dtype)
         self.scheduler = build_scheduler(self.optimizer, setup.settings, setup.total_updates)
@@ -81,12 +81,12 @@ class MegatronActor:
         for name in (name for name, wanted in kept.items() if wanted):
             self.frozen[name] = FrozenModel(build(frozen=True), self.policy)
             self.frozen[name].start_as_policy(self.optimizer)
-        rows = self.arch.padded_vocab_size(self.at.tp_size) // self.at.tp_size
+        rows = self.arch.padded_vocab_size(self.ranks.tp_size) // self.ranks.tp_size
         self._vocabulary = VocabularyShard(
-            start=min(self.at.tp_rank * rows, self.arch.vocab_size),
-            stop=min((self.at.tp_rank + 1) * rows, self.arch.vocab_size),
+            start=min(self.ranks.tp_rank * rows, self.arch.vocab_size),
+            stop=min((self.ranks.tp_rank + 1) * rows, self.arch.vocab_size),
             size=self.arch.vocab_size,
-            group=parallel_state.get_tensor_model_parallel_group() if self.at.tp_size > 1 else None,
+            group=parallel_state.get_tensor_model_parallel_group() if self.ranks.tp_size > 1 else None,
         )
         self._context = ContextRank(parallel_state.get_context_parallel_rank(), setup.settings.context_parallel)
         self._address = address  # of rank 0
@@ -146,22 +146,30 @@ class MegatronActor:
         return None if before is None or after is None else DeviceMemory(after, after - before)
 
     @property
-    def reports(self) -> bool:
+    def is_output_rank(self) -> bool:
         """Whether results are taken from this rank."""
-        return self.at.pp_rank == self.at.pp_size - 1 and self.at.tp_rank == 0
+        return self.ranks.pp_rank == self.ranks.pp_size - 1 and self.ranks.tp_rank == 0
 
     def _chunks(self, weights: Weights) -> list[Any]:
         return self.policy if weights == "policy" else self.frozen[weights].chunks
 
-    def _packs(self, sequences: Sequences, share: Share) -> list[Pack]:
-        return [build_pack(sequences, rows, share.num_tokens, parallel.device(), self._context) for rows in share.packs]
+    def _packs(self, sequences: Sequences, micro_batches: MicroBatchPlan) -> list[Pack]:
+        return [
+            build_pack(sequences, rows, micro_batches.num_tokens, parallel.device(), self._context)
+            for rows in micro_batches.packs
+        ]
 
     def token_stats(
-        self, sequences: Sequences, share: Share, weights: Weights, temperature: float, statistics: bool = True
+        self,
+        sequences: Sequences,
+        micro_batches: MicroBatchPlan,
+        weights: Weights,
+        temperature: float,
+        statistics: bool = True,
     ) -> TokenStats | None:
-        """Log-probs of the response tokens of the share's sequences, in the share's order, and if wanted entropy and
+        """Log-probs of the response tokens of the rank's sequences, in its order, and if wanted entropy and
         self-certainty."""
-        packs = self._packs(sequences, share)
+        packs = self._packs(sequences, micro_batches)
 
         def score(pack: Pack, hidden: torch.Tensor, weight: torch.Tensor) -> Scores:
             scores = score_tokens(hidden, weight, pack.targets, self._vocabulary, temperature, statistics)
@@ -169,7 +177,7 @@ class MegatronActor:
 
         with self._bf16_under_delayed_scaling(weights):
             scores = forward_only(self._chunks(weights), packs, score)
-        if scores is None or not self.reports:
+        if scores is None or not self.is_output_rank:
             return None
 
         def by_row(name: str) -> list[FloatArray]:
@@ -196,7 +204,7 @@ class MegatronActor:
         finally:
             config.fp8 = fp8
 
-    def accumulate(self, batch: TrainBatch, share: Share) -> list[dict[str, torch.Tensor]] | None:
+    def accumulate(self, batch: TrainBatch, micro_batches: MicroBatchPlan) -> list[dict[str, torch.Tensor]] | None:
         """The gradient of the batch's loss, summed over ranks into the parameters' main gradients; weights stay."""
         setup = self.setup
         for chunk in self.policy:
@@ -209,9 +217,9 @@ class MegatronActor:
             scores = score_tokens(hidden, weight, pack.targets, self._vocabulary, setup.temperature)
             return pack_loss(scores, pack, batch, setup.loss)
 
-        return forward_backward(self.policy, self._packs(batch.sequences, share), loss)
+        return forward_backward(self.policy, self._packs(batch.sequences, micro_batches), loss)
 
-    def update(self, batch: TrainBatch, share: Share) -> dict[str, float] | None:
+    def update(self, batch: TrainBatch, micro_batches: MicroBatchPlan) -> dict[str, float] | None:
         """One optimizer step on the batch. Returns sums over this rank's tokens, and the step's global figures.
 
         A gradient that is not finite moves nothing, neither weights nor moments. The schedule goes on.
@@ -225,8 +233,8 @@ class MegatronActor:
             # one those of the layers behind them.
             self._cold_scales = False
             for _ in range(2):
-                self.accumulate(batch, share)
-        stats = self.accumulate(batch, share)
+                self.accumulate(batch, micro_batches)
+        stats = self.accumulate(batch, micro_batches)
         with self._offloaded.at_hand("optimizer"):
             return self._apply(stats)
 
@@ -235,12 +243,12 @@ class MegatronActor:
         self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
         finite = bool(np.isfinite(grad_norm))  # the same on every rank
-        if not finite and not self.setup.skip_bad_gradients:
+        if not finite and not self.setup.skip_nonfinite_gradients:
             raise FloatingPointError(f"the gradient of this step is not finite (norm {grad_norm})")
         self.scheduler.step(1)
         if finite:
             self.optimizer.step()
-        if stats is None or not self.reports:
+        if stats is None or not self.is_output_rank:
             return None
         lr = float(self.optimizer.param_groups[0]["lr"])
         report = {"grad_norm": float(grad_norm), "lr": lr, "max:skipped": float(not finite)}
@@ -249,7 +257,7 @@ class MegatronActor:
             report[key] = float(values.max() if key.startswith("max:") else values.sum())
         return report
 
-    def move_teacher(self, decay: float) -> None:
+    def update_ema_teacher(self, decay: float) -> None:
         """teacher <- decay * teacher + (1 - decay) * policy."""
         if self.teacher is None:
             raise RuntimeError("this run keeps no teacher")
@@ -270,12 +278,12 @@ class MegatronActor:
         return sender.init_info
 
     def _of_full_tensors(self, weights: Weights, route: Route) -> Sender:
-        blocks = owned_blocks(self._modules(weights), self.arch, self.at)
+        blocks = owned_blocks(self._modules(weights), self.arch, self.ranks)
         metas = tensors_to_send(self.arch, self.setup.dtype)
-        of_all_ranks: list[list[tuple[str, Index]]] = [[] for _ in range(self.at.world_size)]
+        of_all_ranks: list[list[tuple[str, Index]]] = [[] for _ in range(self.ranks.world_size)]
         dist.all_gather_object(of_all_ranks, [(block.name, block.index) for block in blocks])
         check_tiling(metas, itertools.chain.from_iterable(of_all_ranks))
-        rank, size = self.at.rank, self.at.world_size
+        rank, size = self.ranks.rank, self.ranks.world_size
         if route.transport == "shared_memory":
             segment = f"{route.run_id}-{weights}"
             return SharedMemorySender(blocks, metas, route.bucket_bytes, segment, rank, size)
@@ -289,7 +297,7 @@ class MegatronActor:
         )
 
     def _gloo(self, weights: Weights, route: Route) -> Sender:
-        store = serve_store(self._address, route.timeout_s) if self.at.rank == 0 else None
+        store = serve_store(self._address, route.timeout_s) if self.ranks.rank == 0 else None
         port = [store.port if store is not None else 0]
         dist.broadcast_object_list(port, src=0)
         settings = self.setup.settings
@@ -303,8 +311,8 @@ class MegatronActor:
         )
         params = Params(self.arch, self.setup.dtype)
         session = Session(self._address, port[0], route.timeout_s, layout, route.engines, params, route.bucket_bytes)
-        blocks = held_blocks(self._modules(weights), self.arch, self.at)
-        return GlooSender(blocks, session, self.at.rank, store)
+        blocks = local_blocks(self._modules(weights), self.arch, self.ranks)
+        return GlooSender(blocks, session, self.ranks.rank, store)
 
     def write_bucket(self, weights: Weights, bucket: int, version: int, hashes: bool = False) -> list[BlockHash]:
         """Sends this rank's part of a bucket; returns checksums for the engines to compare, if asked for them."""
@@ -315,7 +323,7 @@ class MegatronActor:
 
     def export_hf(self, weights: Weights, target: Path) -> None:
         """Writes a Hugging Face model directory, loadable with transformers."""
-        export_hf(self._modules(weights), self.arch, self.at, self.setup.hf_path, target)
+        export_hf(self._modules(weights), self.arch, self.ranks, self.setup.hf_path, target)
 
     def begin_save(self, target: Path) -> None:
         """Begins to write the training state of all ranks into `target`, an empty directory; training may go on.

@@ -11,10 +11,10 @@ from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
 from megatron_coreward.actor.hf_weights import owned_blocks
-from megatron_coreward.actor.parallel import Coordinates, device
+from megatron_coreward.actor.parallel import ParallelRanks, device
 from megatron_coreward.checkpoint.hf_description import copy_description
 from megatron_coreward.checkpoint.manifest import MANIFEST
-from megatron_coreward.checkpoint.new_directory import sync_directory
+from megatron_coreward.checkpoint.new_directory import fsync_tree
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.weights.mapping import hf_tensors
 
@@ -22,19 +22,19 @@ MAX_FILE_BYTES = 4 * 2**30
 
 
 @torch.no_grad()
-def export_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, source: Path, target: Path) -> None:
+def export_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, source: Path, target: Path) -> None:
     """Gathers tensor by tensor to rank 0, which writes files of at most 4 GiB; called on all ranks.
 
     Config, generation config and tokenizer files are those of `source`. An existing `target` is replaced in the end.
     """
     shapes = hf_tensors(arch)
     dtype = next(iter(chunks[0].parameters())).dtype
-    owned = owned_blocks(chunks, arch, at)
+    owned = owned_blocks(chunks, arch, ranks)
     mine = {name: [b for b in owned if b.name == name] for name in {b.name for b in owned}}
-    where: list[dict[str, list[tuple[slice, ...]]]] = [{} for _ in range(at.world_size)]
+    where: list[dict[str, list[tuple[slice, ...]]]] = [{} for _ in range(ranks.world_size)]
     dist.all_gather_object(where, {name: [b.index for b in blocks] for name, blocks in mine.items()})
 
-    if at.rank != 0:
+    if ranks.rank != 0:
         for name in shapes:
             for block in mine.get(name, []):
                 dist.send(block.read().contiguous(), dst=0)
@@ -57,7 +57,7 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, sourc
 
     for name, shape in shapes.items():
         tensor = torch.empty(shape, dtype=dtype)
-        for rank in range(at.world_size):
+        for rank in range(ranks.world_size):
             if rank == 0:
                 for block in mine.get(name, []):
                     tensor[block.index] = block.read().cpu()
@@ -73,7 +73,7 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, sourc
     _name_files(partial, weight_map, files, sum(_numel(s) for s in shapes.values()) * dtype.itemsize)
     copy_description(source, partial, dtype)
     (partial / MANIFEST).unlink(missing_ok=True)  # of the weights that training started from
-    sync_directory(partial)
+    fsync_tree(partial)
     former = target.with_name(f".{target.name}.removed")
     shutil.rmtree(former, ignore_errors=True)
     if target.exists():

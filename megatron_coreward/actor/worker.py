@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_coreward.actor.packing import Share
+from megatron_coreward.actor.packing import MicroBatchPlan
 from megatron_coreward.actor.setup import ActorSetup, Weights
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.telemetry.process_log import LoggedWorker, ProcessLog
@@ -38,7 +38,7 @@ class ActorWorker(LoggedWorker):
         from megatron_coreward.actor.actor import MegatronActor
 
         self._actor = MegatronActor(setup, rank, address, port)
-        return self._actor.at.dp_rank, self._actor.reports
+        return self._actor.ranks.dp_rank, self._actor.is_output_rank
 
     @property
     def _rank(self) -> "MegatronActor":
@@ -47,15 +47,20 @@ class ActorWorker(LoggedWorker):
         return self._actor
 
     def token_stats(
-        self, sequences: Sequences, share: Share, weights: Weights, temperature: float, statistics: bool
+        self,
+        sequences: Sequences,
+        micro_batches: MicroBatchPlan,
+        weights: Weights,
+        temperature: float,
+        statistics: bool,
     ) -> TokenStats | None:
-        return self._rank.token_stats(sequences, share, weights, temperature, statistics)
+        return self._rank.token_stats(sequences, micro_batches, weights, temperature, statistics)
 
-    def update(self, batch: TrainBatch, share: Share) -> dict[str, float] | None:
-        return self._rank.update(batch, share)
+    def update(self, batch: TrainBatch, micro_batches: MicroBatchPlan) -> dict[str, float] | None:
+        return self._rank.update(batch, micro_batches)
 
-    def move_teacher(self, decay: float) -> None:
-        self._rank.move_teacher(decay)
+    def update_ema_teacher(self, decay: float) -> None:
+        self._rank.update_ema_teacher(decay)
 
     def describe(self) -> dict[str, str]:
         return self._rank.describe()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_coreward.trainer.evaluation import Engines
+    from megatron_coreward.evaluation.evaluate import Engines
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def chosen_engines(options: argparse.Namespace, **more: Any) -> "Engines":
     """The engines that the options describe; `more` are further fields of theirs."""
-    from megatron_coreward.trainer.evaluation import Engines
+    from megatron_coreward.evaluation.evaluate import Engines
 
     return Engines(
         num_engines=options.num_engines,
@@ -40,7 +40,7 @@ def answering(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar, which the yielded function moves to (done, total). Ray ends with it."""
     from tqdm import tqdm
 
-    from megatron_coreward.trainer.cluster import stop_ray
+    from megatron_coreward.cluster.groups import stop_ray
 
     with tqdm(desc=what, disable=None) as bar:
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_coreward.errors import InputError
 
 if TYPE_CHECKING:
-    from megatron_coreward.launch.follow import Backend
     from megatron_coreward.launch.job import Job
+    from megatron_coreward.launch.supervise import Backend
 
 _HELP = {
     "local": "on this machine, again and again until it is finished",
@@ -52,8 +52,8 @@ def _positive(text: str) -> int:
 
 def _launch(options: argparse.Namespace) -> None:
     from megatron_coreward.config.load import load_config
-    from megatron_coreward.launch.follow import follow
     from megatron_coreward.launch.job import make_job
+    from megatron_coreward.launch.supervise import supervise
 
     if options.detach and options.kind == "local":
         raise InputError("--detach: a local run ends with its launcher; put the launcher into the background")
@@ -70,7 +70,7 @@ def _launch(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(backend.preview())
     else:
-        follow(backend, max_resubmits=options.max_resubmits, detach=options.detach)
+        supervise(backend, max_resubmits=options.max_resubmits, detach=options.detach)
 
 
 def _backend(kind: str, job: "Job", cluster: Path | None) -> "Backend":

@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 
 
 def _rephrase(options: argparse.Namespace) -> None:
-    from megatron_coreward.trainer.rephrase import Rewriting, rephrase_file
+    from megatron_coreward.evaluation.rephrase import Rewriting, rephrase_file
 
     with answering("rewritten") as progress:
         report = rephrase_file(

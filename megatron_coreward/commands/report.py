@@ -49,13 +49,17 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _replay(options: argparse.Namespace) -> None:
+    from megatron_coreward.report.counterfactual import counterfactual, counterfactual_summary
     from megatron_coreward.report.replay import replay, summary
     from megatron_coreward.report.run_record import load_record
-    from megatron_coreward.report.what_if import what_if, what_if_summary
 
     record, steps = load_record(options.run_dir), _steps(options.steps)
     if options.equivalence is not None:
-        print("\n".join(what_if_summary(record, options.equivalence, what_if(record, options.equivalence, steps))))
+        print(
+            "\n".join(
+                counterfactual_summary(record, options.equivalence, counterfactual(record, options.equivalence, steps))
+            )
+        )
         return
     result = replay(record, steps)
     print("\n".join(summary(record, result)))

@@ -1,7 +1,7 @@
 """Combinations that cannot work, found before any process starts: layout against model, batch against layout, files.
 
 Pure but for asking whether files exist. What needs more than that (contents of files, this machine, an earlier run) is
-checked in `trainer.preflight`, which begins with what is here.
+checked in `preflight`, which begins with what is here.
 """
 
 import math
@@ -126,10 +126,13 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
             f"teacher.decay_start: {config.teacher.decay_start} is above teacher.decay_end "
             f"({config.teacher.decay_end}); the decay grows"
         )
-    if r.lag and loss.mismatch_correction == "off":
-        yield "rollout.lag: 1 samples from older weights; it needs loss.mismatch_correction of tis or icepop, found off"
-    if r.lag and r.placement == "colocated":
-        yield "rollout.lag: 1 needs engines that run while actors learn; found rollout.placement: colocated"
+    if r.max_staleness and loss.mismatch_correction == "off":
+        yield (
+            "rollout.max_staleness: 1 samples from older weights; it needs loss.mismatch_correction of tis or icepop, "
+            "found off"
+        )
+    if r.max_staleness and r.placement == "colocated":
+        yield "rollout.max_staleness: 1 needs engines that run while actors learn; found rollout.placement: colocated"
     guard = config.guard.action
     if guard in ("raise_kl", "rollback") and not loss.kl_coef:
         yield f"guard.action: {guard} raises loss.kl_coef, which is 0; allowed: off, warn, stop, or a KL term"

@@ -21,7 +21,7 @@ class ProblemSet(Sequence[Problem]):
 
     problems: tuple[Problem, ...]
     num_dropped: int  # problems left out for a prompt over the limit, in either view
-    num_without_gold: int  # of `problems`
+    num_without_ground_truth: int  # of `problems`
     longest_prompt: int  # tokens, among `problems`
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ def load_problems(
     return ProblemSet(
         problems=tuple(problems),
         num_dropped=len(dropped),
-        num_without_gold=sum(problem.gold is None for problem in problems),
+        num_without_ground_truth=sum(problem.ground_truth is None for problem in problems),
         longest_prompt=max(len(prompt.token_ids) for problem in problems for prompt in problem.prompts.values()),
     )
 

@@ -79,9 +79,9 @@ def iter_rows(file: Path) -> Iterator[Row]:
         index = None if extra_info is None else extra_info["index"]
         if index is None or index == "":
             raise _bad(file, "extra_info.index", repr(index), "an integer or a non-empty string", number)
-        gold = None if reward_model is None else reward_model.get("ground_truth")
-        gold = None if gold is None or not str(gold).strip() else str(gold)
-        row = Row(_messages(file, number, prompt), gold, source, index)
+        ground_truth = None if reward_model is None else reward_model.get("ground_truth")
+        ground_truth = None if ground_truth is None or not str(ground_truth).strip() else str(ground_truth)
+        row = Row(_messages(file, number, prompt), ground_truth, source, index)
         first = seen.setdefault(row.uid, number)
         if first != number:
             found = f"{index!r}, which row {first} has too"
@@ -122,9 +122,11 @@ def _cells(file: Path) -> Iterator[tuple[Any, Any, Any, Any]]:
             _check_schema(file, parquet.schema_arrow)
             present = {"prompt", "data_source", "extra_info", "reward_model"} & set(parquet.schema_arrow.names)
             for batch in parquet.iter_batches(BATCH_ROWS, columns=sorted(present)):
-                golds = batch["reward_model"].to_pylist() if "reward_model" in present else [None] * batch.num_rows
+                ground_truths = (
+                    batch["reward_model"].to_pylist() if "reward_model" in present else [None] * batch.num_rows
+                )
                 columns = (batch[name].to_pylist() for name in ("prompt", "data_source", "extra_info"))
-                yield from zip(*columns, golds, strict=True)
+                yield from zip(*columns, ground_truths, strict=True)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{file}: found a file that does not read as parquet ({error}); allowed: a parquet file"
@@ -151,9 +153,9 @@ def _check_schema(file: Path, schema: pa.Schema) -> None:
     if not _is_text(index) and not _is_integer(index):
         raise _bad(file, "extra_info", f"type {types['extra_info']}", "a struct with the integer or string index")
     reward_model = types.get("reward_model", pa.null())
-    gold = _fields(reward_model).get("ground_truth", pa.null())
+    ground_truth = _fields(reward_model).get("ground_truth", pa.null())
     is_struct = pa.types.is_struct(reward_model) or pa.types.is_null(reward_model)
-    if not is_struct or not (pa.types.is_null(gold) or _is_text(gold) or _is_integer(gold)):
+    if not is_struct or not (pa.types.is_null(ground_truth) or _is_text(ground_truth) or _is_integer(ground_truth)):
         allowed = "a struct with the string or integer ground_truth, or no such column"
         raise _bad(file, "reward_model", f"type {reward_model}", allowed)
 

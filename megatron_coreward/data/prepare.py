@@ -226,8 +226,8 @@ def _record(
                 f"{file}, row {number}, column {column}: found half of a surrogate pair; "
                 "allowed: text that is valid Unicode"
             )
-    gold = read_answer(answer, source.answer_from)
-    if gold is None:
+    ground_truth = read_answer(answer, source.answer_from)
+    if ground_truth is None:
         wanted = {"as-is": "an answer", "boxed": r"a solution with a \boxed{} answer", "hashes": "an answer after ####"}
         raise InputError(
             f"{file}, row {number}, column {source.answer}: found {_short(answer)}; "
@@ -238,7 +238,7 @@ def _record(
         "data_source": source.data_source,
         "prompt": [*system, {"role": "user", "content": question}],
         "ability": source.ability,
-        "reward_model": {"ground_truth": gold, "style": "rule"},
+        "reward_model": {"ground_truth": ground_truth, "style": "rule"},
         "extra_info": {"index": index, "split": split},
     }
 

@@ -16,7 +16,7 @@ Numbers are read in digits and, outside of formulas, in English words (`data.num
 how often they stand. Gold answers are not looked at: which questions are trained on must not depend on them.
 Figures ([asy] code) are left out of numbers and lengths: a rewriting may draw or describe them in its own way.
 The filter is strict: "one and a half times" for "50% longer" is refused. What it lets through can still be wrong; a
-solver's majorities on both versions (`trainer.rephrase`) are the stronger check, and cost samples.
+solver's majorities on both versions (`evaluation.rephrase`) are the stronger check, and cost samples.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ _ANSWER = re.compile(r"\\boxed|\bthe (?:final )?answer is\b|</?rewritten>", re.I
 
 
 @dataclass(frozen=True, slots=True)
-class Verdicts:
+class FilterResult:
     """What the checks said of a rewriting."""
 
     checks: Mapping[str, bool]
@@ -107,12 +107,12 @@ def similarity(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
-def check(original: str, rewriting: str) -> Verdicts:
+def check(original: str, rewriting: str) -> FilterResult:
     """The quality filter; see the table above."""
     old, new = numbers(original), numbers(rewriting)
     alike = similarity(original, rewriting)
     ratio = len(_FIGURE.sub("", rewriting)) / max(1, len(_FIGURE.sub("", original)))
-    return Verdicts(
+    return FilterResult(
         {
             "numbers": old - SMALL <= new and _digits_kept(old, new),
             "new_numbers": new - old <= SMALL,

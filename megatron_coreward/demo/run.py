@@ -14,6 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
+from megatron_coreward.cluster.groups import stop_ray
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import REPHRASED_METHODS, MethodName, RunConfig
 from megatron_coreward.demo.model import write_model
@@ -23,7 +24,6 @@ from megatron_coreward.demo.warm_start import warm_start
 from megatron_coreward.telemetry.curves import draw_comparison, draw_run
 from megatron_coreward.telemetry.jsonl import read_rows
 from megatron_coreward.telemetry.keys import validation_keys
-from megatron_coreward.trainer.cluster import stop_ray
 from megatron_coreward.trainer.run import train
 
 TRAIN_QUESTIONS = 512

@@ -18,9 +18,9 @@ import yaml
 from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.launch import scripts
 from megatron_coreward.launch.attempt import CONFIG_VARIABLE
-from megatron_coreward.launch.follow import Outcome, exit_outcome
 from megatron_coreward.launch.job import Job
 from megatron_coreward.launch.settings import KubernetesCluster
+from megatron_coreward.launch.supervise import Outcome, exit_outcome
 
 _RESOURCE = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}
 GONE_AFTER_S = 300.0  # until a deleted RayJob has left

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
-from megatron_coreward.config.schema import Component, Positive
+from megatron_coreward.config.component import Component, Positive
 from megatron_coreward.errors import InputError
 
 

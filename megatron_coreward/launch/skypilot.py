@@ -16,9 +16,9 @@ import yaml
 
 from megatron_coreward.errors import InputError
 from megatron_coreward.launch import scripts
-from megatron_coreward.launch.follow import Outcome, exit_outcome
 from megatron_coreward.launch.job import Job
 from megatron_coreward.launch.settings import SkyPilotCluster
+from megatron_coreward.launch.supervise import Outcome, exit_outcome
 
 _THERE = PurePosixPath("/nemo_run")  # where the executor puts the job's directory
 _PORT = 6379  # 6380 is that of SkyPilot's own Ray

@@ -21,9 +21,9 @@ from typing import Any
 
 from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.launch import scripts
-from megatron_coreward.launch.follow import Outcome, exit_outcome
 from megatron_coreward.launch.job import Job
 from megatron_coreward.launch.settings import SlurmCluster
+from megatron_coreward.launch.supervise import Outcome, exit_outcome
 
 SUBMIT = ("sbatch", "--requeue", "--parsable")
 SCRIPT = "job.sbatch"

@@ -159,14 +159,14 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
 
     updates = config.loss.updates_per_batch
 
-    def phase(name: str, computes: float, travels: float, turns: int, **more: float) -> Phase:
+    def phase(name: str, computes: float, travels: float, colocation: int, **more: float) -> Phase:
         """Forward passes' worth of computing and travelling over the rank's micro-batches, in pipeline `turns`."""
         seconds = {
             "compute": computes * packs * compute,
             "tensor-parallel link": travels * packs * tensor,
             "expert-parallel link": travels * packs * expert,
         }
-        idle = turns * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
+        idle = colocation * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
         return Phase(name, {**seconds, "pipeline bubble": idle * sum(seconds.values()), **more})
 
     held = max((stage_parameters(arch, layout, stage) for stage in (0, stages - 1)), key=lambda s: s.numel)

@@ -25,7 +25,7 @@ Relation = Literal["exact", "math"]
 CACHE_SIZE = 100_000  # verdicts on pairs that went to a process
 
 
-class Judge:
+class AnswerEquivalence:
     """One relation, its processes and its memory. Use it as a context manager, or close it.
 
     comparisons: pairs that needed a process; timeouts: those of them whose process ran over the limit or died.
@@ -77,7 +77,7 @@ class Judge:
         """End the processes. The judge stays usable and remembers its verdicts."""
         self._pool.close()
 
-    def __enter__(self) -> "Judge":
+    def __enter__(self) -> "AnswerEquivalence":
         return self
 
     def __exit__(
@@ -120,12 +120,12 @@ def has_answer(answer: str | None) -> TypeGuard[str]:
 
 
 def equivalent(a: str | None, b: str | None) -> bool:
-    """Whether two extracted answers are mathematically the same, by one `Judge("math")` that this process shares."""
-    return _shared_judge().equivalent(a, b)
+    """Whether two extracted answers are mathematically the same, by one shared `AnswerEquivalence("math")`."""
+    return _shared_equivalence().equivalent(a, b)
 
 
 @cache
-def _shared_judge() -> Judge:
-    judge = Judge("math")
-    atexit.register(judge.close)
-    return judge
+def _shared_equivalence() -> AnswerEquivalence:
+    equivalence = AnswerEquivalence("math")
+    atexit.register(equivalence.close)
+    return equivalence

@@ -127,8 +127,8 @@ def _load() -> Any:
         if x is not None and y is not None and abs(x - y) > max(FAR_FROM_ZERO, FAR_APART * max(abs(x), abs(y))):
             return False
         return all(
-            verify(parsed(gold), parsed(given), allow_set_relation_comp=True, timeout_seconds=None)
-            for gold, given in ((a, b), (b, a))
+            verify(parsed(ground_truth), parsed(given), allow_set_relation_comp=True, timeout_seconds=None)
+            for ground_truth, given in ((a, b), (b, a))
         )
 
     equivalent("x+x", "2x")  # what is built at first use is not to count against the first pair's limit

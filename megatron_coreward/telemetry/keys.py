@@ -68,7 +68,7 @@ MEANINGS: Mapping[str, str] = {
     "rollout/self_certainty": "mean KL(uniform || p) of the policy's next-token distribution on its rollouts",
     "rollout/truncated_share": "share of responses cut off at the length limit",
     "rollout/tokens_per_s": "response tokens sampled a second, over all engines",
-    "rollout/lag": "steps by which the weights that sampled are behind those that learn",
+    "rollout/staleness": "steps by which the weights that sampled are behind those that learn",
     "rollout/slowest_engine_s": "time until the slowest engine had sampled its share of the policy's rollouts",
     "rollout/fastest_engine_s": "time until the fastest one had",
     "rollout/entropy": "mean entropy of the policy's next-token distribution on its rollouts",
@@ -86,7 +86,7 @@ MEANINGS: Mapping[str, str] = {
     "guard/signs": "signs of collapse that the guard sees, an alarm or not",
     "sync/logprob_gap": "mean absolute log-probability gap between rollout engine and actor",
     "sync/logprob_gap_max": "largest such gap of a single token",
-    "sync/probe_gap": "mean gap on the probe that every publication must pass, the worst engine's",
+    "sync/canary_gap": "mean gap on the probe that every publication must pass, the worst engine's",
     "sync/seconds": "time to publish the weights to every engine",
 }
 

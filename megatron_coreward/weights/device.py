@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_coreward.weights.buckets import Entry, TensorMeta, block_bounds, plan_buckets
 from megatron_coreward.weights.ports import free_port
-from megatron_coreward.weights.send import BlockHash, HeldBlock, crc32
+from megatron_coreward.weights.send import BlockHash, LocalBlock, crc32
 
 MARK_BYTES = 16  # version and bucket, two 64-bit integers
 NUM_SLOTS = 2  # engines load one bucket while the next is filled
@@ -61,7 +61,7 @@ class DeviceSender:
 
     def __init__(
         self,
-        blocks: Sequence[HeldBlock],
+        blocks: Sequence[LocalBlock],
         metas: Sequence[TensorMeta],
         bucket_bytes: int,
         rank: int,
@@ -76,7 +76,7 @@ class DeviceSender:
             ValueError: a block of an unknown tensor, or one that does not fit the tensor's shape.
         """
         self.metas, self.buckets = tuple(metas), plan_buckets(metas, bucket_bytes)
-        self._blocks: dict[str, list[HeldBlock]] = {meta.name: [] for meta in metas}
+        self._blocks: dict[str, list[LocalBlock]] = {meta.name: [] for meta in metas}
         shapes = {meta.name: meta.shape for meta in metas}
         for block in blocks:
             if block.name not in self._blocks:

@@ -28,7 +28,7 @@ from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.plan import Params, Transfer, TransferPlan, plan_transfers
 from megatron_coreward.weights.route import tensors_to_send
 from megatron_coreward.weights.segment import tensor_at
-from megatron_coreward.weights.send import BlockHash, HeldBlock, crc32
+from megatron_coreward.weights.send import BlockHash, LocalBlock, crc32
 
 dist: Any = distributed  # its process groups and stores are not in its typed interface
 _HEADER = 5  # 64-bit integers: magic, version, bucket, payload bytes, checksum (-1: none)
@@ -93,14 +93,14 @@ def serve_store(address: str, timeout_s: float) -> Any:
     return dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
 
 
-def _bounds_of(block: HeldBlock, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def _bounds_of(block: LocalBlock, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(cut.indices(size)[:2] for cut, size in zip(block.index, shape, strict=True))
 
 
 class GlooSender:
     """One rank's end of the transfer (`weights.send.Sender`)."""
 
-    def __init__(self, blocks: Sequence[HeldBlock], session: Session, rank: int, store: Any = None) -> None:
+    def __init__(self, blocks: Sequence[LocalBlock], session: Session, rank: int, store: Any = None) -> None:
         """Args:
             blocks: everything that this rank holds, copies included.
             store: on rank 0, what `serve_store` returned.
@@ -111,11 +111,11 @@ class GlooSender:
         self._session, self._rank, self._store = session, rank, store
         self._group: Any = None
         shapes = {meta.name: meta.shape for meta in session.metas}
-        held: dict[str, list[tuple[tuple[tuple[int, int], ...], HeldBlock]]] = {}
+        held: dict[str, list[tuple[tuple[tuple[int, int], ...], LocalBlock]]] = {}
         for block in blocks:
             held.setdefault(block.name, []).append((_bounds_of(block, shapes[block.name]), block))
         # [bucket] -> worker's rank in the group -> parts in the plan's order
-        self._messages: list[dict[int, list[tuple[HeldBlock, tuple[slice, ...]]]]] = [{} for _ in session.buckets]
+        self._messages: list[dict[int, list[tuple[LocalBlock, tuple[slice, ...]]]]] = [{} for _ in session.buckets]
         for transfer in session.plan.outgoing(rank):
             part = _part_of(transfer, held.get(transfer.name, []))
             to = session.number(transfer.engine, transfer.worker)
@@ -155,8 +155,8 @@ class GlooSender:
 
 
 def _part_of(
-    transfer: Transfer, blocks: Sequence[tuple[tuple[tuple[int, int], ...], HeldBlock]]
-) -> tuple[HeldBlock, tuple[slice, ...]]:
+    transfer: Transfer, blocks: Sequence[tuple[tuple[tuple[int, int], ...], LocalBlock]]
+) -> tuple[LocalBlock, tuple[slice, ...]]:
     """The block that holds what a transfer wants, and where in it."""
     for bounds, block in blocks:
         if all(a <= c and d <= b for (a, b), (c, d) in zip(bounds, transfer.bounds, strict=True)):
@@ -166,7 +166,7 @@ def _part_of(
 
 
 def _pack(
-    parts: Sequence[tuple[HeldBlock, tuple[slice, ...]]], dtype: torch.dtype, version: int, bucket: int, hashes: bool
+    parts: Sequence[tuple[LocalBlock, tuple[slice, ...]]], dtype: torch.dtype, version: int, bucket: int, hashes: bool
 ) -> torch.Tensor:
     pieces = [block.read()[index] for block, index in parts]
     count = sum(piece.numel() for piece in pieces)

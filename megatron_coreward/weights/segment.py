@@ -38,7 +38,7 @@ class OwnedSegment:
     def __init__(self, layout: SegmentLayout) -> None:
         """Raises RunError where a living process owns a segment of this name, or /dev/shm has too little room."""
         self._path = segment_path(layout.segment)
-        remove_leftovers()
+        remove_orphans()
         if self._path.exists():
             raise RunError(f"shared segment {layout.segment!r} belongs to a process that is still running")
         partial = SHARED_MEMORY / f".{PREFIX}{layout.segment}.{os.getpid()}"
@@ -97,7 +97,7 @@ def open_segment(layout: SegmentLayout, *, writable: bool) -> mmap.mmap:
     return memory
 
 
-def remove_leftovers() -> None:
+def remove_orphans() -> None:
     """Removes the segments of processes that are gone."""
     for path in SHARED_MEMORY.glob(f"{PREFIX}*"):
         try:

@@ -22,7 +22,7 @@ from megatron_coreward.weights.segment import OwnedSegment, open_segment, tensor
 
 
 @dataclass(frozen=True, slots=True)
-class HeldBlock:
+class LocalBlock:
     """A rectangular block of the HF tensor `name` that this rank holds: `hf[index] == read()`."""
 
     name: str
@@ -69,7 +69,7 @@ class SharedMemorySender:
 
     def __init__(
         self,
-        blocks: Sequence[HeldBlock],
+        blocks: Sequence[LocalBlock],
         metas: Sequence[TensorMeta],
         bucket_bytes: int,
         segment: str,
@@ -89,7 +89,7 @@ class SharedMemorySender:
             RunError: rank 0 could not create the segment.
         """
         self.layout = SegmentLayout(segment, tuple(metas), bucket_bytes, num_slots, num_ranks)
-        by_name: dict[str, list[HeldBlock]] = {meta.name: [] for meta in metas}
+        by_name: dict[str, list[LocalBlock]] = {meta.name: [] for meta in metas}
         shapes = {meta.name: meta.shape for meta in metas}
         for block in blocks:
             if block.name not in by_name:

@@ -25,7 +25,10 @@ def scores_of_many_chunks(rank: int, port: int) -> list[float]:
         targets = torch.randint(size, (ROWS,), generator=generator)
         factors = torch.rand(ROWS, generator=generator)
 
-        own, states = weight[rank * width : (rank + 1) * width].clone().requires_grad_(), hidden.clone().requires_grad_()
+        own, states = (
+            weight[rank * width : (rank + 1) * width].clone().requires_grad_(),
+            hidden.clone().requires_grad_(),
+        )
         start = min(rank * width, size)
         shard = VocabularyShard(start, min((rank + 1) * width, size), size, dist.group.WORLD)
         copied = copy_to_tensor_model_parallel_region(states, group=dist.group.WORLD)

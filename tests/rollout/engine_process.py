@@ -15,7 +15,7 @@ from megatron_coreward.rollout.engine import Sample
 from megatron_coreward.rollout.packed import PackedSamples
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.weights.buckets import TensorMeta, check_tiling
-from megatron_coreward.weights.send import BlockHash, HeldBlock, SharedMemorySender
+from megatron_coreward.weights.send import BlockHash, LocalBlock, SharedMemorySender
 
 START_TIMEOUT_S = 240  # on a machine that is busy with other things
 CALL_TIMEOUT_S = 60
@@ -70,21 +70,21 @@ class EngineProcess:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def two_ranks(checkpoint: Path, dtype: str = "float32") -> tuple[list[TensorMeta], list[list[HeldBlock]]]:
+def two_ranks(checkpoint: Path, dtype: str = "float32") -> tuple[list[TensorMeta], list[list[LocalBlock]]]:
     """The tensors of a checkpoint, split over two ranks as tensor parallelism splits them."""
     tensors = load_file(checkpoint / "model.safetensors")
     metas = [TensorMeta(name, tuple(tensor.shape), dtype) for name, tensor in tensors.items()]
-    ranks: list[list[HeldBlock]] = [[], []]
+    ranks: list[list[LocalBlock]] = [[], []]
     for i, (name, tensor) in enumerate(tensors.items()):
         whole = (slice(None),) * tensor.dim()
         if tensor.dim() == 1:
-            ranks[i % 2].append(HeldBlock(name, whole, lambda t=tensor: t))
+            ranks[i % 2].append(LocalBlock(name, whole, lambda t=tensor: t))
             continue
         dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
         middle = (tensor.shape[dim] + 1) // 2
         for rank, cut in enumerate((slice(0, middle), slice(middle, None))):
             index = (*whole[:dim], cut, *whole[dim + 1 :])
-            ranks[rank].append(HeldBlock(name, index, lambda t=tensor, at=index: t[at]))
+            ranks[rank].append(LocalBlock(name, index, lambda t=tensor, at=index: t[at]))
     check_tiling(metas, [(block.name, block.index) for rank in ranks for block in rank])
     return metas, ranks
 
@@ -92,7 +92,7 @@ def two_ranks(checkpoint: Path, dtype: str = "float32") -> tuple[list[TensorMeta
 def send(
     engine: Any,
     metas: Sequence[TensorMeta],
-    ranks: Sequence[Sequence[HeldBlock]],
+    ranks: Sequence[Sequence[LocalBlock]],
     version: int,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> int:

@@ -15,7 +15,7 @@ from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.weights.gloo import GlooSender, Session, serve_store
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.plan import Params
-from megatron_coreward.weights.send import HeldBlock
+from megatron_coreward.weights.send import LocalBlock
 from tests.rollout.engine_process import EngineProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -31,10 +31,10 @@ def senders(path: Path, session: Session, store: Any) -> list[GlooSender]:
     """The ranks of an actor that holds the weights of a checkpoint."""
     tensors = load_file(path / "model.safetensors")
 
-    def held(rank: int) -> Iterator[HeldBlock]:
+    def held(rank: int) -> Iterator[LocalBlock]:
         for name, bounds in session.actor.held(rank, session.params.arch):
             index = tuple(slice(*cut) for cut in bounds)
-            yield HeldBlock(name, index, lambda name=name, index=index: tensors[name][index])
+            yield LocalBlock(name, index, lambda name=name, index=index: tensors[name][index])
 
     return [GlooSender(list(held(rank)), session, rank, store) for rank in range(session.actor.world_size)]
 

@@ -16,7 +16,7 @@ from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.weights.buckets import SegmentLayout, TensorMeta
 from megatron_coreward.weights.segment import open_segment
-from megatron_coreward.weights.send import HeldBlock
+from megatron_coreward.weights.send import LocalBlock
 from tests.rollout.conftest import KINDS, Engines
 from tests.rollout.engine_process import EngineProcess, send, two_ranks
 
@@ -132,7 +132,7 @@ def test_a_tensor_that_the_model_does_not_have_ends_the_update(
     engine = engine_of("tied")
     metas, ranks = two_ranks(checkpoint("tied", 3))
     meta = TensorMeta(name, (128,), "float32")
-    block = HeldBlock(name, (slice(None),), lambda: torch.zeros(128))
+    block = LocalBlock(name, (slice(None),), lambda: torch.zeros(128))
     with pytest.raises((RuntimeError, ValueError), match=r"no (module or )?parameter|no parameter for|layers.7"):
         send(engine, [*metas, meta], [[*ranks[0], block], ranks[1]], 3)
     assert engine.version() is None

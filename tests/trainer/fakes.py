@@ -35,7 +35,7 @@ def make_problem(number: int) -> Problem:
         view: Prompt(f"{view} {number}", np.asarray([10 + number, place + 1], dtype=np.int32))
         for place, view in enumerate(VIEWS)
     }
-    return Problem(f"fake/{number}", prompts, gold=str(number), source="fake")
+    return Problem(f"fake/{number}", prompts, ground_truth=str(number), source="fake")
 
 
 class FakeActors:
@@ -44,7 +44,7 @@ class FakeActors:
         self.score = score
         self.batches: list[TrainBatch] = []
 
-    def move_teacher(self, decay: float) -> None:
+    def update_ema_teacher(self, decay: float) -> None:
         self.events.append(f"teacher {decay:.4f}")
 
     def token_stats(

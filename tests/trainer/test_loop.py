@@ -5,12 +5,12 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from megatron_coreward.cluster.weight_sync import WeightSync
 from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, MethodName
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.sync import WeightSync
 from tests.trainer.fakes import ROUTE, FakeActors, FakeEngines, make_config, make_problem
 
 PROBE = np.arange(4, dtype=np.int32)
@@ -20,7 +20,7 @@ def make_trainer(method: str, **changes: Any) -> tuple[Trainer, list[str], FakeA
     events: list[str] = []
     actors, engines = FakeActors(events), FakeEngines(events)
     sync = WeightSync(
-        actors, engines, lambda refs: [[] for _ in refs], route=ROUTE, num_buckets=3, probe=PROBE, max_gap=1e-3
+        actors, engines, lambda refs: [[] for _ in refs], route=ROUTE, num_buckets=3, canary=PROBE, max_gap=1e-3
     )
     problems = [make_problem(0), make_problem(1)]
     trainer = Trainer(
@@ -29,7 +29,7 @@ def make_trainer(method: str, **changes: Any) -> tuple[Trainer, list[str], FakeA
         actors=actors,
         engines=engines,
         sync=sync,
-        judge=Judge("exact"),
+        equivalence=AnswerEquivalence("exact"),
         problems_of=lambda step: problems,
     )
     return trainer, events, actors, engines
@@ -83,19 +83,21 @@ def test_every_method_runs_and_gets_what_it_needs(method: MethodName) -> None:
     needs = METHODS[method].needs
     assert any(e.startswith("teacher") for e in events) == needs.teacher == (method in TEACHER_METHODS)
     assert (len(needs.views) == 2) == (method in REPHRASED_METHODS)
-    assert {g.group.view for g in result.judged} == set(needs.views)
-    golds = {problem.uid: problem.gold for problem in trainer.problems_of(0)}
-    assert [g.gold for g in result.judged] == [golds[g.group.uid] for g in result.judged]  # for people, in the dump
+    assert {g.group.view for g in result.scored} == set(needs.views)
+    ground_truths = {problem.uid: problem.ground_truth for problem in trainer.problems_of(0)}
+    assert [g.ground_truth for g in result.scored] == [
+        ground_truths[g.group.uid] for g in result.scored
+    ]  # for people, in the dump
     assert np.isfinite(actors.batches[0].advantages).all()
     assert result.metrics["reward/mean"] == pytest.approx(
-        np.mean([r for g in result.judged if g.rewards is not None for r in g.rewards])
+        np.mean([r for g in result.scored if g.rewards is not None for r in g.rewards])
     )
 
 
 def test_rewards_become_advantages_of_the_batch_in_order() -> None:
     trainer, _, actors, _ = make_trainer("majority_voting")
     result = trainer.step(1, PhaseTimer())
-    groups = [g for g in result.judged if g.advantages is not None]
+    groups = [g for g in result.scored if g.advantages is not None]
     expected = np.concatenate([g.advantages for g in groups if g.advantages is not None])
     np.testing.assert_array_equal(actors.batches[0].advantages, expected)
     # answers 0, 1, 2, 0: the vote is 0, so rewards are 1, 0, 0, 1

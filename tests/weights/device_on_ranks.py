@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_coreward.weights import device
 from megatron_coreward.weights.buckets import TensorMeta
-from megatron_coreward.weights.send import HeldBlock
+from megatron_coreward.weights.send import LocalBlock
 
 METAS = [
     TensorMeta("by_rows", (5, 4), "float32"),
@@ -26,11 +26,11 @@ def full(name: str) -> torch.Tensor:
     return values.to(getattr(torch, meta.dtype))
 
 
-def blocks_of(rank: int, num_ranks: int) -> list[HeldBlock]:
+def blocks_of(rank: int, num_ranks: int) -> list[LocalBlock]:
     """The tensors cut over the ranks, in different ways."""
 
-    def block(name: str, *index: slice) -> HeldBlock:
-        return HeldBlock(name, index, lambda: full(name)[index])
+    def block(name: str, *index: slice) -> LocalBlock:
+        return LocalBlock(name, index, lambda: full(name)[index])
 
     if num_ranks == 1:
         return [block(meta.name, *(ALL for _ in meta.shape)) for meta in METAS]

@@ -9,7 +9,7 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.weights import device
 from megatron_coreward.weights.buckets import plan_buckets
 from megatron_coreward.weights.route import choose_transport
-from megatron_coreward.weights.send import HeldBlock
+from megatron_coreward.weights.send import LocalBlock
 from tests.actor.ranks import free_port, run_ranks
 from tests.weights.device_on_ranks import ALL, METAS, as_bytes, blocks_of, full, send, sender_of
 
@@ -42,13 +42,13 @@ def test_memory_is_two_of_the_largest_buckets_for_any_number_of_senders() -> Non
 def test_a_block_of_an_unknown_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match="'stranger'"):
         device.DeviceSender(
-            [HeldBlock("stranger", (ALL,), lambda: torch.zeros(1))], METAS, 64, 0, 1, device.Staging(64, _cpu())
+            [LocalBlock("stranger", (ALL,), lambda: torch.zeros(1))], METAS, 64, 0, 1, device.Staging(64, _cpu())
         )
 
 
 @pytest.mark.parametrize("value", [torch.zeros(6), torch.zeros(7, dtype=torch.int32)], ids=["shape", "dtype"])
 def test_a_block_that_reads_something_else_is_refused(value: torch.Tensor) -> None:
-    blocks = [HeldBlock("whole", (ALL,), lambda: value)]
+    blocks = [LocalBlock("whole", (ALL,), lambda: value)]
     sender = device.DeviceSender(blocks, METAS, 1024, 0, 1, device.Staging(1024, _cpu()))
     with pytest.raises(ValueError, match="'whole'"):
         sender.fill(0, 1)

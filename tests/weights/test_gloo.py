@@ -15,7 +15,7 @@ from megatron_coreward.weights.gloo import GlooSender, Inbox, Session, serve_sto
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.plan import Params
 from megatron_coreward.weights.segment import tensor_at
-from megatron_coreward.weights.send import HeldBlock
+from megatron_coreward.weights.send import LocalBlock
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -60,11 +60,11 @@ class Transfer:
         self.inboxes = [Inbox(self.session, engine, worker) for engine, worker in self.workers]
         self.pool = ThreadPoolExecutor(len(self.senders) + len(self.inboxes))
 
-    def held(self, rank: int) -> list[HeldBlock]:
+    def held(self, rank: int) -> list[LocalBlock]:
         held = []
         for name, bounds in self.session.actor.held(rank, self.session.params.arch):
             index = tuple(slice(*cut) for cut in bounds)
-            held.append(HeldBlock(name, index, lambda name=name, index=index: self.tensors[name][index]))
+            held.append(LocalBlock(name, index, lambda name=name, index=index: self.tensors[name][index]))
         return held
 
     def update(self, version: int, expect: int | None = None, hashes: bool = True) -> list[dict[str, torch.Tensor]]:

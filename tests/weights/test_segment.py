@@ -12,7 +12,7 @@ import pytest
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.weights.buckets import HEADER_BYTES, SegmentLayout, TensorMeta
-from megatron_coreward.weights.segment import OwnedSegment, open_segment, remove_leftovers, segment_path
+from megatron_coreward.weights.segment import OwnedSegment, open_segment, remove_orphans, segment_path
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def test_the_segment_of_a_killed_process_is_replaced_and_one_of_a_living_process
         assert process.stdout.readline() == "ready\n"
         with pytest.raises(RunError, match="still running"):
             OwnedSegment(layout)
-        remove_leftovers()
+        remove_orphans()
         assert segment_path(layout.segment).exists()
     finally:
         process.send_signal(signal.SIGKILL)

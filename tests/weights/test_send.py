@@ -13,7 +13,7 @@ import torch
 from megatron_coreward.errors import RunError
 from megatron_coreward.weights.buckets import SegmentLayout, TensorMeta
 from megatron_coreward.weights.segment import open_segment, segment_path, tensor_at
-from megatron_coreward.weights.send import BlockHash, HeldBlock, SharedMemorySender
+from megatron_coreward.weights.send import BlockHash, LocalBlock, SharedMemorySender
 
 METAS = [
     TensorMeta("by_rows", (5, 4), "float32"),
@@ -28,14 +28,14 @@ def full(name: str) -> torch.Tensor:
     return torch.randn(meta.shape, generator=generator)
 
 
-def blocks_of(rank: int) -> list[HeldBlock]:
+def blocks_of(rank: int) -> list[LocalBlock]:
     rows = (slice(0, 3), slice(None)) if rank == 0 else (slice(3, 5), slice(None))
     columns = (slice(None), slice(0, 2)) if rank == 0 else (slice(None), slice(2, 6))
     held = [
-        HeldBlock("by_rows", rows, lambda: full("by_rows")[rows]),
-        HeldBlock("by_columns", columns, lambda: full("by_columns")[columns]),
+        LocalBlock("by_rows", rows, lambda: full("by_rows")[rows]),
+        LocalBlock("by_columns", columns, lambda: full("by_columns")[columns]),
     ]
-    return [*held, HeldBlock("whole", (slice(None),), lambda: full("whole"))] if rank == 1 else held
+    return [*held, LocalBlock("whole", (slice(None),), lambda: full("whole"))] if rank == 1 else held
 
 
 def write_all(rank: int, segment: str) -> list[BlockHash]:
@@ -109,7 +109,7 @@ def test_each_rank_leaves_a_mark_of_version_and_bucket_behind_its_blocks(segment
 
 def test_what_is_read_follows_the_weights(segment: str) -> None:
     weight = torch.zeros(7)
-    sender = SharedMemorySender([HeldBlock("whole", (slice(None),), lambda: weight)], METAS[2:], 64, segment, 0, 2)
+    sender = SharedMemorySender([LocalBlock("whole", (slice(None),), lambda: weight)], METAS[2:], 64, segment, 0, 2)
     sender.write(0, version=5)
     weight += 1
     sender.write(0, version=5)
@@ -131,19 +131,19 @@ def test_a_rank_that_writes_before_rank_0_has_created_the_segment_is_told_so(seg
 
 
 def test_a_block_outside_its_tensor_is_refused(segment: str) -> None:
-    block = HeldBlock("by_rows", (slice(3, 6), slice(None)), lambda: torch.zeros(3, 4))
+    block = LocalBlock("by_rows", (slice(3, 6), slice(None)), lambda: torch.zeros(3, 4))
     with pytest.raises(ValueError, match="'by_rows'.*no block of a dimension of size 5"):
         SharedMemorySender([block], METAS, 10_000, segment, 0, 2)
 
 
 def test_a_block_of_an_unknown_tensor_is_refused(segment: str) -> None:
     with pytest.raises(ValueError, match="'other', which is not among"):
-        SharedMemorySender([HeldBlock("other", (slice(None),), torch.zeros)], METAS, 10_000, segment, 0, 2)
+        SharedMemorySender([LocalBlock("other", (slice(None),), torch.zeros)], METAS, 10_000, segment, 0, 2)
 
 
 @pytest.mark.parametrize("value", [torch.zeros(4), torch.zeros(7, dtype=torch.int64)])
 def test_a_value_of_another_shape_or_kind_is_refused(segment: str, value: torch.Tensor) -> None:
-    sender = SharedMemorySender([HeldBlock("whole", (slice(None),), lambda: value)], METAS, 10_000, segment, 0, 2)
+    sender = SharedMemorySender([LocalBlock("whole", (slice(None),), lambda: value)], METAS, 10_000, segment, 0, 2)
     with pytest.raises(ValueError, match=r"'whole': read .*, expected a float tensor \(7,\)"):
         sender.write(0, version=5)
     sender.close()

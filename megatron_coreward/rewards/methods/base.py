@@ -19,11 +19,11 @@ class Needs:
     views: tuple[View, ...] = ("original",)  # sampled from the policy and trained on
     teacher: bool = False  # the EMA teacher samples every view as well
     token_stats: bool = False  # full-vocabulary statistics of the policy on its own rollouts
-    gold: bool = False  # the data set's answers
+    ground_truth: bool = False  # the data set's answers
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class GroupReward:
     """The outcome for one group: its label (None: none was used or the vote abstained) and a reward a rollout."""
 
     label: str | None
@@ -35,13 +35,13 @@ def other_view(view: View) -> View:
     return "rephrased" if view == "original" else "original"
 
 
-class Evidence(Protocol):
+class RewardContext(Protocol):
     """What a method may look at. Asking for something it did not declare in its needs raises PermissionError."""
 
     def label_from_vote(self, uid: str, view: View, role: Role) -> str | None:
         """Majority answer of the group that `role` sampled for `view`; None where the vote abstains."""
 
-    def gold(self, uid: str) -> str | None:
+    def ground_truth(self, uid: str) -> str | None:
         """The data set's answer."""
 
     def sequence_means(self, group: RolloutGroup, statistic: Statistic) -> FloatArray:
@@ -55,5 +55,5 @@ class Method(Protocol):
     name: str
     needs: Needs
 
-    def judge(self, group: RolloutGroup, evidence: Evidence) -> Judgement:
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
         """Rewards for one group of policy rollouts."""
