@@ -2,10 +2,10 @@
 
     python benchmarks/bench_loss.py [--rows 6000] [--vocabulary 151936] [--hidden 128] [--threads 1] [--json]
 
-Two ways: `actor.token_stats`, chunk by chunk, and `whole`, which makes the logits of all rows at once and scores them with
-torch's own log_softmax, as a plain training loop does. Bytes are counted, not estimated: every tensor storage that torch
-makes within a pass is followed until it is freed (results and the gradients of the inputs included). Seconds are the
-fastest of three passes without the counting.
+Two ways: `actor.token_stats`, chunk by chunk, and `whole`, which makes the logits of all rows at once and scores them
+with torch's own log_softmax, as a plain training loop does. Bytes are counted, not estimated: every tensor storage that
+torch makes within a pass is followed until it is freed (results and the gradients of the inputs included). Seconds are
+the fastest of three passes without the counting.
 """
 
 import argparse

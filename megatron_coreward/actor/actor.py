@@ -39,7 +39,7 @@ from megatron_coreward.actor.packing import ContextRank, MicroBatchPlan  # noqa:
 from megatron_coreward.actor.saving import FileHashes, Saving  # noqa: E402
 from megatron_coreward.actor.setup import ActorSetup, Weights  # noqa: E402
 from megatron_coreward.actor.shards import main_shards  # noqa: E402
-from megatron_coreward.actor.state import begin_save, load_state  # noqa: E402
+from megatron_coreward.actor.state import HostMemory, begin_save, load_state  # noqa: E402
 from megatron_coreward.actor.teacher import EmaTeacher, FrozenModel  # noqa: E402
 from megatron_coreward.actor.token_stats import Scores, VocabularyShard, score_tokens  # noqa: E402
 from megatron_coreward.actor.train_step import pack_loss  # noqa: E402
@@ -93,6 +93,7 @@ class MegatronActor:
         self._senders: dict[Weights, Sender] = {}
         self._staging: Staging | None = None
         self._saving: Saving | None = None
+        self._host_memory = HostMemory()
         self._cold_scales = setup.settings.fp8 is not None and RECIPES[setup.settings.fp8].keeps_state
         self._offloaded = Offloaded(self._parts())
         self._offloaded.settle()
@@ -300,15 +301,7 @@ class MegatronActor:
         store = serve_store(self._address, route.timeout_s) if self.ranks.rank == 0 else None
         port = [store.port if store is not None else 0]
         dist.broadcast_object_list(port, src=0)
-        settings = self.setup.settings
-        layout = ActorLayout(
-            tensor_parallel=settings.tensor_parallel,
-            pipeline_parallel=settings.pipeline_parallel,
-            virtual_pipeline=settings.virtual_pipeline,
-            expert_parallel=settings.expert_parallel,
-            data_parallel=settings.data_parallel,
-            context_parallel=settings.context_parallel,
-        )
+        layout = ActorLayout.of(self.setup.settings)
         params = Params(self.arch, self.setup.dtype)
         session = Session(self._address, port[0], route.timeout_s, layout, route.engines, params, route.bucket_bytes)
         blocks = local_blocks(self._modules(weights), self.arch, self.ranks)
@@ -334,7 +327,9 @@ class MegatronActor:
         if self._saving is not None:
             raise RuntimeError("the checkpoint before this one was not finished")
         with self._offloaded.at_hand("optimizer", "teacher"):
-            self._saving = begin_save(self.policy, self.optimizer, self.scheduler, self.teacher, target)
+            self._saving = begin_save(
+                self.policy, self.optimizer, self.scheduler, self.teacher, target, self._host_memory
+            )
 
     def save_written(self) -> bool:
         """Whether this rank's part of the save under way is written: `finish_save` will not wait for it."""
@@ -357,7 +352,9 @@ class MegatronActor:
     def load(self, source: Path) -> None:
         """Takes the training state from `source`, written under any layout."""
         with self._offloaded.at_hand("optimizer", "teacher"):
-            load_state(self.policy, self.optimizer, self.scheduler, self.teacher, source)
+            load_state(
+                *(self.policy, self.optimizer, self.scheduler, self.teacher, source), arch=self.arch, ranks=self.ranks
+            )
             if self.teacher is not None:
                 self.teacher.write_to(self.frozen["teacher"])
 

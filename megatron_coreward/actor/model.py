@@ -22,7 +22,7 @@ from megatron_coreward.config.accelerator import RECIPES
 from megatron_coreward.config.architecture import Architecture, RopeScaling
 from megatron_coreward.config.schema import ActorSettings
 from megatron_coreward.errors import InputError
-from megatron_coreward.weights.mapping import is_replicated
+from megatron_coreward.weights.mapping import is_expert, is_replicated
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -144,7 +144,10 @@ def transformer_config(
         pipeline_model_parallel_size=settings.pipeline_parallel,
         virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=settings.context_parallel,
+        num_layers_in_first_pipeline_stage=settings.first_stage_layers,
+        num_layers_in_last_pipeline_stage=settings.last_stage_layers,
         expert_model_parallel_size=settings.expert_parallel,
+        expert_tensor_parallel_size=settings.expert_tensor_parallel,
         sequence_parallel=settings.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -249,6 +252,7 @@ def build_chunks(
         if arch.rope_scaling is not None:
             model.rotary_pos_emb.inv_freq = scale_rope(model.rotary_pos_emb.inv_freq, arch.rope_scaling)
         _mark_tensor_parallel(model)
+        _mark_experts(model)
         _place(model, dtype)
         chunks.append(model)
     return chunks
@@ -277,6 +281,17 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
         if not is_replicated(name) and not getattr(param, "tensor_model_parallel", False):
             dim = 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) or ".linear_fc2.weight" in name else 0
             set_tensor_model_parallel_attributes(param, True, dim, 1)
+
+
+def _mark_experts(model: GPTModel) -> None:
+    """Marks experts whose replicas are other ranks than those of the other parameters, so that their gradients are
+    reduced over their own replicas. Megatron 0.16.1 marks them under expert parallelism alone, and would leave out the
+    tensor-parallel ranks that hold the same whole experts."""
+    config = model.config
+    if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+        for name, param in model.named_parameters():
+            if is_expert(name):
+                param.allreduce = False
 
 
 def scale_rope(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

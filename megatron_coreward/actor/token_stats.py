@@ -9,8 +9,9 @@ With z = h W^T / temperature the logits over a vocabulary of V tokens, p = softm
 
 Rows are taken in chunks: a chunk's logits are computed into one buffer, reduced to a few numbers a row, and forgotten.
 The backward pass computes them again, turns them in place into p - onehot(t), and multiplies twice: the gradient of the
-hidden states, and that of the weight, which is added to Megatron's `main_grad` where there is one. Each rank reduces its
-own columns against its own maximum; two all-reduces for all rows together then bring the ranks' sums to one maximum.
+hidden states, and that of the weight, which is added to Megatron's `main_grad` where there is one. Each rank reduces
+its own columns against its own maximum; two all-reduces for all rows together then bring the ranks' sums to one
+maximum.
 
 Invariants (tests/actor/test_token_stats.py, benchmarks/bench_loss.py):
   1. The results are the definitions above, and the gradient is that of log_softmax, to rounding in fp32.
@@ -27,8 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Logits of one chunk, and of one block of rows that is reduced at a time. On CPU a block stays in the processor's cache,
-# so that the logits are read from memory once; on GPU compiled kernels read them twice, whatever the block.
+# Logits of one chunk, and of one block of rows that is reduced at a time. On CPU a block stays in the processor's
+# cache, so that the logits are read from memory once; on GPU compiled kernels read them twice, whatever the block.
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 28}
 WEIGHT_SLICE_ELEMENTS = 1 << 26  # of a weight gradient in less than fp32, before it is added to the fp32 one
@@ -69,8 +70,8 @@ def score_tokens(
     """Scores the tokens `targets` under the distributions that the hidden states give.
 
     Args:
-        hidden: [N, H] the states that predict the targets, the same on all tensor-parallel ranks. Their gradient is this
-            rank's part of a sum over those ranks.
+        hidden: [N, H] the states that predict the targets, the same on all tensor-parallel ranks. Their gradient is
+            this rank's part of a sum over those ranks.
         weight: [W, H] this rank's rows of the output layer, padding of the vocabulary included (it is left out of all
             sums, and its gradient is zero).
         targets: [N] token ids over the whole vocabulary.
@@ -141,8 +142,8 @@ def _row_sums(
     scale: float,
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Over this rank's columns: the maximum m of each row [N], and [k, N] sums of it, with x = z - m: sum exp(x), x of the
-    target where it is here, and if wanted sum exp(x) x and sum x."""
+    """Over this rank's columns: the maximum m of each row [N], and [k, N] sums of it, with x = z - m: sum exp(x), x of
+    the target where it is here, and if wanted sum exp(x) x and sum x."""
     device = hidden.device
     sums = torch.zeros(4 if statistics else 2, len(hidden), dtype=torch.float32, device=device)
     top = torch.full((len(hidden),), LEAST, dtype=torch.float32, device=device)

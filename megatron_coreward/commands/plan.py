@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         metavar="key=value",
         help="config keys, such as actor.tensor_parallel=4, right after CONFIG",
     )
-    plan.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (default: h100)")
+    plan.add_argument("--gpu", help=f"{', '.join(GPUS)} (default: the recipe's gpu, or h100)")
     plan.add_argument("--gpus", type=int, metavar="N", help="GPUs there are; default: as many as the layout takes")
     plan.add_argument(
         "--placement",
@@ -51,7 +51,7 @@ def _plan(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     arch = architecture_of(config.model)
     placement = options.placement or config.rollout.placement
-    machine = Machine(find_gpu(options.gpu), placement, assume(options.assume))
+    machine = Machine(find_gpu(options.gpu or config.gpu or "h100"), placement, assume(options.assume))
     if options.gpus is not None and options.gpus < 1:
         raise InputError(f"--gpus: {options.gpus}; allowed: 1 or more")
     gpus = options.gpus or gpus_of(config, placement)

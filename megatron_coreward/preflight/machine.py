@@ -19,7 +19,7 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.preflight.packages import installed
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.weights.buckets import SegmentLayout
-from megatron_coreward.weights.layouts import expert_number
+from megatron_coreward.weights.layouts import ActorLayout, expert_number
 from megatron_coreward.weights.mapping import hf_tensors
 from megatron_coreward.weights.route import tensors_to_send
 from megatron_coreward.weights.segment import remove_orphans
@@ -153,7 +153,8 @@ def least_memory(config: RunConfig, arch: Architecture) -> dict[str, int]:
     a, r, needs = config.actor, config.rollout, METHODS[config.method].needs
     item = 4 if config.model.dtype == "float32" else 2
     once = dense + expert
-    copies = a.data_parallel * dense + max(1, a.data_parallel // a.expert_parallel) * expert  # over data-parallel ranks
+    # Replicas of a shard hold all of it; context-parallel ranks are replicas too.
+    copies = a.data_parallel * a.context_parallel * dense + ActorLayout.of(a).expert_dp_size * expert
     # Main parameters of an fp32 model are the model's own; two moments; value and compensation of the teacher.
     parts = {
         "weights and gradients": copies * (item + 4),

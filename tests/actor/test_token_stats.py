@@ -114,7 +114,8 @@ def test_statistics_that_nobody_asked_for_are_not_computed() -> None:
 
 
 def test_compiled_kernels_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPU the row functions are compiled. The compiler is here on CPU; the mathematics that it is given is the same."""
+    """On GPU the row functions are compiled. The compiler is here on CPU; the mathematics that it is given is the
+    same."""
     found = []
     for compiled in (False, True):
         if compiled:

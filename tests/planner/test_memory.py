@@ -17,9 +17,9 @@ from megatron_coreward.planner.memory import (
     worker_elements,
 )
 from megatron_coreward.planner.models import published_architecture
-from megatron_coreward.planner.parameters import actor_layout, stage_parameters
+from megatron_coreward.planner.parameters import stage_parameters
 from megatron_coreward.planner.step_time import num_parameters
-from megatron_coreward.weights.layouts import EngineLayout
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from tests.planner.settings import config, machine
 
 EIGHT = published_architecture("Qwen3-8B-Base")
@@ -35,7 +35,7 @@ def test_bytes_a_parameter_are_those_that_megatron_documents(data_parallel: int)
 
 
 def test_the_teacher_costs_eight_bytes_over_data_parallel_ranks_and_a_copy_of_the_model() -> None:
-    held = stage_parameters(EIGHT, actor_layout(ActorSettings(data_parallel=4)), 0)
+    held = stage_parameters(EIGHT, ActorLayout.of(ActorSettings(data_parallel=4)), 0)
     for method, expected in (("co_rewarding_i", 0), ("co_rewarding_ii", 8 * held.owned + 2 * held.numel)):
         c = config("Qwen3-8B-Base", method, actor={"data_parallel": 4})
         (stage,) = actor_memory(c, EIGHT, Assumptions())
