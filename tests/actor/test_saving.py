@@ -46,8 +46,8 @@ def test_a_skipped_update_moves_nothing_and_training_goes_on(model: Path) -> Non
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_replicas_share_the_writing_and_resume_within_a_third_more_than_they_own(tmp_path: Path, ranks: int) -> None:
-    """A model large enough that what the libraries take does not matter: 10 million parameters."""
-    write_model(tmp_path / "model", byte_level_tokenizer(), hidden=256, ffn=512, pad_vocab_to=8192)
+    """A model large enough that what the libraries take does not matter: 20 million parameters."""
+    write_model(tmp_path / "model", byte_level_tokenizer(), hidden=384, ffn=1024, pad_vocab_to=16_384)
     layout = {"data_parallel": ranks}
     outcomes = run_ranks(ranks, save_and_resume, tmp_path / "model", layout, free_port(), tmp_path)
     whole = sum(outcome["written_bytes"] for outcome in outcomes)
