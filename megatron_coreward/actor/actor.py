@@ -6,7 +6,7 @@ others return None.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from megatron_coreward.actor.state import HostMemory, begin_save, load_state  # 
 from megatron_coreward.actor.teacher import EmaTeacher, FrozenModel  # noqa: E402
 from megatron_coreward.actor.token_stats import Scores, VocabularyShard, score_tokens  # noqa: E402
 from megatron_coreward.actor.train_step import pack_loss  # noqa: E402
-from megatron_coreward.config.accelerator import RECIPES  # noqa: E402
+from megatron_coreward.config.accelerator import RECIPES, token_alignment  # noqa: E402
 from megatron_coreward.config.architecture import read_architecture  # noqa: E402
 from megatron_coreward.telemetry.memory import DeviceMemory  # noqa: E402
 from megatron_coreward.types import FloatArray, Sequences, TokenStats, TrainBatch  # noqa: E402
@@ -155,9 +155,18 @@ class MegatronActor:
         return self.policy if weights == "policy" else self.frozen[weights].chunks
 
     def _packs(self, sequences: Sequences, micro_batches: MicroBatchPlan) -> list[Pack]:
+        """The micro-batches' tensors. Only ranks that exchange activations of the same micro-batch with others, over a
+        pipeline or over experts, need all of them to be of equal size."""
+        s = self.setup.settings
+        equal = s.pipeline_parallel > 1 or self.arch.experts is not None
+        align, pad = token_alignment(s), self._context.multiple
+
+        def size(rows: Iterable[int]) -> int:
+            tokens = sum(-(-len(sequences.token_ids[row]) // pad) * pad for row in rows)
+            return micro_batches.num_tokens if equal else max(align, -(-tokens // align) * align)
+
         return [
-            build_pack(sequences, rows, micro_batches.num_tokens, parallel.device(), self._context)
-            for rows in micro_batches.packs
+            build_pack(sequences, rows, size(rows), parallel.device(), self._context) for rows in micro_batches.packs
         ]
 
     def token_stats(
