@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
+from megatron_coreward.config.accelerator import RECIPES
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import TEACHER_METHODS, ActorSettings, RunConfig
 from megatron_coreward.planner.hardware import GIB, Assumptions, Gpu
-from megatron_coreward.planner.parameters import stage_parameters
+from megatron_coreward.planner.parameters import layer_shapes, stage_parameters
 from megatron_coreward.weights.buckets import ITEM_BYTES
 from megatron_coreward.weights.layouts import VLLM_VOCAB_MULTIPLE, ActorLayout, EngineLayout
 from megatron_coreward.weights.mapping import hf_tensors
@@ -100,6 +101,7 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
             "optimizer": (MOMENT_BYTES + (MAIN_BYTES if item == 2 else 0)) * held.owned,
             "teacher": (TEACHER_BYTES * held.owned + item * held.numel) * teacher,
             "reference": item * held.numel * frozen,
+            "FP8 copies": fp8_copies(arch, a, layout, stage, models=1 + teacher + frozen),
         }
         update = {
             "activations": activation_bytes(arch, a, stage, item, assumptions),
@@ -119,6 +121,21 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
             )
         )
     return tuple(stages)
+
+
+def fp8_copies(arch: Architecture, a: ActorSettings, layout: ActorLayout, stage: int, models: int) -> int:
+    """What Transformer Engine keeps of the layers' weights in FP8: each as it is and transposed, a byte each.
+
+    Weights that are kept in FP8 themselves have no copies. A frozen model computes in BF16 where scales have a memory.
+    """
+    if a.fp8 is None:
+        return 0
+    frozen = 0 if RECIPES[a.fp8].keeps_state else models - 1
+    shapes = layer_shapes(arch, layout.tensor_parallel, layout.expert_tp_size, layout.expert_parallel)
+    elements = sum((*shapes.attention, *shapes.mlp, *shapes.experts)) * sum(
+        len(layers) for layers in layout.chunks(arch.num_layers)[stage]
+    )
+    return 2 * elements * (frozen + (not a.fp8_params))
 
 
 def keeps_reference(config: RunConfig) -> bool:
@@ -179,13 +196,13 @@ def layer_activation_bytes(arch: Architecture, a: ActorSettings, item: int, assu
     return item * (norms + attention + experts) + softmax + router
 
 
-def scoring_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int) -> int:
+def scoring_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int, chunk_logits: int = CHUNK_LOGITS) -> int:
     """On the last stage: logits of a chunk at 6 bytes each, a slice of the weight's gradient, and of the micro-batch
     the hidden states, their scored rows and the gradients of both."""
     if stage != a.pipeline_parallel - 1:
         return 0
     tokens, columns = microbatch_tokens(a), arch.padded_vocab_size(a.tensor_parallel) // a.tensor_parallel
-    chunk = min(tokens * columns, max(CHUNK_LOGITS, columns))
+    chunk = min(tokens * columns, max(chunk_logits, columns))
     return 6 * chunk + item * WEIGHT_SLICE + 4 * item * tokens * arch.hidden_size
 
 
@@ -209,7 +226,8 @@ def engine_memory(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: 
     r, item = config.rollout, ITEM_BYTES[config.model.dtype]
     claimed = int(r.gpu_memory_utilization * gpu.memory_bytes)
     weights = item * worker_elements(arch, r.tensor_parallel)
-    overhead = int(assumptions.engine_gib * GIB) + 8 * r.max_num_seqs * arch.vocab_size  # fp32 logits, and a copy
+    logits = 8 * r.max_num_seqs * arch.vocab_size  # in fp32, and a copy
+    overhead = int(assumptions.engine_gib * GIB) + logits + bucket_bytes(config, arch)
     return EngineMemory(
         claimed=claimed,
         weights=weights,
