@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         help="engines on GPUs of their own, or on those of the actor, in turn (default: rollout.placement)",
     )
     plan.add_argument("--search", action="store_true", help="propose layouts for --gpus GPUs, fastest first")
-    plan.add_argument("--top", type=int, default=5, metavar="K", help="layouts to propose (default: 5)")
+    plan.add_argument("--top", type=int, default=5, metavar="K", help="layouts to propose")
     plan.add_argument(
         "--assume",
         action="append",
@@ -48,12 +48,13 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_coreward.planner.search import nearest, search
     from megatron_coreward.planner.step_time import transfers
 
+    for name in ("gpus", "top"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InputError(f"--{name}: {value}; allowed: 1 or more")
     config = load_config(options.config, options.overrides)
     arch = architecture_of(config.model)
     placement = options.placement or config.rollout.placement
     machine = Machine(find_gpu(options.gpu or config.gpu or "h100"), placement, assume(options.assume))
-    if options.gpus is not None and options.gpus < 1:
-        raise InputError(f"--gpus: {options.gpus}; allowed: 1 or more")
     gpus = options.gpus or gpus_of(config, placement)
     model = config.model.hf_path.name
 

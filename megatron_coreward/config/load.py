@@ -21,7 +21,7 @@ from megatron_coreward.config.yaml_file import parse_scalar, parse_yaml, read_ya
 from megatron_coreward.errors import InputError
 
 # The paper's KL coefficients (arXiv 2508.00410, appendix); the baselines run at that of Co-rewarding-I.
-PAPER_KL_COEF = {"co_rewarding_ii": 0.001, "co_rewarding_i+ii": 0.001}
+PAPER_KL_COEF = dict.fromkeys(TEACHER_METHODS, 0.001)
 DEFAULT_KL_COEF = 0.005
 
 

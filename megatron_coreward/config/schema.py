@@ -17,6 +17,7 @@ MethodName = Literal[
     "co_rewarding_i",
     "co_rewarding_ii",
     "co_rewarding_i+ii",
+    "co_rewarding_i+ii_original",
     "majority_voting",
     "ground_truth",
     "self_certainty",
@@ -25,9 +26,15 @@ MethodName = Literal[
 
 AnswerFormat = Literal["boxed", "hashes", "plain"]
 
-# Which methods read rephrased questions and which keep a teacher; a test holds these against the methods' own needs.
-REPHRASED_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
-TEACHER_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_ii", "co_rewarding_i+ii"})
+Equivalence = Literal["hendrycks", "exact", "math"]
+
+# Which methods train on both views, which read rephrased questions, which keep a teacher and which read ground truth;
+# a test holds these against the methods' own needs.
+TWO_VIEW_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
+REPHRASED_METHODS: frozenset[MethodName] = TWO_VIEW_METHODS | {"co_rewarding_i+ii_original"}
+TEACHER_METHODS: frozenset[MethodName] = frozenset(
+    {"co_rewarding_ii", "co_rewarding_i+ii", "co_rewarding_i+ii_original"}
+)
 
 SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\boxed{}."
 
@@ -50,7 +57,7 @@ class DataSettings(Component):
     """Parquet files of training questions in the published format (columns prompt, reward_model, extra_info)."""
     rephrased_files: tuple[Path, ...] = ()
     """Parquet files of rephrased questions, paired with train_files row by row through extra_info.index. Only the
-    methods co_rewarding_i and co_rewarding_i+ii read them."""
+    methods co_rewarding_i and co_rewarding_i+ii(_original) read them."""
     val_files: tuple[Path, ...] = ()
     """Parquet files of held-out questions with ground truths; empty: no validation."""
     batch_size: Positive = 128
@@ -60,6 +67,13 @@ class DataSettings(Component):
     over_length: Literal["error", "drop"] = "error"
     """What happens to questions whose prompt is too long: error refuses the run before training starts, drop leaves
     them out and says how many."""
+    missing_gold: Literal["error", "drop", "keep"] = "error"
+    """What happens to questions without a ground truth if one is read: those of train_files by the method
+    ground_truth, those of val_files by every method. error refuses the run, drop leaves them out, keep counts every
+    answer to them as wrong, in training and in validation."""
+    unpaired: Literal["error", "drop"] = "error"
+    """What happens to questions without a rephrasing and to rephrasings without a question, if the method reads both:
+    error refuses the run, drop leaves them out."""
     system_prompt: str | None = SYSTEM_PROMPT
     """System prompt of every question, in place of the one in the files; null keeps the files' own."""
     thinking: bool | None = None
@@ -192,9 +206,9 @@ class TeacherSettings(Component):
 class RewardSettings(Component):
     """From responses to answers, votes and rewards."""
 
-    equivalence: Literal["exact", "math"] = "exact"
-    """When two answers count as the same: exact compares their text as published; math also compares their values,
-    numerically and symbolically."""
+    equivalence: Equivalence = "exact"
+    """When two answers count as the same: exact compares their text as published; hendrycks compares them after the
+    normalisation of the MATH benchmark; math also compares their values, numerically and symbolically."""
     answer_formats: tuple[AnswerFormat, ...] = Field(("boxed",), min_length=1)
     """Where a response states its final answer, tried in this order: boxed is the last \\boxed{}, hashes is what
     follows ####, plain is what follows "the answer is"."""
@@ -219,6 +233,9 @@ class LossSettings(Component):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence from the sampled token's log-probs: k1 is their difference, k2 half its square,
     k3 is unbiased and never negative."""
+    kl_clamp: Annotated[float, Field(gt=0)] | None = None
+    """Bound on the k3 estimate of a token, in nats, beyond which the token has no gradient from the KL term; the
+    published implementation has 10. null: no such bound."""
     kl_reference: Literal["auto", "frozen", "teacher"] = "auto"
     """Whom the KL term holds the policy to: frozen is the model that training started from, teacher the EMA teacher,
     auto the teacher if the method has one and else frozen."""
@@ -226,6 +243,10 @@ class LossSettings(Component):
     """How token losses add up: token-mean is the mean over all tokens of the batch; seq-mean-token-sum and
     seq-mean-token-mean are the mean over sequences of their sums or means; constant divides sums by
     rollout.max_response_tokens."""
+    views: Literal["mean", "sum"] = "mean"
+    """How the losses of two views add up, for methods that train on both: mean is one aggregation over the sequences
+    of both; sum aggregates each view and adds the two, as the published implementation does. A sum is about twice as
+    large, which Adam cancels and clip_grad does not."""
     updates_per_batch: Positive = 1
     """Optimizer steps per rollout batch; divides the number of the batch's groups."""
     mismatch_correction: Literal["off", "tis", "icepop"] = "off"
@@ -257,12 +278,17 @@ class ValidationSettings(Component):
 
     every: NonNegative = 10
     """Steps between validations; 0: only before and after training."""
+    samples: Literal["both", "greedy", "random"] = "both"
+    """What is sampled for a question: greedy is one greedy answer (pass@1), random is n answers at temperature
+    (avg@n, pass@n, maj@n), both is both."""
     n: Positive = 8
-    """Samples per question: the k of avg@k and maj@k."""
+    """Random samples per question: the n of avg@n, pass@n and maj@n."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of those samples; pass@1 is one greedy answer."""
+    """Temperature of the random samples."""
+    equivalence: Equivalence | None = None
+    """When an answer is right, and when two answers vote alike; null: as rewards.equivalence."""
     max_problems: Positive | None = None
-    """Questions that are validated on, the first ones of the files; null: all."""
+    """Questions of each data set that are validated on, the first ones of its file; null: all."""
     at_start: bool = True
     """Whether the model is validated before the first step."""
     warn_below_start: Fraction = 0.1

@@ -1,6 +1,7 @@
 r"""When two answers are the same: the relation that votes, rewards and scores all rest on.
 
-`exact`: the extracted strings are equal, as in the published implementation. `math`: their normal forms are equal
+`exact`: the extracted strings are equal, as in the published implementation. `hendrycks`: their normal forms by the
+rules of the MATH benchmark are equal (`hendrycks.py`). `math`: their normal forms are equal
 (`latex.py`); failing that, and only where the forms leave the question open, math-verify decides in a process of its
 own under a time limit (`symbolic.py`).
 
@@ -15,12 +16,14 @@ from collections.abc import Sequence
 from functools import cache
 from threading import Lock
 from types import TracebackType
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
+from megatron_coreward.config.schema import Equivalence
+from megatron_coreward.rewards import hendrycks
 from megatron_coreward.rewards.latex import CanonicalAnswer, canonical
 from megatron_coreward.rewards.symbolic import SymbolicPool
 
-Relation = Literal["exact", "math"]
+Relation = Equivalence
 
 CACHE_SIZE = 100_000  # verdicts on pairs that went to a process
 
@@ -86,7 +89,9 @@ class AnswerEquivalence:
         self.close()
 
     def _form(self, answer: str) -> CanonicalAnswer:
-        return canonical(answer) if self.relation == "math" else CanonicalAnswer(answer, "opaque")
+        if self.relation == "math":
+            return canonical(answer)
+        return CanonicalAnswer(answer if self.relation == "exact" else hendrycks.comparable(answer), "opaque")
 
     def _same(self, a: CanonicalAnswer, b: CanonicalAnswer) -> bool:
         if a.text == b.text:
