@@ -35,7 +35,7 @@ from megatron_coreward.planner.memory import actor_memory, engine_memory
 from megatron_coreward.planner.models import CONFIGS, published_architecture
 from megatron_coreward.planner.plan import Machine as PlannedMachine
 from megatron_coreward.planner.plan import actor_problems, engine_problems
-from megatron_coreward.planner.step_time import head_flops, layer_flops
+from megatron_coreward.planner.step_time import head_flops, layer_flops, num_parameters
 from megatron_coreward.weights.mapping import hf_tensors
 
 GPU = GPUS["h200"]

@@ -171,6 +171,7 @@ def test_a_vocabulary_of_real_size_agrees_with_transformers(tmp_path: Path) -> N
         {"family": "llama", "llama3_rope": True},
         {"family": "llama", "tie": True, "kv_heads": 1},
         {"family": "qwen3", "tie": True, "kv_heads": 4},
+        {"family": "mistral", "head_dim": 24},
     ],
     ids=lambda model: "-".join(f"{k}={v}" for k, v in model.items()),
 )
