@@ -26,13 +26,20 @@ from megatron_coreward.actor.export import export_hf  # noqa: E402
 from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
 from megatron_coreward.actor.hf_weights import load_hf, load_megatron, local_blocks, owned_blocks  # noqa: E402
 from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
-from megatron_coreward.actor.model import DTYPES, build_chunks, forget_quantised_weights, resolve_backend  # noqa: E402
+from megatron_coreward.actor.model import (  # noqa: E402
+    DTYPES,
+    build_chunks,
+    forget_quantised_weights,
+    fuses_gradients,
+    resolve_backend,
+)
 from megatron_coreward.actor.offload import Offloaded, Part, free_memory  # noqa: E402
 from megatron_coreward.actor.optimizer import (  # noqa: E402
     MOMENTS,
     adam_name,
     build_optimizer,
     build_scheduler,
+    clip_gradients,
     wrap_chunks,
 )
 from megatron_coreward.actor.packing import ContextRank, MicroBatchPlan  # noqa: E402
@@ -122,7 +129,7 @@ class MegatronActor:
             "backend": resolve_backend(self.setup.settings.backend, DTYPES[self.setup.dtype]),
             "fp8": f"{config.fp8_recipe}{' with FP8 weights' if config.fp8_param else ''}" if config.fp8 else "off",
             "adam": adam_name(self.optimizer),
-            "gradient accumulation": "fused" if config.gradient_accumulation_fusion else "separate",
+            "gradient accumulation": "fused" if fuses_gradients(self.policy[0]) else "separate",
         }
 
     def offload(self) -> DeviceMemory | None:
@@ -257,7 +264,8 @@ class MegatronActor:
             raise FloatingPointError(f"the gradient of this step is not finite (norm {grad_norm})")
         self.scheduler.step(1)
         if finite:
-            self.optimizer.step()
+            clip_gradients(self.optimizer, grad_norm)
+            self.optimizer.step_with_ready_grads()  # `step` would prepare gradients and take their norm again
         if stats is None or not self.is_output_rank:
             return None
         lr = float(self.optimizer.param_groups[0]["lr"])

@@ -1,6 +1,5 @@
 """The actor's model: Megatron's `GPTModel` under the layout, from the architecture of a Hugging Face config."""
 
-import importlib.util
 import math
 import warnings
 from collections.abc import Iterable
@@ -89,15 +88,22 @@ def recompute_config(settings: ActorSettings, experts: bool) -> dict[str, Any]:
     return {}
 
 
-def fuses_gradients(settings: ActorSettings, backend: str) -> bool:
-    """Whether weight gradients are added to the fp32 buffers by the product itself.
+def fuse_gradients(model: torch.nn.Module, settings: ActorSettings) -> None:
+    """Lets Transformer Engine's layers add weight gradients to the fp32 buffers within the product.
 
-    Transformer Engine's layers bring a kernel for it. The output layer is Megatron's own under either spec, and
-    Megatron-Core 0.16.1 refuses to build it without apex's, so that decides.
+    Megatron's config has one switch for these layers and for its own output layer, which it refuses to build without
+    apex's kernel. So the switch stays off, and the layers are told what it would tell them. The output layer needs no
+    kernel: `token_stats` adds to the buffer itself.
     """
-    if settings.gradient_accumulation_fusion == "auto":
-        return backend == "te" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return settings.gradient_accumulation_fusion
+    if settings.gradient_accumulation_fusion is not False:
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+
+
+def fuses_gradients(model: torch.nn.Module) -> bool:
+    """Whether any layer does."""
+    return any(getattr(module, "fuse_wgrad_accumulation", False) for module in model.modules())
 
 
 def transformer_config(
@@ -121,7 +127,9 @@ def transformer_config(
             "moe_router_load_balancing_type": "none",
             # alltoall takes its split sizes to numpy only for CUDA tensors
             "moe_token_dispatcher_type": "alltoall" if on_gpu else "allgather",
+            "moe_router_dtype": "fp32",  # the product that chooses experts, under BF16 too
             "moe_grouped_gemm": fused,
+            "moe_permute_fusion": fused and can_fuse_permutation(),
         }
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -159,15 +167,23 @@ def transformer_config(
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=fuses_gradients(settings, backend),
+        gradient_accumulation_fusion=False,  # see `fuse_gradients`
         apply_rope_fusion=fused,
         # Interleaved schedules between two ranks mix up the two directions when P2P is batched.
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
+        batch_p2p_sync=False,  # a synchronisation of the whole device after each exchange, for former versions of torch
         **moe,
         **({} if frozen else recompute_config(settings, arch.experts is not None)),
         **fp8_config(settings, frozen),
     )
+
+
+def can_fuse_permutation() -> bool:
+    """Whether Transformer Engine has kernels that sort tokens by expert, from 2.1 on."""
+    from megatron.core.extensions import transformer_engine
+
+    return getattr(transformer_engine, "fused_permute", None) is not None
 
 
 def layer_spec(arch: Architecture, backend: str) -> tuple[ModuleSpec, Any]:
@@ -253,6 +269,8 @@ def build_chunks(
             model.rotary_pos_emb.inv_freq = scale_rope(model.rotary_pos_emb.inv_freq, arch.rope_scaling)
         _mark_tensor_parallel(model)
         _mark_experts(model)
+        if not frozen:
+            fuse_gradients(model, settings)
         _place(model, dtype)
         chunks.append(model)
     return chunks

@@ -1,5 +1,6 @@
 """An actor rank in a process of its own: the shell that the trainer makes a Ray actor of."""
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ class ActorWorker(LoggedWorker):
         from megatron_coreward.actor.actor import MegatronActor
 
         self._actor = MegatronActor(setup, rank, address, port)
+        gc.collect()
+        gc.freeze()  # the model stays: nobody need look at it again
+        gc.disable()  # a rank that collects by itself lets all others wait; `update` collects on all of them at once
         return self._actor.ranks.dp_rank, self._actor.is_output_rank
 
     @property
@@ -57,7 +61,9 @@ class ActorWorker(LoggedWorker):
         return self._rank.token_stats(sequences, micro_batches, weights, temperature, statistics)
 
     def update(self, batch: TrainBatch, micro_batches: MicroBatchPlan) -> dict[str, float] | None:
-        return self._rank.update(batch, micro_batches)
+        report = self._rank.update(batch, micro_batches)
+        gc.collect()
+        return report
 
     def update_ema_teacher(self, decay: float) -> None:
         self._rank.update_ema_teacher(decay)

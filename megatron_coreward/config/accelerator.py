@@ -166,10 +166,10 @@ def machine_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
         yield "actor.backend: te needs the package transformer-engine, which is not installed; allowed: auto, local"
     if a.fp8 is not None:
         yield from _recipe_problems(a.fp8, machine, engine)
-    if a.gradient_accumulation_fusion is True and "apex" not in machine.packages:
+    if a.gradient_accumulation_fusion is True and (engine is None or a.backend == "local"):
         yield (
-            "actor.gradient_accumulation_fusion: true needs apex with its CUDA extensions "
-            "(fused_weight_gradient_mlp_cuda), which is not installed; allowed: auto, false"
+            "actor.gradient_accumulation_fusion: true needs the layers of transformer-engine, which "
+            f"{'is not installed' if engine is None else 'actor.backend: local does not use'}; allowed: auto, false"
         )
     if r.quantization and machine.capability is not None and machine.capability < ROLLOUT_FP8_CAPABILITY:
         yield (

@@ -121,8 +121,8 @@ class ActorSettings(Component):
     """Activations that the backward pass computes again instead of keeping them: selective those of the feed-forward
     parts, full those of whole layers."""
     gradient_accumulation_fusion: Literal["auto"] | bool = "auto"
-    """Whether weight gradients are added up inside the matrix product; true needs the kernel of apex, and auto is true
-    if it is there."""
+    """Whether weight gradients are added up inside the matrix product; true needs the layers of Transformer Engine, and
+    auto is true if they are used."""
     offload_optimizer: bool = False
     """Whether main parameters and moments are offloaded to host memory between steps."""
     offload_teacher: bool = False

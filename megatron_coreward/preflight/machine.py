@@ -61,7 +61,7 @@ def visible_gpus(devices: Path = Path("/dev")) -> int:
 
 def describe(gpus: int) -> Machine:
     """The GPUs and packages of this machine, as far as the driver's own tool and the packages' metadata tell."""
-    packages = {name: parse_version(found) for name in ("transformer-engine", "apex") if (found := installed(name))}
+    packages = {name: parse_version(found) for name in ("transformer-engine",) if (found := installed(name))}
     build = re.search(r"\+cu(\d+)(\d)$", installed("torch") or "")
     cuda = (int(build[1]), int(build[2])) if build else None
     return Machine(gpus, _capability() if gpus else None, cuda, packages)
