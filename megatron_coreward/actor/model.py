@@ -98,7 +98,7 @@ def fuse_gradients(model: torch.nn.Module, settings: ActorSettings) -> None:
     if settings.gradient_accumulation_fusion is not False:
         for module in model.modules():
             if hasattr(module, "fuse_wgrad_accumulation"):
-                module.fuse_wgrad_accumulation = True
+                module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def fuses_gradients(model: torch.nn.Module) -> bool:

@@ -77,10 +77,7 @@ def _groups(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
 
 
 def ema_step_(
-    values: Sequence[torch.Tensor],
-    compensations: Sequence[torch.Tensor],
-    targets: Sequence[torch.Tensor],
-    decay: float,
+    values: list[torch.Tensor], compensations: list[torch.Tensor], targets: list[torch.Tensor], decay: float
 ) -> None:
     """`value + compensation <- decay * (value + compensation) + (1 - decay) * target`, in place, for each of the
     tensors.
