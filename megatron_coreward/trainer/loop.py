@@ -40,7 +40,7 @@ Row = dict[str, float]
 class TrainingActors(Workers, Protocol):
     """What a step needs of the actors (`cluster.actor_group.ActorGroup`)."""
 
-    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
+    def token_stats(self, sequences: Sequences, weights: Any, temperature: float, statistics: bool) -> TokenStats: ...
     def update(self, batch: TrainBatch) -> dict[str, float]: ...
 
 
@@ -116,7 +116,7 @@ class Trainer:
         return Updates(reports, kl_coef)
 
     def _stats(self, sequences: Sequences, weights: str) -> TokenStats:
-        return self.actors.token_stats(sequences, weights, self.config.rollout.temperature)
+        return self.actors.token_stats(sequences, weights, self.config.rollout.temperature, False)
 
     def train(self) -> None:
         """All steps that are left. Raises Preempted, with everything saved, when the run was asked to stop."""
