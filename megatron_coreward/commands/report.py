@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
@@ -39,13 +40,13 @@ def _report(options: argparse.Namespace) -> None:
     for name in ("steps", "questions"):
         if getattr(options, name) < 0:
             raise InputError(f"--{name}: found {getattr(options, name)}; allowed: 0 or more")
-    print(write_report(options.run_dir, options.out, Limits(options.steps, options.questions)))
+    say(str(write_report(options.run_dir, options.out, Limits(options.steps, options.questions))))
 
 
 def _compare(options: argparse.Namespace) -> None:
     from megatron_coreward.report.compare import write_comparison
 
-    print(write_comparison(options.run_dirs, options.out))
+    say(str(write_comparison(options.run_dirs, options.out)))
 
 
 def _replay(options: argparse.Namespace) -> None:
@@ -55,14 +56,14 @@ def _replay(options: argparse.Namespace) -> None:
 
     record, steps = load_record(options.run_dir), _steps(options.steps)
     if options.equivalence is not None:
-        print(
+        say(
             "\n".join(
                 counterfactual_summary(record, options.equivalence, counterfactual(record, options.equivalence, steps))
             )
         )
         return
     result = replay(record, steps)
-    print("\n".join(summary(record, result)))
+    say("\n".join(summary(record, result)))
     if not result.equal:
         raise SystemExit(1)
 

@@ -11,6 +11,7 @@ from megatron_coreward.report.recompute import method_of, name_of, recompute_run
 from megatron_coreward.report.run_record import RunRecord
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, Relation
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
+from megatron_coreward.telemetry.untrusted_text import excerpt
 
 
 @dataclass(slots=True)
@@ -92,6 +93,6 @@ def _share(part: int, whole: int) -> str:
 
 
 def _example(step: int, item: ScoredGroup, label: str | None, moved: Sequence[int]) -> str:
-    answers = ", ".join(repr(item.group.completions[place].answer) for place in moved[:3])
+    answers = ", ".join(excerpt(item.group.completions[place].answer) for place in moved[:3])
     rewards = f"; {len(moved)} rewards change (answers {answers}{', ...' if len(moved) > 3 else ''})" if moved else ""
-    return f"step {step}, {name_of(item)}: label {item.label!r}, now {label!r}{rewards}"
+    return f"step {step}, {name_of(item)}: label {excerpt(item.label)}, now {excerpt(label)}{rewards}"

@@ -21,6 +21,7 @@ from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rewards.methods.base import GroupReward, Method
 from megatron_coreward.rewards.voting import Vote
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup, read_rollouts
+from megatron_coreward.telemetry.untrusted_text import MAX_EXCERPT, shortened
 from megatron_coreward.types import FloatArray, RolloutGroup
 
 
@@ -107,7 +108,7 @@ def method_of(record: RunRecord) -> Method:
 
 def name_of(item: ScoredGroup) -> str:
     """A group, for people."""
-    return f"{item.group.uid} ({item.group.view}, {item.group.role})"
+    return f"{shortened(item.group.uid, MAX_EXCERPT)} ({item.group.view}, {item.group.role})"
 
 
 def _rewards(item: ScoredGroup) -> FloatArray:
