@@ -9,7 +9,10 @@ from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
-    report = commands.add_parser("report", help="one page of a run: curves, alarms, where the time goes, its samples")
+    report = commands.add_parser(
+        "report",
+        help="one page of a run: curves, alarms, where the time goes, its samples; brings to trackers what they missed",
+    )
     report.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, help="the page (default: report.html in the run directory)")
     report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most (default: 16)")
@@ -34,6 +37,7 @@ def add(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from megatron_coreward.report.missed import bring_to_trackers
     from megatron_coreward.report.report import write_report
     from megatron_coreward.report.samples import Limits
 
@@ -41,6 +45,8 @@ def _report(options: argparse.Namespace) -> None:
         if getattr(options, name) < 0:
             raise InputError(f"--{name}: found {getattr(options, name)}; allowed: 0 or more")
     say(str(write_report(options.run_dir, options.out, Limits(options.steps, options.questions))))
+    for line in bring_to_trackers(options.run_dir):
+        say(line)
 
 
 def _compare(options: argparse.Namespace) -> None:

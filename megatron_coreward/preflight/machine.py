@@ -35,6 +35,7 @@ OWN_NAMES = (
     "lock",
     "logs",
     "metrics.jsonl",
+    "missed.json",
     "report.html",
     "rollbacks.jsonl",
     "rollouts",

@@ -171,6 +171,7 @@ def _run(
                 first_step=0 if trainer_state is None else steps_done + (UNFINISHED not in trainer_state.extra),
                 wandb_project=config.telemetry.wandb_project,
                 config=config.model_dump(mode="json"),
+                warn=notify,
             )
         )
         labels = stack.enter_context(
