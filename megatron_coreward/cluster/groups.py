@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RaySystemError
 
 from megatron_coreward.actor.packing import MicroBatchPlan, micro_batch_plans, plan_packs
 from megatron_coreward.actor.setup import ActorSetup, Weights
@@ -24,6 +25,7 @@ from megatron_coreward.cluster.ray_security import check_token_needed, keep_to_t
 from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
 from megatron_coreward.config.schema import RolloutSettings
+from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.telemetry.memory import DeviceMemory
@@ -67,7 +69,7 @@ def _init_ray() -> None:
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # workers are the run; at 15 any other process starves them
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        _join(os.environ["RAY_ADDRESS"])
         return
     keep_to_this_host()
     ray.init(
@@ -79,6 +81,14 @@ def _init_ray() -> None:
         object_store_memory=None if torch.cuda.is_available() else 2**30,
     )
     check_token_needed()
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(log_to_driver=False)
+    except (OSError, ValueError, RuntimeError, RaySystemError) as error:  # ConnectionError is an OSError
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"RAY_ADDRESS: the cluster at {address!r} cannot be joined: {reason}") from error
 
 
 def stop_ray() -> None:

@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 
 from megatron_coreward.cluster.preemption import StopRequest
 from megatron_coreward.config.schema import WatchdogSettings
-from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.errors import RunError, environment_problem
 from megatron_coreward.telemetry.process_log import ProcessLog
 
 Kind = Literal["actor rank", "engine", "worker"]
@@ -156,7 +156,9 @@ class Watchdog:
                 except Exception:  # an error of its own, as when a partner fails: the first one is raised below
                     continue
             cause = getattr(error, "cause", None)
-            if isinstance(cause, (OSError, FloatingPointError)) and not isinstance(error, (InputError, RunError)):
+            if isinstance(cause, OSError):
+                raise RunError(f"{awaited}: {self._who([call])}: {environment_problem(cause)}") from error
+            if isinstance(cause, FloatingPointError) or type(cause) is RunError:
                 raise RunError(f"{awaited}: {self._who([call])}: {cause}") from error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise RunError(f"{awaited}: {self._who([call])}: {cause} {LESS_MEMORY}") from error

@@ -10,8 +10,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from megatron_coreward.config.accelerator import Machine, machine_problems, parse_version
 from megatron_coreward.config.architecture import Architecture
@@ -26,23 +27,24 @@ from megatron_coreward.weights.segment import remove_orphans
 
 SHARED_MEMORY = Path("/dev/shm")
 # What a run writes into its directory: a link there would lead its writes, and the removal of checkpoints, elsewhere.
-OWN_NAMES = (
-    "checkpoints",
-    "config.yaml",
-    "events.log",
-    "hf",
-    "labels.jsonl",
-    "lock",
-    "logs",
-    "metrics.jsonl",
-    "missed.json",
-    "report.html",
-    "rollbacks.jsonl",
-    "rollouts",
-    "tensorboard",
-    "wandb",
-    "wandb_id",
-)
+# Something of another kind in the place of one ends the run late, but for those that it can do without (None).
+OWN_NAMES: Mapping[str, Literal["file", "directory"] | None] = {
+    "checkpoints": "directory",
+    "config.yaml": "file",
+    "events.log": None,
+    "hf": "directory",
+    "labels.jsonl": "file",
+    "lock": "file",
+    "logs": "directory",
+    "metrics.jsonl": "file",
+    "missed.json": None,
+    "report.html": None,
+    "rollbacks.jsonl": "file",
+    "rollouts": "directory",
+    "tensorboard": None,
+    "wandb": None,
+    "wandb_id": None,
+}
 
 
 def joins_cluster() -> bool:
@@ -206,11 +208,16 @@ def _run_dir(config: RunConfig) -> Iterator[str]:
         if folder != here.absolute():
             yield f"run_dir: {here} cannot be made, {folder} is a file"
         return
+    yield from _length(here, folder)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         yield f"run_dir: {here} cannot be written ({folder}: {error.strerror}); choose another run_dir"
+    for name, kind in OWN_NAMES.items():
+        path = here / name
+        if kind is not None and path.exists() and path.is_dir() != (kind == "directory"):
+            yield f"run_dir: {path} is no {kind}, and the run needs one of this name; move it away"
     inside = Path(os.path.realpath(here))
     saved = here / "checkpoints"
     for link in (*(here / name for name in OWN_NAMES), *(saved.iterdir() if saved.is_dir() else ())):
@@ -219,6 +226,22 @@ def _run_dir(config: RunConfig) -> Iterator[str]:
                 f"run_dir: {link} is a link to {os.path.realpath(link)}, outside of the run directory; a run writes "
                 "and removes only inside: make run_dir itself the link"
             )
+
+
+LONGEST_INSIDE = 100  # characters of the longest path that a run makes in its directory, a safe bound
+
+
+def _length(path: Path, existing: Path) -> Iterator[str]:
+    """Names and the whole path against what the file system takes: folders that are not made yet say nothing else."""
+    name_max, path_max = os.pathconf(existing, "PC_NAME_MAX"), os.pathconf(existing, "PC_PATH_MAX")
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > name_max:
+        yield (
+            f"run_dir: File name too long: a name of {longest} bytes, and the file system takes {name_max}; choose a "
+            "shorter one"
+        )
+    elif (whole := len(os.fsencode(path.absolute())) + LONGEST_INSIDE) > path_max:
+        yield f"run_dir: a path of {whole} bytes with the files in it, and the system takes {path_max}; choose a shorter one"
 
 
 def least_disk(config: RunConfig, arch: Architecture) -> int:

@@ -1,9 +1,9 @@
 """Trackers: where people watch a run. None is ever worth a run.
 
 A tracker is opened, takes rows and is closed, and may fail or hang in each of them: a server is away, a disk is full, a
-folder is blocked, a package is broken. Then people are told once, the tracker is left alone for the rest of the attempt,
-and RUN/missed.json notes the first step that it lacks. `metrics.jsonl` has every row, so what was missed is brought
-when the tracker is opened next: by the next attempt, or by `megatron-coreward report RUN` (`bring_missed`).
+folder is blocked, a package is broken. Then people are told once, the tracker is left alone for the rest of the
+attempt, and RUN/missed.json notes the first step that it lacks. `metrics.jsonl` has every row, so what was missed is
+brought when the tracker is opened next: by the next attempt, or by `megatron-coreward report RUN` (`bring_missed`).
 
 Invariants (tests/telemetry/test_trackers.py): no error of a tracker leaves this module, whatever it is; no call of one
 takes longer than its limit; what is brought later is every row from the first missed one on, once.
@@ -102,8 +102,9 @@ class GuardedTracker:
         except Exception as error:
             self._failed, self._open = True, None
             note_missed(self._run_dir, self._tracker.name, self._first_lacking)
+            reason = f"{type(error).__name__}: {excerpt(str(error))[1:-1]}"
             self._warn(
-                f"{self._tracker.name} failed when it was {what} ({type(error).__name__}: {excerpt(str(error))[1:-1]}); "
+                f"{self._tracker.name} failed when it was {what} ({reason}); "
                 f"the run goes on without it, and `megatron-coreward report {self._run_dir}` brings what it lacks from "
                 f"step {max(self._first_lacking, 0)} on"
             )

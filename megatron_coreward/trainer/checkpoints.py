@@ -11,7 +11,7 @@ from megatron_coreward.checkpoint import store
 from megatron_coreward.checkpoint.store import Hashes, TrainerState
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.errors import RunError
+from megatron_coreward.errors import RunError, environment_problem
 from megatron_coreward.telemetry import label_history
 
 
@@ -83,4 +83,5 @@ class CheckpointWriter:
         store.discard_unfinished(self._config.run_dir)
         whole = store.saved_steps(self._config.run_dir)
         kept = f"those of steps {', '.join(map(str, whole))} are whole" if whole else "there is none before it"
-        return RunError(f"the checkpoint of step {step} could not be written ({error}); {kept}")
+        what = environment_problem(error) if isinstance(error, OSError) else error
+        return RunError(f"the checkpoint of step {step} could not be written ({what}); {kept}")

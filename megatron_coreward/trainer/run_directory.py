@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry import label_history
-from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.telemetry.files import replaced_whole, writing
 from megatron_coreward.telemetry.rollout_dump import discard_rollouts
+from megatron_coreward.telemetry.untrusted_text import printable
 
 LOCK = "lock"  # in the run directory: of the process that trains in it
 
@@ -39,8 +40,9 @@ def lock_run_directory(run_dir: Path, patience_s: float = 10.0) -> Iterator[None
     Raises:
         InputError: another process does, and still does after a moment in which one that was killed would be gone.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    with writing(run_dir / LOCK):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     deadline = time.monotonic() + patience_s
     try:
         while True:
@@ -54,11 +56,21 @@ def lock_run_directory(run_dir: Path, patience_s: float = 10.0) -> Iterator[None
                 time.sleep(0.2)
             except OSError:  # a file system without locks
                 break
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        with suppress(OSError):  # a full disk: then others are not told who it is
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         yield
     finally:
         os.close(file)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Removes what writers that were killed have left half-written: nobody else writes here (`lock_run_directory`)."""
+    for folder in (run_dir, run_dir / "rollouts"):
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+    for name in (".hf.partial", ".hf.removed"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +114,7 @@ def open_run_directory(config: RunConfig, told: Sequence[str] = ()) -> OpenedRun
         aside = set_aside(checkpoint_path(run_dir, step))
         notes.append(f"damaged checkpoint, set aside as {aside.name}: {reason}")
     discard_unfinished(run_dir)
+    remove_leftovers(run_dir)
     if trainer_state is not None:
         changed = changed_keys(checkpoint_path(run_dir, trainer_state.step) / "config.yaml", config)
         if changed:
@@ -115,7 +128,7 @@ def open_run_directory(config: RunConfig, told: Sequence[str] = ()) -> OpenedRun
         os.replace(run_dir / "hf", aside)
         notes.append(f"the model of the shorter run is now {aside.name}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    with replaced_whole(run_dir / "config.yaml") as temporary:
+    with writing(run_dir / "config.yaml"), replaced_whole(run_dir / "config.yaml") as temporary:
         temporary.write_text(dump_config(config))
     if trainer_state is None:
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
@@ -150,9 +163,10 @@ def _restore_labels(config: RunConfig, trainer_state: TrainerState) -> None:
 
 
 def log_event(config: RunConfig, text: str) -> None:
-    """What befell the run stays in its directory too, whatever the console shows."""
-    with (config.run_dir / "events.log").open("a") as file:
-        file.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')} {text}\n")
+    """What happened to the run stays in its directory too, whatever the console shows, as far as the disk takes it."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with suppress(OSError), (config.run_dir / "events.log").open("a", errors="backslashreplace") as file:
+        file.write(f"{now} {printable(text)}\n")
 
 
 def resume_hint(config: RunConfig) -> str:
