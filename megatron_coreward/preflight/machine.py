@@ -228,20 +228,12 @@ def _run_dir(config: RunConfig) -> Iterator[str]:
             )
 
 
-LONGEST_INSIDE = 100  # characters of the longest path that a run makes in its directory, a safe bound
-
-
 def _length(path: Path, existing: Path) -> Iterator[str]:
-    """Names and the whole path against what the file system takes: folders that are not made yet say nothing else."""
-    name_max, path_max = os.pathconf(existing, "PC_NAME_MAX"), os.pathconf(existing, "PC_PATH_MAX")
+    """Names against what the file system takes: of folders that are not made yet it says nothing else."""
+    limit = os.pathconf(existing, "PC_NAME_MAX")
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
-    if longest > name_max:
-        yield (
-            f"run_dir: File name too long: a name of {longest} bytes, and the file system takes {name_max}; choose a "
-            "shorter one"
-        )
-    elif (whole := len(os.fsencode(path.absolute())) + LONGEST_INSIDE) > path_max:
-        yield f"run_dir: a path of {whole} bytes with the files in it, and the system takes {path_max}; choose a shorter one"
+    if longest > limit:
+        yield f"run_dir: File name too long: a name of {longest} bytes; allowed: up to {limit} on this file system"
 
 
 def least_disk(config: RunConfig, arch: Architecture) -> int:

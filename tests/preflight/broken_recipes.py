@@ -409,8 +409,7 @@ CASES: dict[str, Case] = {
         f"run_dir=runs/{'r' * 300}", says="run_dir: File name too long: a name of 300 bytes"
     ),
     "a path that is too long": key(
-        f"run_dir={'/'.join(['r' * 200] * 25)}",
-        says="run_dir: a path of 5[0-9]+ bytes with the files in it, and the sys",
+        f"run_dir={'/'.join(['r' * 200] * 25)}", says="File name too long; choose a shorter"
     ),
     "a data file with a name that is too long": key(
         f"data.train_files=[{'d' * 300}.parquet]", says="d+.parquet: File name too long; choose a shorter name"
