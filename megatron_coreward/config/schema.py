@@ -53,6 +53,7 @@ class DataSettings(Component):
     over_length: Literal["error", "drop"] = "error"
     system_prompt: str | None = SYSTEM_PROMPT  # replaces the files' own; null keeps theirs
     thinking: bool | None = None  # the chat template's `enable_thinking` (Qwen3); null: as the template has it
+    control_tokens: Literal["text", "special"] = "text"  # what `<|im_end|>` and the like are within a message
     shuffle: bool = True
 
 

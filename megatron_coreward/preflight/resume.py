@@ -28,6 +28,7 @@ FIXED = (
     "data.over_length",
     "data.system_prompt",
     "data.thinking",
+    "data.control_tokens",
     "data.shuffle",
     "actor.lr",
     "actor.min_lr",

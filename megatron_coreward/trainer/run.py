@@ -245,6 +245,7 @@ def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, ProblemSe
         "max_prompt_tokens": data.max_prompt_tokens,
         "over_length": data.over_length,
         "thinking": data.thinking,
+        "control_tokens": data.control_tokens,
     }
     rephrased = data.rephrased_files if "rephrased" in needs.views else ()
     problems = load_problems(data.train_files, rephrased, tokenizer, **limits)
