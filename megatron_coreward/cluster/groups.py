@@ -26,6 +26,7 @@ from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
 from megatron_coreward.config.schema import RolloutSettings
 from megatron_coreward.errors import RunError
+from megatron_coreward.rollout import sockets
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.telemetry.memory import DeviceMemory
@@ -74,6 +75,7 @@ def _init_ray() -> None:
     keep_to_this_host()
     ray.init(
         address="local",
+        _temp_dir=str(sockets.ray_folder() / "ray"),
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",

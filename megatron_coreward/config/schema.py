@@ -161,6 +161,9 @@ class ValidationSettings(Component):
 class CheckpointSettings(Component):
     every: NonNegative = 0  # steps; 0: only at the end
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest checkpoint of run_dir
+    changed_inputs: Literal["refuse", "accept"] = (
+        "refuse"  # data or model files that were replaced since the checkpoint that is resumed
+    )
     keep: Positive = 3  # the newest so many stay
     best_metric: str | None = None  # such as val/avg@8: the checkpoint that is best by it stays too
     best_is: Literal["highest", "lowest"] = "highest"

@@ -19,6 +19,7 @@ from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.preflight.packages import installed
 from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.rollout import sockets
 from megatron_coreward.weights.buckets import SegmentLayout
 from megatron_coreward.weights.layouts import expert_number
 from megatron_coreward.weights.mapping import hf_tensors
@@ -117,6 +118,7 @@ def problems(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
         yield from _disk(config, arch)
     if joins_cluster():
         return
+    yield from sockets.problems(config.rollout.tensor_parallel > 1)
     gpus = visible_gpus()
     yield from machine_problems(config, describe(gpus))
     if gpus:

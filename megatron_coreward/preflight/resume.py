@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from megatron_coreward.checkpoint import inputs
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry import label_history
@@ -61,6 +62,10 @@ def problems(config: RunConfig) -> Iterator[str]:
     if config.checkpoint.resume == "never":
         yield f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir"
         return
+    newest = max(
+        (path for path in saved.iterdir() if _STEP.fullmatch(path.name)), key=lambda path: int(path.name.split("_")[1])
+    )
+    yield from inputs.refused_inputs(newest, config)
     for name, read in ((FILE_NAME, read_rows), (label_history.FILE_NAME, label_history.read_lines)):
         try:
             if (run_dir / name).is_file():

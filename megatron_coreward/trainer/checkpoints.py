@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from megatron_coreward.checkpoint import store
+from megatron_coreward.checkpoint import inputs, store
 from megatron_coreward.checkpoint.store import Hashes, TrainerState
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
@@ -36,6 +36,7 @@ class CheckpointWriter:
         labels: the label history up to a step, to be kept in its checkpoint.
         """
         self._config, self._actors, self._published, self._labels = config, actors, published, labels
+        self._inputs = inputs.dump_digests(inputs.input_digests(config))
         self._in_flight: int | None = None
 
     def begin(self, trainer_state: TrainerState) -> None:
@@ -46,7 +47,7 @@ class CheckpointWriter:
         """
         self.finish()
         run_dir = self._config.run_dir
-        files = {"config.yaml": dump_config(self._config).encode()}
+        files = {"config.yaml": dump_config(self._config).encode(), inputs.FILE_NAME: self._inputs}
         if self._labels is not None:
             files[label_history.FILE_NAME] = self._labels(trainer_state.step)
         try:

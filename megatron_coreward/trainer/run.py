@@ -1,6 +1,5 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -26,19 +25,20 @@ from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.guard import Guard
 from megatron_coreward.preflight import preflight
-from megatron_coreward.report.report import write_report
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry import label_history
 from megatron_coreward.telemetry.console import open_view
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer import finish
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollback import Collapsing, count_rollbacks, roll_back
 from megatron_coreward.trainer.rollout_log import RolloutLog, fingerprint_of
 from megatron_coreward.trainer.run_directory import (
     OpenedRun,
+    interrupt_says_how_to_go_on,
     lock_run_directory,
     log_event,
     open_run_directory,
@@ -63,8 +63,12 @@ def train(config: RunConfig) -> Path:
     with StopSignals(config.faults.stop_signals) as stop, ExitStack() as stack:
         arch = preflight(config)
         stack.enter_context(lock_run_directory(config.run_dir))
+        stack.enter_context(interrupt_says_how_to_go_on(config))
         if config.telemetry.wandb_project is not None:
             require_wandb(config.telemetry.wandb_project)
+        if finish.is_trained(config) and finish.missing(config):
+            finish.complete(config, partial(log_event, config))
+            return config.run_dir
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
         problems, held_out = _load_data(config, tokenizer)
         restarts = config.faults.max_restarts
@@ -75,7 +79,8 @@ def train(config: RunConfig) -> Path:
             start_ray(config.watchdog.start_limit_s)
             stop.take()
             try:
-                _run(config, arch, problems, held_out, start, stop)
+                with finish.nothing_after_it_counts(config, partial(log_event, config)):
+                    _run(config, arch, problems, held_out, start, stop)
                 return config.run_dir
             except Preempted as request:
                 raise Preempted(f"{request}; {resume_hint(config)}") from None
@@ -210,16 +215,7 @@ def _run(
         session.train()
         view.note("writing the final model")
         actors.export_hf("policy", (config.run_dir / "hf").resolve())
-        _write_report(config, notify)
-
-
-def _write_report(config: RunConfig, notify: Callable[[str], None]) -> None:
-    """The run's page. All that it shows is kept beside it: an error here is told, and takes no finished run away."""
-    try:
-        write_report(config.run_dir)
-    except Exception as error:
-        again = f"`megatron-coreward report {config.run_dir}` tries again"
-        notify(f"report.html was not written: {type(error).__name__}: {error}; {again}")
+        finish.try_report(config, notify)
 
 
 def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from megatron_coreward.checkpoint.inputs import refused_inputs, replaced_inputs
 from megatron_coreward.checkpoint.store import (
     DamagedCheckpoint,
     TrainerState,
@@ -29,6 +30,7 @@ from megatron_coreward.telemetry import label_history
 from megatron_coreward.telemetry.files import replaced_whole, writing
 from megatron_coreward.telemetry.rollout_dump import discard_rollouts
 from megatron_coreward.telemetry.untrusted_text import printable
+from megatron_coreward.trainer.finish import final_model_is_whole
 
 LOCK = "lock"  # in the run directory: of the process that trains in it
 
@@ -94,7 +96,7 @@ def open_run_directory(config: RunConfig, told: Sequence[str] = ()) -> OpenedRun
     saved = saved_steps(run_dir)
     if saved and settings.resume == "never":
         raise InputError(f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir")
-    if saved and saved[-1] >= config.steps and (run_dir / "hf").is_dir():
+    if saved and saved[-1] >= config.steps and final_model_is_whole(run_dir):
         raise InputError(
             f"run_dir: the run in {run_dir} has done its {saved[-1]} steps; raise steps or choose another run_dir"
         )
@@ -120,6 +122,13 @@ def open_run_directory(config: RunConfig, told: Sequence[str] = ()) -> OpenedRun
         if changed:
             notes.append(
                 f"the checkpoint of step {trainer_state.step} was made with other settings: {', '.join(changed)}"
+            )
+        checkpoint = checkpoint_path(run_dir, trainer_state.step)
+        if refused := refused_inputs(checkpoint, config):
+            raise InputError("\n".join(refused))
+        if replaced := replaced_inputs(checkpoint, config):
+            notes.append(
+                f"files were replaced since the checkpoint of step {trainer_state.step}: {', '.join(replaced)}"
             )
     done = trainer_state.step if trainer_state is not None else 0
     if (run_dir / "hf").exists() and done < config.steps:  # of a run that was shorter
@@ -176,3 +185,13 @@ def resume_hint(config: RunConfig) -> str:
     if config.checkpoint.resume == "never":
         return f"with checkpoint.resume=auto the same command {where}"
     return f"the same command {where}, in {config.run_dir}"
+
+
+@contextmanager
+def interrupt_says_how_to_go_on(config: RunConfig) -> Iterator[None]:
+    """Ctrl-C ends a run at once; what it is told with says from where the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(resume_hint(config))
+        raise

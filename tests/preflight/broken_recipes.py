@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from megatron_coreward.config.load import dump_config, load_config
 from megatron_coreward.data.parquet import write_rows
 from megatron_coreward.preflight import machine, packages
+from megatron_coreward.rollout import sockets
 from tests.preflight.recipe_world import QUESTIONS, rows, write_model
 
 Break = Callable[[Path, pytest.MonkeyPatch], None]
@@ -430,6 +431,14 @@ CASES: dict[str, Case] = {
     "damaged labels": broken(
         together(resumed(), text("run/labels.jsonl", '{"step": 1}\n')),
         says="run_dir: run/labels.jsonl, line 1: not the labels of a step .*; remove the file: checkpoints have copies",
+    ),
+    "replaced data": broken(
+        together(resumed(), text("run/checkpoints/step_000004/inputs.json", '{"data.train_files[0]": "another"}')),
+        says="data.train_files.0.: train.parquet, not the file that run/checkpoints/step_000004 was made from; bring",
+    ),
+    "a TMPDIR that is too long": broken(
+        together(environment(TMPDIR="/" + "t" * 60), patch(sockets, "FALLBACK", Path("/nowhere"))),
+        says="TMPDIR: /t+ has 61 bytes, and /nowhere cannot be written instead; allowed: up to 39 for Ray's sockets",
     ),
     "a garbage RAY_ADDRESS": broken(
         environment(RAY_ADDRESS="\x1b[2J over there"),
