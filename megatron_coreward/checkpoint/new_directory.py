@@ -63,7 +63,7 @@ def removed_on_error(partial: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if type(error).__name__ == "SafetensorError" and (found := re.search(r"Os \{ code: (\d+)", str(error))):
+        if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
             number = int(found[1])
             raise OSError(number, os.strerror(number), str(partial)) from error
         raise

@@ -8,8 +8,8 @@ import re
 
 LESS_HOST_MEMORY = (
     "less is taken with rollout.kv_cache_gib, rollout.num_engines, actor.data_parallel, actor.tokens_per_microbatch or "
-    "actor.recompute, without actor.offload_optimizer and actor.offload_teacher, and with checkpoint.asynchronous=false; "
-    "RAY_memory_usage_threshold says how full a node may be"
+    "actor.recompute, without actor.offload_optimizer and actor.offload_teacher, and with "
+    "checkpoint.asynchronous=false; RAY_memory_usage_threshold says how full a node may be"
 )
 _NODE = re.compile(r"node \(IP: (?P<address>[^,)]+).*?\) was (?P<used>[\d.]+)\s*GB used / (?P<limit>[\d.]+)\s*GB")
 _PROCESS = re.compile(r"actual memory used=(?P<own>[\d.]+)\s*GB")

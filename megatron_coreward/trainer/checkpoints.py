@@ -84,5 +84,6 @@ class CheckpointWriter:
         store.discard_unfinished(self._config.run_dir)
         whole = store.saved_steps(self._config.run_dir)
         kept = f"those of steps {', '.join(map(str, whole))} are whole" if whole else "there is none before it"
-        what = environment_problem(error) if isinstance(error, OSError) else error
+        path = store.checkpoint_path(self._config.run_dir, step)
+        what = environment_problem(error, path) if isinstance(error, OSError) else error
         return RunError(f"the checkpoint of step {step} could not be written ({what}); {kept}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_coreward.checkpoint.store import saved_steps
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.report.missed import trackers_from
 from megatron_coreward.report.report import write_report
 from megatron_coreward.telemetry.jsonl import FILE_NAME
@@ -77,5 +78,5 @@ def try_report(config: RunConfig, notify: Callable[[str], None]) -> None:
     try:
         write_report(config.run_dir)
     except Exception as error:
-        again = f"`megatron-coreward report {config.run_dir}` tries again"
-        notify(f"report.html was not written: {type(error).__name__}: {error}; {again}")
+        reason = str(error) if isinstance(error, (InputError, RunError)) else f"{type(error).__name__}: {error}"
+        notify(f"report.html was not written: {reason}; `megatron-coreward report {config.run_dir}` tries again")

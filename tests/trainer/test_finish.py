@@ -88,7 +88,9 @@ def test_what_cannot_be_completed_is_told_and_fails_nothing(config: RunConfig, m
     note_missed(config.run_dir, "tensorboard", 3)
     finish.complete(config, told.append)
     page, tracker = told
-    assert page.startswith("report.html was not written: IsADirectoryError")
+    assert page.startswith(
+        f"report.html was not written: cannot write {config.run_dir / 'report.html'}: Is a directory; "
+    )
     assert page.endswith(f"`megatron-coreward report {config.run_dir}` tries again")
     assert tracker.startswith("tensorboard failed when it was opened (ZeroDivisionError")
     assert read_missed(config.run_dir) == {"tensorboard": 3}
