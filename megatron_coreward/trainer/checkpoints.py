@@ -4,6 +4,7 @@ At most one checkpoint is under way. It holds the values of the moment at which 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -75,6 +76,11 @@ class CheckpointWriter:
         except (OSError, RunError) as error:
             raise self._failed(step, error) from error
         self._published(step)
+
+    def finish_or_discard(self) -> None:
+        """Completes the checkpoint under way if it can be written, and removes what there is of it otherwise."""
+        with suppress(RunError):
+            self.finish()
 
     def _failed(self, step: int, error: Exception) -> RunError:
         from megatron_coreward.cluster.watchdog import WorkerDied

@@ -87,6 +87,10 @@ class Session:
                 self._save(self.last_row)
             self.checkpoints.finish()
             raise
+        except RunError as error:
+            if isinstance(error.__cause__, OSError):  # a full disk, say: the ranks are well
+                self.checkpoints.finish_or_discard()
+            raise
 
     def _complete(self, step: int, row: Row, timer: PhaseTimer) -> Row:
         """Validates if it is time, and records the row of a step whose update is done."""

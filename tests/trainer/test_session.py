@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_coreward.guard import Decision, Guard
 from megatron_coreward.rollout.engine import Sample
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
+from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollback import Collapsing
 from megatron_coreward.trainer.session import FIRST_ACCURACY, GUARD, UNFINISHED, Session
 from megatron_coreward.types import TrainBatch
@@ -329,3 +331,27 @@ def test_a_position_survives_json(world: Callable[..., World], tmp_path: Path) -
     w.session.train()
     extra = {GUARD: w.session.run.guard.state_dict(), FIRST_ACCURACY: None}
     assert check_checkpoint(checkpoint_path(tmp_path, 1)) == TrainerState(1, 1, 1, None, extra)
+
+
+@pytest.mark.parametrize("disk", ["has room again", "stays full"])
+def test_a_step_that_the_disk_ended_leaves_no_checkpoint_half_written(
+    world: Callable[..., World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str
+) -> None:
+    w = world(**{"checkpoint.every": 1})
+
+    def full(step: int, timer: PhaseTimer) -> Any:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise RunError("cannot write rollouts") from error
+
+    steps = Trainer.step
+    monkeypatch.setattr(
+        Trainer, "step", lambda run, step, timer: (full if step == 2 else partial(steps, run))(step, timer)
+    )
+    if disk == "stays full":
+        w.saving.error = RunError("finish_save: actor rank 0: No space left on device")
+    with pytest.raises(RunError, match="cannot write rollouts"):
+        w.session.train()
+    assert saved_steps(tmp_path) == ([1] if disk == "has room again" else [])
+    assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
