@@ -38,6 +38,7 @@ from megatron_coreward.trainer.rollback import Collapsing, count_rollbacks, roll
 from megatron_coreward.trainer.rollout_log import RolloutLog, fingerprint_of
 from megatron_coreward.trainer.run_directory import (
     OpenedRun,
+    announce,
     interrupt_says_how_to_go_on,
     lock_run_directory,
     log_event,
@@ -67,7 +68,7 @@ def train(config: RunConfig) -> Path:
         if config.telemetry.wandb_project is not None:
             require_wandb(config.telemetry.wandb_project)
         if finish.is_trained(config) and finish.missing(config):
-            finish.complete(config, partial(log_event, config))
+            finish.complete(config, partial(announce, config))
             return config.run_dir
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
         problems, held_out = _load_data(config, tokenizer)
@@ -79,7 +80,7 @@ def train(config: RunConfig) -> Path:
             start_ray(config.watchdog.start_limit_s)
             stop.take()
             try:
-                with finish.nothing_after_it_counts(config, partial(log_event, config)):
+                with finish.nothing_after_it_counts(config, partial(announce, config)):
                     _run(config, arch, problems, held_out, start, stop)
                 return config.run_dir
             except Preempted as request:

@@ -29,7 +29,7 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry import label_history
 from megatron_coreward.telemetry.files import replaced_whole, writing
 from megatron_coreward.telemetry.rollout_dump import discard_rollouts
-from megatron_coreward.telemetry.untrusted_text import printable
+from megatron_coreward.telemetry.untrusted_text import printable, say
 from megatron_coreward.trainer.finish import final_model_is_whole
 
 LOCK = "lock"  # in the run directory: of the process that trains in it
@@ -176,6 +176,14 @@ def log_event(config: RunConfig, text: str) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with suppress(OSError), (config.run_dir / "events.log").open("a", errors="backslashreplace") as file:
         file.write(f"{now} {printable(text)}\n")
+
+
+def announce(config: RunConfig, text: str) -> None:
+    """A line for people outside of an attempt, which has a view for that; it goes to `events.log` too."""
+    if config.telemetry.console != "off":
+        with suppress(OSError):
+            say(text)
+    log_event(config, text)
 
 
 def resume_hint(config: RunConfig) -> str:

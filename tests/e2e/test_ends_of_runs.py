@@ -121,6 +121,8 @@ def test_trackers_paths_and_a_blocked_page_end_no_run_and_the_same_command_compl
     status, output, seconds = run(config, started)
     assert status == 0, output
     assert seconds < 30  # no process is started for it
+    assert "tensorboard has the rows from step 0 on" in output
+    assert "wandb has the rows from step 3 on" in output
     assert (run_dir / "report.html").read_text().startswith("<!doctype html>")
     assert list((run_dir / "tensorboard").iterdir())
     assert read_missed(run_dir) == {}
