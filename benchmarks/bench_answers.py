@@ -31,10 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.answer_cases import MARKER, hostile, variants
 from megatron_coreward.data.parquet import read_rows
-from megatron_coreward.rewards import latex
+from megatron_coreward.rewards import latex, reading
 from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.latex import canonical
+from megatron_coreward.rewards.equivalence import AnswerEquivalence, _math_form, _read_form, _without_process
 
 MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
 QUESTIONS, SAMPLES = 128, 16
@@ -105,7 +104,7 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
         {
             answer
             for answer in answers
-            if not algebra_only or canonical(answer).kind in ("scalar", "plural", "expression")
+            if not algebra_only or not _math_form(answer).plain
         }
     )
     groups = []
@@ -114,7 +113,8 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
         wrong = rng.sample(pool, 4 if right_share else SAMPLES)
         draw = [rng.choice(spelt) if rng.random() < right_share else wrong[i % len(wrong)] for i in range(SAMPLES)]
         groups.append([None if rng.random() < 0.05 else answer for answer in draw])
-    latex._canonical.cache_clear()
+    for memory in (latex._clean, reading.read, reading._read, _read_form, _without_process):
+        memory.cache_clear()
     with AnswerEquivalence("math", timeout_s=5.0, num_workers=1) as equivalence:
         seconds = []
         for _ in range(2):

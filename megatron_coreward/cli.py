@@ -22,6 +22,7 @@ from megatron_coreward.commands import (
     train,
     verify_sync,
 )
+from megatron_coreward.commands.arguments import Parser
 from megatron_coreward.errors import HaltedError, InputError, RunError, environment_problem
 from megatron_coreward.telemetry.untrusted_text import say
 
@@ -91,7 +92,7 @@ def console() -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-coreward", description="Co-rewarding: reinforcement learning for LLM reasoning without labels."
     )
     parser.add_argument("--version", action="version", version=__version__)

@@ -147,7 +147,7 @@ class MegatronActor:
         return None if before is None or after is None else DeviceMemory(after, after - before)
 
     @property
-    def reports(self) -> bool:
+    def is_output_rank(self) -> bool:
         """Whether results are taken from this rank."""
         return self.ranks.pp_rank == self.ranks.pp_size - 1 and self.ranks.tp_rank == 0
 
@@ -171,7 +171,7 @@ class MegatronActor:
 
         with self._bf16_under_delayed_scaling(weights):
             scores = forward_only(self._chunks(weights), packs, score)
-        if scores is None or not self.reports:
+        if scores is None or not self.is_output_rank:
             return None
 
         def by_row(name: str) -> list[FloatArray]:
@@ -239,7 +239,7 @@ class MegatronActor:
         self.scheduler.step(1)
         if finite:
             self.optimizer.step()
-        if stats is None or not self.reports:
+        if stats is None or not self.is_output_rank:
             return None
         lr = float(self.optimizer.param_groups[0]["lr"])
         report = {"grad_norm": float(grad_norm), "lr": lr, "max:skipped": float(not finite)}

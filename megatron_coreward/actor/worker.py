@@ -38,7 +38,7 @@ class ActorWorker(LoggedWorker):
         from megatron_coreward.actor.actor import MegatronActor
 
         self._actor = MegatronActor(setup, rank, address, port)
-        return self._actor.ranks.dp_rank, self._actor.reports
+        return self._actor.ranks.dp_rank, self._actor.is_output_rank
 
     @property
     def _rank(self) -> "MegatronActor":

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_coreward.commands.arguments import SEED, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
-from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerFormat
+from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerFormat, Equivalence
 from megatron_coreward.telemetry.untrusted_text import say
 
 
@@ -20,14 +21,16 @@ def add(commands: Any) -> None:
     run.add_argument("files", type=Path, nargs="+", metavar="FILE", help="parquet, as prepare-data writes it")
     run.add_argument("--out", type=Path, required=True, help="directory for journal, result.json and page.html")
     run.add_argument("--name", help="of the model in tables; default: its path")
-    run.add_argument("--n", type=int, default=8, help="samples a question")
-    run.add_argument("--temperature", type=float, default=1.0)
-    run.add_argument("--top-p", type=float, default=1.0)
-    run.add_argument("--max-tokens", type=int, default=3072, help="of an answer")
+    run.add_argument("--n", type=whole(1), default=8, help="samples a question")
+    run.add_argument("--temperature", type=number(above=0), default=1.0, help="of samples")
+    run.add_argument("--top-p", type=number(above=0, most=1), default=1.0, help="of samples")
+    run.add_argument("--max-tokens", type=whole(1), default=3072, help="of an answer")
     run.add_argument("--no-greedy", action="store_true", help="without the greedy answer, which pass@1 is of")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    run.add_argument("--equivalence", choices=("exact", "math"), default="math")
+    run.add_argument("--seed", type=whole(0, SEED), default=0, help="of what is drawn")
+    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
+    run.add_argument(
+        "--equivalence", choices=get_args(Equivalence), default="math", help="when two answers are the same"
+    )
     run.add_argument(
         "--answer-form",
         action="append",
@@ -35,8 +38,8 @@ def add(commands: Any) -> None:
         help="where final answers stand, tried in the order given; default: boxed",
     )
     add_engine_options(run)
-    run.add_argument("--batch-questions", type=int, default=64, help="what an interruption can lose")
-    run.add_argument("--max-problems", type=int)
+    run.add_argument("--batch-questions", type=whole(1), default=64, help="what an interruption can lose")
+    run.add_argument("--max-problems", type=whole(1), help="the first so many questions only")
     prompt = run.add_mutually_exclusive_group()
     prompt.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="default: that of training")
     prompt.add_argument("--keep-system-prompt", action="store_true", help="use the files' own")
@@ -53,10 +56,12 @@ def add(commands: Any) -> None:
     lm_eval.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     lm_eval.add_argument("benchmarks", nargs="+", metavar="BENCHMARK")
     lm_eval.add_argument("--out", type=Path, required=True)
-    lm_eval.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    lm_eval.add_argument("--limit", type=int, help="the first so many questions of each task")
-    lm_eval.add_argument("--tensor-parallel", type=int, default=1)
-    lm_eval.add_argument("--max-model-len", type=int)
+    lm_eval.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
+    lm_eval.add_argument("--limit", type=whole(1), help="the first so many questions of each task")
+    lm_eval.add_argument("--tensor-parallel", type=whole(1), default=1, help="GPUs of the engine")
+    lm_eval.add_argument(
+        "--max-model-len", type=whole(1), help="tokens of prompt and answer together; default: the model's"
+    )
     lm_eval.add_argument("--no-chat-template", action="store_true")
     lm_eval.add_argument("--allow-code", action="store_true", help="run code that the model wrote")
     lm_eval.add_argument("--include-path", type=Path, help="directory with further task definitions")

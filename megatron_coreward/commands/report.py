@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from megatron_coreward.config.schema import Equivalence
 from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry.untrusted_text import say
 
@@ -15,8 +16,8 @@ def add(commands: Any) -> None:
     )
     report.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, help="the page (default: report.html in the run directory)")
-    report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most (default: 16)")
-    report.add_argument("--questions", type=int, default=8, help="questions of each, at most (default: 8)")
+    report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most")
+    report.add_argument("--questions", type=int, default=8, help="questions of each, at most")
     report.set_defaults(run=_report)
 
     compare = commands.add_parser("compare", help="several runs on one page")
@@ -31,7 +32,7 @@ def add(commands: Any) -> None:
     replay.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory with rollouts")
     replay.add_argument("--steps", metavar="FIRST-LAST", help="only these steps, such as 10-20 or 7")
     replay.add_argument(
-        "--equivalence", choices=("exact", "math"), help="show what this relation would have changed, instead"
+        "--equivalence", choices=get_args(Equivalence), help="show what this relation would have changed, instead"
     )
     replay.set_defaults(run=_replay)
 

@@ -25,7 +25,8 @@ from transformers import AutoTokenizer
 
 from megatron_coreward.data.parquet import Message, Row, read_rows
 from megatron_coreward.data.prompts import Tokenizer, build_prompts, with_system_prompt
-from megatron_coreward.data.rephrasing import PROMPT_HASH, check, parse_reply, rewriting_prompt
+from megatron_coreward.data.rephrasing import check, parse_reply, rewriting_prompt
+from megatron_coreward.data.rewriting_prompts import PROMPTS, PromptName
 from megatron_coreward.errors import InputError
 from megatron_coreward.evaluation.evaluate import (
     VERSION,
@@ -64,6 +65,8 @@ PROVENANCE = pa.struct(  # column `rephrase`
 class Rewriting:
     """How rewritings are drawn and what they have to pass."""
 
+    prompt: PromptName = "own"
+    filter: bool = True  # whether a rewriting must pass the checks; without it, one that can be read is taken
     attempts: int = 3  # for a row that was refused
     temperature: float = 0.7
     top_p: float = 0.95
@@ -133,7 +136,7 @@ def rephrase_file(
         identity = {
             "model": model_fingerprint(hf_path),
             "source": {"rows": len(rows), "fingerprint": _fingerprint(rows)},
-            "prompt": PROMPT_HASH,
+            "prompt": PROMPTS[settings.prompt].hash,
             "settings": {k: v for k, v in asdict(settings).items() if k not in changeable},
             "dtype": dtype,
             "solver": [system_prompt, equivalence] if settings.solver_samples else None,
@@ -162,7 +165,9 @@ def _prompt_lengths(
 
     How long rewritings will be is not known; one that makes the solver's prompt longer than this is refused.
     """
-    asking = build_prompts(tokenizer, [rewriting_prompt(_question(row)) for row in rows], settings.thinking)
+    asking = build_prompts(
+        tokenizer, [rewriting_prompt(_question(row), settings.prompt) for row in rows], settings.thinking
+    )
     longest = max(len(prompt.token_ids) for prompt in asking)
     if not settings.solver_samples:
         return longest, 0
@@ -217,14 +222,15 @@ class Job:
     def _attempt(self, engines: SamplingEngines, batch: Sequence[tuple[Row, int]]) -> Iterator[tuple[str, Item]]:
         s = self.settings
         seeds = [request_seed(s.seed, attempt, row.uid, "original", "policy") for row, attempt in batch]
-        prompts = build_prompts(self._tokenizer, [rewriting_prompt(_question(row)) for row, _ in batch], s.thinking)
+        asked = [rewriting_prompt(_question(row), s.prompt) for row, _ in batch]
+        prompts = build_prompts(self._tokenizer, asked, s.thinking)
         requests = [
             SamplingRequest(prompt.token_ids, 1, seed, s.temperature, s.top_p, s.max_tokens)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         items: list[Item] = []
         for (row, attempt), seed, (sample,) in zip(batch, seeds, engines.sample(requests, VERSION), strict=True):
-            text, refusal = parse_reply(sample.text)
+            text, refusal = parse_reply(sample.text, s.prompt)
             if sample.finish_reason != "stop":
                 text, refusal = None, "the reply was cut off"
             item: Item = {"attempt": attempt, "seed": seed, "text": text, "refusal": refusal, "passed": False}
@@ -232,7 +238,8 @@ class Job:
                 item["reply"] = sample.text[:SHOWN_REPLY]
             else:
                 checks = check(_question(row), text)
-                item |= {"checks": dict(checks.checks), "similarity": checks.similarity, "passed": checks.passed}
+                item |= {"checks": dict(checks.checks), "similarity": checks.similarity}
+                item["passed"] = checks.passed or not s.filter
             items.append(item)
         if s.solver_samples:
             self._solve(engines, [row for row, _ in batch], items)
@@ -268,7 +275,7 @@ class Job:
             item["majorities"] = [original, rewriting_label]
             item["checks"]["solver"] = agree
             item["checks"]["length"] &= answered is not None
-            item["passed"] = all(item["checks"].values())
+            item["passed"] = all(item["checks"].values()) if self.settings.filter else agree
 
     def _answers(
         self, engines: SamplingEngines, conversations: Sequence[Sequence[Message]], seeds: Sequence[int]
@@ -342,14 +349,16 @@ def _write(table: pa.Table, target: Path, job: Job, model: str) -> None:
     )
     if "rephrase" in rewritten.column_names:  # a set that was rephrased before
         rewritten = rewritten.drop_columns("rephrase")
-    origin = pa.array([_provenance(accepted[place], model) for place in places], PROVENANCE)
+    origin = pa.array(
+        [_provenance(accepted[place], model, PROMPTS[job.settings.prompt].hash) for place in places], PROVENANCE
+    )
     for file, content in ((target, rewritten.append_column("rephrase", origin)), (originals, kept)):
         with replaced_whole(file) as temporary:
             pq.write_table(content, temporary)
 
 
-def _provenance(item: Item | None, model: str) -> dict[str, Any]:
-    made_by = {"model": model, "prompt_hash": PROMPT_HASH, "kept_original": item is None}
+def _provenance(item: Item | None, model: str, prompt_hash: str) -> dict[str, Any]:
+    made_by = {"model": model, "prompt_hash": prompt_hash, "kept_original": item is None}
     if item is None:
         return made_by
     original, rewriting = item.get("majorities", (None, None))

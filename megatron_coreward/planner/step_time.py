@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatron_coreward.config.architecture import Architecture
-from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, RunConfig
+from megatron_coreward.config.schema import TEACHER_METHODS, TWO_VIEW_METHODS, RunConfig
 from megatron_coreward.planner.hardware import Assumptions, Gpu
 from megatron_coreward.planner.memory import EngineMemory, microbatch_tokens
 from megatron_coreward.planner.parameters import actor_layout, stage_parameters
@@ -62,7 +62,7 @@ class Work:
 
 
 def work(config: RunConfig, assumptions: Assumptions) -> Work:
-    views = 2 if config.method in REPHRASED_METHODS else 1
+    views = 2 if config.method in TWO_VIEW_METHODS else 1
     teacher = config.method in TEACHER_METHODS
     statistics = METHODS[config.method].needs.token_stats or config.loss.updates_per_batch > 1
     return Work(

@@ -1,4 +1,4 @@
-"""The questions: files, pairs, gold answers, and prompts that fit, without tokenising what is short anyway.
+"""The questions: files, pairs, ground truths, and prompts that fit, without tokenising what is short anyway.
 
 A token covers at least one byte, so a prompt of fewer bytes than the limit has fewer tokens: only the others are
 rendered and counted, next to one of each kind of conversation. The run itself counts all once more, with transformers.
@@ -26,24 +26,24 @@ def problems(config: RunConfig) -> Iterator[str]:
         tokenizer = FileTokenizer(config.model.hf_path) if has_fast_tokenizer(config.model.hf_path) else None
     except InputError:  # said already
         tokenizer = None
-    rephrased = data.rephrased_files if "rephrased" in needs.views else ()
+    rephrased = data.rephrased_files if "rephrased" in needs.all_views else ()
     train, found = _load(config, "data.train_files", data.train_files, rephrased, tokenizer)
     yield from found
     if train is not None:
         try:
+            if needs.ground_truth:
+                train = train.with_ground_truth(data.missing_gold, f"data.train_files: method {config.method}")
             BatchOrder(len(train), data.batch_size, config.seed, data.shuffle)
         except InputError as error:
             yield str(error)
-        if needs.ground_truth and train.num_without_ground_truth:
-            yield (
-                f"data.train_files: method {config.method} needs reward_model.ground_truth, and "
-                f"{train.num_without_ground_truth} of {len(train)} questions have none"
-            )
-    if data.val_files:
-        held_out, found = _load(config, "data.val_files", data.val_files, (), tokenizer)
+    for file in data.val_files:
+        held_out, found = _load(config, "data.val_files", [file], (), tokenizer)
         yield from found
-        if held_out is not None and held_out.num_without_ground_truth:
-            yield f"data.val_files: {held_out.num_without_ground_truth} questions have no reward_model.ground_truth"
+        if held_out is not None:
+            try:
+                held_out.with_ground_truth(data.missing_gold, f"data.val_files: {file}: validation")
+            except InputError as error:
+                yield str(error)
 
 
 def _load(
@@ -60,6 +60,7 @@ def _load(
             system_prompt=data.system_prompt,
             max_prompt_tokens=data.max_prompt_tokens,
             over_length=data.over_length,
+            unpaired=data.unpaired,
             thinking=data.thinking,
             control_tokens=data.control_tokens,
         )

@@ -63,9 +63,9 @@ class BatchRewardContext:
         """Majority answer of a group; None where the vote abstains. PermissionError: the needs do not name it."""
         if role == "teacher" and not self._needs.teacher:
             raise PermissionError("the method asks for a vote of the teacher, but does not declare it in its needs")
-        if view not in self._needs.views:
+        if view not in self._needs.sampled_views(role):
             raise PermissionError(
-                f"the method asks for a vote on the {view} view, but does not declare it in its needs"
+                f"the method asks for a vote of the {role} on the {view} view, but does not declare it in its needs"
             )
         return self.vote(uid, view, role).label
 

@@ -32,7 +32,7 @@ class JsonlSink:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._last_step = _truncate(path, first_step)
-            self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             fsync_directory(path.parent)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -90,7 +90,8 @@ MEANINGS: Mapping[str, str] = {
     "sync/seconds": "time to publish the weights to every engine",
 }
 
-# Validation keys carry their k: val/pass@1, val/avg@8, val/maj@8.
+# Validation keys carry their k: val/pass@1, val/avg@8, val/maj@8. Over several data sets each has keys of its own
+# besides, with its source in between: val/openai/gsm8k/avg@8.
 VALIDATION_MEANINGS: Mapping[str, str] = {
     "val/pass@": "share of validation questions with a right answer in k samples",
     "val/avg@": "mean accuracy over k samples a question",

@@ -38,7 +38,7 @@ class LabelHistory:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 self._read(path, first_step)
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def observe(self, step: int, scored: Iterable[ScoredGroup]) -> dict[str, float]:
         """Takes over the labels of a step's policy groups and returns how they changed.

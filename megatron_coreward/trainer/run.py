@@ -1,5 +1,7 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -46,7 +48,7 @@ from megatron_coreward.trainer.run_directory import (
     resume_hint,
 )
 from megatron_coreward.trainer.session import UNFINISHED, Session
-from megatron_coreward.trainer.validation import Accuracy, evaluate
+from megatron_coreward.trainer.validation import evaluate
 
 
 def train(config: RunConfig) -> Path:
@@ -113,7 +115,7 @@ def _run(
     config: RunConfig,
     arch: Architecture,
     problems: ProblemSet,
-    held_out: ProblemSet | None,
+    held_out: Mapping[str, ProblemSet],
     start: OpenedRun,
     stop: StopRequest,
 ) -> None:
@@ -131,10 +133,14 @@ def _run(
         )
         for note in start.notes:
             view.note(note)
-        for what, some in (("training", problems), ("validation", held_out)):
-            if some is not None and some.num_dropped:
-                longer = f"longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"
-                view.note(f"{some.num_dropped} {what} questions are {longer} and left out; {len(some)} are used")
+        for what, some in (("training", problems), *((f"validation ({n})", part) for n, part in held_out.items())):
+            for count, why in (
+                (some.num_dropped, f"are longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"),
+                (some.num_unpaired, "have no rephrasing, or are rephrasings without a question"),
+                (some.num_unanswered, "have no ground truth"),
+            ):
+                if count:
+                    view.note(f"{count} {what} questions {why} and are left out; {len(some)} are used")
         view.note("starting Ray, actors and rollout engines")
 
         def notify(text: str) -> None:
@@ -145,6 +151,11 @@ def _run(
         actors, engines, transport = stack.enter_context(processes(config, watchdog))
         equivalence = stack.enter_context(
             AnswerEquivalence(config.rewards.equivalence, config.rewards.comparison_timeout_s)
+        )
+        validation_equivalence = stack.enter_context(
+            AnswerEquivalence(
+                config.validation.equivalence or config.rewards.equivalence, config.rewards.comparison_timeout_s
+            )
         )
         colocation = open_colocation(config.rollout.placement, actors, engines, engines.slept)
         receiving = engines if colocation is None else colocation.engines
@@ -197,7 +208,7 @@ def _run(
             run=run,
             checkpoints=CheckpointWriter(config, actors, rollout_log.covered, labels.snapshot),
             stop=stop,
-            validate=None if held_out is None else lambda timer: _validate(run, held_out, timer).metrics(),
+            validate=(lambda timer: _validate(run, held_out, validation_equivalence, timer)) if held_out else None,
             observe=lambda step, scored: (
                 labels.observe(step, scored) | ({} if config.rollout.max_staleness else engines.take_sampling_metrics())
             ),
@@ -219,7 +230,9 @@ def _run(
         finish.try_report(config, notify)
 
 
-def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy:
+def _validate(
+    run: Trainer, held_out: Mapping[str, ProblemSet], equivalence: AnswerEquivalence, timer: PhaseTimer
+) -> dict[str, float]:
     with run.gpu_handoff(timer):
         run.schedule.sync_weights("policy", run.num_updates, timer)
         with timer.phase("validation"):
@@ -227,7 +240,7 @@ def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy
                 run.engines,
                 held_out,
                 run.config.validation,
-                run.equivalence,
+                equivalence,
                 max_tokens=run.config.rollout.max_response_tokens,
                 version=weight_version("policy", run.num_updates),
                 seed=run.config.seed,
@@ -235,30 +248,30 @@ def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy
             )
 
 
-def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, ProblemSet | None]:
+def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, dict[str, ProblemSet]]:
+    """The questions to train on, and those to validate on: a set for each source, by its name, which two files of one
+    source have with their own name behind it."""
     data, needs = config.data, METHODS[config.method].needs
     limits: dict[str, Any] = {
         "system_prompt": data.system_prompt,
         "max_prompt_tokens": data.max_prompt_tokens,
         "over_length": data.over_length,
+        "unpaired": data.unpaired,
         "thinking": data.thinking,
         "control_tokens": data.control_tokens,
     }
-    rephrased = data.rephrased_files if "rephrased" in needs.views else ()
+    rephrased = data.rephrased_files if "rephrased" in needs.all_views else ()
     problems = load_problems(data.train_files, rephrased, tokenizer, **limits)
-    if needs.ground_truth and problems.num_without_ground_truth:
-        raise InputError(
-            f"data.train_files: method {config.method} needs reward_model.ground_truth, and "
-            f"{problems.num_without_ground_truth} of {len(problems)} questions have none"
-        )
-    if not data.val_files:
-        return problems, None
-    held_out = load_problems(data.val_files, (), tokenizer, **limits)
-    if held_out.num_without_ground_truth:
-        raise InputError(
-            f"data.val_files: {held_out.num_without_ground_truth} questions have no reward_model.ground_truth"
-        )
+    if needs.ground_truth:
+        problems = problems.with_ground_truth(data.missing_gold, f"data.train_files: method {config.method}")
+    held_out = []
+    for file in data.val_files:
+        found = load_problems([file], (), tokenizer, **limits)
+        found = found.with_ground_truth(data.missing_gold, f"data.val_files: {file}: validation")
+        held_out += [(source, file, part) for source, part in found.by_source().items()]
+    sources = Counter(source for source, _, _ in held_out)
     limit = config.validation.max_problems
-    if limit is not None and limit < len(held_out):
-        held_out = ProblemSet(held_out[:limit], held_out.num_dropped, 0, held_out.longest_prompt)
-    return problems, held_out
+    return problems, {
+        source if sources[source] == 1 else f"{source}/{file.stem}": part.first(limit)
+        for source, file, part in held_out
+    }

@@ -44,7 +44,7 @@ def lock_run_directory(run_dir: Path, patience_s: float = 10.0) -> Iterator[None
     """
     with writing(run_dir / LOCK):
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     deadline = time.monotonic() + patience_s
     try:
         while True:

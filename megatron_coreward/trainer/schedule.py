@@ -125,16 +125,16 @@ class RolloutSchedule:
             return
         self.sync_weights("teacher", num_updates, timer)
         version = weight_version("teacher", num_updates)
-        asked = [self._requests("teacher", s) for s in steps]
+        asked = {s: self._requests("teacher", s) for s in steps}
         with timer.phase("rollout"):
-            answers = iter(self.engines.begin([r for of_step in asked for r in of_step], version)())
-        for s in steps:
-            own = [next(answers) for _ in range(len(self.problems_of(s - 1)) * len(self.needs.views))]
+            answers = iter(self.engines.begin([r for of_step in asked.values() for r in of_step], version)())
+        for s, requests in asked.items():
+            own = [next(answers) for _ in requests]
             self._labelled[s] = self._groups("teacher", s, own)
 
     def _groups(self, role: Role, step: int, answers: Sequence[Sequence[Sample]]) -> list[RolloutGroup]:
         problems, forms = self.problems_of(step - 1), self.config.rewards.answer_formats
-        return to_groups(problems, self.needs.views, role, answers, forms)
+        return to_groups(problems, self.needs.sampled_views(role), role, answers, forms)
 
     def _to_label(self, step: int) -> list[int]:
         """The steps whose teacher rollouts are drawn when this one's are due."""
@@ -160,7 +160,7 @@ class RolloutSchedule:
         config = self.config
         return requests_for(
             self.problems_of(step - 1),
-            self.needs.views,
+            self.needs.sampled_views(role),
             role,
             n=config.teacher.n if role == "teacher" else config.rollout.n,
             temperature=config.rollout.temperature,

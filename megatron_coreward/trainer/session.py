@@ -46,7 +46,7 @@ class Session:
     saved: int = 0  # the last step that a checkpoint covers
     skipped: int = 0  # steps in a row without an update
     last_row: Row = field(default_factory=dict)  # of the step that was done last
-    first_accuracy: float | None = None  # avg@n of the run's first validation
+    first_accuracy: float | None = None  # avg@n (pass@1 without random samples) of the run's first validation
 
     def resume(self, trainer_state: TrainerState) -> None:
         """Takes over where an earlier attempt stood; the actors have loaded their part."""
@@ -121,9 +121,10 @@ class Session:
     def _validated(self, timer: PhaseTimer) -> Row:
         assert self.validate is not None
         metrics: Row = self.run.with_recovery(partial(self.validate, timer))
-        key = f"val/avg@{self.config.validation.n}"
+        settings = self.config.validation
+        key = "val/pass@1" if settings.samples == "greedy" else f"val/avg@{settings.n}"
         first = self.first_accuracy = metrics[key] if self.first_accuracy is None else self.first_accuracy
-        if metrics[key] < first - self.config.validation.warn_below_start:
+        if metrics[key] < first - settings.warn_below_start:
             self.notify(
                 f"{key} is {metrics[key]:.1%}, and was {first:.1%} at first: training makes the model worse on the "
                 "validation questions"

@@ -108,15 +108,18 @@ def label_quality(
 def _relations(
     groups: Sequence[RolloutGroup], votes: Mapping[GroupKey, Vote], equivalence: AnswerEquivalence
 ) -> dict[str, float]:
-    """What `rewards.equivalence` changed. Under `exact`, `math` stands for its normal forms: the symbolic comparison
-    would cost more than the step for a figure that nobody trains on."""
-    other = AnswerEquivalence("math", symbolic=False) if equivalence.relation == "exact" else AnswerEquivalence("exact")
+    """What the choice between `exact` and `math` changes. Unless the run compares by it, `math` stands for its normal
+    forms: the symbolic comparison would cost more than the step for a figure that nobody trains on."""
     keys = [(group.uid, group.view, group.role) for group in groups]
-    # Without a least margin: a vote that did not abstain is the same with it.
-    used = {
-        key: majority_vote(group.answers, equivalence) if key not in votes or votes[key].abstained else votes[key]
-        for key, group in zip(keys, groups, strict=True)
-    }
-    others = {key: majority_vote(group.answers, other) for key, group in zip(keys, groups, strict=True)}
-    exact, math = (used, others) if equivalence.relation == "exact" else (others, used)
-    return relation_metrics(exact, math, other if equivalence.relation == "exact" else equivalence)
+
+    def voted(by: AnswerEquivalence) -> dict[GroupKey, Vote]:
+        # Without a least margin: a vote that did not abstain is the same with it.
+        known = votes if by is equivalence else {}
+        return {
+            key: majority_vote(group.answers, by) if key not in known or known[key].abstained else known[key]
+            for key, group in zip(keys, groups, strict=True)
+        }
+
+    exact = equivalence if equivalence.relation == "exact" else AnswerEquivalence("exact")
+    math = equivalence if equivalence.relation == "math" else AnswerEquivalence("math", symbolic=False)
+    return relation_metrics(voted(exact), voted(math), math)

@@ -1,10 +1,13 @@
-"""Validation on held-out questions with gold answers: pass@1, avg@k, maj@k."""
+"""Validation on held-out questions with ground truths: pass@1, avg@n, pass@n, maj@n, over all and for each data set."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import numpy as np
 
 from megatron_coreward.algorithms.accuracy import sampled_scores
 from megatron_coreward.config.schema import AnswerFormat, ValidationSettings
+from megatron_coreward.config.validate import score_names
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.scoring import score_answers
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
@@ -13,23 +16,9 @@ from megatron_coreward.types import Problem, RolloutGroup
 GREEDY = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Shares of Q questions."""
-
-    pass_at_1: float  # the most likely answer is right
-    avg_at_k: float  # mean over k samples a question
-    maj_at_k: float  # the majority of k samples is right
-    k: int
-    num_problems: int
-
-    def metrics(self) -> dict[str, float]:
-        return {"val/pass@1": self.pass_at_1, f"val/avg@{self.k}": self.avg_at_k, f"val/maj@{self.k}": self.maj_at_k}
-
-
 def evaluate(
     engines: SamplingEngines,
-    problems: Sequence[Problem],
+    held_out: Mapping[str, Sequence[Problem]],
     settings: ValidationSettings,
     equivalence: AnswerEquivalence,
     *,
@@ -37,11 +26,20 @@ def evaluate(
     version: int,
     seed: int,
     answer_formats: Sequence[AnswerFormat] = ("boxed",),
-) -> Accuracy:
-    """Samples every problem once greedily and `settings.n` times at `settings.temperature`.
+) -> dict[str, float]:
+    """Samples every problem as `settings.samples` says: once greedily, `settings.n` times at `settings.temperature`.
 
-    The seeds are the same at every call, so that two evaluations differ by the weights alone.
+    The seeds are the same at every call, so that two evaluations differ by the weights alone. A problem without a
+    ground truth counts, and no answer to it is right.
+
+    Args:
+        held_out: data sets by their names.
+
+    Returns:
+        `val/<score>` over all questions and, where there are several data sets, `val/<name>/<score>` of each, for the
+        scores of `score_names`.
     """
+    problems = list(chain.from_iterable(held_out.values()))
 
     def draw(n: int, temperature: float) -> list[RolloutGroup]:
         return sample_groups(
@@ -58,21 +56,26 @@ def evaluate(
             answer_formats=answer_formats,
         )
 
-    graded_answers = [
-        score_answers(group.answers, problem.ground_truth, equivalence)
-        for problem, group in zip(problems, draw(settings.n, settings.temperature), strict=True)
-    ]
-    likeliest = [
-        equivalence.equivalent(group.answers[0], problem.ground_truth)
-        for problem, group in zip(problems, draw(1, GREEDY), strict=True)
-    ]
-    scores = sampled_scores(
-        [graded.right for graded in graded_answers], [graded.majority_right for graded in graded_answers], likeliest
-    )
-    return Accuracy(
-        pass_at_1=float(scores["pass@1"].mean()),
-        avg_at_k=float(scores[f"avg@{settings.n}"].mean()),
-        maj_at_k=float(scores[f"maj@{settings.n}"].mean()),
-        k=settings.n,
-        num_problems=len(problems),
-    )
+    likeliest = None
+    if settings.samples != "random":
+        likeliest = [
+            equivalence.equivalent(group.answers[0], problem.ground_truth)
+            for problem, group in zip(problems, draw(1, GREEDY), strict=True)
+        ]
+    if settings.samples == "greedy":
+        scores = {"pass@1": np.asarray(likeliest, dtype=np.float64)}
+    else:
+        graded = [
+            score_answers(group.answers, problem.ground_truth, equivalence)
+            for problem, group in zip(problems, draw(settings.n, settings.temperature), strict=True)
+        ]
+        right, majority_right = [g.right for g in graded], [g.majority_right for g in graded]
+        scores = sampled_scores(right, majority_right, likeliest)
+        scores = {name: scores[name] for name in score_names(settings)}
+    metrics = {f"val/{name}": float(values.mean()) for name, values in scores.items()}
+    if len(held_out) > 1:
+        ends = np.cumsum([len(part) for part in held_out.values()])[:-1]
+        for name, values in scores.items():
+            for source, own in zip(held_out, np.split(values, ends), strict=True):
+                metrics[f"val/{source}/{name}"] = float(own.mean())
+    return metrics

@@ -44,7 +44,7 @@ def share_of(actor: Any, sequences: Sequences) -> Any:
     multiple = s.pipeline_parallel if s.virtual_pipeline > 1 else 1
     align, pad = token_alignment(s), sequence_multiple(s)
     plan = plan_packs(sequences.lengths, s.data_parallel, s.tokens_per_microbatch, multiple, align, pad)
-    return micro_batch_plans(plan)[actor.at.dp_rank]
+    return micro_batch_plans(plan)[actor.ranks.dp_rank]
 
 
 def whole_gradients(actor: Any) -> dict[str, list[tuple[Any, np.ndarray]]]:
@@ -62,10 +62,10 @@ def whole_gradients(actor: Any) -> dict[str, list[tuple[Any, np.ndarray]]]:
                     own = bucket.grad_data.view(buffer.data_parallel_world_size, -1)[rank].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, own, group=buffer.data_parallel_group)
     found: dict[str, list[tuple[Any, np.ndarray]]] = {}
-    for name, param in global_parameters([c.module for c in actor.policy], actor.arch, actor.at):
+    for name, param in global_parameters([c.module for c in actor.policy], actor.arch, actor.ranks):
         if name == "output_layer.weight" and actor.arch.tied:
             continue
-        for block in blocks(name, actor.arch, *_tensor_parallel(name, actor.at)):
+        for block in blocks(name, actor.arch, *_tensor_parallel(name, actor.ranks)):
             piece = param.main_grad[block.shard_index].float().cpu().numpy().copy()
             found.setdefault(block.hf_name, []).append((block.hf_index, piece))
     return found
@@ -82,7 +82,7 @@ def gradients_and_stats(
         part = batch.select(micro_batches.rows)
         stats = actor.token_stats(part.sequences, micro_batches, "policy", 1.0)
         sums = actor.accumulate(part, micro_batches)
-        loss = None if sums is None or not actor.reports else float(sum(s["loss/total"] for s in sums))
+        loss = None if sums is None or not actor.is_output_rank else float(sum(s["loss/total"] for s in sums))
         actor.optimizer.prepare_grads()
         results.append(
             {

@@ -52,9 +52,9 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], cuts: Cuts 
         for box in itertools.product(*(list(itertools.pairwise(sorted(set(e)))) for e in edges)):
             offsets, sizes = torch.Size(a for a, _ in box), torch.Size(b - a for a, b in box)
             with (folder / f"__{number % 2}_0.distcp").open("ab") as file:
-                start = file.notify()
+                start = file.tell()
                 torch.save(tensor[tuple(slice(a, b) for a, b in box)].clone(), file)
-                where = _StorageInfo(f"__{number % 2}_0.distcp", start, file.notify() - start)
+                where = _StorageInfo(f"__{number % 2}_0.distcp", start, file.tell() - start)
             chunks.append(ChunkStorageMetadata(offsets, sizes))
             results.append(WriteResult(MetadataIndex(key, offsets), where.length, where))
         entries[key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.shape, chunks)

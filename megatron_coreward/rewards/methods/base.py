@@ -17,9 +17,21 @@ class Needs:
     """What the loop must provide before a method can judge."""
 
     views: tuple[View, ...] = ("original",)  # sampled from the policy and trained on
-    teacher: bool = False  # the EMA teacher samples every view as well
+    teacher: bool = False  # the EMA teacher samples as well
+    teacher_views: tuple[View, ...] = ()  # what the teacher samples; none: the same views as the policy
     token_stats: bool = False  # full-vocabulary statistics of the policy on its own rollouts
     ground_truth: bool = False  # the data set's answers
+
+    def sampled_views(self, role: Role) -> tuple[View, ...]:
+        """The views that a role samples."""
+        if role == "policy":
+            return self.views
+        return (self.teacher_views or self.views) if self.teacher else ()
+
+    @property
+    def all_views(self) -> frozenset[View]:
+        """The views that a question must have."""
+        return frozenset(self.views + self.teacher_views)
 
 
 @dataclass(frozen=True, slots=True)
