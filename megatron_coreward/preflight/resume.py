@@ -12,7 +12,11 @@ from typing import Any
 
 import yaml
 
+from megatron_coreward.checkpoint import inputs
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry import label_history
+from megatron_coreward.telemetry.jsonl import FILE_NAME, read_rows
 
 FIXED = (
     "method",
@@ -25,6 +29,7 @@ FIXED = (
     "data.over_length",
     "data.system_prompt",
     "data.thinking",
+    "data.control_tokens",
     "data.shuffle",
     "actor.lr",
     "actor.min_lr",
@@ -57,6 +62,16 @@ def problems(config: RunConfig) -> Iterator[str]:
     if config.checkpoint.resume == "never":
         yield f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir"
         return
+    newest = max(
+        (path for path in saved.iterdir() if _STEP.fullmatch(path.name)), key=lambda path: int(path.name.split("_")[1])
+    )
+    yield from inputs.refused_inputs(newest, config)
+    for name, read in ((FILE_NAME, read_rows), (label_history.FILE_NAME, label_history.read_lines)):
+        try:
+            if (run_dir / name).is_file():
+                read(run_dir / name)
+        except InputError as error:
+            yield f"run_dir: {error}"
     file = run_dir / "config.yaml"
     try:
         before = yaml.safe_load(file.read_text())

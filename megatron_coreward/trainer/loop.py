@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from megatron_coreward.algorithms.ema_schedule import teacher_decay
 from megatron_coreward.checkpoint.store import TrainerState
+from megatron_coreward.cluster.garbage_collection import garbage_collection_paused
 from megatron_coreward.cluster.preemption import Preempted, StopRequest
 from megatron_coreward.cluster.worker_group import Workers
 from megatron_coreward.config.guard import GuardSettings
@@ -29,7 +30,6 @@ from megatron_coreward.trainer import step_metrics
 from megatron_coreward.trainer.batch import mini_batches, to_batch
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.experience import Experience
-from megatron_coreward.trainer.garbage_collection import garbage_collection_paused
 from megatron_coreward.trainer.rollback import Collapsing
 from megatron_coreward.trainer.step_metrics import Updates
 from megatron_coreward.types import Sequences, TokenStats, TrainBatch
@@ -141,6 +141,10 @@ class Trainer:
             if self.state.step > self.checkpoints.last_step:
                 self._save()
             self.checkpoints.finish()
+            raise
+        except RunError as error:
+            if isinstance(error.__cause__, OSError):  # a full disk, say: the ranks are well
+                self.checkpoints.finish_or_discard()
             raise
 
     def _begin(self) -> None:

@@ -1,11 +1,11 @@
-"""A finished run leaves its page, and loses nothing where the page cannot be written."""
+"""A finished run leaves its page, and loses nothing if the page cannot be written."""
 
 from pathlib import Path
 
 import pytest
 
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.trainer import run
+from megatron_coreward.trainer import finish
 from tests.report.runs import write_run
 
 
@@ -15,7 +15,7 @@ def _config(run_dir: Path) -> RunConfig:
 
 def test_the_page_stands_in_the_run_directory(tmp_path: Path) -> None:
     run_dir, told = write_run(tmp_path / "run"), []
-    run._write_report(_config(run_dir), told.append)
+    finish.try_report(_config(run_dir), told.append)
     assert (run_dir / "report.html").read_text().startswith("<!doctype html>")
     assert told == []
 
@@ -26,8 +26,8 @@ def test_an_error_is_told_with_the_command_that_tries_again(tmp_path: Path, monk
     def full(path: Path) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "write_report", full)
-    run._write_report(_config(run_dir), told.append)
+    monkeypatch.setattr(finish, "write_report", full)
+    finish.try_report(_config(run_dir), told.append)
     assert told == [
         "report.html was not written: OSError: [Errno 28] No space left on device; "
         f"`megatron-coreward report {run_dir}` tries again"
