@@ -17,14 +17,14 @@ def add(commands: Any) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="config keys, such as actor.tensor_parallel=4, right after CONFIG",
+        help="config keys, such as actor.tensor_parallel=4",
     )
     plan.add_argument("--gpu", default="h100", help=", ".join(GPUS))
     plan.add_argument("--gpus", type=int, metavar="N", help="GPUs there are; default: as many as the layout takes")
     plan.add_argument(
         "--placement",
         choices=("disaggregated", "colocated"),
-        help="engines on GPUs of their own, or on those of the actor, in turn (default: rollout.placement)",
+        help="engines on GPUs of their own, or on those of the actor, alternating (default: rollout.placement)",
     )
     plan.add_argument("--search", action="store_true", help="propose layouts for --gpus GPUs, fastest first")
     plan.add_argument("--top", type=int, default=5, metavar="K", help="layouts to propose")

@@ -87,7 +87,7 @@ def recompute_run(
 ) -> Iterator[tuple[int, Recomputed]]:
     """Every dumped step, or those in `steps`; `note` hears of each whose file is damaged, and it is left out.
 
-    Raises InputError where there are none or none can be read, or for an unknown method.
+    Raises InputError if there are none or none can be read, or for an unknown method.
     """
     method = method_of(record)
     wanted = [step for step in record.dumps if steps is None or step in steps]

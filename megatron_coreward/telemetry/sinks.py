@@ -94,7 +94,7 @@ def trackers_of(run_dir: Path, wandb_project: str | None, config: Mapping[str, A
 
 
 def require_wandb(project: str) -> None:
-    """Raises InputError where the W&B package is missing. It costs nothing: ask before a run starts."""
+    """Raises InputError if the W&B package is missing. It costs nothing: ask before a run starts."""
     if importlib.util.find_spec("wandb") is None:
         raise InputError(
             f"telemetry.wandb_project is {project!r}, but the package wandb is not installed: "
@@ -148,7 +148,7 @@ def open_sinks(
 
 
 def _close_all(sinks: Sequence[Sink]) -> None:
-    """Closes in order, the next one even where one fails; an error carries those before it as its context."""
+    """Closes in order, the next one even if one fails; an error carries those before it as its context."""
     if sinks:
         try:
             sinks[0].close()

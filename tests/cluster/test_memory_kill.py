@@ -23,7 +23,7 @@ import os, time
 os.environ["RAY_memory_usage_threshold"] = "0.001"
 os.environ["RAY_memory_monitor_refresh_ms"] = "100"
 import ray
-from megatron_coreward.cluster.groups import start_ray, stop_ray
+from megatron_coreward.cluster.ray_start import start_ray, stop_ray
 from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
 
 class Worker:

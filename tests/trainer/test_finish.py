@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_coreward.attempt import FINISHED
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.launch.attempt import FINISHED
 from megatron_coreward.report import missed
 from megatron_coreward.telemetry import sinks
 from megatron_coreward.telemetry.jsonl import JsonlSink
@@ -167,9 +167,8 @@ def test_a_real_ctrl_c_is_one_line_with_status_1(config: RunConfig) -> None:
 def test_a_job_completes_what_is_missing_and_is_finished(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from megatron_coreward import cli
+    from megatron_coreward import attempt, cli
     from megatron_coreward.config.load import dump_config
-    from megatron_coreward.launch import attempt
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_config(config))
