@@ -79,8 +79,8 @@ class DataSettings(Component):
     thinking: bool | None = None
     """The chat template's enable_thinking, for models that have the switch (Qwen3); null: the template's default."""
     control_tokens: Literal["text", "special"] = "text"
-    """What the text of one of the template's control tokens (<|im_end|>) is within a message: text, so that no question
-    can end its own message, or special, for data that is rendered already."""
+    """What the text of one of the chat template's control tokens is within a message: text, so that no question can end
+    its own message, or special, for data that is rendered already."""
     shuffle: bool = True
     """Whether each epoch sees the questions in a new order; false keeps the order of the files."""
 

@@ -96,6 +96,18 @@ def test_what_cannot_be_completed_is_told_and_fails_nothing(config: RunConfig, m
     assert read_missed(config.run_dir) == {"tensorboard": 3}
 
 
+def test_an_error_of_the_page_that_nobody_expected_is_told_with_its_kind(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(finish, "write_report", lambda run_dir: 1 // 0)
+    finish.try_report(config, told.append)
+    assert told == [
+        "report.html was not written: ZeroDivisionError: integer division or modulo by zero; "
+        f"`megatron-coreward report {config.run_dir}` tries again"
+    ]
+
+
 def test_an_error_behind_the_final_model_is_told_and_one_before_it_is_raised(config: RunConfig) -> None:
     told: list[str] = []
     with pytest.raises(RuntimeError, match="in the export"), finish.nothing_after_it_counts(config, told.append):
