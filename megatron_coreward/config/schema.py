@@ -78,6 +78,9 @@ class DataSettings(Component):
     """System prompt of every question, in place of the one in the files; null keeps the files' own."""
     thinking: bool | None = None
     """The chat template's enable_thinking, for models that have the switch (Qwen3); null: the template's default."""
+    control_tokens: Literal["text", "special"] = "text"
+    """What the text of one of the chat template's control tokens is within a message: text, so that no question can end
+    its own message, or special, for data that is rendered already."""
     shuffle: bool = True
     """Whether each epoch sees the questions in a new order; false keeps the order of the files."""
 
@@ -303,6 +306,9 @@ class CheckpointSettings(Component):
     """Steps between checkpoints; 0: only at the end."""
     resume: Literal["auto", "never"] = "auto"
     """auto: a run goes on from the newest checkpoint of run_dir; never: a run_dir with checkpoints is refused."""
+    changed_inputs: Literal["refuse", "accept"] = "refuse"
+    """What happens if data or model files were replaced since the checkpoint that is resumed: refuse names them, accept
+    goes on and names them in events.log. Files are compared by content; validation files are only noted."""
     keep: Positive = 3
     """Newest checkpoints that are kept; older ones are removed."""
     best_metric: str | None = None

@@ -117,12 +117,14 @@ def load_problems(
     over_length: Literal["error", "drop"] = "error",
     unpaired: Literal["error", "drop"] = "error",
     thinking: bool | None = None,
+    control_tokens: Literal["text", "special"] = "text",
 ) -> ProblemSet:
     """Reads, pairs, renders and tokenises; without rephrased files each problem has the original view only.
 
     `system_prompt` replaces the files' own, None keeps theirs, an empty string removes them. A problem that is over
     `max_prompt_tokens` in one view is dropped in both. `unpaired`: what becomes of questions without a rephrasing and
-    rephrasings without a question. A file of pairs may be given as both. `thinking`: see `build_prompts`.
+    rephrasings without a question. A file of pairs may be given as both. `thinking` and
+    `control_tokens`: see `build_prompts`.
 
     Raises InputError for every fault of the files (see `parquet.read_rows`), a pair without partner, an index that
     two files share, and prompts over the limit unless they are to be dropped (or all would be).
@@ -146,7 +148,7 @@ def load_problems(
 
     placed = [rows[uid] for uid in originals for rows in views.values()]
     conversations = [with_system_prompt(place.row.messages, system_prompt) for place in placed]
-    prompts = build_prompts(tokenizer, conversations, thinking)
+    prompts = build_prompts(tokenizer, conversations, thinking, control_tokens)
     too_long = [
         (len(prompt.token_ids), place)
         for prompt, place in zip(prompts, placed, strict=True)

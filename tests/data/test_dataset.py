@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +24,11 @@ class WordTokenizer:
     def apply_chat_template(self, *_: object, **__: object) -> list[str]:
         raise AssertionError("there is no template")
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]:
+    added_tokens_decoder: ClassVar[Mapping[int, Any]] = {}
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> Mapping[str, list[list[int]]]:
         return {"input_ids": [[len(word) for word in one.split()] for one in text]}
 
 

@@ -1,9 +1,9 @@
 """Rephrasing a file: nothing is lost or asked twice, whatever happens, and only what passes is written."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,11 @@ class Words:
 
     chat_template = None
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
+    added_tokens_decoder: ClassVar[Mapping[int, Any]] = {}
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> dict[str, list[list[int]]]:
         return {"input_ids": [[ord(c) for c in one] for one in text]}
 
     def apply_chat_template(self, *_: Any, **__: Any) -> Any:
