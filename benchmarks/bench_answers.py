@@ -1,4 +1,4 @@
-r"""How well and how fast answers are judged: spellings, differences, groups, and strings that want to break the judge.
+r"""How well and how fast answers are compared: spellings, differences, groups, and strings that want to break it.
 
     python benchmarks/bench_answers.py [--answers FILE] [--pairs 20000] [--hostile 100000]
 
@@ -31,15 +31,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.answer_cases import MARKER, hostile, variants
 from megatron_coreward.data.parquet import read_rows
-from megatron_coreward.rewards import latex
+from megatron_coreward.rewards import latex, reading
 from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.latex import canonical
+from megatron_coreward.rewards.equivalence import AnswerEquivalence, _math_form, _read_form, _without_process
 
 MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
 QUESTIONS, SAMPLES = 128, 16
 HOSTILE_TIMEOUT_S = 0.5
-START_SLACK_S = 60.0  # a new process on a crowded machine; the judge's own promise is its limit plus this
+START_SLACK_S = 60.0  # a new process on a crowded machine; the comparison's own promise is its limit plus this
 
 
 def spellings(answers: Sequence[str]) -> dict[str, Any]:
@@ -101,20 +100,15 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
     With `right_share` 0 every answer of a group is another question's.
     """
     rng = random.Random(1)
-    pool = sorted(
-        {
-            answer
-            for answer in answers
-            if not algebra_only or canonical(answer).kind in ("scalar", "plural", "expression")
-        }
-    )
+    pool = sorted({answer for answer in answers if not algebra_only or not _math_form(answer).plain})
     groups = []
     for right in rng.sample(pool, QUESTIONS):
         spelt = [right, *(respelt for _, respelt in variants(right))]
         wrong = rng.sample(pool, 4 if right_share else SAMPLES)
         draw = [rng.choice(spelt) if rng.random() < right_share else wrong[i % len(wrong)] for i in range(SAMPLES)]
         groups.append([None if rng.random() < 0.05 else answer for answer in draw])
-    latex._canonical.cache_clear()
+    for memory in (latex._clean, reading.read, reading._read, _read_form, _without_process):
+        memory.cache_clear()
     with AnswerEquivalence("math", timeout_s=5.0, num_workers=1) as equivalence:
         seconds = []
         for _ in range(2):
@@ -134,7 +128,7 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
 def hostile_run(count: int, workers: int = 2, seed: int = 0, timeout_s: float = HOSTILE_TIMEOUT_S) -> dict[str, Any]:
     """Extraction and comparison of `count` hostile pairs, by as many threads as there are worker processes.
 
-    Raises AssertionError where a comparison takes longer than it may, where an answer was executed, and where honest
+    Raises AssertionError if a comparison takes longer than it may, if an answer was executed, and if honest
     pairs are no longer answered.
     """
     here = getcwd()

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from megatron_coreward import __version__
 from megatron_coreward.commands import (
+    config,
     convert,
     demo,
     evaluate,
@@ -21,12 +22,14 @@ from megatron_coreward.commands import (
     train,
     verify_sync,
 )
+from megatron_coreward.commands.arguments import Parser
 from megatron_coreward.errors import HaltedError, InputError, RunError
 
 COMMANDS: tuple[ModuleType, ...] = (
     demo,
     prepare_data,
     rephrase,
+    config,
     plan,
     train,
     launch,
@@ -41,10 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and runs the command; returns the exit status."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
-    if more and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # key=value behind an option, which argparse does not count to those before it
-        options.overrides += more
+        taken = getattr(options, "overrides", None)
+        if taken is None or any(argument.startswith("-") for argument in more):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        taken += more
     try:
         options.run(options)
     except InputError as e:
@@ -62,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as e:
         traceback.print_exc()
         last_line = (str(e).strip().splitlines() or [""])[-1]
-        told = "; ".join([f"{type(e).__name__}: {last_line}", *getattr(e, "__notes__", [])])
-        print(f"the run failed: {told}", file=sys.stderr)
+        message = "; ".join([f"{type(e).__name__}: {last_line}", *getattr(e, "__notes__", [])])
+        print(f"the run failed: {message}", file=sys.stderr)
         return 1
     return 0
 
@@ -77,7 +81,7 @@ def console() -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-coreward", description="Co-rewarding: reinforcement learning for LLM reasoning without labels."
     )
     parser.add_argument("--version", action="version", version=__version__)

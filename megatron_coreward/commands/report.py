@@ -12,8 +12,8 @@ def add(commands: Any) -> None:
     report = commands.add_parser("report", help="one page of a run: curves, alarms, where the time goes, its samples")
     report.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, help="the page (default: report.html in the run directory)")
-    report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most (default: 16)")
-    report.add_argument("--questions", type=int, default=8, help="questions of each, at most (default: 8)")
+    report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most")
+    report.add_argument("--questions", type=int, default=8, help="questions of each, at most")
     report.set_defaults(run=_report)
 
     compare = commands.add_parser("compare", help="several runs on one page")

@@ -79,15 +79,16 @@ def ranking(plans: Sequence[Plan], gpus: int) -> str:
     """A row a plan, best first."""
     if not plans:
         return f"no layout fits on {gpus} GPUs"
-    lines = [
-        f"{'s/step':>8} {'actor':>6} {'TP':>3} {'PP':>3} {'VPP':>3} {'EP':>3} {'DP':>4} {'engines':>9}  GiB  overrides"
-    ]
+    titles = ("s/step", "GPUs", "actor", "TP", "PP", "VPP", "EP", "DP", "engines", "GiB")
+    lines = [f"{_row(*titles)}  overrides"]
     for plan in plans:
         a, r = plan.config.actor, plan.config.rollout
-        peak = max(stage.peak for stage in plan.stages) / GIB
-        lines.append(
-            f"{plan.seconds:>8.1f} {a.world_size:>6} {a.tensor_parallel:>3} {a.pipeline_parallel:>3} "
-            f"{a.virtual_pipeline:>3} {a.expert_parallel:>3} {a.data_parallel:>4} "
-            f"{f'{r.num_engines} x TP{r.tensor_parallel}':>9} {peak:>4.0f}  {overrides(plan)}"
-        )
+        layout = (a.tensor_parallel, a.pipeline_parallel, a.virtual_pipeline, a.expert_parallel, a.data_parallel)
+        engines, peak = f"{r.num_engines} x TP{r.tensor_parallel}", max(stage.peak for stage in plan.stages) / GIB
+        row = _row(f"{plan.seconds:.1f}", plan.num_gpus, a.world_size, *layout, engines, f"{peak:.0f}")
+        lines.append(f"{row}  {overrides(plan)}")
     return "\n".join(lines)
+
+
+def _row(*cells: object) -> str:
+    return " ".join(str(cell).rjust(width) for cell, width in zip(cells, (8, 5, 6, 3, 3, 3, 3, 4, 9, 4), strict=True))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_coreward.config.names import with_new_names
 from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.jsonl import FILE_NAME, Row, read_rows
@@ -26,7 +27,7 @@ class RunRecord:
     """One run as it lies on disk."""
 
     run_dir: Path
-    config: Mapping[str, Any]  # config.yaml as it was resolved; empty where there is none
+    config: Mapping[str, Any]  # config.yaml as it was resolved; empty if there is none
     config_text: str
     rows: list[Row]  # of metrics.jsonl, in order
     dumps: Mapping[int, Path]  # step -> its rollouts
@@ -63,7 +64,7 @@ class RunRecord:
 def load_record(run_dir: Path) -> RunRecord:
     """Reads a run directory, which a run may still be writing.
 
-    Raises InputError where it is none: no metrics, or files of another form.
+    Raises InputError if it is none: no metrics, or files of another form.
     """
     metrics = run_dir / FILE_NAME
     if not metrics.is_file():
@@ -80,7 +81,7 @@ def load_record(run_dir: Path) -> RunRecord:
         raise InputError(f"{run_dir / 'config.yaml'}: expected keys and values, found {type(config).__name__}")
     return RunRecord(
         run_dir=run_dir,
-        config=config,
+        config=with_new_names(config),
         config_text=text,
         rows=rows,
         dumps=dumped_steps(run_dir),

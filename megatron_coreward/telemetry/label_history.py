@@ -29,7 +29,7 @@ class LabelHistory:
     def __init__(self, path: Path, same: Callable[[str, str], bool], first_step: int = 0) -> None:
         """`same` says whether two labels are one answer (`AnswerEquivalence.equivalent`); `first_step` comes next.
 
-        Raises RunError where a whole line of the file is not a step's labels.
+        Raises RunError if a whole line of the file is not a step's labels.
         """
         self._same = same
         self._last: dict[Key, str] = {}
@@ -37,7 +37,7 @@ class LabelHistory:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._read(path, first_step)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def observe(self, step: int, scored: Iterable[ScoredGroup]) -> dict[str, float]:
         """Takes over the labels of a step's policy groups and returns how they changed.

@@ -11,7 +11,7 @@ from megatron_coreward.config.schema import ValidationSettings
 from megatron_coreward.config.validate import score_names
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
-from megatron_coreward.trainer.validation import evaluate
+from megatron_coreward.trainer.validation import measure_accuracy
 from megatron_coreward.types import Problem
 from tests.trainer.fakes import make_problem
 
@@ -48,7 +48,7 @@ def measure(
     engines = ScriptedEngines(ANSWERS)
     settings = ValidationSettings(n=2, **changes)
     with AnswerEquivalence(relation) as equivalence:
-        metrics = evaluate(engines, held_out, settings, equivalence, max_tokens=8, version=0, seed=1)
+        metrics = measure_accuracy(engines, held_out, settings, equivalence, max_tokens=8, version=0, seed=1)
     return metrics, engines.requests
 
 

@@ -1,13 +1,15 @@
 """An attempt's exit status: finished, to be run again, failed, bad input."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_coreward import cli
+from megatron_coreward import attempt, cli
 from megatron_coreward.checkpoint.store import checkpoint_path
-from megatron_coreward.launch import attempt
+from megatron_coreward.launch.scripts import CONFIG_VARIABLE
 from tests.launch.arguments import write_recipe
 
 
@@ -56,7 +58,7 @@ def test_a_failure_is_run_again_only_after_progress(recipe: Path, monkeypatch: p
     assert run(recipe, monkeypatch, status=1, reached=1) == 1
 
 
-def test_a_run_that_went_back_and_wrote_the_same_step_anew_has_made_progress(
+def test_a_run_that_went_back_and_wrote_the_same_step_again_has_made_progress(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = checkpoint_path(recipe.parent / "Run_1", 2)
@@ -96,9 +98,9 @@ def test_the_status_is_written_and_an_old_one_goes(
 def test_the_recipe_may_come_from_the_environment(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Run_1/checkpoints/step_000003", "Run_1/hf"):
         (recipe.parent / name).mkdir(parents=True)
-    monkeypatch.delenv(attempt.CONFIG_VARIABLE, raising=False)
+    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
     assert attempt.main([]) == 2
-    monkeypatch.setenv(attempt.CONFIG_VARIABLE, recipe.read_text())
+    monkeypatch.setenv(CONFIG_VARIABLE, recipe.read_text())
     assert attempt.main([]) == 0
 
 
@@ -107,3 +109,10 @@ def test_secrets_are_read_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "token").write_text("hush\n")
     attempt.read_secrets([f"SOME_TOKEN={tmp_path / 'token'}"])
     assert os.environ["SOME_TOKEN"] == "hush"
+
+
+def test_the_former_name_of_the_module_ends_with_the_new_one() -> None:
+    former = [sys.executable, "-m", "megatron_coreward.launch.attempt", "config.yaml"]
+    done = subprocess.run(former, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "python -m megatron_coreward.attempt now" in done.stderr
