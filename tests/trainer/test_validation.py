@@ -10,9 +10,9 @@ import pytest
 from megatron_coreward.config.schema import ValidationSettings
 from megatron_coreward.config.validate import score_names
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
-from megatron_coreward.trainer.validation import evaluate
-from megatron_coreward.types import Problem
+from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.trainer.validation import measure_accuracy
+from megatron_coreward.types import Completion, Problem
 from tests.trainer.fakes import make_problem
 
 
@@ -23,14 +23,14 @@ class ScriptedEngines:
         self.answers = answers  # by the first token of the prompt
         self.requests: list[SamplingRequest] = []
 
-    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]:
         self.requests += requests
         return [[self._sample(request, i) for i in range(request.n)] for request in requests]
 
-    def _sample(self, request: SamplingRequest, place: int) -> Sample:
+    def _sample(self, request: SamplingRequest, place: int) -> Completion:
         answers = self.answers[int(request.prompt[0])]
-        text = f"\\boxed{{{answers[0] if request.temperature == 0 else answers[1 + place]}}}"
-        return Sample(np.ones(2, np.int32), np.zeros(2, np.float32), text, "stop", 0)
+        answer = answers[0] if request.temperature == 0 else answers[1 + place]
+        return Completion(np.ones(2, np.int32), np.zeros(2, np.float32), "", answer, "stop", 0)
 
 
 def problem(number: int, ground_truth: str | None) -> Problem:
@@ -48,7 +48,7 @@ def measure(
     engines = ScriptedEngines(ANSWERS)
     settings = ValidationSettings(n=2, **changes)
     with AnswerEquivalence(relation) as equivalence:
-        metrics = evaluate(engines, held_out, settings, equivalence, max_tokens=8, version=0, seed=1)
+        metrics = measure_accuracy(engines, held_out, settings, equivalence, max_tokens=8, version=0, seed=1)
     return metrics, engines.requests
 
 
