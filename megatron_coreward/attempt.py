@@ -22,6 +22,7 @@ from pathlib import Path
 from megatron_coreward import cli
 from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
 from megatron_coreward.config.load import load_config
+from megatron_coreward.config.paths import expand_path
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.launch.scripts import CONFIG_VARIABLE
@@ -67,9 +68,11 @@ def read_secrets(references: Sequence[str]) -> None:
     for reference in references:
         name, _, file = reference.partition("=")
         try:
-            os.environ[name] = Path(file).expanduser().read_text().strip()
+            os.environ[name] = expand_path(file).read_text().strip()
         except OSError as e:
             raise InputError(f"secret {name}: {file}: {e.strerror}") from None
+        except ValueError as e:
+            raise InputError(f"secret {name}: {file}: {e}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -71,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as e:
-        say(f"{what} failed: {_told(e)}", sys.stderr)
+        say(f"{what} failed: {_in_words(e)}", sys.stderr)
         return 1
     return 0
 
 
-def _told(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     """One line about an error that nobody expected, with its traceback above unless it is plainly the machine's."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         line = environment_problem(error)

@@ -94,8 +94,17 @@ class ActorSettings(Component):
     """Pipeline stages that the layers are divided into."""
     virtual_pipeline: Positive = 1
     """Model chunks per pipeline rank (interleaved schedule); 2 or more needs pipeline_parallel of 2 or more."""
+    first_stage_layers: Positive | None = None
+    """Layers of the first pipeline stage if it has another number than the stages between; needs pipeline_parallel of 2
+    or more. null: as many as those between."""
+    last_stage_layers: Positive | None = None
+    """Layers of the last pipeline stage likewise. It computes the output layer too, so fewer layers balance it."""
     expert_parallel: Positive = 1
-    """Ranks that the experts of a mixture of experts are spread over; divides data_parallel."""
+    """Ranks that the experts of a mixture of experts are spread over. Times expert_tensor_parallel it divides
+    tensor_parallel x context_parallel x data_parallel, and it divides the model's experts."""
+    expert_tensor_parallel: Positive | None = None
+    """Ranks that share the matrices of every expert; null: as tensor_parallel. 1 keeps experts whole, which is faster
+    if expert_parallel can be as much larger, for the same memory."""
     context_parallel: Positive = 1
     """Ranks that share the tokens of every sequence."""
     data_parallel: Positive = 1
@@ -115,8 +124,8 @@ class ActorSettings(Component):
     """Activations that the backward pass computes again instead of keeping them: selective those of the feed-forward
     parts, full those of whole layers."""
     gradient_accumulation_fusion: Literal["auto"] | bool = "auto"
-    """Whether weight gradients are added up inside the matrix product; true needs the kernel of apex, and auto is true
-    if it is there."""
+    """Whether weight gradients are added up inside the matrix product; true needs the layers of Transformer Engine, and
+    auto is true if they are used."""
     offload_optimizer: bool = False
     """Whether main parameters and moments are offloaded to host memory between steps."""
     offload_teacher: bool = False
@@ -364,6 +373,9 @@ class RunConfig(Component):
     """Where labels come from: co_rewarding_i from the votes on rephrased questions, co_rewarding_ii from the votes of
     an EMA teacher, co_rewarding_i+ii from the teacher's votes across views. Baselines: majority_voting,
     ground_truth, self_certainty and entropy."""
+    gpu: Literal["a100", "h100", "h200"] | None = None
+    """GPU that the layout was made for, by which plan judges it unless it is given another; null: none in particular.
+    It changes nothing in a run."""
     model: ModelSettings
     data: DataSettings
     actor: ActorSettings = ActorSettings()

@@ -40,19 +40,18 @@ class ProblemSet(Sequence[Problem]):
     def __iter__(self) -> Iterator[Problem]:
         return iter(self.problems)
 
-    def with_ground_truth(self, missing: Literal["error", "drop", "keep"], where: str) -> "ProblemSet":
-        """What is used where ground truths are read; `where` names the files' key and who reads them.
+    def with_ground_truth(self, missing: Literal["error", "drop", "keep"], complaint: str) -> "ProblemSet":
+        """What is used where ground truths are read.
 
-        Raises InputError for problems without one, unless they are to be dropped (and some are left) or kept.
+        Raises InputError for problems without one, beginning with `complaint`, unless they are to be dropped (and some
+        are left) or kept.
         """
         if missing == "keep" or not self.num_without_ground_truth:
             return self
         answered = tuple(problem for problem in self.problems if problem.ground_truth is not None)
         if missing == "error" or not answered:
-            raise InputError(
-                f"{where} needs reward_model.ground_truth, and {self.num_without_ground_truth} of {len(self)} questions "
-                "have none; allowed: data.missing_gold=drop with questions left, or data.missing_gold=keep"
-            )
+            ways = "data.missing_gold=keep" if not answered else "data.missing_gold of drop or keep"
+            raise InputError(f"{complaint}; allowed: a ground truth each, or {ways}")
         longest = max(len(prompt.token_ids) for problem in answered for prompt in problem.prompts.values())
         return replace(
             self,
@@ -61,6 +60,17 @@ class ProblemSet(Sequence[Problem]):
             longest_prompt=longest,
             num_unanswered=self.num_without_ground_truth,
         )
+
+    def missing_in_training(self, method: str) -> str:
+        """The complaint about training questions, for a method that reads ground truths."""
+        return (
+            f"data.train_files: method {method} needs reward_model.ground_truth, and "
+            f"{self.num_without_ground_truth} of {len(self)} questions have none"
+        )
+
+    def missing_in_validation(self, file: Path) -> str:
+        """The complaint about the validation questions of a file."""
+        return f"data.val_files: {self.num_without_ground_truth} questions have no reward_model.ground_truth ({file})"
 
     def first(self, limit: int | None) -> "ProblemSet":
         """The first so many problems; None: all."""

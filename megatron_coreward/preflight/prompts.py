@@ -32,7 +32,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     if train is not None:
         try:
             if needs.ground_truth:
-                train = train.with_ground_truth(data.missing_gold, f"data.train_files: method {config.method}")
+                train = train.with_ground_truth(data.missing_gold, train.missing_in_training(config.method))
             BatchOrder(len(train), data.batch_size, config.seed, data.shuffle)
         except InputError as error:
             yield str(error)
@@ -41,7 +41,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield from found
         if held_out is not None:
             try:
-                held_out.with_ground_truth(data.missing_gold, f"data.val_files: {file}: validation")
+                held_out.with_ground_truth(data.missing_gold, held_out.missing_in_validation(file))
             except InputError as error:
                 yield str(error)
 

@@ -85,7 +85,7 @@ def recompute_run(
     steps: range | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[int, Recomputed]]:
-    """Every dumped step, or those in `steps`; `note` hears of each whose file is damaged, and it is left out.
+    """Every dumped step, or those in `steps`; `note` is called for each whose file is damaged, and it is left out.
 
     Raises InputError if there are none or none can be read, or for an unknown method.
     """

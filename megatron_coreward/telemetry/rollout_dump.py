@@ -40,9 +40,9 @@ SCHEMA = pa.schema(
     ]
 )
 
+_FORMER = {"gold": "ground_truth"}  # columns that had another name in earlier files
 # Of pyarrow: a file that is cut off is "invalid", a damaged page an OSError, a damaged schema a ValueError.
 _UNREADABLE = (OSError, ValueError, pa.ArrowException)
-_FORMER = {"gold": "ground_truth"}  # columns that had another name in earlier files
 _FILE_NAME = re.compile(r"step_(\d{6,})\.parquet")
 
 

@@ -1,7 +1,7 @@
 """Where the metrics of a run go: metrics.jsonl, which a run cannot do without, and trackers, which it can.
 
 A resumed run writes its steps from `first_step` on once more. Each place makes sure that a reader sees one history: the
-metrics file drops the rows from there on, TensorBoard is told to hide them, and Weights & Biases goes on in the same
+metrics file drops the rows from there on, TensorBoard hides them, and Weights & Biases goes on in the same
 run. An error of the metrics file ends the run; none of a tracker does (`trackers`).
 """
 
@@ -83,7 +83,7 @@ class Wandb:
 
 
 def trackers_of(run_dir: Path, wandb_project: str | None, config: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers of a run: TensorBoard in its directory, and W&B where a project is named.
+    """The trackers of a run: TensorBoard in its directory, and W&B if a project is named.
 
     `config` is what W&B shows as the run's configuration.
     """

@@ -53,7 +53,7 @@ def missing(config: RunConfig) -> list[str]:
 
 
 def complete(config: RunConfig, notify: Callable[[str], None]) -> None:
-    """Writes what is missing, without any process; `notify` hears of what cannot be written."""
+    """Writes what is missing, without any process; `notify` is called for what cannot be written."""
     if not (config.run_dir / REPORT).is_file():
         try_report(config, notify)
     if read_missed(config.run_dir):
@@ -64,7 +64,7 @@ def complete(config: RunConfig, notify: Callable[[str], None]) -> None:
 
 @contextmanager
 def nothing_after_it_counts(config: RunConfig, notify: Callable[[str], None]) -> Iterator[None]:
-    """An error that comes when the final model is written, as processes leave, say, is told and fails no run."""
+    """An error that comes when the final model is written, as processes leave, say, is reported and fails no run."""
     try:
         yield
     except Exception as error:
@@ -74,7 +74,7 @@ def nothing_after_it_counts(config: RunConfig, notify: Callable[[str], None]) ->
 
 
 def try_report(config: RunConfig, notify: Callable[[str], None]) -> None:
-    """The run's page. All that it shows is kept beside it: an error here is only told."""
+    """The run's page. All that it shows is kept beside it: an error here is only reported."""
     try:
         write_report(config.run_dir)
     except Exception as error:

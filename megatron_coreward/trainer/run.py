@@ -273,11 +273,11 @@ def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     rephrased = data.rephrased_files if "rephrased" in needs.all_views else ()
     problems = load_problems(data.train_files, rephrased, tokenizer, **limits)
     if needs.ground_truth:
-        problems = problems.with_ground_truth(data.missing_gold, f"data.train_files: method {config.method}")
+        problems = problems.with_ground_truth(data.missing_gold, problems.missing_in_training(config.method))
     held_out = []
     for file in data.val_files:
         found = load_problems([file], (), tokenizer, **limits)
-        found = found.with_ground_truth(data.missing_gold, f"data.val_files: {file}: validation")
+        found = found.with_ground_truth(data.missing_gold, found.missing_in_validation(file))
         held_out += [(source, file, part) for source, part in found.by_source().items()]
     sources = Counter(source for source, _, _ in held_out)
     limit = config.validation.max_problems
