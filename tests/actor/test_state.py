@@ -88,7 +88,8 @@ def test_an_export_has_all_files_of_a_read_only_source_and_the_modes_of_new_file
 
 @pytest.mark.slow
 def test_experts_that_lie_whole_or_cut_go_on_under_any_layout(tmp_path: Path) -> None:
-    """Saved with whole experts, spread over the tensor-parallel ranks, that have other replicas than the other layers."""
+    """Saved with whole experts, spread over the tensor-parallel ranks, that have other replicas than the other
+    layers."""
     write_model(tmp_path / "model", byte_level_tokenizer(), family="qwen3_moe", hidden=64, ffn=96)
     (tmp_path / "state").mkdir()
     whole = {"tensor_parallel": 2, "sequence_parallel": True, "expert_tensor_parallel": 1}
