@@ -209,13 +209,14 @@ def scoring_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int, c
 
 def bucket_bytes(config: RunConfig, arch: Architecture) -> int:
     """Two buckets of the weight sync, each as large as the setting or the model's largest tensor."""
-    largest = ITEM_BYTES[config.model.dtype] * max(prod(shape) for shape in _few_tensors(arch))
+    largest = ITEM_BYTES[config.model.dtype] * _largest_tensor(arch)
     return 2 * max(int(config.sync.bucket_mib * 2**20), largest)
 
 
 @cache
-def _few_tensors(arch: Architecture) -> tuple[tuple[int, ...], ...]:
-    return tuple(hf_tensors(replace(arch, num_layers=1)).values())
+def _largest_tensor(arch: Architecture) -> int:
+    """Its elements."""
+    return max(prod(shape) for shape in hf_tensors(replace(arch, num_layers=1)).values())
 
 
 def engine_memory(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: Assumptions) -> EngineMemory:

@@ -96,7 +96,7 @@ class ActorLayout:
     @classmethod
     def of(cls, settings: ActorSettings) -> "ActorLayout":
         """The layout that a config asks for."""
-        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+        return cls(*(getattr(settings, name) for name in cls.__slots__))
 
     @property
     def expert_tp_size(self) -> int:
