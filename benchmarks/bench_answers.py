@@ -100,13 +100,7 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
     With `right_share` 0 every answer of a group is another question's.
     """
     rng = random.Random(1)
-    pool = sorted(
-        {
-            answer
-            for answer in answers
-            if not algebra_only or not _math_form(answer).plain
-        }
-    )
+    pool = sorted({answer for answer in answers if not algebra_only or not _math_form(answer).plain})
     groups = []
     for right in rng.sample(pool, QUESTIONS):
         spelt = [right, *(respelt for _, respelt in variants(right))]

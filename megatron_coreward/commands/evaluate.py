@@ -33,6 +33,9 @@ def add(commands: Any) -> None:
         choices=get_args(AnswerFormat),
         help="where final answers stand, tried in the order given; default: boxed",
     )
+    run.add_argument(
+        "--stop-at", action="append", metavar="TEXT", help="read no answer behind this text if one stands before it"
+    )
     add_engine_options(run)
     run.add_argument("--batch-questions", type=int, default=64, help="what an interruption can lose")
     run.add_argument("--max-problems", type=int)
@@ -92,7 +95,11 @@ def _run(options: argparse.Namespace) -> None:
                 seed=options.seed,
                 dtype=options.dtype,
             ),
-            GradingSettings(options.equivalence, tuple(options.answer_form or ("boxed",))),
+            GradingSettings(
+                options.equivalence,
+                tuple(options.answer_form or ("boxed",)),
+                stop_at=tuple(options.stop_at or ()),
+            ),
             chosen_engines(options, batch_questions=options.batch_questions),
             system_prompt=None if options.keep_system_prompt else options.system_prompt,
             thinking=options.thinking,

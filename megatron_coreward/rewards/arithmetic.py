@@ -111,8 +111,8 @@ class Full:
         """By solving both for a variable in which they are linear: each solution must solve the other."""
         for name in sorted(a.symbols() & b.symbols()):
             solutions = [_linear_solution(form, name, self.same) for form in (a, b)]
-            if None not in solutions:
-                return self.same(*solutions)
+            if solutions[0] is not None and solutions[1] is not None:
+                return self.same(solutions[0], solutions[1])
         return False
 
     def root(self, a: Node) -> Node | None:

@@ -118,8 +118,8 @@ def _needs_math_verify(a: str, b: str) -> bool:
 
 def _load_math_verify() -> Foreign:
     """math-verify's verdict on two LaTeX texts, if it holds in both directions; verify() itself is not symmetric."""
-    from math_verify import LatexExtractionConfig, parse, verify
     from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr
 
     # The answer stands alone in math mode: nothing is to be searched for in it, least of all a number to fall back on.

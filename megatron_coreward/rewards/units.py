@@ -98,7 +98,24 @@ UNITS = _spellings(
 )
 _ABSTRACT = frozenset({"unit"})  # names a size but no measure: "square units" agrees with cm^2
 _SINGLE_LETTERS = frozenset("mgsLlNJWVhA")  # in a text macro
-_IRREGULAR = frozenset("people men women children feet teeth geese mice oxen sheep fish deer dice dozen_ cattle".split())
+_IRREGULAR = frozenset(
+    [
+        "people",
+        "men",
+        "women",
+        "children",
+        "feet",
+        "teeth",
+        "geese",
+        "mice",
+        "oxen",
+        "sheep",
+        "fish",
+        "deer",
+        "dice",
+        "cattle",
+    ]
+)
 _NUMERALS = (
     "half|halve|quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|[a-z]+teenth|[a-z]+tieth|"
     "hundredth|thousandth|millionth|billionth|ten|hundred|thousand|million|billion|trillion|dozen|score|gross|lakh|"
@@ -116,7 +133,9 @@ _CHANGING = re.compile(
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _QUALIFIERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_SAYS_OF_WHAT = frozenset("old long tall high wide deep thick total altogether".split())  # "12 years old"
+_SAYS_OF_WHAT = frozenset(
+    ["old", "long", "tall", "high", "wide", "deep", "thick", "total", "altogether"]
+)  # "12 years old"
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?: (?:place|term|grade|day|floor|row|position))?")
 _TOKEN = re.compile(r"\^\{?\(?(-?\d)\)?\}?|\\circ|[A-Za-z]+(?:/h)?|[/*().%]|[^\W\d_]+|.")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")

@@ -143,11 +143,15 @@ def _run(
         watchdog = Watchdog(config.watchdog, notify, stop, logs=config.run_dir / LOGS)
         actors, engines, transport = stack.enter_context(processes(config, watchdog))
         equivalence = stack.enter_context(
-            AnswerEquivalence(config.rewards.equivalence, config.rewards.comparison_timeout_s)
+            AnswerEquivalence(
+                config.rewards.equivalence, config.rewards.comparison_timeout_s, config.rewards.comparison_workers
+            )
         )
         validation_equivalence = stack.enter_context(
             AnswerEquivalence(
-                config.validation.equivalence or config.rewards.equivalence, config.rewards.comparison_timeout_s
+                config.validation.equivalence or config.rewards.equivalence,
+                config.rewards.comparison_timeout_s,
+                config.rewards.comparison_workers,
             )
         )
         colocation = open_colocation(config.rollout.placement, actors, engines, engines.slept)
@@ -188,6 +192,7 @@ def _run(
                 config.run_dir / label_history.FILE_NAME,
                 equivalence.equivalent,
                 first_step=0 if trainer_state is None else steps_done + 1,
+                compare=equivalence.compare,
             )
         )
 
@@ -245,7 +250,9 @@ def _validate(
                 max_tokens=run.config.rollout.max_response_tokens,
                 version=weight_version("policy", run.num_updates),
                 seed=run.config.seed,
+                stop=run.config.rollout.stop,
                 answer_formats=run.config.rewards.answer_formats,
+                stop_at=run.config.rewards.stop_at,
             )
 
 

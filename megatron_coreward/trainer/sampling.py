@@ -35,13 +35,24 @@ def sample_groups(
     step: int,
     seed: int,
     top_p: float = 1.0,
+    stop: tuple[str, ...] = (),
     answer_formats: Sequence[AnswerFormat] = ("boxed",),
+    stop_at: Sequence[str] = (),
 ) -> list[RolloutGroup]:
     """`n` completions for every view of every problem: one group each, problem after problem."""
     requests = requests_for(
-        problems, views, role, n=n, temperature=temperature, max_tokens=max_tokens, step=step, seed=seed, top_p=top_p
+        problems,
+        views,
+        role,
+        n=n,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        step=step,
+        seed=seed,
+        top_p=top_p,
+        stop=stop,
     )
-    return to_groups(problems, views, role, engines.sample(requests, version), answer_formats)
+    return to_groups(problems, views, role, engines.sample(requests, version), answer_formats, stop_at)
 
 
 def requests_for(
@@ -55,6 +66,7 @@ def requests_for(
     step: int,
     seed: int,
     top_p: float = 1.0,
+    stop: tuple[str, ...] = (),
 ) -> list[SamplingRequest]:
     """One request for every view of every problem, problem after problem."""
     return [
@@ -65,6 +77,7 @@ def requests_for(
             temperature=temperature,
             top_p=top_p,
             max_tokens=max_tokens,
+            stop=stop,
         )
         for problem in problems
         for view in views
@@ -77,23 +90,28 @@ def to_groups(
     role: Role,
     answers: Sequence[Sequence[Sample]],
     answer_formats: Sequence[AnswerFormat] = ("boxed",),
+    stop_at: Sequence[str] = (),
 ) -> list[RolloutGroup]:
     """What the engines answered to `requests_for`, as one group a request."""
     asked = [(problem, view) for problem in problems for view in views]
     return [
         RolloutGroup(
-            problem.uid, view, role, problem.prompts[view], tuple(_completion(s, answer_formats) for s in samples)
+            problem.uid,
+            view,
+            role,
+            problem.prompts[view],
+            tuple(_completion(s, answer_formats, stop_at) for s in samples),
         )
         for (problem, view), samples in zip(asked, answers, strict=True)
     ]
 
 
-def _completion(sample: Sample, answer_formats: Sequence[AnswerFormat]) -> Completion:
+def _completion(sample: Sample, answer_formats: Sequence[AnswerFormat], stop_at: Sequence[str]) -> Completion:
     return Completion(
         token_ids=sample.token_ids,
         logprobs=sample.logprobs,
         text=sample.text,
-        answer=extract_answer(sample.text, answer_formats),
+        answer=extract_answer(sample.text, answer_formats, stop_at),
         finish_reason=sample.finish_reason,
         weight_version=sample.weight_version,
     )

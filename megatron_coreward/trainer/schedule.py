@@ -133,8 +133,9 @@ class RolloutSchedule:
             self._labelled[s] = self._groups("teacher", s, own)
 
     def _groups(self, role: Role, step: int, answers: Sequence[Sequence[Sample]]) -> list[RolloutGroup]:
-        problems, forms = self.problems_of(step - 1), self.config.rewards.answer_formats
-        return to_groups(problems, self.needs.sampled_views(role), role, answers, forms)
+        problems, rewards = self.problems_of(step - 1), self.config.rewards
+        views = self.needs.sampled_views(role)
+        return to_groups(problems, views, role, answers, rewards.answer_formats, rewards.stop_at)
 
     def _to_label(self, step: int) -> list[int]:
         """The steps whose teacher rollouts are drawn when this one's are due."""
@@ -167,4 +168,5 @@ class RolloutSchedule:
             max_tokens=config.rollout.max_response_tokens,
             step=step,
             seed=config.seed,
+            stop=config.rollout.stop,
         )

@@ -97,6 +97,7 @@ def label_quality(
     equivalence: AnswerEquivalence,
 ) -> dict[str, float]:
     """Votes and how right they were. Gold answers are read here, after the update, and go nowhere but into the row."""
+    equivalence.compare([(*group.answers, ground_truths.get(group.uid)) for group in groups])
     return (
         vote_metrics(votes)
         | agreement_metrics(votes, equivalence)
