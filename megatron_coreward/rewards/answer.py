@@ -25,8 +25,9 @@ _ANNOUNCED = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _LATER_REMARK = re.compile(  # "I hope this answer is helpful"
-    r"(?:helpful|correct|right|wrong|incorrect|useful|clear|unclear|satisf\w+|complete|not|as follows|obvious|good|what|"
-    r"shown|given above|given below|above|below|found|easy|unique|fine|ok|okay|sufficient|acceptable|reasonable|your|the same)\b",
+    r"(?:helpful|correct|right|wrong|incorrect|useful|clear|unclear|satisf\w+|complete|not|as follows|obvious|good|"
+    r"what|shown|given above|given below|above|below|found|easy|unique|fine|ok|okay|sufficient|acceptable|reasonable|"
+    r"your|the same)\b",
     re.IGNORECASE,
 )
 _LEADING = re.compile(
@@ -44,8 +45,8 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "
 def extract_answer(text: str, forms: Sequence[AnswerFormat] = ("boxed",), stop_at: Sequence[str] = ()) -> str | None:
     r"""The final answer of `text` in the first of the given forms that it has; None if it has none of them.
 
-    `boxed`: the last balanced `\boxed{...}` that is not empty; `hashes`: what follows the last `####` on its line, as in
-    GSM8K; `plain`: what the last "answer is", "answer:" or "answer =" announces, or else a last line that is nothing
+    `boxed`: the last balanced `\boxed{...}` that is not empty; `hashes`: what follows the last `####` on its line, as
+    in GSM8K; `plain`: what the last "answer is", "answer:" or "answer =" announces, or else a last line that is nothing
     but a number or a formula between dollar signs.
 
     Args:

@@ -37,7 +37,7 @@ CACHE_SIZE = 500_000  # verdicts on pairs that went to a process: some 60 MiB
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What stands for an answer: equal texts are the same answer, and two plain numbers only if their texts are equal."""
+    """What stands for an answer: equal texts are the same answer; of two plain forms, only equal ones are."""
 
     text: str
     plain: bool

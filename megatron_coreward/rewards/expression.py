@@ -82,62 +82,19 @@ _ACCENTS = frozenset(
     {"overline", "bar", "vec", "hat", "tilde", "widehat", "widetilde", "overrightarrow", "dot", "ddot", "underline"}
     | {"bold", "mathbb", "mathcal", "mathfrak", "mathscr", "overarc", "wideparen", "complement"}
 )
-_GREEK = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "vartheta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "varrho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "varphi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "hbar",
-        "aleph",
-        "Re",
-        "Im",
-        "ldots",
-        "cdots",
-        "dots",
-        "circ",
-    ]
-)
+_GREEK = {
+    *("alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa"),
+    *("lambda", "mu", "nu", "xi", "rho", "varrho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega"),
+    *("Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega", "ell", "hbar"),
+    *("aleph", "Re", "Im", "ldots", "circ"),
+}
 _OPERATORS = {  # binary operations without arithmetic meaning here: never the same as any other
     *("wedge", "vee", "oplus", "otimes", "cap", "cup", "setminus", "to", "rightarrow", "perp", "parallel", "implies"),
     *("land", "lor", "iff", "Rightarrow", "leftrightarrow", "mapsto", "bullet", "ast", "cong"),
 }
 
 _TOKENS = re.compile(r"\\[A-Za-z]+|\\.|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,4}(?![A-Za-z\d]))?|[A-Za-z]+|\s+|.", re.ASCII)
+_PLAIN_FUNCTION = re.compile(r"(?<![A-Za-z\\])(abs|floor|ceil|binom)(?=\()")
 _WORDS = tuple(sorted((*_NAMED, "sqrt", "pi"), key=len, reverse=True))
 _OPENING = {
     "(": ")",
@@ -190,7 +147,7 @@ def _tokens(text: str) -> list[str]:
     """Numbers, commands, names of functions and single characters; a space stays where it parts two numbers."""
     tokens: list[str] = []
     spaced = False
-    for token in _TOKENS.findall(text):
+    for token in _TOKENS.findall(_PLAIN_FUNCTION.sub(r"\\\1 ", text)):
         if token.isspace():
             spaced = True
             continue
@@ -453,6 +410,8 @@ class _Reader:
             return quotient(first, second) if name == "frac" else Node("call", "binom", args=(first, second))
         if name == "sqrt":
             return self._root(depth)
+        if name in ("abs", "floor", "ceil") and self.peek() == "(":
+            return self._function(name, depth)
         if name in _NAMED:
             return self._function(_NAMED[name], depth)
         if name == "lfloor" or name == "lceil":

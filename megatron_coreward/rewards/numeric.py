@@ -247,9 +247,8 @@ class _Balls:
                 if abs(x) <= 2 * r:
                     return Ball(mpf(0), (abs(x) + r) ** _mpf(1 / index)) if index > 0 else self._unsure()
                 power = Node("number", number=1 / index)
-                if not self._complex and self._is_real(first) and mp.re(x) < 0 and index.denominator == 1:
-                    if index.numerator % 2 == 0:
-                        raise Undefined
+                if not self._complex and self._is_real(first) and mp.re(x) < 0 and index.numerator % 2 == 0:
+                    raise Undefined
                 return self._power(first, power)
             case "abs":
                 return Ball(abs(x), r)

@@ -189,7 +189,9 @@ def _name_and_equation(a: Named, b: Equation, arithmetic: Arithmetic) -> bool:
 
 
 def _name_and_value(a: Named, b: Reading, arithmetic: Arithmetic) -> bool:
-    """The question fixes the name: `x = 4` is 4."""
+    """The question fixes the name: `x = 4` is 4; `2 + 2 = 4` is, if it is true."""
+    if not a.name and a.equation and not arithmetic.same(a.equation.lhs, a.equation.rhs):
+        return False
     return same(a.value, b, arithmetic)
 
 
@@ -327,7 +329,7 @@ def _in_any_order(a: Sequence[Reading], b: Sequence[Reading], arithmetic: Arithm
     partner: dict[int, int] = {}  # of right by left
 
     def paired(i: int, tried: set[int]) -> bool:
-        for j, other in enumerate(right):
+        for j in range(len(right)):
             if j not in tried and fits[i][j]:
                 tried.add(j)
                 if j not in partner or paired(partner[j], tried):

@@ -22,7 +22,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from megatron_coreward.rewards.arithmetic import Full
@@ -57,7 +57,7 @@ def main() -> None:
         same(read("\\sqrt{8}"), read("2\\sqrt{2}"), Full(foreign))  # what is built at first use counts against no pair
         gc.freeze()  # what is loaded now is shared with every copy, not touched by its garbage collector
         answer(ready=True)
-        while status := _in_a_copy(lambda: _compare(Full(foreign), answer)):
+        while status := _in_a_copy(partial(_compare, Full(foreign), answer)):
             if status == NEEDS_MATH_VERIFY:
                 try:
                     foreign = _load_math_verify()

@@ -23,6 +23,9 @@ class Unit:
         return not self.dimension or not other.dimension or self.dimension == other.dimension
 
 
+NO_UNIT = Unit()
+
+
 def _spellings(*lines: str) -> dict[str, str]:
     """Every spelling of a unit to the first of its line."""
     return {spelling: line.split()[0] for line in lines for spelling in line.split()}
@@ -93,6 +96,17 @@ UNITS = _spellings(
     "yen JPY",
     "unit units",
     "point points pt pts",
+    "kWh",
+    "MW megawatt megawatts",
+    "mA",
+    "kV",
+    "dB decibel decibels",
+    "rpm",
+    "bpm",
+    "kB KB",
+    "MB megabyte megabytes",
+    "GB gigabyte gigabytes",
+    "TB terabyte terabytes",
     "bit bits",
     "byte bytes",
 )
@@ -157,6 +171,7 @@ def read_unit(tail: str, plain: bool, value: int | None = None) -> Unit | None:
     words = re.sub(r"(?<=[A-Za-z])\.(?=\s|$)", "", text).split(" ")
     if len(words) > 1 and words[-1] in _SAYS_OF_WHAT:
         words.pop()
+        words = words[:-1] if words[-1] == "in" and len(words) > 1 else words
     factor = Fraction(1)
     while words and words[0].lower() in _SCALES:
         factor *= _SCALES[words.pop(0).lower()]
