@@ -33,7 +33,8 @@ from benchmarks.answer_cases import MARKER, hostile, variants
 from megatron_coreward.data.parquet import read_rows
 from megatron_coreward.rewards import latex, reading
 from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rewards.equivalence import AnswerEquivalence, _math_form, _read_form, _without_process
+from megatron_coreward.rewards.arithmetic import plain_value
+from megatron_coreward.rewards.equivalence import AnswerEquivalence, _without_process
 
 MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
 QUESTIONS, SAMPLES = 128, 16
@@ -94,20 +95,25 @@ def _look(answer: str) -> str:
     return answer.replace(r"\dfrac", r"\frac").replace("dollars", "").rstrip(".")
 
 
+def _is_number(answer: str) -> bool:
+    value = reading.read(answer)
+    return isinstance(value, reading.Scalar) and plain_value(value.node) is not None
+
+
 def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share: float = 0.6) -> dict[str, Any]:
     """A step's worth of groups as rollouts make them: right answers in several spellings, and some wrong ones.
 
     With `right_share` 0 every answer of a group is another question's.
     """
     rng = random.Random(1)
-    pool = sorted({answer for answer in answers if not algebra_only or not _math_form(answer).plain})
+    pool = sorted({answer for answer in answers if not algebra_only or not _is_number(answer)})
     groups = []
     for right in rng.sample(pool, QUESTIONS):
         spelt = [right, *(respelt for _, respelt in variants(right))]
         wrong = rng.sample(pool, 4 if right_share else SAMPLES)
         draw = [rng.choice(spelt) if rng.random() < right_share else wrong[i % len(wrong)] for i in range(SAMPLES)]
         groups.append([None if rng.random() < 0.05 else answer for answer in draw])
-    for memory in (latex._clean, reading.read, reading._read, _read_form, _without_process):
+    for memory in (latex._clean, reading.read, reading._read, _without_process):
         memory.cache_clear()
     with AnswerEquivalence("math", timeout_s=5.0, num_workers=1) as equivalence:
         seconds = []

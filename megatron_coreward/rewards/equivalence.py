@@ -13,9 +13,11 @@ counts so too, but is not remembered.
 
 import atexit
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, lru_cache
 from threading import Lock
 from types import TracebackType
@@ -23,15 +25,16 @@ from typing import TypeGuard
 
 from megatron_coreward.config.schema import Equivalence
 from megatron_coreward.rewards import hendrycks
-from megatron_coreward.rewards.arithmetic import Quick, plain_value
+from megatron_coreward.rewards.arithmetic import Quick
 from megatron_coreward.rewards.classes import cliques
 from megatron_coreward.rewards.latex import MAX_LENGTH
-from megatron_coreward.rewards.reading import Scalar, read
+from megatron_coreward.rewards.reading import read
 from megatron_coreward.rewards.sameness import Undecided, same
 from megatron_coreward.rewards.symbolic import Comparer, Outcome, Request, SymbolicPool
 
 Relation = Equivalence
 
+FEW_PAIRS = 100  # fewer are tried in this process first, which may need no other
 CACHE_SIZE = 500_000  # verdicts on pairs that went to a process: some 60 MiB
 
 
@@ -110,11 +113,13 @@ class AnswerEquivalence:
             pairs = []
             for i, first in enumerate(forms):
                 for j in range(i):
-                    if self._quick(first, forms[j]) is None and (key := _digest(first, forms[j])) not in asked:
+                    if self._known(first, forms[j]) is None and (key := _digest(first, forms[j])) not in asked:
                         asked.add(key)
                         pairs.append((j, i))
             if pairs:
                 requests.append(Request(tuple(form.text for form in forms), tuple(pairs)))
+        if sum(len(request.pairs) for request in requests) <= FEW_PAIRS:
+            requests = [rest for request in requests if (rest := _needing_a_process(request)).pairs]
         if requests:
             self._remember(requests, self._pool.compare(requests))
 
@@ -142,14 +147,18 @@ class AnswerEquivalence:
 
     def _quick(self, a: Form, b: Form) -> bool | None:
         """What needs no process; None if one is needed."""
-        if a.text == b.text or (a.plain and b.plain):
-            return a.text == b.text
-        with self._lock:
-            known = self._verdicts.get(_digest(a, b))
+        known = self._known(a, b)
         if known is not None:
             return known
         verdict = _without_process(*((a.text, b.text) if a.text < b.text else (b.text, a.text)))
         return False if verdict is None and not self._symbolic else verdict
+
+    def _known(self, a: Form, b: Form) -> bool | None:
+        """What needs not even a reading of the answers; None if one is needed."""
+        if a.text == b.text or (a.plain and b.plain):
+            return a.text == b.text
+        with self._lock:
+            return self._verdicts.get(_digest(a, b))
 
     def _remember(self, requests: Sequence[Request], outcomes: Sequence[Sequence[Outcome]]) -> bool:
         """Keeps the verdicts and counts the pairs; returns the last of them."""
@@ -168,16 +177,20 @@ class AnswerEquivalence:
 
 
 def _math_form(answer: str) -> Form:
-    # Not remembered: a memory of megabyte answers would be gigabytes.
-    return Form(answer.strip(), True) if len(answer) > MAX_LENGTH else _read_form(answer)
+    text = answer.strip()
+    if len(answer) > MAX_LENGTH:
+        return Form(text, True)
+    return Form(str(Fraction(text)), True) if _NUMERAL.fullmatch(text) else Form(text, False)
 
 
-@lru_cache(maxsize=65536)
-def _read_form(answer: str) -> Form:
-    reading = read(answer)
-    if isinstance(reading, Scalar) and not reading.unit.dimension and (value := plain_value(reading.node)) is not None:
-        return Form(str(value), True)
-    return Form(" ".join(answer.split()), False)
+_NUMERAL = re.compile(r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)", re.ASCII)
+
+
+def _needing_a_process(request: Request) -> Request:
+    texts = request.texts
+    return Request(
+        texts, tuple((i, j) for i, j in request.pairs if _without_process(*sorted((texts[i], texts[j]))) is None)
+    )
 
 
 # What stands for an answer under each relation. Forms that are all plain are the same only if their texts are equal.
