@@ -366,7 +366,7 @@ class _Reader:
         if depth > MAX_NESTING:
             raise Unreadable("nested too deep")
         token = self.take()
-        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+        if token.isascii() and (token[0].isdigit() or (token[0] == "." and len(token) > 1)):
             return number(Fraction(token))
         if token.startswith("\\"):
             return self._command(token[1:], depth)

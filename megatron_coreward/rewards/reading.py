@@ -397,7 +397,10 @@ def _clock(text: str) -> Reading | None:
     half = re.sub(r"[^apm]", "", (match[4] or "").lower())
     if match[2] is None and not half:
         return None
-    return Clock((hours, minutes, seconds), half)
+    clock = Clock((hours, minutes, seconds), half)
+    if match[3] is None or half or "0" in (match[2][0], match[3][0]):
+        return clock
+    return Alternatives((clock, Ratio(tuple(number(part) for part in clock.parts))))  # 5:12:13 may be either
 
 
 def _ratio(text: str) -> Reading | None:

@@ -149,9 +149,15 @@ def _equations(a: Equation, b: Equation, arithmetic: Arithmetic) -> bool:
 
 def _named(a: Named, b: Named, arithmetic: Arithmetic) -> bool:
     """Two equations by their solutions; other values by name and value."""
-    if a.equation and b.equation and a.name and b.name:
+    if a.equation and b.equation and a.name and b.name and not (_is_assignment(a) and _is_assignment(b)):
         return _equations(a.equation, b.equation, arithmetic)
     return (not a.name or not b.name or a.name == b.name) and same(a.value, b.value, arithmetic)
+
+
+def _is_assignment(named: Named) -> bool:
+    """`x = 4`: one variable and a number."""
+    equation = named.equation
+    return equation is not None and equation.lhs.op == "symbol" and not equation.rhs.symbols()
 
 
 def _assigned(a: Assignments, b: Assignments, arithmetic: Arithmetic) -> bool:

@@ -111,7 +111,7 @@ UNITS = _spellings(
     "byte bytes",
 )
 _ABSTRACT = frozenset({"unit"})  # names a size but no measure: "square units" agrees with cm^2
-_SINGLE_LETTERS = frozenset("mgsLlNJWVhA")  # in a text macro
+_SINGLE_LETTERS = frozenset("mgsLNJWV")  # in a text macro
 _IRREGULAR = frozenset(
     [
         "people",

@@ -18,7 +18,7 @@ from megatron_coreward.errors import RunError
 from megatron_coreward.rewards import symbolic
 from megatron_coreward.rewards.symbolic import SymbolicPool
 
-TOWER = "9^{9^{9^{9}}}"  # one big-integer operation that ends neither soon nor on a Python signal
+TOWER = r"\sum_{k=1}^{3} 9^{9^{9^{9}}}"  # one big-integer operation that ends neither soon nor on a Python signal
 others: set[int] = set()
 GRACE_S = 30.0  # for the start of a process on a crowded machine
 
