@@ -109,20 +109,20 @@ class Full:
 
     def same_curve(self, a: Node, b: Node) -> bool:
         """By solving both for a variable in which they are linear: each solution must solve the other."""
-        for name in sorted(a.symbols() & b.symbols()):
+        for name in sorted(a.variables() & b.variables()):
             solutions = [_linear_solution(form, name, self.same) for form in (a, b)]
             if solutions[0] is not None and solutions[1] is not None:
                 return self.same(solutions[0], solutions[1])
         return False
 
     def root(self, a: Node) -> Node | None:
-        (name,) = a.symbols()
+        (name,) = a.variables()
         return _linear_solution(a, name, self.same)
 
 
 def _at(node: Node, index: int) -> Node:
     """With every variable replaced by its coordinate at a point."""
-    return _substituted(node, {name: number(coordinate(name, index)) for name in node.symbols()})
+    return _substituted(node, {name: number(coordinate(name, index)) for name in node.variables()})
 
 
 def _substituted(node: Node, values: Mapping[str, Node]) -> Node:
@@ -145,7 +145,7 @@ def _linear_solution(form: Node, name: str, same: Callable[[Node, Node], bool]) 
 
 def _meet(slope: Node, rest: Node, same: Callable[[Node, Node], bool]) -> bool:
     """Whether slope and rest may be 0 together; only a slope that is linear in some variable is looked into."""
-    for name in sorted(slope.symbols()):
+    for name in sorted(slope.variables()):
         low, high, far = (_substituted(slope, {name: number(value)}) for value in (0, 1, 5))
         step = difference(high, low)
         if step.symbols() and not same(step, _at(step, 1)):

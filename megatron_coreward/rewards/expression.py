@@ -37,6 +37,11 @@ class Node:
         own = frozenset({self.name}) if self.op in ("symbol", "free") else frozenset[str]()
         return own.union(*(arg.symbols() for arg in self.args))
 
+    def variables(self) -> frozenset[str]:
+        """Names of the variables alone."""
+        own = frozenset({self.name}) if self.op == "symbol" else frozenset[str]()
+        return own.union(*(arg.variables() for arg in self.args))
+
     def has_imaginary_unit(self) -> bool:
         return (self.op, self.name) == ("constant", "i") or any(arg.has_imaginary_unit() for arg in self.args)
 
@@ -93,7 +98,11 @@ _OPERATORS = {  # binary operations without arithmetic meaning here: never the s
     *("land", "lor", "iff", "Rightarrow", "leftrightarrow", "mapsto", "bullet", "ast", "cong"),
 }
 
-_TOKENS = re.compile(r"\\[A-Za-z]+|\\.|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,4}(?![A-Za-z\d]))?|[A-Za-z]+|\s+|.", re.ASCII)
+# `1.5e-3`, `1e-10` and `1e5` are numbers, `2e-1` and `2e+2` are sums with Euler's number.
+_TOKENS = re.compile(
+    r"\\[A-Za-z]+|\\.|(?:\d*\.\d+e[+-]?|\d+e(?:[+-](?=\d\d))?)\d{1,4}(?![A-Za-z\d])|\d+\.?\d*|\.\d+|[A-Za-z]+|\s+|.",
+    re.ASCII,
+)
 _PLAIN_FUNCTION = re.compile(r"(?<![A-Za-z\\])(abs|floor|ceil|binom)(?=\()")
 _WORDS = tuple(sorted((*_NAMED, "sqrt", "pi"), key=len, reverse=True))
 _OPENING = {

@@ -61,7 +61,7 @@ RULES = (
     Rule(r"\\text\s*\{\s*\\([%$])\s*\}", r"\\\1", "a sign in a text macro"),
     Rule(r"\\?[$€£¥₹₩₽]|(?<!\\)\\[()\[\]]", "", "the question fixes the currency; math delimiters"),
     Rule(
-        r"\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)(?:,?\s*(?<!\\)\\[,!;: ]|~)\s*(?=\d{3}(?!\d))",
+        r"\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)(?:,?\s*\\!\s*|\\[,;: ]|~)(?=\d{3}(?!\d))",
         "",
         r"thousands: 1{,}000, 1,\!000, 1\,000",
     ),

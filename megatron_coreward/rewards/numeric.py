@@ -70,7 +70,7 @@ def same_value(a: Node, b: Node) -> bool:
 
 def compare_constants(a: Node, b: Node) -> int | None:
     """-1, 0 or 1 as the real number `a` is less than, equal to or greater than `b`; None if one is no real number."""
-    if a.symbols() or b.symbols():
+    if a.variables() or b.variables():
         return None
     signs = _infinity(a), _infinity(b)
     if any(signs):

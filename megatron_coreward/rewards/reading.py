@@ -201,6 +201,8 @@ def _phrase(text: str) -> Reading | None:
 
 def _unwrapped(text: str) -> Reading | None:
     r"""`\text{12 cm}`, `\text{2 and 3}`: text macros around more than words."""
+    if match := _TWO_LETTERS.fullmatch(text):
+        return _read(match[1])
     unwrapped = _NUMERIC_TEXT.sub(r"\1", text)
     unwrapped = _TEXT_CONJUNCTION.sub(r" \1 ", unwrapped)
     return _read(" ".join(unwrapped.split())) if unwrapped != text else None
@@ -319,9 +321,9 @@ def _equality(sides: list[str], operators: list[str]) -> Reading | None:
         return _assignments(tuple_names, list(values.items))
     equation = _equation("=", lhs, rhs)
     if left and (right is None or not _is_constant(lhs)):
-        return Named(left, _read(rhs), equation)
+        return _named(left, lhs, rhs)
     if right:
-        return Named(right, _read(lhs), equation)
+        return _named(right, rhs, lhs)
     if equation is None or (_is_constant(lhs) and _is_constant(rhs)):
         values_ = _read(lhs), _read(rhs)
         if all(isinstance(value, Scalar) for value in values_):
@@ -330,6 +332,14 @@ def _equality(sides: list[str], operators: list[str]) -> Reading | None:
             exact = r"\approx" not in operators
             return Alternatives(values_) if all(units) else Named("", values_[1], equation if exact else None)
     return equation
+
+
+def _named(name: str, side: str, other: str) -> Named:
+    r"""The value without its unit is a side of the equation, too: `\\angle A = 90^\\circ` is `\\angle A = 90`."""
+    value, node = _read(other), _node(side)
+    if isinstance(value, Scalar) and node is not None:
+        return Named(name, value, Equation("=", node, value.node))
+    return Named(name, value, _equation("=", side, other))
 
 
 def _chain(sides: list[str], names: list[str | None]) -> Reading | None:
@@ -539,6 +549,7 @@ _MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _NUMERIC_TEXT = re.compile(r"\\text\{([^{}]*\d[^{}]*)\}")
+_TWO_LETTERS = re.compile(r"\\text\{\s*([A-Za-z]{1,2})\s*\}")
 _TEXT_CONJUNCTION = re.compile(r"\\text\{\s*(and|or)\s*\}|(?<![A-Za-z\\])(?:\\lor|\\vee)(?=\s+[a-z] ?[<>=\\])")
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])")
 _WORD = re.compile(r"[A-Za-z]{3,}|no", re.IGNORECASE | re.ASCII)
@@ -760,7 +771,7 @@ def _node(text: str) -> Node | None:
 
 _SINGLE_LETTER = re.compile(r"\\text\{\s*([A-Za-z])\s*\}")
 _SPACED_GROUPS = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", re.ASCII)
+_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))", re.ASCII)
 
 
 def _repeating(match: re.Match[str]) -> str:

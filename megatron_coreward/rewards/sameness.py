@@ -140,6 +140,8 @@ def _matrices(a: Matrix, b: Matrix, arithmetic: Arithmetic) -> bool:
 def _equations(a: Equation, b: Equation, arithmetic: Arithmetic) -> bool:
     if a.operator != b.operator:
         return False
+    if (a.lhs, a.rhs) == (b.lhs, b.rhs):
+        return True
     x, y = zero_form(a), zero_form(b)
     sign = arithmetic.proportional(x, y)
     if sign is not None:
@@ -206,7 +208,7 @@ def _solution(a: Equation, b: Scalar, arithmetic: Arithmetic) -> bool:
     if a.operator != "=":
         return False
     form = zero_form(a)
-    root = arithmetic.root(form) if len(form.symbols()) == 1 and not b.node.symbols() else None
+    root = arithmetic.root(form) if len(form.symbols()) == len(form.variables()) == 1 and not b.node.symbols() else None
     return root is not None and arithmetic.same(root, b.node)
 
 
@@ -214,7 +216,7 @@ def _linear_inequality(a: Equation, b: Region, arithmetic: Arithmetic) -> bool:
     """`2x < 6` is `x < 3`."""
     form = zero_form(a)
     names = form.symbols()
-    if a.operator not in (">", r"\ge") or len(names) != 1:
+    if a.operator not in (">", r"\ge") or len(names) != 1 or form.variables() != names:
         return False
     (name,) = names
     root = arithmetic.root(form)

@@ -9,7 +9,6 @@ import pytest
 from benchmarks.answer_cases import variants
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.latex import canonical
 
 TEST_FILE = Path(__file__).parents[2] / "../shared/data/math/test.parquet"
 
