@@ -8,6 +8,7 @@ there, and what needs it is left out where it is not. Prints one JSON object:
 spellings  share of (answer, respelling) pairs, weighted by the answer, that are equivalent; the failures by respelling
 different  share of random pairs of answers with different values that are told apart; the pairs that are not
 grouping   seconds for the classes of 128 questions x 16 answers, with and without what was learned before
+step       the same for 256 x 64, by one process and by two
 hostile    of N pairs: rate, slowest, comparisons that ran over the limit, memory of this process and of the workers
 """
 
@@ -113,12 +114,32 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
         wrong = rng.sample(pool, 4 if right_share else SAMPLES)
         draw = [rng.choice(spelt) if rng.random() < right_share else wrong[i % len(wrong)] for i in range(SAMPLES)]
         groups.append([None if rng.random() < 0.05 else answer for answer in draw])
+    return _timed(groups, 1)
+
+
+def step(answers: Sequence[str], *, algebra_only: bool = False) -> dict[str, Any]:
+    """The groups of a large step, 256 questions x 64 answers with 4 to 12 distinct ones, by one process and by two."""
+    rng = random.Random(1)
+    pool = sorted({answer for answer in answers if not algebra_only or not _is_number(answer)})
+    groups = []
+    for right in rng.sample(pool, 256):
+        number = rng.randint(4, 12)
+        spelt = [right, *(respelt for _, respelt in variants(right))][:3]
+        distinct = (spelt + rng.sample(pool, number))[:number]
+        groups.append([rng.choice(distinct) for _ in range(64)])
+    one, two = _timed(groups, 1), _timed(groups, 2)
+    return {"one_process": one, "two_processes": two, "speedup": one["cold_s"] / two["cold_s"]}
+
+
+def _timed(groups: Sequence[Sequence[str | None]], workers: int) -> dict[str, Any]:
+    """Seconds for the classes of all groups, from nothing (processes not started) and once more."""
     for memory in (latex._clean, reading.read, reading._read, _without_process):
         memory.cache_clear()
-    with AnswerEquivalence("math", timeout_s=5.0, num_workers=1) as equivalence:
+    with AnswerEquivalence("math", timeout_s=5.0, num_workers=workers) as equivalence:
         seconds = []
         for _ in range(2):
             begin = time.perf_counter()
+            equivalence.compare(groups)
             classes = [equivalence.classes(group) for group in groups]
             seconds.append(time.perf_counter() - begin)
         return {
@@ -232,6 +253,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
             result["grouping"] = grouping(answers)
             result["grouping_algebra_only"] = grouping(answers, algebra_only=True)
             result["grouping_all_different"] = grouping(answers, right_share=0)
+            result["step"] = step(answers)
+            result["step_algebra_only"] = step(answers, algebra_only=True)
     elif options.only != "hostile":
         result["left_out"] = f"{MATH} is not there: spellings, different and grouping need --answers"
     if "hostile" in wanted:

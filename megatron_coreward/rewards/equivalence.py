@@ -33,9 +33,11 @@ from megatron_coreward.rewards.sameness import Undecided, same
 from megatron_coreward.rewards.symbolic import Comparer, Outcome, Request, SymbolicPool
 
 Relation = Equivalence
+PairKey = tuple[str, str] | bytes
 
 FEW_PAIRS = 100  # fewer are tried in this process first, which may need no other
-CACHE_SIZE = 500_000  # verdicts on pairs that went to a process: some 60 MiB
+SHORT_PAIR = 100  # characters; longer pairs are remembered by a digest
+CACHE_SIZE = 500_000  # verdicts on pairs that went to a process: 60 to 150 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class AnswerEquivalence:
         self.comparisons = 0
         self.timeouts = 0
         self._pool: Comparer = comparer or SymbolicPool(timeout_s, num_workers)
-        self._verdicts: dict[bytes, bool] = {}  # by the digest of a pair, in order of arrival
+        self._verdicts: dict[PairKey, bool] = {}  # in order of arrival
         self._lock = Lock()
 
     def equivalent(self, a: str | None, b: str | None) -> bool:
@@ -107,13 +109,13 @@ class AnswerEquivalence:
         if not self._symbolic or self.relation != "math":
             return
         requests: list[Request] = []
-        asked: set[bytes] = set()
+        asked: set[PairKey] = set()
         for group in groups:
             forms = list(dict.fromkeys(self._form(answer) for answer in group if has_answer(answer)))
             pairs = []
             for i, first in enumerate(forms):
                 for j in range(i):
-                    if self._known(first, forms[j]) is None and (key := _digest(first, forms[j])) not in asked:
+                    if self._known(first, forms[j]) is None and (key := _key(first.text, forms[j].text)) not in asked:
                         asked.add(key)
                         pairs.append((j, i))
             if pairs:
@@ -158,7 +160,7 @@ class AnswerEquivalence:
         if a.text == b.text or (a.plain and b.plain):
             return a.text == b.text
         with self._lock:
-            return self._verdicts.get(_digest(a, b))
+            return self._verdicts.get(_key(a.text, b.text))
 
     def _remember(self, requests: Sequence[Request], outcomes: Sequence[Sequence[Outcome]]) -> bool:
         """Keeps the verdicts and counts the pairs; returns the last of them."""
@@ -170,7 +172,7 @@ class AnswerEquivalence:
                     self.comparisons += 1
                     self.timeouts += not isinstance(verdict, bool)
                     if verdict != "lost":
-                        self._verdicts[_pair_digest(request.texts[i], request.texts[j])] = last
+                        self._verdicts[_key(request.texts[i], request.texts[j])] = last
                         if len(self._verdicts) > CACHE_SIZE:
                             del self._verdicts[next(iter(self._verdicts))]
         return last
@@ -209,13 +211,12 @@ def _without_process(a: str, b: str) -> bool | None:
         return None
 
 
-def _digest(a: Form, b: Form) -> bytes:
-    return _pair_digest(a.text, b.text)
-
-
-def _pair_digest(a: str, b: str) -> bytes:
+def _key(a: str, b: str) -> PairKey:
     """A name for a pair, in either order, that is short however long its answers are."""
-    return hashlib.blake2b(repr((a, b) if a < b else (b, a)).encode(errors="replace"), digest_size=16).digest()
+    pair = (a, b) if a < b else (b, a)
+    if len(a) + len(b) <= SHORT_PAIR:
+        return pair
+    return hashlib.blake2b(repr(pair).encode(errors="replace"), digest_size=16).digest()
 
 
 def has_answer(answer: str | None) -> TypeGuard[str]:
