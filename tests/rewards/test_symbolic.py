@@ -187,7 +187,7 @@ def test_a_process_does_not_outlive_a_parent_that_was_killed_while_it_worked() -
         "import threading, time\n"
         "from megatron_coreward.rewards.symbolic import SymbolicPool\n"
         "pool = SymbolicPool(2.0, 1)\n"
-        "pool.equivalent('x', 'y')\n"
+        "pool.equivalent(r'\\sum_{k=1}^{3}k', '6')\n"  # with math-verify loaded
         f"threading.Thread(target=pool.equivalent, args=({TOWER!r}, '1'), daemon=True).start()\n"
         "while pool._idle.qsize():\n"
         "    time.sleep(0.05)\n"
