@@ -6,7 +6,7 @@ Ranks are processes that hold the blocks of an actor layout (no optimizer, so th
 Three figures for each of TP 2 -> TP 1, TP 1 -> TP 2 and PP 2 -> TP 2, each as a multiple of the memcpy:
   transfer     every worker's blocks from the ranks' parameters into the worker's own memory, through the transport, in
                buckets, writing and reading overlapped: what this project does.
-  sync         the same with vLLM as the receiver: what a training step pays. vLLM lays every linear layer out anew for
+  sync         the same with vLLM as the receiver: what a training step pays. vLLM lays every linear layer out again for
                its CPU kernels, and copies it twice on the way.
   vLLM alone   vLLM taking in buckets that lie ready in shared memory, nobody writing: what no transport can save.
 """
@@ -30,6 +30,7 @@ import torch
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.weights.buckets import SegmentLayout
 from megatron_coreward.weights.gloo import GlooSender, Inbox, Session, serve_store
@@ -152,7 +153,7 @@ def _worker_end(transport: str) -> None:
 
 def _start_engine(folder: Path, transport: str, tensor_parallel: int) -> None:
     global _engine
-    _engine = RolloutWorker(
+    setup = EngineSetup(
         folder,
         dtype=DTYPE,
         tensor_parallel=tensor_parallel,
@@ -161,10 +162,11 @@ def _start_engine(folder: Path, transport: str, tensor_parallel: int) -> None:
         kv_cache_gib=0.125,
         weight_transfer=transport,
     )
+    _engine = RolloutWorker(setup)
 
 
 def _engine_call(method: str, *args: Any) -> Any:
-    return getattr(_engine, method)(*args)
+    return _engine.shutdown() if method == "shutdown" else _engine.run(method, *args)
 
 
 def memcpy_seconds(nbytes: int) -> float:

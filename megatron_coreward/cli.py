@@ -1,6 +1,7 @@
 """The command line: `megatron-coreward COMMAND`. Exit status 0 ok, 1 failed run, 2 bad input, 3 halted by its guard."""
 
 import argparse
+import os
 import signal
 import sys
 import traceback
@@ -10,6 +11,7 @@ from typing import NoReturn
 
 from megatron_coreward import __version__
 from megatron_coreward.commands import (
+    config,
     convert,
     demo,
     evaluate,
@@ -21,12 +23,15 @@ from megatron_coreward.commands import (
     train,
     verify_sync,
 )
-from megatron_coreward.errors import HaltedError, InputError, RunError
+from megatron_coreward.commands.arguments import Parser
+from megatron_coreward.errors import HaltedError, InputError, RunError, environment_problem
+from megatron_coreward.telemetry.untrusted_text import say
 
 COMMANDS: tuple[ModuleType, ...] = (
     demo,
     prepare_data,
     rephrase,
+    config,
     plan,
     train,
     launch,
@@ -35,37 +40,50 @@ COMMANDS: tuple[ModuleType, ...] = (
     verify_sync,
     convert,
 )
+_RUNS = ("train", "demo")  # the commands that train: of the others none says that a run has failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and runs the command; returns the exit status."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
-    if more and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # key=value behind an option, which argparse does not count to those before it
-        options.overrides += more
+        taken = getattr(options, "overrides", None)
+        if taken is None or any(argument.startswith("-") for argument in more):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        taken += more
+    what = "the run" if options.command in _RUNS else f"`{options.command}`"
     try:
         options.run(options)
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        say("; ".join(["interrupted", *getattr(e, "__notes__", [])]), sys.stderr)
         return 1
     except HaltedError as e:
-        print(f"the run is halted: {e}", file=sys.stderr)
+        say(f"the run is halted: {e}", sys.stderr)
         return 3
     except RunError as e:
-        print(f"the run failed: {e}", file=sys.stderr)
+        say(f"{what} failed: {e}", sys.stderr)
+        return 1
+    except BrokenPipeError:  # who read what is printed (`head`, a pager) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as e:
-        traceback.print_exc()
-        last_line = (str(e).strip().splitlines() or [""])[-1]
-        told = "; ".join([f"{type(e).__name__}: {last_line}", *getattr(e, "__notes__", [])])
-        print(f"the run failed: {told}", file=sys.stderr)
+        say(f"{what} failed: {_in_words(e)}", sys.stderr)
         return 1
     return 0
+
+
+def _in_words(error: Exception) -> str:
+    """One line about an error that nobody expected, with its traceback above unless it is plainly the machine's."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        line = environment_problem(error)
+    else:
+        say(traceback.format_exc().rstrip("\n"), sys.stderr)
+        line = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    return "; ".join([line, *getattr(error, "__notes__", [])])
 
 
 def console() -> NoReturn:
@@ -77,11 +95,11 @@ def console() -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-coreward", description="Co-rewarding: reinforcement learning for LLM reasoning without labels."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     for command in COMMANDS:
         command.add(commands)

@@ -65,22 +65,40 @@ finally:
         assert command.__name__.rpartition(".")[2].replace("_", "-") in done.stdout
 
 
-def test_keys_may_stand_before_and_behind_options(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["recipe.yaml", "steps=3", "--nodes", "2", "seed=4", "--dry-run", "method=entropy"],
+        ["--nodes", "2", "recipe.yaml", "steps=3", "seed=4", "method=entropy", "--dry-run"],
+        ["--nodes", "2", "--dry-run", "recipe.yaml", "steps=3", "seed=4", "method=entropy"],
+        ["recipe.yaml", "--nodes", "2", "--dry-run", "steps=3", "seed=4", "method=entropy"],
+        ["recipe.yaml", "--dry-run", "steps=3", "--nodes", "2", "seed=4", "method=entropy"],
+    ],
+    ids=" ".join,
+)
+def test_keys_may_stand_before_between_and_behind_options(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken = []
     monkeypatch.setattr(launch, "_launch", taken.append)
-    cli.main(["launch", "slurm", "recipe.yaml", "steps=3", "--nodes", "2", "seed=4", "--dry-run", "method=entropy"])
+    cli.main(["launch", "slurm", *arguments])
     (options,) = taken
-    assert (options.nodes, options.dry_run) == (2, True)
+    assert (str(options.config), options.nodes, options.dry_run) == ("recipe.yaml", 2, True)
     assert options.overrides == ["steps=3", "seed=4", "method=entropy"]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["launch", "slurm", "recipe.yaml", "--nods", "2"], ["rephrase", "m", "f", "--out", "o", "seed=4"]]
+    "arguments",
+    [
+        ["launch", "slurm", "recipe.yaml", "--nods", "2"],
+        ["launch", "slurm", "recipe.yaml", "--node", "2"],
+        ["rephrase", "m", "f", "--out", "o", "seed=4"],
+    ],
 )
 def test_what_no_command_takes_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
-    assert f"unrecognized arguments: {' '.join(arguments[-2:] if '--nods' in arguments else arguments[-1:])}" in (
+    assert f"unrecognized arguments: {' '.join(arguments[-2:] if arguments[0] == 'launch' else arguments[-1:])}" in (
         capsys.readouterr().err
     )
 
@@ -96,3 +114,76 @@ def test_a_signal_after_the_work_is_done_does_not_change_the_exit_status(sent: s
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["MODEL", "ifeval", "--out", "out"], ["--limit", "3", "MODEL", "ifeval"]])
+def test_a_command_under_its_former_name_says_the_new_one(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "harness", *arguments]) == 2
+    assert "error: evaluate harness: this command is called `evaluate lm-eval` now" in capsys.readouterr().err
+
+
+def all_parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    found = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found += all_parsers(command)
+    return found
+
+
+def test_every_option_says_its_default() -> None:
+    """Options of all commands that have one; a switch is off, and says nothing."""
+    silent, seen = [], 0
+    for parser in all_parsers(cli._parser()):
+        for action in parser._actions:
+            if not action.option_strings or action.default in (None, False, [], argparse.SUPPRESS):
+                continue
+            seen += 1
+            said = parser._get_formatter()._get_help_string(action) or ""
+            if not action.help or "default" not in said:
+                silent.append(f"{parser.prog} {action.option_strings[0]}")
+    assert seen > 30
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["launch", "slurm", "a.yaml", "--gpus", "8"], ["plan", "a.yaml", "--gp", "8"], ["report", "run", "--st", "3"]],
+)
+def test_the_beginning_of_an_options_name_is_no_option(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(words)
+    assert raised.value.code == 2
+    assert f"unrecognized arguments: {words[-2]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "to-hf", "a", "b", "--workers", "0"],
+        ["evaluate", "run", "model", "file", "--out", "x", "--temperature", "nan"],
+        ["evaluate", "run", "model", "file", "--out", "x", "--gpu-memory-utilization", "1.5"],
+        ["evaluate", "run", "model", "file", "--out", "x", "--batch-questions", "0"],
+        ["evaluate", "run", "model", "file", "--out", "x", "--seed", "12345678901234567890"],
+        ["rephrase", "model", "file", "--out", "x", "--kv-cache-gib", "inf"],
+        ["rephrase", "model", "file", "--out", "x", "--attempts", "-1"],
+        ["demo", "--seed", "-1"],
+        ["prepare-data", "math", "--out", "x", "--limit", "0"],
+        ["launch", "local", "recipe.yaml", "--nodes", "0"],
+    ],
+)
+def test_numbers_out_of_bounds_are_bad_input_that_names_what_is_allowed(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(words)
+    assert raised.value.code == 2
+    assert "allowed: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_a_size_of_files_is_a_number_above_0(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", "to-hf", "a", "b", f"--shard-gb={size}"]) == 2
+    assert f"--shard-gb: {size}; allowed: above 0" in capsys.readouterr().err

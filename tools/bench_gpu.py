@@ -29,9 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_coreward.config.accelerator import Machine, machine_problems, model_problems, setting_problems
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.load import parse_config
-from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.planner.hardware import GPUS
+from megatron_coreward.config.schema import TEACHER_METHODS, RunConfig
+from megatron_coreward.planner.hardware import GPUS, Assumptions
+from megatron_coreward.planner.memory import actor_memory, engine_memory
 from megatron_coreward.planner.models import CONFIGS, published_architecture
+from megatron_coreward.planner.plan import Machine as PlannedMachine
+from megatron_coreward.planner.plan import actor_problems, engine_problems
 from megatron_coreward.planner.step_time import head_flops, layer_flops, num_parameters
 from megatron_coreward.weights.mapping import hf_tensors
 
@@ -98,15 +101,17 @@ def config_of(run: Run, model: Path, folder: Path) -> RunConfig:
 # ---- what would run --------------------------------------------------------------------------------------------------
 
 
-def held_bytes(run: Run, config: RunConfig, arch: Architecture) -> int:
-    """What a run holds on the card at the least, before activations and caches."""
-    a_parameter = {
-        "actor": 2 + 4 + 4 + 8,  # weights, gradients, main parameters, moments
-        "rollout": 2,
-        # And the teacher or the frozen reference, and what is gathered of one quantity when a save begins.
-        "train": 2 + 4 + 4 + 8 + (2 + 8 if "ii" in config.method else 2) + 4,
-    }
-    return num_parameters(arch) * a_parameter[run.group]
+def planned(run: Run, config: RunConfig, arch: Architecture) -> tuple[int, list[str]]:
+    """Bytes at the peak, as the planner sees it, and what of it the card cannot hold."""
+    machine = PlannedMachine(GPU, "disaggregated" if run.group == "actor" else "colocated", Assumptions())
+    (stage,), engine = actor_memory(config, arch, machine.assumptions), engine_memory(config, arch, GPU, Assumptions())
+    if run.group == "actor":
+        return stage.peak, list(actor_problems((stage,), engine, machine))
+    if run.group == "rollout":
+        room = [f"{engine.cache / 2**30:.0f} GiB are left for the cache"] if engine.cache <= 0 else []
+        return engine.claimed, room
+    problems = [*actor_problems((stage,), engine, machine), *engine_problems(config, (stage,), engine, machine)]
+    return max(stage.peak + engine.asleep, stage.resident + engine.claimed), problems
 
 
 def dry_run(shape: str) -> Iterator[str]:
@@ -114,11 +119,10 @@ def dry_run(shape: str) -> Iterator[str]:
     arch = published_architecture(shape)
     for run in runs():
         config = config_of(run, Path(shape), Path("bench"))
-        held = held_bytes(run, config, arch)
-        problems = [*setting_problems(config), *model_problems(config, arch), *machine_problems(config, H200)]
-        if held > GPU.memory_bytes:
-            problems.append(f"{held / 2**30:.0f} GiB without activations; the card has {GPU.memory_bytes / 2**30:.0f}")
-        graded = "; ".join(problems) or f"fits, {held / 2**30:.0f} GiB before activations and caches"
+        peak, beyond = planned(run, config, arch)
+        problems = [*setting_problems(config), *model_problems(config, arch), *machine_problems(config, H200), *beyond]
+        of = f"{peak / 2**30:.0f} of {GPU.memory_bytes / 2**30:.0f} GiB"
+        graded = f"{of}: {'; '.join(problems)}" if problems else f"fits, {of}"
         yield f"{run.name:28} {graded}"
 
 
@@ -138,9 +142,9 @@ def write_random_model(directory: Path, shape: str, device: str = "cuda") -> Pat
     arch, tokenizer = published_architecture(shape), word_level_tokenizer()
     class_names = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    told = {**CONFIGS[shape], **ends, "architectures": [class_names[arch.family]]}
-    told |= {"hidden_act": "silu", "torch_dtype": "bfloat16", "attention_bias": False}
-    (directory / "config.json").write_text(json.dumps(told, indent=2))
+    content = {**CONFIGS[shape], **ends, "architectures": [class_names[arch.family]]}
+    content |= {"hidden_act": "silu", "torch_dtype": "bfloat16", "attention_bias": False}
+    (directory / "config.json").write_text(json.dumps(content, indent=2))
     (directory / "generation_config.json").write_text(json.dumps(ends))
     tokenizer.save_pretrained(directory)
     generator = torch.Generator(device).manual_seed(0)
@@ -192,7 +196,7 @@ def timed(call: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[float
 def update_flops(arch: Architecture, length: int, tokens: int) -> float:
     """Of an update: forward, and twice as much backward; a token meets half of its sequence on average.
 
-    The output layer is counted for every token, as it is computed. Recomputation and padding are not counted.
+    The output layer is counted for every token, though only responses meet it. Recomputation and padding are not.
     """
     return 3.0 * tokens * (arch.num_layers * layer_flops(arch, length / 2) + head_flops(arch))
 
@@ -233,7 +237,7 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
     scoring = statistics.median(timed(lambda: actor.token_stats(sequences, share, "policy", 1.0), 3, 1))
     tokens = SEQUENCES * length
     rate = update_flops(arch, length, tokens) / update
-    told = actor.describe()
+    computes = actor.describe()
     actor.shutdown()
     return {
         "update_tokens_s": tokens / update,
@@ -241,7 +245,7 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
         "scoring_tokens_s": tokens / scoring,
         "peak_gib": peak / 2**30,
         "packs": plan.num_packs,
-        **told,
+        **computes,
     }
 
 
@@ -271,8 +275,9 @@ def bench_rollout(run: Run, config: RunConfig, arch: Architecture) -> dict[str, 
             return sum(len(one.token_ids) for output in outputs for one in output.outputs)
     else:
         from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+        from megatron_coreward.rollout.setup import EngineSetup
 
-        engine = RolloutEngine(
+        setup = EngineSetup(
             config.model.hf_path,
             dtype=config.model.dtype,
             max_model_len=limit,
@@ -281,6 +286,7 @@ def bench_rollout(run: Run, config: RunConfig, arch: Architecture) -> dict[str, 
             quantization=r.quantization,
             own_weights=0,
         )
+        engine = RolloutEngine(setup)
 
         def sample(seed: int) -> int:
             requests = [
@@ -309,8 +315,8 @@ def bench_train(config: RunConfig, arch: Architecture) -> dict[str, Any]:
 
     def watch() -> None:
         while not done.wait(1.0):
-            told = _nvidia_smi("memory.used")
-            used.extend(int(line) for line in told.splitlines() if line.strip().isdigit())
+            output = _nvidia_smi("memory.used")
+            used.extend(int(line) for line in output.splitlines() if line.strip().isdigit())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -331,8 +337,8 @@ def figures_of_run(rows: Sequence[Mapping[str, Any]], arch: Architecture, config
     def median(key: str) -> float:
         return statistics.median(float(row.get(key) or 0.0) for row in counted)
 
-    publications = 2 if config.method in ("co_rewarding_ii", "co_rewarding_i+ii") else 1
-    sync = median("time/sync_s") / publications
+    syncs = 2 if config.method in TEACHER_METHODS else 1
+    sync = median("time/sync_s") / syncs
     step = median("step_time_s")
     phases = [key for key in counted[0] if key.startswith("time/") and key.endswith("_s") and "." not in key]
     return {
@@ -448,7 +454,7 @@ def aims() -> list[Aim]:
         most = 0.3 if run.endswith("bf16") else None
         table += [
             Aim(f"{run}: step, s", _of(run, "step_s"), "{:.2f}"),
-            Aim(f"{run}: sync, s a publication", _of(run, "sync_s"), "{:.3f}", most=most),
+            Aim(f"{run}: sync, s each", _of(run, "sync_s"), "{:.3f}", most=most),
             Aim(f"{run}: sync, GB/s", _of(run, "sync_gb_s"), "{:.1f}"),
             Aim(f"{run}: both switches, s", _of(run, "switch_s"), "{:.2f}"),
             Aim(f"{run}: outside of all phases, share", _of(run, "outside_share"), "{:.3f}", most=0.03),
@@ -485,7 +491,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=("actor", "rollout", "train"), help="one group of runs")
     parser.add_argument("--run", choices=[run.name for run in runs()], help="one run, in this process")
     parser.add_argument("--out", type=Path, help="file to which each run appends its JSON object")
-    parser.add_argument("--work", type=Path, help="folder for model and runs; a temporary one where none is given")
+    parser.add_argument("--work", type=Path, help="folder for model and runs; a temporary one if none is given")
     parser.add_argument("--limit", type=int, default=540, help="seconds that a run may take")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and whether it fits")
     parser.add_argument("--table", type=Path, metavar="OUT", help="print the table of such a file")

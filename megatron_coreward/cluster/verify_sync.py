@@ -1,17 +1,15 @@
 """`verify-sync CONFIG`: is the weight sync of this config right, before a run hangs on it?
 
-Starts the actors and engines of the config, publishes every role that the method has, with checksums, and compares the
-engines' log-probs of the probe with the actors'. In the end it asks for samples of weights that were never published,
-which the engines must refuse.
+Starts the actors and engines of the config, syncs the weights of every role that the method has, with checksums, and
+compares the engines' log-probs of the canary with the actors'. In the end it asks for samples of weights that were
+never synced, which the engines must refuse.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import ray
-
-from megatron_coreward.cluster.colocation import no_handoff, open_colocation
+from megatron_coreward.cluster.colocation import no_handoff
 from megatron_coreward.cluster.processes import processes
 from megatron_coreward.cluster.weight_sync import open_sync, weight_version
 from megatron_coreward.config.schema import RunConfig
@@ -27,7 +25,7 @@ from megatron_coreward.weights.route import tensors_to_send
 
 @dataclass(frozen=True, slots=True)
 class SyncCheck:
-    """One publication."""
+    """One weight sync."""
 
     role: Role
     version: int
@@ -37,7 +35,7 @@ class SyncCheck:
 
 
 def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
-    """Publishes `rounds` times each role and yields what each publication took.
+    """Syncs the weights of each role `rounds` times and yields what each sync took.
 
     Raises:
         InputError: before any process starts, if config or model cannot work.
@@ -48,12 +46,9 @@ def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
     config = config.model_copy(update={"sync": config.sync.model_copy(update={"checksums": True})})
     roles: tuple[Role, ...] = ("policy", "teacher") if METHODS[config.method].needs.teacher else ("policy",)
     gigabytes = sum(meta.nbytes for meta in tensors_to_send(arch, config.model.dtype)) / 1e9
-    with processes(config) as (actors, engines, transport), ExitStack() as stack:
-        colocation = open_colocation(config.rollout.placement, actors, engines, engines.slept)
-        sync = open_sync(
-            config, arch, transport, actors, engines if colocation is None else colocation.engines, ray.get
-        )
-        stack.enter_context((colocation or no_handoff)(PhaseTimer()))
+    with processes(config) as running, ExitStack() as stack:
+        sync = open_sync(config, arch, running)
+        stack.enter_context((running.colocation or no_handoff)(PhaseTimer()))
         for number in range(rounds):
             for role in roles:
                 version = weight_version(role, number)
@@ -62,7 +57,7 @@ def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
                 yield SyncCheck(role, version, report.seconds, gigabytes, report.canary_gap)
         request = SamplingRequest([1], n=1, seed=0, temperature=1.0, top_p=1.0, max_tokens=1)
         try:
-            engines.sample([request], version + 2)
+            running.engines.sample([request], version + 2)
         except RunError:
             return
-        raise RunError(f"an engine sampled with weights of version {version + 2}, which were never published")
+        raise RunError(f"an engine sampled with weights of version {version + 2}, which were never synced")

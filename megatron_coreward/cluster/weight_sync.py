@@ -6,20 +6,21 @@ stamped on every completion, and an engine that holds another version refuses to
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_coreward.cluster.processes import CANARY_TOKENS, Processes
+from megatron_coreward.cluster.worker_group import Workers
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import RunError
 from megatron_coreward.types import FloatArray, IntArray, Role, Sequences, TokenStats
 from megatron_coreward.weights.layouts import EngineLayout
-from megatron_coreward.weights.route import MEETING, Route, Transport
-
-CANARY_TOKENS = 64  # an engine reads them and writes one more
+from megatron_coreward.weights.route import MEETING, Route
 
 
 def weight_version(role: Role, num_updates: int) -> int:
@@ -27,21 +28,17 @@ def weight_version(role: Role, num_updates: int) -> int:
     return 2 * num_updates + (role == "teacher")
 
 
-class SendingActors(Protocol):
-    """What publishing needs of the actors (`cluster.groups.ActorGroup`)."""
+class SendingActors(Workers, Protocol):
+    """What a weight sync needs of the actors (`cluster.actor_group.ActorGroup`)."""
 
-    def open_sender(self, weights: Any, route: Route) -> dict[str, Any]: ...
-    def write_bucket(self, weights: Any, bucket: int, version: int, hashes: bool) -> list[Any]: ...
-    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
+    def token_stats(self, sequences: Sequences, weights: Any, temperature: float, statistics: bool) -> TokenStats: ...
 
 
-class ReceivingEngines(Protocol):
-    """What publishing needs of the engines (`cluster.groups.EngineGroup`)."""
+class ReceivingEngines(Workers, Protocol):
+    """What a weight sync needs of the engines (`cluster.engine_group.EngineGroup`)."""
 
     def start_update(self, init_info: dict[str, Any]) -> None: ...
     def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any]) -> list[Any]: ...
-    def finish_update(self, version: int) -> None: ...
-    def score(self, token_ids: IntArray) -> list[FloatArray]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +63,7 @@ class WeightSync:
         canary: IntArray,
         max_gap: float,
         hashes: bool = False,
+        on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         """`wait` resolves what `write_bucket` and `load_bucket` return (`ray.get`).
 
@@ -74,18 +72,19 @@ class WeightSync:
             hashes: compare checksums of every block where it is loaded.
             probe: [P] tokens whose log-probs must agree after every publication.
             max_gap: mean absolute difference in nats that is still taken for arithmetic.
+            on_loaded: called when the engines hold the weights, before they are asked for the canary's log-probs.
         """
         self._actors, self._engines, self._wait = actors, engines, wait
         self._route, self._num_buckets, self._hashes = route, num_buckets, hashes
         self._canary = Sequences([canary], np.asarray([1], dtype=np.int32))
-        self._max_gap = max_gap
+        self._max_gap, self._on_loaded = max_gap, on_loaded
         self._init_info: dict[Role, dict[str, Any]] = {}
         self._published: int | None = None
         self.poisoned = False  # a transfer failed that some processes will wait in for ever
         self.engine_epoch = 0  # of the engines: grows when one was started anew
 
     def sync_weights(self, role: Role, version: int) -> SyncReport | None:
-        """Brings the role's present weights to every engine and checks them; None where they are there already.
+        """Brings the role's present weights to every engine and checks them; None if they are there already.
 
         Raises:
             RunError: an engine's log-probs of the probe differ from the actors' by more than arithmetic.
@@ -98,8 +97,9 @@ class WeightSync:
         self.poisoned = self._route.transport == "nccl"  # whose broadcasts do not end when a member has gone
         self._engines.start_update(self._init_info[role])
         self._transfer(role, version)
-        self._engines.finish_update(version)
+        self._engines.call("finish_update", version)
         self.poisoned = False
+        self._on_loaded()
         gap = self._canary_gap(role)
         if not gap <= self._max_gap:
             raise RunError(
@@ -112,7 +112,7 @@ class WeightSync:
     def open(self, role: Role) -> None:
         """Makes the actors ready to send a role's weights, with the memory that it takes; `publish` does so itself."""
         if role not in self._init_info:
-            self._init_info[role] = self._actors.open_sender(role, self._route)
+            self._init_info[role] = self._actors.call("open_sender", role, self._route, results_of=(0,))[0]
 
     def invalidate(self) -> None:
         """The engines have dropped their weights to sleep: the next `publish` sends them, whatever their version."""
@@ -129,38 +129,33 @@ class WeightSync:
         """While the engines load one bucket, the actors write the next."""
         loading: list[Any] = []
         for bucket in range(self._num_buckets):
-            writing = self._actors.write_bucket(role, bucket, version, self._hashes)
+            writing = self._actors.begin("write_bucket", role, bucket, version, self._hashes).calls
             written = self._wait([*writing, *loading])[: len(writing)]
             loading = self._engines.load_bucket(bucket, version, [h for of_rank in written for h in of_rank])
         self._wait(loading)
 
     def _canary_gap(self, role: Role) -> float:
-        expected = self._actors.token_stats(self._canary, role, 1.0).logprobs[0]
-        scores: Sequence[FloatArray] = self._engines.score(self._canary.token_ids[0])
+        expected = self._actors.token_stats(self._canary, role, 1.0, False).logprobs[0]
+        scores: Sequence[FloatArray] = self._engines.call("score", self._canary.token_ids[0])
         return max(float(np.abs(score - expected).mean()) for score in scores)
 
 
-def open_sync(
-    config: RunConfig,
-    arch: Architecture,
-    transport: Transport,
-    actors: SendingActors,
-    engines: ReceivingEngines,
-    wait: Any,
-) -> WeightSync:
-    """The publication that a run is configured for."""
+def open_sync(config: RunConfig, arch: Architecture, processes: Processes) -> WeightSync:
+    """The weight sync that a run is configured for."""
     layout = EngineLayout(config.rollout.num_engines, config.rollout.tensor_parallel)
     bucket_bytes = int(config.sync.bucket_mib * 2**20)
-    route = Route(transport, f"coreward-{secrets.token_hex(6)}", bucket_bytes, layout, config.sync.timeout_s)
+    route = Route(processes.transport, f"coreward-{secrets.token_hex(6)}", bucket_bytes, layout, config.sync.timeout_s)
+    colocation = processes.colocation
     return WeightSync(
-        actors,
-        engines,
-        wait,
+        processes.actors,
+        processes.engines,
+        partial(processes.watchdog.get, awaited="a bucket of weights"),
         route=route,
         num_buckets=route.num_buckets(arch, config.model.dtype),
         canary=canary_tokens(arch.vocab_size, config.seed),
         max_gap=config.sync.max_logprob_gap or 0.0,
         hashes=config.sync.checksums,
+        on_loaded=(lambda: None) if colocation is None else colocation.wake_caches,
     )
 
 

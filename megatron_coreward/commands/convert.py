@@ -1,13 +1,16 @@
 """`convert to-megatron | to-hf | verify`: checkpoints between Hugging Face and Megatron."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_coreward.commands.arguments import whole
 from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.telemetry.untrusted_text import say
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -22,7 +25,7 @@ def add(commands: Any) -> None:
         action.add_argument("source", type=Path, metavar="SRC", help=what)
         action.add_argument("target", type=Path, metavar="DST", help="must not exist; appears whole or not at all")
         action.add_argument("--dtype", choices=_DTYPES, help="default: as they are")
-        action.add_argument("--workers", type=_positive, default=min(8, os.cpu_count() or 1), help="threads")
+        action.add_argument("--workers", type=whole(1), default=min(8, os.cpu_count() or 1), help="threads")
     to_hf.add_argument("--hf-path", type=Path, help="config.json and tokenizer; default: what the checkpoint brings")
     to_hf.add_argument("--weights", choices=("policy", "teacher"), default="policy", help="of a run's checkpoint")
     to_hf.add_argument("--shard-gb", type=float, default=5.0, help="size of a weight file at most, 10^9 bytes")
@@ -40,15 +43,9 @@ def add(commands: Any) -> None:
     verify.set_defaults(run=_verify)
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 1 or more")
-    return int(text)
-
-
 @contextmanager
 def _progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, where that is a terminal."""
+    """A bar on standard error, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -83,7 +80,7 @@ def _to_megatron(options: argparse.Namespace) -> None:
 def _to_hf(options: argparse.Namespace) -> None:
     from megatron_coreward.checkpoint.convert import to_hf
 
-    if options.shard_gb <= 0:
+    if not 0 < options.shard_gb < math.inf:  # NaN is neither
         raise InputError(f"--shard-gb: {options.shard_gb:g}; allowed: above 0")
     with _progress("to Hugging Face", "bytes") as progress:
         to_hf(
@@ -116,17 +113,17 @@ def _verify(options: argparse.Namespace) -> None:
     with _progress("verify", "tensors") as progress:
         found = verify(one, other, progress)
     for line in found.configs:
-        print(f"the configs differ: {line}")
+        say(f"the configs differ: {line}")
     for name, gap in found.different.items():
-        print(f"different: {name} (largest absolute difference {gap:.3e})")
+        say(f"different: {name} (largest absolute difference {gap:.3e})")
     for name in found.not_as_manifest:
-        print(f"not as its manifest says: {name}")
+        say(f"not as its manifest says: {name}")
     if not found.ok:
         raise RunError(
             f"{len(found.different)} of {found.tensors} tensors differ, {len(found.not_as_manifest)} are not as their "
             f"manifest says, {len(found.configs)} settings differ"
         )
     compared = "equal" if other is not None else "as the manifest says"
-    print(f"{found.tensors} tensors are {compared}; manifests checked: {found.manifests}")
+    say(f"{found.tensors} tensors are {compared}; manifests checked: {found.manifests}")
     if options.logits and other is not None:
         print(compare_logits(one, other))

@@ -1,11 +1,13 @@
-"""`evaluate run | compare | harness`: how good a model is, whether one beats another, and the harness of the field."""
+"""`evaluate run | compare | lm-eval`: how good a model is, whether one beats another, and the harness of the field."""
 
 import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_coreward.commands.arguments import SEED, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
 from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerFormat, Equivalence
+from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
@@ -13,22 +15,32 @@ def add(commands: Any) -> None:
         "evaluate", help="pass@1, avg@k, pass@k, maj@k on prepared questions, with intervals"
     )
     actions = evaluate.add_subparsers(required=True, metavar="ACTION")
+    _add_run(actions)
+    _add_compare(actions)
+    _add_lm_eval(actions)
+    former = actions.add_parser("harness", add_help=False, prefix_chars="\0")  # takes anything, is not listed
+    former.add_argument("anything", nargs="*")
+    former.set_defaults(run=_renamed)
 
-    run = actions.add_parser("run", help="sample answers and judge them; goes on where it was interrupted")
+
+def _add_run(actions: Any) -> None:
+    run = actions.add_parser("run", help="sample answers and grade them; goes on where it was interrupted")
     run.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     run.add_argument("files", type=Path, nargs="+", metavar="FILE", help="parquet, as prepare-data writes it")
-    run.add_argument("--out", type=Path, required=True, help="directory for journal, result.json and page.html")
+    run.add_argument("--out", type=Path, required=True, help="directory for samples.jsonl, result.json and page.html")
     run.add_argument("--name", help="of the model in tables; default: its path")
-    run.add_argument("--n", type=int, default=8, help="samples a question")
-    run.add_argument("--temperature", type=float, default=1.0)
-    run.add_argument("--top-p", type=float, default=1.0)
-    run.add_argument("--max-tokens", type=int, default=3072, help="of an answer")
+    run.add_argument("--n", type=whole(1), default=8, help="samples a question")
+    run.add_argument("--temperature", type=number(above=0), default=1.0, help="of samples")
+    run.add_argument("--top-p", type=number(above=0, most=1), default=1.0, help="of samples")
+    run.add_argument("--max-tokens", type=whole(1), default=3072, help="of an answer")
     run.add_argument("--no-greedy", action="store_true", help="without the greedy answer, which pass@1 is of")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    run.add_argument("--equivalence", choices=get_args(Equivalence), default="math")
+    run.add_argument("--seed", type=whole(0, SEED), default=0, help="of what is drawn")
+    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
     run.add_argument(
-        "--answer-form",
+        "--equivalence", choices=get_args(Equivalence), default="math", help="when two answers are the same"
+    )
+    run.add_argument(
+        "--answer-format",
         action="append",
         choices=get_args(AnswerFormat),
         help="where final answers stand, tried in the order given; default: boxed",
@@ -37,28 +49,34 @@ def add(commands: Any) -> None:
         "--stop-at", action="append", metavar="TEXT", help="read no answer behind this text if one stands before it"
     )
     add_engine_options(run)
-    run.add_argument("--batch-questions", type=int, default=64, help="what an interruption can lose")
-    run.add_argument("--max-problems", type=int)
+    run.add_argument("--batch-questions", type=whole(1), default=64, help="what an interruption can lose")
+    run.add_argument("--max-problems", type=whole(1), help="only the first questions, as many as this")
     prompt = run.add_mutually_exclusive_group()
     prompt.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="default: that of training")
     prompt.add_argument("--keep-system-prompt", action="store_true", help="use the files' own")
     run.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
     run.set_defaults(run=_run)
 
+
+def _add_compare(actions: Any) -> None:
     compare = actions.add_parser("compare", help="paired test of two evaluations of the same questions")
     compare.add_argument("a", type=Path, metavar="A", help="directory or result.json of an evaluation")
     compare.add_argument("b", type=Path, metavar="B")
     compare.add_argument("--out", type=Path, help="directory for the comparison as JSON and a page")
     compare.set_defaults(run=_compare)
 
-    lm_eval = actions.add_parser("harness", help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM")
+
+def _add_lm_eval(actions: Any) -> None:
+    lm_eval = actions.add_parser("lm-eval", help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM")
     lm_eval.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     lm_eval.add_argument("benchmarks", nargs="+", metavar="BENCHMARK")
     lm_eval.add_argument("--out", type=Path, required=True)
-    lm_eval.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    lm_eval.add_argument("--limit", type=int, help="the first so many questions of each task")
-    lm_eval.add_argument("--tensor-parallel", type=int, default=1)
-    lm_eval.add_argument("--max-model-len", type=int)
+    lm_eval.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
+    lm_eval.add_argument("--limit", type=whole(1), help="only the first questions of each task, as many as this")
+    lm_eval.add_argument("--tensor-parallel", type=whole(1), default=1, help="GPUs of the engine")
+    lm_eval.add_argument(
+        "--max-model-len", type=whole(1), help="tokens of prompt and answer together; default: the model's"
+    )
     lm_eval.add_argument("--no-chat-template", action="store_true")
     lm_eval.add_argument("--allow-code", action="store_true", help="run code that the model wrote")
     lm_eval.add_argument("--include-path", type=Path, help="directory with further task definitions")
@@ -66,12 +84,18 @@ def add(commands: Any) -> None:
     lm_eval.set_defaults(run=_lm_eval)
 
 
+def _renamed(options: argparse.Namespace) -> None:
+    from megatron_coreward.errors import InputError
+
+    raise InputError("evaluate harness: this command is called `evaluate lm-eval` now")
+
+
 def _converter(hf_path: Path | None) -> Any:
     """Writes a Megatron checkpoint into an empty folder as a Hugging Face model."""
     from megatron_coreward.checkpoint.convert import to_hf
 
     def convert(source: Path, folder: Path) -> None:
-        folder.rmdir()  # the converter makes it anew, whole or not at all
+        folder.rmdir()  # the converter makes it again, whole or not at all
         to_hf(source, folder, hf_path=hf_path)
 
     return convert
@@ -97,7 +121,7 @@ def _run(options: argparse.Namespace) -> None:
             ),
             GradingSettings(
                 options.equivalence,
-                tuple(options.answer_form or ("boxed",)),
+                tuple(options.answer_format or ("boxed",)),
                 stop_at=tuple(options.stop_at or ()),
             ),
             chosen_engines(options, batch_questions=options.batch_questions),
@@ -136,7 +160,7 @@ def _lm_eval(options: argparse.Namespace) -> None:
             include_path=options.include_path,
         )
     for task, metrics in results.items():
-        print(task, *(f"{metric} {value:.4f}" for metric, value in metrics.items()), sep="  ")
+        say("  ".join([task, *(f"{metric} {value:.4f}" for metric, value in metrics.items())]))
 
 
 def _show(table: Any) -> None:

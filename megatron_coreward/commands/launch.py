@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_coreward.commands.arguments import whole
 from megatron_coreward.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,26 +29,16 @@ def add(commands: Any) -> None:
         parser.add_argument("config", type=Path, metavar="CONFIG")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
         parser.add_argument("--cluster", type=Path, metavar="FILE", help="the cluster's settings (launch/clusters/)")
-        parser.add_argument("--nodes", type=_positive, default=1)
-        parser.add_argument("--gpus-per-node", type=_count, default=0, help="0: a run on CPUs (default)")
+        parser.add_argument("--nodes", type=whole(1), default=1, help="nodes of the job")
+        parser.add_argument("--gpus-per-node", type=whole(0), default=0, help="0: a run on CPUs")
         parser.add_argument("--time", metavar="[D-]H:M:S", help="time limit of a job; default: the cluster's")
         parser.add_argument("--name", help="in the queue; default: the name of run_dir")
-        parser.add_argument("--max-resubmits", type=_count, default=20, help="default: 20")
+        parser.add_argument(
+            "--max-resubmits", type=whole(0), default=20, help="submissions after the first one, at most"
+        )
         parser.add_argument("--dry-run", action="store_true", help="print exactly what would be submitted")
         parser.add_argument("--detach", action="store_true", help="submit and leave")
         parser.set_defaults(run=_launch, kind=kind)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 0 or more")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 1 or more")
-    return int(text)
 
 
 def _launch(options: argparse.Namespace) -> None:

@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_coreward.commands.arguments import whole
 from megatron_coreward.config.schema import SYSTEM_PROMPT
 from megatron_coreward.errors import InputError
-from megatron_coreward.types import VIEWS
+from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
@@ -32,9 +33,12 @@ def add(commands: Any) -> None:
     )
     prepare.add_argument("--skip-bad", action="store_true", help="leave out rows without an answer, and list them")
     prepare.add_argument(
-        "--view", choices=VIEWS, default="original", help="the question to take from a file that holds pairs"
+        "--view",
+        choices=("original", "rephrased"),  # `types.VIEWS`, which would import numpy to print help
+        default="original",
+        help="the question to take from a file that holds pairs",
     )
-    prepare.add_argument("--limit", type=int, help="the first so many rows only")
+    prepare.add_argument("--limit", type=whole(1), help="only the first rows, as many as this")
     prepare.add_argument("--json", action="store_true", help="the summary as JSON")
     prepare.set_defaults(run=_prepare)
 
@@ -80,12 +84,12 @@ def _prepare(options: argparse.Namespace) -> None:
     if options.json:
         print(summary.to_json())
         return
-    print(f"{target}: {summary.rows} questions, {summary.duplicates} of them repeat an earlier one")
+    say(f"{target}: {summary.rows} questions, {summary.duplicates} of them repeat an earlier one")
     for unit, lengths in (("characters", summary.characters), ("tokens", summary.tokens)):
         if lengths is not None:
-            print(f"  {unit}: {lengths.least} to {lengths.most}, median {lengths.median}, 99% up to {lengths.p99}")
-    print("  answers: " + ", ".join(f"{count} {name}" for name, count in summary.answer_types.items()))
+            say(f"  {unit}: {lengths.least} to {lengths.most}, median {lengths.median}, 99% up to {lengths.p99}")
+    say("  answers: " + ", ".join(f"{count} {name}" for name, count in summary.answer_types.items()))
     if summary.skipped:
-        print(f"  left out: {len(summary.skipped)} rows", *summary.skipped, sep="\n    ")
+        say("\n    ".join([f"  left out: {len(summary.skipped)} rows", *summary.skipped]))
     for file, count in summary.overlaps.items():
-        print(f"  questions that {file} has too: {count}")
+        say(f"  questions that {file} has too: {count}")

@@ -4,36 +4,41 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_coreward.commands.arguments import SEED, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
 from megatron_coreward.data.rewriting_prompts import PROMPTS
+from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
     rephrase = commands.add_parser("rephrase", help="rewrite questions with a model, and keep what passes the checks")
     rephrase.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory")
     rephrase.add_argument("file", type=Path, metavar="FILE", help="parquet, as prepare-data writes it")
-    rephrase.add_argument("--out", type=Path, required=True, help="parquet; journal and report are written beside it")
-    rephrase.add_argument("--attempts", type=int, default=3, help="for a question whose rewriting was refused")
+    rephrase.add_argument("--out", type=Path, required=True, help="parquet; replies and report are written beside it")
+    rephrase.add_argument("--attempts", type=whole(1), default=3, help="for a question whose rewriting was refused")
     rephrase.add_argument(
         "--prompt", choices=tuple(PROMPTS), default="own", help="`paper`: that of the paper, with its sampling"
     )
     rephrase.add_argument("--no-filter", action="store_true", help="take every rewriting that can be read")
-    rephrase.add_argument("--temperature", type=float, help=_by_prompt("temperature"))
-    rephrase.add_argument("--top-p", type=float, help=_by_prompt("top_p"))
-    rephrase.add_argument("--max-tokens", type=int, help=f"of a reply; {_by_prompt('max_tokens')}")
-    rephrase.add_argument("--seed", type=int, default=0)
+    rephrase.add_argument("--temperature", type=number(above=0), help=_by_prompt("temperature"))
+    rephrase.add_argument("--top-p", type=number(above=0, most=1), help=_by_prompt("top_p"))
+    rephrase.add_argument("--max-tokens", type=whole(1), help=f"of a reply; {_by_prompt('max_tokens')}")
+    rephrase.add_argument("--seed", type=whole(0, SEED), default=0, help="of what is drawn")
     rephrase.add_argument(
-        "--solver-samples", type=int, default=0, help="answers to both versions, whose majorities must agree; 0: none"
+        "--solver-samples",
+        type=whole(0),
+        default=0,
+        help="answers to both versions, whose majorities must agree; 0: none",
     )
-    rephrase.add_argument("--solver-max-tokens", type=int, default=3072)
+    rephrase.add_argument("--solver-max-tokens", type=whole(1), default=3072, help="of an answer of the solver")
     rephrase.add_argument(
         "--refused",
         choices=("leave_out", "keep_original"),
         default="leave_out",
         help="a question of which no rewriting passed",
     )
-    rephrase.add_argument("--batch-rows", type=int, default=64, help="what an interruption can lose")
-    rephrase.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    rephrase.add_argument("--batch-rows", type=whole(1), default=64, help="what an interruption can lose")
+    rephrase.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
     add_engine_options(rephrase)
     rephrase.set_defaults(run=_rephrase)
 
@@ -74,8 +79,8 @@ def _rephrase(options: argparse.Namespace) -> None:
             dtype=options.dtype,
             on_progress=progress,
         )
-    print(f"{report.written} of {report.rows} questions rewritten with {report.replies} replies")
+    say(f"{report.written} of {report.rows} questions rewritten with {report.replies} replies")
     for name, counts in (("replies refused", report.refused_replies), ("checks failed", report.failed_checks)):
         if counts:
-            print(f"  {name}: " + ", ".join(f"{count} {why}" for why, count in counts.items()))
-    print(f"report: {options.out.with_name(f'{options.out.stem}.report.html')}")
+            say(f"  {name}: " + ", ".join(f"{count} {why}" for why, count in counts.items()))
+    say(f"report: {options.out.with_name(f'{options.out.stem}.report.html')}")

@@ -14,10 +14,12 @@ import numpy as np
 
 from megatron_coreward.actor.setup import ActorSetup
 from megatron_coreward.algorithms.aggregation import token_weights
-from megatron_coreward.cluster.groups import ActorGroup, start_ray
-from megatron_coreward.cluster.placement import START_LIMIT_S, ReservedPlacement, ResourceRequest
+from megatron_coreward.cluster.actor_group import ActorGroup
+from megatron_coreward.cluster.placement import START_LIMIT_S, ReservedPlacement
+from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.config.schema import ActorSettings, LossSettings
 from megatron_coreward.data.prompts import build_prompts
+from megatron_coreward.planner.placement import ResourceRequest
 from megatron_coreward.types import Sequences, TrainBatch
 
 BATCH_SIZE = 64
@@ -50,30 +52,9 @@ def warm_start(
     """
     prompts, responses = _tokenise(tokenizer, examples)
     longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    settings = ActorSettings(
-        data_parallel=2,
-        lr=LEARNING_RATE,
-        lr_schedule="constant",
-        lr_warmup=min(1.0, WARMUP_STEPS / max_steps),
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        tokens_per_microbatch=4096,
-    )
     start_ray()
-    setup = ActorSetup(
-        settings=settings,
-        loss=LossSettings(kl_coef=0.0),
-        hf_path=source.resolve(),
-        megatron_path=None,
-        dtype="float32",
-        temperature=1.0,
-        max_sequence_length=longest,
-        total_updates=max_steps,
-        seed=seed,
-        teacher=False,
-        frozen_reference=False,
-    )
-    placement = ReservedPlacement(ResourceRequest.of_actors(settings), limit_s=START_LIMIT_S)
+    setup = _actor_setup(source, longest, max_steps, seed)
+    placement = ReservedPlacement(ResourceRequest.of_actors(setup.settings), limit_s=START_LIMIT_S)
     actors = ActorGroup(setup, placement)
     try:
         actors.wait()
@@ -86,11 +67,36 @@ def warm_start(
             on_step(step, fmean(losses))
             if len(losses) == SMOOTHING and fmean(losses) < target_loss:
                 break
-        actors.export_hf("policy", target.resolve())
+        actors.call("export_hf", "policy", target.resolve())
         return step
     finally:
         actors.shutdown()
         placement.release()
+
+
+def _actor_setup(source: Path, longest: int, max_steps: int, seed: int) -> ActorSetup:
+    settings = ActorSettings(
+        data_parallel=2,
+        lr=LEARNING_RATE,
+        lr_schedule="constant",
+        lr_warmup=min(1.0, WARMUP_STEPS / max_steps),
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        tokens_per_microbatch=4096,
+    )
+    return ActorSetup(
+        settings=settings,
+        loss=LossSettings(kl_coef=0.0),
+        hf_path=source.resolve(),
+        megatron_path=None,
+        dtype="float32",
+        temperature=1.0,
+        max_sequence_length=longest,
+        total_updates=max_steps,
+        seed=seed,
+        teacher=False,
+        frozen_reference=False,
+    )
 
 
 def _tokenise(

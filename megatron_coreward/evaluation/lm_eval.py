@@ -1,6 +1,6 @@
 """The paper's other benchmarks (arXiv 2508.00410, table 2), by the harness that the field uses: lm-evaluation-harness.
 
-One command line of `lm_eval` with its vLLM backend; nothing of a benchmark is written anew here. It needs its own
+One command line of `lm_eval` with its vLLM backend; no benchmark is written again here. It needs its own
 installation (`pip install "lm_eval[vllm,ifeval]"`), and it downloads the benchmarks' data.
 """
 
@@ -54,24 +54,10 @@ def lm_eval_command(
 ) -> list[str]:
     """The command line that measures a Hugging Face model on benchmarks and writes its results under `out`.
 
-    Raises InputError for an unknown benchmark, for one that runs code where that is not allowed, and for one that the
+    Raises InputError for an unknown benchmark, for one that runs code if that is not allowed, and for one that the
     harness has no task for and no `include_path` is given.
     """
-    if not benchmarks:
-        raise InputError(f"no benchmark given; allowed: {', '.join(BENCHMARKS)}")
-    for name in benchmarks:
-        if name not in BENCHMARKS:
-            raise InputError(f"benchmark {name!r}: unknown; allowed: {', '.join(BENCHMARKS)}")
-        if name in WITHOUT_TASK and include_path is None:
-            raise InputError(
-                f"benchmark {name}: lm-evaluation-harness (0.4.13) has no task for it; allowed: --include-path with a "
-                f"folder that defines the task {BENCHMARKS[name].tasks[0]}, or the benchmark's own program"
-            )
-        if BENCHMARKS[name].runs_code and not allow_code:
-            raise InputError(
-                f"benchmark {name}: it executes code that the model wrote; allowed: --allow-code, in a place where "
-                "that may do no harm"
-            )
+    _check(benchmarks, allow_code, include_path)
     model_args = {
         "pretrained": str(model.resolve()),
         "dtype": dtype,
@@ -107,10 +93,28 @@ def lm_eval_command(
     return command
 
 
+def _check(benchmarks: Sequence[str], allow_code: bool, include_path: Path | None) -> None:
+    if not benchmarks:
+        raise InputError(f"no benchmark given; allowed: {', '.join(BENCHMARKS)}")
+    for name in benchmarks:
+        if name not in BENCHMARKS:
+            raise InputError(f"benchmark {name!r}: unknown; allowed: {', '.join(BENCHMARKS)}")
+        if name in WITHOUT_TASK and include_path is None:
+            raise InputError(
+                f"benchmark {name}: lm-evaluation-harness (0.4.13) has no task for it; allowed: --include-path with a "
+                f"folder that defines the task {BENCHMARKS[name].tasks[0]}, or the benchmark's own program"
+            )
+        if BENCHMARKS[name].runs_code and not allow_code:
+            raise InputError(
+                f"benchmark {name}: it executes code that the model wrote; allowed: --allow-code, in a place where "
+                "that may do no harm"
+            )
+
+
 def run_lm_eval(model: Path, benchmarks: Sequence[str], out: Path, **options: Any) -> dict[str, dict[str, float]]:
     """Runs the harness with its output on this terminal. Returns the numbers of its result file, by task.
 
-    Raises InputError where it is not installed, and for what `harness_command` refuses; RunError where it fails.
+    Raises InputError if it is not installed, and for what `lm_eval_command` refuses; RunError if it fails.
     """
     command = lm_eval_command(model, benchmarks, out, **options)
     beside = Path(sys.executable).parent / command[0]

@@ -8,16 +8,35 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from megatron_coreward.config.component import Component, Positive
+from megatron_coreward.config.explain import explain
+from megatron_coreward.config.paths import expand_path
+from megatron_coreward.config.yaml_file import read_yaml
 from megatron_coreward.errors import InputError
+
+# What the launcher and the executors tell their own scripts; set otherwise, a job finds no Ray, no recipe or no end.
+OWN_VARIABLES = frozenset(
+    {
+        "COREWARD_RAY_HEAD",
+        "MEGATRON_COREWARD_CONFIG",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "SLURM_JOB_ID",
+        "SLURM_NODEID",
+        "SLURM_RESTART_COUNT",
+        "TORCHX_MAX_RETRIES",
+    }
+)
 
 
 def _environment_name(name: str) -> str:
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         raise ValueError("an environment variable is named in capitals, digits and underscores")
+    if name in OWN_VARIABLES:
+        raise ValueError("the launcher sets this variable itself")
     return name
 
 
@@ -25,6 +44,37 @@ def time_limit(text: str) -> str:
     """Raises ValueError where `text` is no time limit."""
     if not re.fullmatch(r"(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d", text):
         raise ValueError("expected [days-]hours:minutes:seconds, such as 04:00:00")
+    if not seconds(text):
+        raise ValueError("a limit of 0 is none for some schedulers; expected more")
+    return text
+
+
+def seconds(limit: str) -> int:
+    """Of a time limit."""
+    days, _, clock = limit.rpartition("-")
+    hours, minutes, rest = (int(part) for part in clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def _folder(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError("expected an absolute path")
+    return _there(text)
+
+
+def _there(text: str) -> str:
+    if "$" in text or text.startswith("~"):
+        raise ValueError("a path where the job runs, and nothing expands it there; expected one without ~ and $")
+    return text
+
+
+def _here(text: str) -> str:
+    return str(expand_path(text))
+
+
+def _claim_name(text: str) -> str:
+    if len(text) > 253 or not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", text):
+        raise ValueError("a claim is named in lower-case letters, digits, dashes and dots")
     return text
 
 
@@ -38,6 +88,10 @@ def _mount(text: str) -> str:
 EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
 TimeLimit = Annotated[str, AfterValidator(time_limit)]
 Mount = Annotated[str, AfterValidator(_mount)]
+Folder = Annotated[str, AfterValidator(_folder)]
+Here = Annotated[str, AfterValidator(_here)]  # a path on the machine that launches
+There = Annotated[str, AfterValidator(_there)]  # a path where the job runs
+ClaimName = Annotated[str, AfterValidator(_claim_name)]
 
 
 class SecretFile(Component):
@@ -53,13 +107,13 @@ class LocalCluster(Component):
     kind: Literal["local"] = "local"
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
-    python: str | None = None  # null: the one that launches
+    python: Here | None = None  # null: the one that launches
 
 
 class SSH(Component):
     host: str
     user: str
-    identity: str | None = None  # file of the private key; null: what the SSH agent has
+    identity: Here | None = None  # file of the private key; null: what the SSH agent has
 
 
 class SlurmCluster(Component):
@@ -79,18 +133,33 @@ class SlurmCluster(Component):
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
     setup: tuple[str, ...] = ()  # shell lines on every node before Ray starts, such as module load cuda
+    ssh: SSH | None = None  # the login node; null: launch runs there
     python: str | None = None  # null: the one that launches, or that of the image
     workdir: PurePosixPath | None = None  # to which relative paths of the recipe refer; null: where launch is run
     job_dir: PurePosixPath | None = None  # job_dir/NAME has scripts and logs, seen by all nodes; null: run_dir/launch
-    ssh: SSH | None = None  # the login node; null: launch runs there
     object_store_gib: Annotated[float, Field(gt=0)] | None = None  # Ray's, a node; null: Ray's choice
+
+    @field_validator("python", "workdir", "job_dir")
+    @classmethod
+    def _expand(cls, value: Any, info: ValidationInfo) -> Any:
+        """Paths of a cluster that shares its files with the machine that launches are expanded there, once.
+
+        A workdir's leading `~/` is the home directory on the node, where the script changes to it.
+        """
+        text, key = str(value), str(info.field_name)
+        if value is None or (key == "workdir" and text.startswith("~/") and "$" not in text):
+            return value
+        elsewhere = info.data.get("ssh") or (key == "python" and info.data.get("image"))
+        return type(value)(_there(text) if elsewhere else _here(text))
 
 
 class KubernetesCluster(Component):
     kind: Literal["kubernetes"]
     image: str
     namespace: str = "default"
-    claims: dict[str, str] = Field(min_length=1)  # persistent volume claim -> where it is mounted; run_dir is in one
+    claims: dict[ClaimName, Folder] = Field(
+        min_length=1
+    )  # persistent volume claim -> where it is mounted; run_dir is in one
     shared_memory: str = "64Gi"  # of /dev/shm, a pod
     head_cpu: str = "4"
     head_memory: str = "32Gi"
@@ -103,7 +172,7 @@ class KubernetesCluster(Component):
     time: TimeLimit | None = None
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretKey] = Field(default_factory=dict)
-    python: str = "python"
+    python: There = "python"
     workdir: PurePosixPath = PurePosixPath("/workspace")
     ray_version: str = "2.60.0"
 
@@ -117,11 +186,11 @@ class SkyPilotCluster(Component):
     memory: Positive | None = None  # GB
     use_spot: bool = True
     storage: dict[str, dict[str, Any]] = Field(min_length=1)  # where it is mounted -> SkyPilot's description of it
-    files: dict[str, str] = Field(default_factory=dict)  # in the job -> here
+    files: dict[str, Here] = Field(default_factory=dict)  # in the job -> here
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
     setup: tuple[str, ...] = ()
-    python: str = "python"
+    python: There = "python"
     workdir: PurePosixPath = PurePosixPath("~/sky_workdir")
 
 
@@ -137,28 +206,14 @@ def load_cluster(model: type[Cluster], path: Path | None) -> Cluster:
     kind = model.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
     tree: Any = {"kind": kind}
     if path is not None:
-        if not path.is_file():
-            raise InputError(f"--cluster: {path} does not exist")
-        try:
-            tree = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as e:
-            raise InputError(f"{path}: not valid YAML ({str(e).splitlines()[0]})") from None
-        if not isinstance(tree, dict):
-            raise InputError(f"{path}: expected keys and values, found {type(tree).__name__}")
+        tree = read_yaml(path, "--cluster:")
         if tree.get("kind") != kind:
             raise InputError(f"{path}: kind is {tree.get('kind')!r}, and launch {kind} needs kind: {kind}")
+    where = str(path) if path is not None else f"launch {kind} without --cluster"
     try:
-        return model.model_validate(tree)
+        cluster = model.model_validate(tree)
     except ValidationError as e:
-        where = str(path) if path is not None else f"launch {kind} without --cluster"
-        raise InputError("\n".join(_explain(where, model, error) for error in e.errors())) from None
-
-
-def _explain(where: str, model: type[Component], error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        allowed = f"; allowed: {', '.join(model.model_fields)}" if len(error["loc"]) == 1 else ""
-        return f"{where}: unknown key {key!r}{allowed}"
-    if error["type"] == "missing":
-        return f"{where}: key {key!r} is missing"
-    return f"{where}: {key}: {error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"
+        raise InputError(explain(where, model, e)) from None
+    if both := cluster.env.keys() & cluster.secrets.keys():
+        raise InputError(f"{where}: {min(both)} is in env and in secrets; allowed: one of them")
+    return cluster

@@ -8,11 +8,17 @@ schedules of learning rate and teacher then have the new horizon.
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_coreward.checkpoint import inputs
+from megatron_coreward.config.names import with_new_names
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry import label_history
+from megatron_coreward.telemetry.jsonl import FILE_NAME, read_rows
 
 FIXED = (
     "method",
@@ -25,6 +31,7 @@ FIXED = (
     "data.over_length",
     "data.system_prompt",
     "data.thinking",
+    "data.control_tokens",
     "data.shuffle",
     "actor.lr",
     "actor.min_lr",
@@ -48,17 +55,32 @@ FIXED = (
     "loss",
 )
 _PATHS = ("model.hf_path", "model.megatron_path", "data.train_files", "data.rephrased_files")
-_STEP = re.compile(r"step_\d+")
+_STEP = re.compile(r"step_(\d+)")
+
+
+def newest_checkpoint(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint, by the names alone; None: there is none."""
+    saved = run_dir / "checkpoints"
+    found = [_STEP.fullmatch(path.name) for path in saved.iterdir()] if saved.is_dir() else []
+    return max((int(match[1]) for match in found if match), default=None)
 
 
 def problems(config: RunConfig) -> Iterator[str]:
     """What differs from the run that the run directory holds."""
-    run_dir, saved = config.run_dir, config.run_dir / "checkpoints"
-    if not saved.is_dir() or not any(_STEP.fullmatch(path.name) for path in saved.iterdir()):
+    run_dir = config.run_dir
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
         return
     if config.checkpoint.resume == "never":
         yield f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir"
         return
+    yield from inputs.refused_inputs(run_dir / "checkpoints" / f"step_{newest:06d}", config)
+    for name, read in ((FILE_NAME, read_rows), (label_history.FILE_NAME, label_history.read_lines)):
+        try:
+            if (run_dir / name).is_file():
+                read(run_dir / name)
+        except InputError as error:
+            yield f"run_dir: {error}"
     file = run_dir / "config.yaml"
     try:
         before = yaml.safe_load(file.read_text())
@@ -70,7 +92,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     if not isinstance(before, Mapping):
         yield f"run_dir: {file} is damaged (no keys and values); bring it back or choose another run_dir"
         return
-    old, new = (dict(_flat(tree)) for tree in (before, config.model_dump(mode="json")))
+    old, new = (dict(_flat(tree)) for tree in (with_new_names(before), config.model_dump(mode="json")))
     for key in sorted(old.keys() & new.keys()):
         is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
         if is_fixed and _meant(key, old[key]) != _meant(key, new[key]):

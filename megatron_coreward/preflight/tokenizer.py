@@ -17,7 +17,7 @@ _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks the ass
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file; empty where there is no such file.
+    """An object of a JSON file; empty if there is no such file.
 
     Raises:
         InputError: the file is damaged.
@@ -41,7 +41,7 @@ class FileTokenizer:
     """What `data.prompts.build_prompts` needs of a tokenizer."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError where a file or the chat template is damaged."""
+        """Raises InputError if a file or the chat template is damaged."""
         from tokenizers import Tokenizer
 
         file = folder / "tokenizer.json"
@@ -86,8 +86,17 @@ class FileTokenizer:
             for messages in conversation
         ]
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]:
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
         """See `data.prompts.Tokenizer`."""
+        decoder: Mapping[int, Any] = self._tokens.get_added_tokens_decoder()
+        return decoder
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> Mapping[str, list[list[int]]]:
+        """See `data.prompts.Tokenizer`."""
+        self._tokens.encode_special_tokens = split_special_tokens
         encoded = self._tokens.encode_batch(text, add_special_tokens=add_special_tokens)
         return {"input_ids": [list(entry.ids) for entry in encoded]}
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import majority_vote
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup, read_rollouts
@@ -41,8 +42,13 @@ def collect_samples(
     """Reads the dumps of a spread of steps and takes a spread of questions of each."""
     steps = spread(list(dumps), limits.steps)
     left, total, cut, shown, result = limits.characters, 0, 0, 0, []
+    damaged: list[int] = []
     for place, step in enumerate(steps):
-        questions = _questions(read_rollouts(dumps[step]))
+        try:
+            questions = _questions(read_rollouts(dumps[step]))
+        except InputError:  # cut off, as a full disk or a copy that was broken off leaves it
+            damaged.append(step)
+            continue
         budget = left // (len(steps) - place)
         total += len(questions)
         taken: list[dict[str, Any]] = []
@@ -55,14 +61,16 @@ def collect_samples(
             budget, left, cut = budget - size, left - size, cut + num_cut
         shown += len(taken)
         result.append({"step": step, "of": len(questions), "questions": taken})
-    said = [f"{len(steps)} of {len(dumps)} dumped steps", f"{shown} of their {total} questions"]
+    said = [f"{len(result)} of {len(dumps)} dumped steps", f"{shown} of their {total} questions"]
     if cut:
         said.append(f"{cut} long texts shortened in the middle")
+    if damaged:
+        said.append(f"the rollouts of steps {', '.join(map(str, damaged))} cannot be read")
     return Samples(result, f"Shown: {', '.join(said)}." if dumps else "This run kept no rollouts.")
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of the items, evenly spread, the first and the last among them (the last alone for one)."""
+    """At most `count` of the items, evenly spread, the first and the last among them (the last alone for one)."""
     if len(items) <= most:
         return list(items)
     if most <= 1:
@@ -71,7 +79,7 @@ def spread(items: Sequence[T], most: int) -> list[T]:
 
 
 def shorten(text: str) -> str:
-    """A long text without its middle, which is counted where it was."""
+    """A long text without its middle, with a count in its place."""
     left_out = len(text) - HEAD_CHARACTERS - TAIL_CHARACTERS
     if left_out <= 0:
         return text
@@ -93,7 +101,7 @@ def _entry(
     """A question as the page reads it, its size in characters, and how many texts were shortened."""
     entry = {
         "uid": groups[0].group.uid,
-        "gold": next((item.ground_truth for item in groups if item.ground_truth is not None), None),
+        "ground_truth": next((item.ground_truth for item in groups if item.ground_truth is not None), None),
         "groups": [_group(item, equivalence, min_margin) for item in groups],
     }
     texts = list(_texts(groups))

@@ -37,7 +37,7 @@ class BatchRewardContext:
         min_margin: float = 0.0,
     ) -> None:
         self._needs = needs
-        self._equivalence = equivalence
+        self.equivalence = equivalence
         self._min_margin = min_margin
         self._ground_truths = ground_truths or {}
         self._groups: dict[GroupKey, RolloutGroup] = {}
@@ -90,7 +90,7 @@ class BatchRewardContext:
         """[G] 1.0 where the rollout's answer is equivalent to the label, else 0.0; all 0.0 without a label."""
         answers = group.answers
         self._compare()
-        same = {answer: self._equivalence.equivalent(answer, label) for answer in dict.fromkeys(answers)}
+        same = {answer: self.equivalence.equivalent(answer, label) for answer in dict.fromkeys(answers)}
         return np.array([same[answer] for answer in answers], dtype=np.float32)
 
     def vote(self, uid: str, view: View, role: Role) -> Vote:
@@ -100,7 +100,7 @@ class BatchRewardContext:
             raise KeyError(f"the {role} has no rollouts of {uid} ({view})")
         self._compare()
         if key not in self._votes:
-            self._votes[key] = majority_vote(self._groups[key].answers, self._equivalence, self._min_margin)
+            self._votes[key] = majority_vote(self._groups[key].answers, self.equivalence, self._min_margin)
         return self._votes[key]
 
     def _compare(self) -> None:
@@ -111,7 +111,7 @@ class BatchRewardContext:
         answers: dict[str, list[str | None]] = {}
         for group in self._groups.values():
             answers.setdefault(group.uid, []).extend(group.answers)
-        self._equivalence.compare(answers.values())
+        self.equivalence.compare(answers.values())
 
     def votes(self) -> dict[GroupKey, Vote]:
         """All votes of the step, for telemetry."""

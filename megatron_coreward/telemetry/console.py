@@ -1,7 +1,7 @@
 """What a person at the terminal sees of a run while it goes on.
 
-`live` draws one panel that stays in place: progress and time left, the phase that runs now, the metrics that tell
-whether training is well, where the last step's time went, and the validation rows. Where the output is no terminal, or
+`live` draws one panel that stays in place: progress and time left, the phase that runs now, the metrics that show
+whether training is well, where the last step's time went, and the validation rows. If the output is no terminal, or
 `plain` is asked for, each step is one line. Both show the same metrics; one that a run does not have is left out.
 """
 
@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from statistics import fmean
 from types import TracebackType
 from typing import Literal, Protocol, Self, TextIO
@@ -33,12 +34,13 @@ from megatron_coreward.telemetry.display import (
     sparkline,
 )
 from megatron_coreward.telemetry.sinks import Sink
+from megatron_coreward.telemetry.untrusted_text import printable, say
 
 Mode = Literal["auto", "live", "plain", "off"]
 
 _HISTORY = 24  # steps that a sparkline shows, half of them on a narrow terminal
 _WIDE = 110  # columns
-_ETA_STEPS = 20  # steps whose mean time tells the time left
+_ETA_STEPS = 20  # steps whose mean time predicts the time left
 _VALIDATIONS = 6  # validation rows in the live panel
 _TIME_BAR = 48  # characters
 
@@ -75,7 +77,7 @@ class RunView(Sink, Protocol):
 def open_view(
     mode: Mode, *, title: str, total_steps: int, steps_done: int = 0, stream: TextIO | None = None
 ) -> RunView:
-    """The view of a run. `auto` and `live` fall back to plain lines where the stream is no terminal.
+    """The view of a run. `auto` and `live` fall back to plain lines if the stream is no terminal.
 
     `title` says what runs (method, run directory); `steps_done` is where a resumed run starts. The stream is standard
     output unless another is given.
@@ -142,8 +144,8 @@ class PlainView(_View):
             self.note("  ".join([f"validation after step {step}", *(f"{name} {value}" for name, value in validation)]))
 
     def note(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        with suppress(OSError, ValueError):  # nobody reads it any more: its other end is closed, or its disk is full
+            say(text, self._stream)
 
 
 class LiveView(_View):
@@ -170,7 +172,7 @@ class LiveView(_View):
         self._history: dict[str, tuple[float, ...]] = {}
         self._metrics: Mapping[str, float] = {}
         self._validations: list[tuple[int, list[tuple[str, str]]]] = []
-        # The frame is drawn anew on every refresh, by a thread of rich's: it reads what the methods below assign whole.
+        # The frame is drawn on every refresh, by a thread of rich's: it reads what the methods below assign whole.
         self._live = Live(console=console, get_renderable=self.frame, refresh_per_second=4)
         self._live.start()
 
@@ -189,14 +191,17 @@ class LiveView(_View):
             self._metrics = dict(metrics)
         if validation := _validation(metrics):
             self._validations = [*self._validations, (step, validation)]
-        self._live.refresh()
+        with suppress(OSError, ValueError):  # the terminal has gone
+            self._live.refresh()
 
     def note(self, text: str) -> None:
-        self._console.print(Text(text))
+        with suppress(OSError, ValueError):
+            self._console.print(Text(printable(text)))
 
     def close(self) -> None:
         self._phase = None
-        self._live.stop()
+        with suppress(OSError, ValueError):
+            self._live.stop()
 
     def frame(self) -> RenderableType:
         """The panel as of now."""
@@ -205,7 +210,9 @@ class LiveView(_View):
             parts += [Text(), self._headline_table(), Text(), self._time_split()]
         if self._validations:
             parts += [Text(), self._validation_table()]
-        return Panel(Group(*parts), title=Text(self._title, style="bold"), title_align="left", padding=(0, 1))
+        return Panel(
+            Group(*parts), title=Text(printable(self._title), style="bold"), title_align="left", padding=(0, 1)
+        )
 
     @property
     def _wide(self) -> bool:

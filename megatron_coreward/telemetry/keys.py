@@ -38,7 +38,7 @@ MEANINGS: Mapping[str, str] = {
     "vote/tie_rate": "share of votes with two answers at the top",
     "vote/no_answer_rate": "share of rollouts in which no final answer was found",
     "vote/distinct_answers": "mean number of distinct answers in a group",
-    "vote/label_variety": "distinct labels over all labels of a view: low where all questions are answered alike",
+    "vote/label_variety": "distinct labels over all labels of a view: low if all questions are answered alike",
     "vote/exact_vs_math_disagreement": "share of votes whose label depends on the equivalence relation",
     "vote/exact_vs_math_changed_rollouts": "share of rollouts whose reward as a winner depends on the relation",
     "vote/abstention_rate": "share of votes that gave no label because their margin was too small",
@@ -83,11 +83,11 @@ MEANINGS: Mapping[str, str] = {
     "optim/skipped_updates": "updates left out because their gradient was not finite",
     "teacher/decay": "the teacher's decay d(k)",
     "guard/level": "the collapse guard's alarm: 0 none, 1 warning, 2 time to act",
-    "guard/signs": "signs of collapse that the guard sees, an alarm or not",
+    "guard/indicators": "indicators of collapse that the guard sees, an alarm or not",
     "sync/logprob_gap": "mean absolute log-probability gap between rollout engine and actor",
     "sync/logprob_gap_max": "largest such gap of a single token",
-    "sync/canary_gap": "mean gap on the probe that every publication must pass, the worst engine's",
-    "sync/seconds": "time to publish the weights to every engine",
+    "sync/canary_gap": "mean gap on the canary that every weight sync must pass, the worst engine's",
+    "sync/seconds": "time to sync the weights to every engine",
 }
 
 # Validation keys carry their k: val/pass@1, val/avg@8, val/maj@8. Over several data sets each has keys of its own

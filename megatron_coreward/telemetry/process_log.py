@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ProcessLog:
-    """A file that takes the output of one worker after the other: those that are started anew go on behind it."""
+    """A file that takes the output of one worker after the other: those that are started again append to it."""
 
     path: Path  # on a file system that the worker's host has, too
     stacks_after_s: float  # a call that takes longer has the stacks of all threads written
@@ -24,7 +24,7 @@ class ProcessLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(file)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_coreward.errors import InputError
-from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.telemetry.files import replaced_whole, writing
 from megatron_coreward.types import Completion, FloatArray, IntArray, Prompt, RolloutGroup
 
 SCHEMA = pa.schema(
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),  # of token_ids, by the rollout engine
         pa.field("answer", pa.string()),  # null: no final answer was found
-        pa.field("gold", pa.string()),  # the data set's answer, null where it has none
+        pa.field("ground_truth", pa.string()),  # null: the data set has none
         pa.field("pseudo_label", pa.string()),  # what the group was rewarded against; null: nothing, or no vote
         pa.field("reward", pa.float32()),  # null for the teacher's rollouts
         pa.field("advantage", pa.float32()),  # null for the teacher's rollouts
@@ -40,6 +40,9 @@ SCHEMA = pa.schema(
     ]
 )
 
+_FORMER = {"gold": "ground_truth"}  # columns that had another name in earlier files
+# Of pyarrow: a file that is cut off is "invalid", a damaged page an OSError, a damaged schema a ValueError.
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)
 _FILE_NAME = re.compile(r"step_(\d{6,})\.parquet")
 
 
@@ -80,7 +83,7 @@ def dumped_steps(run_dir: Path) -> dict[int, Path]:
 
 
 def discard_rollouts(run_dir: Path, first_step: int) -> None:
-    """Removes the files of `first_step` and later: what a run that resumes there will sample anew."""
+    """Removes the files of `first_step` and later: what a run that resumes there will sample again."""
     for step, path in dumped_steps(run_dir).items():
         if step >= first_step:
             path.unlink()
@@ -91,23 +94,25 @@ def dump_rollouts(
 ) -> Path:
     """Writes the completions of a step, group by group in the given order; an older file of that step is replaced.
 
-    `notes` are kept beside them in the file (`read_notes`).
+    `notes` are kept beside them in the file (`read_notes`). Raises RunError where it cannot be written.
     """
     path = rollouts_path(run_dir, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = _to_table(scored).replace_schema_metadata({**(notes or {}), "step": str(step)})
-    with replaced_whole(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_whole(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
     return path
 
 
 def read_rollouts(path: Path) -> list[ScoredGroup]:
-    """The groups of a step as they were dumped. Raises InputError where the file is missing or of another form."""
+    """The groups of a step as they were dumped. Raises InputError if the file is missing or of another form."""
     try:
         with pq.ParquetFile(path) as file:
             table = file.read()
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: not a file of rollouts ({error})") from error
+    table = table.rename_columns([_FORMER.get(name, name) for name in table.schema.names])
     if not table.schema.equals(SCHEMA):
         raise InputError(f"{path}: columns {table.schema.names}; a file of rollouts has {SCHEMA.names}")
     columns = {name: _column_values(table.column(name)) for name in SCHEMA.names}
@@ -119,7 +124,7 @@ def read_notes(path: Path) -> dict[str, str]:
     """What `dump_rollouts` was given as notes, and the step. Raises InputError for what is no file of rollouts."""
     try:
         metadata = pq.read_schema(path).metadata or {}
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: not a file of rollouts ({error})") from error
     return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
 
@@ -141,7 +146,7 @@ def _to_table(scored: Sequence[ScoredGroup]) -> Any:
         "token_ids": _ragged([completion.token_ids for _, _, completion, _ in rows], np.int32),
         "logprobs": _ragged([completion.logprobs for _, _, completion, _ in rows], np.float32),
         "answer": [completion.answer for _, _, completion, _ in rows],
-        "gold": [item.ground_truth for _, item, _, _ in rows],
+        "ground_truth": [item.ground_truth for _, item, _, _ in rows],
         "pseudo_label": [item.label for _, item, _, _ in rows],
         "reward": [None if item.rewards is None else item.rewards[sample] for _, item, _, sample in rows],
         "advantage": [None if item.advantages is None else item.advantages[sample] for _, item, _, sample in rows],
@@ -191,5 +196,5 @@ def _from_rows(rows: Sequence[dict[str, Any]]) -> ScoredGroup:
         label=first["pseudo_label"],
         rewards=np.array([row["reward"] for row in rows], dtype=np.float32) if scored else None,
         advantages=np.array([row["advantage"] for row in rows], dtype=np.float32) if scored else None,
-        ground_truth=first["gold"],
+        ground_truth=first["ground_truth"],
     )

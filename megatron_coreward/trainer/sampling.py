@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_coreward.config.schema import AnswerFormat
-from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
+from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.types import Completion, Problem, Role, RolloutGroup, View
 
 
 class SamplingEngines(Protocol):
-    """What sampling needs of the engines (`cluster.groups.EngineGroup`)."""
+    """What sampling needs of the engines (`cluster.engine_group.EngineGroup`, `RolloutEngines`)."""
 
-    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]: ...
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]: ...
 
 
 def request_seed(run_seed: int, step: int, uid: str, view: View, role: Role) -> int:
@@ -35,9 +34,9 @@ def sample_groups(
     step: int,
     seed: int,
     top_p: float = 1.0,
-    stop: tuple[str, ...] = (),
     answer_formats: Sequence[AnswerFormat] = ("boxed",),
     stop_at: Sequence[str] = (),
+    stop: Sequence[str] = (),
 ) -> list[RolloutGroup]:
     """`n` completions for every view of every problem: one group each, problem after problem."""
     requests = requests_for(
@@ -50,9 +49,11 @@ def sample_groups(
         step=step,
         seed=seed,
         top_p=top_p,
+        answer_formats=answer_formats,
+        stop_at=stop_at,
         stop=stop,
     )
-    return to_groups(problems, views, role, engines.sample(requests, version), answer_formats, stop_at)
+    return to_groups(problems, views, role, engines.sample(requests, version))
 
 
 def requests_for(
@@ -66,7 +67,9 @@ def requests_for(
     step: int,
     seed: int,
     top_p: float = 1.0,
-    stop: tuple[str, ...] = (),
+    answer_formats: Sequence[AnswerFormat] = (),
+    stop_at: Sequence[str] = (),
+    stop: Sequence[str] = (),
 ) -> list[SamplingRequest]:
     """One request for every view of every problem, problem after problem."""
     return [
@@ -77,6 +80,8 @@ def requests_for(
             temperature=temperature,
             top_p=top_p,
             max_tokens=max_tokens,
+            answer_formats=answer_formats,
+            stop_at=stop_at,
             stop=stop,
         )
         for problem in problems
@@ -85,33 +90,11 @@ def requests_for(
 
 
 def to_groups(
-    problems: Sequence[Problem],
-    views: Sequence[View],
-    role: Role,
-    answers: Sequence[Sequence[Sample]],
-    answer_formats: Sequence[AnswerFormat] = ("boxed",),
-    stop_at: Sequence[str] = (),
+    problems: Sequence[Problem], views: Sequence[View], role: Role, completions: Sequence[Sequence[Completion]]
 ) -> list[RolloutGroup]:
-    """What the engines answered to `requests_for`, as one group a request."""
+    """What the engines made of the requests of `requests_for`, as one group a request."""
     asked = [(problem, view) for problem in problems for view in views]
     return [
-        RolloutGroup(
-            problem.uid,
-            view,
-            role,
-            problem.prompts[view],
-            tuple(_completion(s, answer_formats, stop_at) for s in samples),
-        )
-        for (problem, view), samples in zip(asked, answers, strict=True)
+        RolloutGroup(problem.uid, view, role, problem.prompts[view], tuple(of_request))
+        for (problem, view), of_request in zip(asked, completions, strict=True)
     ]
-
-
-def _completion(sample: Sample, answer_formats: Sequence[AnswerFormat], stop_at: Sequence[str]) -> Completion:
-    return Completion(
-        token_ids=sample.token_ids,
-        logprobs=sample.logprobs,
-        text=sample.text,
-        answer=extract_answer(sample.text, answer_formats, stop_at),
-        finish_reason=sample.finish_reason,
-        weight_version=sample.weight_version,
-    )

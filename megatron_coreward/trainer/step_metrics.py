@@ -1,10 +1,12 @@
-"""The metrics of a step: what was sampled, how it was judged, what the update did. Read by people, not by training."""
+"""The metrics of a step: what was sampled, how it was rewarded, what the update did. For people, not for training."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_coreward.cluster.weight_sync import SyncReport, weight_version
+from megatron_coreward.cluster.weight_sync import weight_version
+from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.agreement import (
     agreement_metrics,
     ground_truth_metrics,
@@ -14,45 +16,48 @@ from megatron_coreward.rewards.agreement import (
 )
 from megatron_coreward.rewards.context import GroupKey
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods.base import GroupReward
 from megatron_coreward.rewards.voting import Vote, majority_vote
-from megatron_coreward.types import FloatArray, RolloutGroup
+from megatron_coreward.trainer.experience import Experience
+from megatron_coreward.types import RolloutGroup
 
 
-def collect(
-    groups: Sequence[RolloutGroup],
-    teacher_groups: Sequence[RolloutGroup],
-    group_rewards: Sequence[GroupReward],
-    advantages: Sequence[FloatArray],
-    updates: Sequence[Mapping[str, float]],
-    kl_coef: float,
-    syncs: Sequence[SyncReport],
-    seconds: Mapping[str, float],
+@dataclass(frozen=True, slots=True)
+class Updates:
+    """The optimizer steps of a batch."""
+
+    reports: list[dict[str, float]]  # of each: what the actors report, sums over response tokens
+    kl_coef: float  # weight of the KL term
+
+
+def of_step(
+    config: RunConfig, experience: Experience, updates: Updates, seconds: Mapping[str, float]
 ) -> dict[str, float]:
-    """Rewards, rollouts, losses and synchronisation of one step.
+    """Rewards, rollouts, losses, weight sync and label quality of one step.
 
     Args:
-        updates: what the actors reported of each optimizer step (sums over response tokens).
         seconds: wall time of the step's phases so far.
     """
+    groups, teacher_groups, syncs = experience.rollouts.policy, experience.rollouts.teacher, experience.rollouts.syncs
     lengths = np.asarray([len(c.token_ids) for group in groups for c in group.completions])
     cut_off = [c.finish_reason == "length" for group in groups for c in group.completions]
     sampled = int(lengths.sum()) + sum(len(c.token_ids) for group in teacher_groups for c in group.completions)
-    metrics = reward_metrics(group_rewards, advantages)
+    metrics = reward_metrics(experience.group_rewards, experience.advantages)
     metrics |= {
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
         "rollout/truncated_share": float(np.mean(cut_off)),
     }
-    if "rollout" in seconds:  # else the rollouts are those of the journal, or were drawn meanwhile
+    if "rollout" in seconds:  # else the rollouts are from the rollout log, or were drawn meanwhile
         metrics["rollout/tokens_per_s"] = sampled / seconds["rollout"]
-    metrics |= _loss(updates)
+    metrics |= _loss(updates.reports)
     if "loss/kl" in metrics:
-        metrics["loss/kl_coef"] = kl_coef
+        metrics["loss/kl_coef"] = updates.kl_coef
+    if config.rollout.max_staleness:
+        metrics |= staleness(groups, experience.num_updates, config.loss.updates_per_batch)
     if syncs:
         metrics["sync/seconds"] = sum(report.seconds for report in syncs)
         metrics["sync/canary_gap"] = max(report.canary_gap for report in syncs)
-    return metrics
+    return metrics | _label_quality(experience)
 
 
 def _loss(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -83,25 +88,20 @@ def _loss(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def staleness(groups: Sequence[RolloutGroup], num_updates: int, updates_per_batch: int) -> dict[str, float]:
-    """How many steps the weights that sampled were behind those that the step began with."""
+    """How many steps the weights that sampled were behind those of `num_updates`, which it began with."""
     version = groups[0].completions[0].weight_version
-    behind = weight_version("policy", num_updates - updates_per_batch) - version
+    behind = weight_version("policy", num_updates) - version
     return {"rollout/staleness": behind / weight_version("policy", updates_per_batch)}
 
 
-def label_quality(
-    groups: Sequence[RolloutGroup],
-    votes: Mapping[GroupKey, Vote],
-    group_rewards: Sequence[GroupReward],
-    ground_truths: Mapping[str, str | None],
-    equivalence: AnswerEquivalence,
-) -> dict[str, float]:
-    """Votes and how right they were. Gold answers are read here, after the update, and go nowhere but into the row."""
-    equivalence.compare([(*group.answers, ground_truths.get(group.uid)) for group in groups])
+def _label_quality(experience: Experience) -> dict[str, float]:
+    """Votes and how right they were. Ground truths are read here, after the update, and go nowhere but into the row."""
+    groups, votes, equivalence = experience.rollouts.policy, experience.context.votes(), experience.context.equivalence
+    equivalence.compare([(*group.answers, experience.ground_truths.get(group.uid)) for group in groups])
     return (
         vote_metrics(votes)
         | agreement_metrics(votes, equivalence)
-        | ground_truth_metrics(groups, group_rewards, ground_truths, equivalence)
+        | ground_truth_metrics(groups, experience.group_rewards, experience.ground_truths, equivalence)
         | _relations(groups, votes, equivalence)
     )
 

@@ -4,19 +4,51 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_coreward.algorithms.accuracy import sampled_scores
-from megatron_coreward.config.schema import AnswerFormat, ValidationSettings
+from megatron_coreward.cluster.rollout_engines import RolloutEngines
+from megatron_coreward.config.schema import AnswerFormat, RunConfig, ValidationSettings
 from megatron_coreward.config.validate import score_names
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.scoring import score_answers
+from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
 from megatron_coreward.types import Problem, RolloutGroup
 
 GREEDY = 0.0
 
 
-def evaluate(
+def validation_metrics(
+    config: RunConfig,
+    held_out: Mapping[str, Sequence[Problem]],
+    engines: RolloutEngines,
+    equivalence: AnswerEquivalence,
+    num_updates: int,
+    timer: PhaseTimer,
+) -> dict[str, float]:
+    """`val/...` of the policy after `num_updates` optimizer steps (`measure_accuracy`)."""
+
+    def ask() -> dict[str, float]:
+        version = engines.sync_weights("policy", num_updates, timer)
+        with timer.phase("validation"):
+            return measure_accuracy(
+                engines,
+                held_out,
+                config.validation,
+                equivalence,
+                max_tokens=config.rollout.max_response_tokens,
+                version=version,
+                seed=config.seed,
+                answer_formats=config.rewards.answer_formats,
+                stop_at=config.rewards.stop_at,
+                stop=config.rollout.stop,
+            )
+
+    return engines.run(ask, timer)
+
+
+def measure_accuracy(
     engines: SamplingEngines,
     held_out: Mapping[str, Sequence[Problem]],
     settings: ValidationSettings,
@@ -25,7 +57,7 @@ def evaluate(
     max_tokens: int,
     version: int,
     seed: int,
-    stop: tuple[str, ...] = (),
+    stop: Sequence[str] = (),
     answer_formats: Sequence[AnswerFormat] = ("boxed",),
     stop_at: Sequence[str] = (),
 ) -> dict[str, float]:
@@ -38,7 +70,7 @@ def evaluate(
         held_out: data sets by their names.
 
     Returns:
-        `val/<score>` over all questions and, where there are several data sets, `val/<name>/<score>` of each, for the
+        `val/<score>` over all questions and, if there are several data sets, `val/<name>/<score>` of each, for the
         scores of `score_names`.
     """
     problems = list(chain.from_iterable(held_out.values()))
@@ -80,11 +112,16 @@ def evaluate(
         right, majority_right = [g.right for g in graded], [g.majority_right for g in graded]
         scores = sampled_scores(right, majority_right, likeliest)
         scores = {name: scores[name] for name in score_names(settings)}
+    return _by_data_set(scores, {name: len(part) for name, part in held_out.items()})
+
+
+def _by_data_set(scores: Mapping[str, NDArray[np.float64]], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Means of scores [Q] over all questions and, if there are several data sets, over those of each."""
     metrics = {f"val/{name}": float(values.mean()) for name, values in scores.items()}
-    if len(held_out) > 1:
-        ends = np.cumsum([len(part) for part in held_out.values()])[:-1]
+    if len(sizes) > 1:
+        ends = np.cumsum(list(sizes.values()))[:-1]
         for name, values in scores.items():
-            for source, own in zip(held_out, np.split(values, ends), strict=True):
+            for source, own in zip(sizes, np.split(values, ends), strict=True):
                 metrics[f"val/{source}/{name}"] = float(own.mean())
     return metrics
 

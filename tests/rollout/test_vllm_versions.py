@@ -10,6 +10,7 @@ import torch
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.telemetry.memory import DeviceMemory
 
 pytest.importorskip("vllm")
@@ -66,7 +67,7 @@ class NewLLM(OldLLM):
 def engine_of(llm: Any) -> RolloutEngine:
     engine = RolloutEngine.__new__(RolloutEngine)
     tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ["text"] * len(ids))
-    held = {"_llm": llm, "_tokenizer": tokenizer, "_versions_told": hasattr(llm, "get_weight_version")}
+    held = {"_llm": llm, "_tokenizer": tokenizer, "_versions_known": hasattr(llm, "get_weight_version")}
     held |= {"_max_model_len": 64, "_tensor_parallel": 1, "_on_cpu": True, "_updating": False}
     for name, value in (held | {"_broken": None, "_init_info": None, "_version": None}).items():
         setattr(engine, name, value)
@@ -79,11 +80,11 @@ REQUEST = SamplingRequest(np.asarray([1, 2]), n=2, seed=0, temperature=1.0, top_
 @pytest.mark.parametrize("llm", [OldLLM, NewLLM])
 def test_samples_come_from_the_version_that_was_asked_for_with_either(llm: Any) -> None:
     engine = engine_of(llm())
-    with pytest.raises(RunError, match="no weights were published"):
+    with pytest.raises(RunError, match="no weights were synced"):
         engine.sample([REQUEST], 0)
     for version in (2, 4):
         engine.start_update({})
-        with pytest.raises(RunError, match="no weights were published"):
+        with pytest.raises(RunError, match="no weights were synced"):
             engine.sample([REQUEST], version)
         engine.load_bucket(0, version)
         engine.finish_update(version)
@@ -113,7 +114,7 @@ def test_an_engine_on_a_gpu_gives_an_update_up_before_it_sleeps_and_measures_whe
     engine._llm.sleep = lambda level: engine._llm.calls.append(f"sleep {level}")
     engine.start_update({"sender": 1})
     engine.load_bucket(0, 2)
-    assert engine.sleep() == DeviceMemory(free=60, given=40)
+    assert engine.sleep() == DeviceMemory(free=60, freed=40)
     assert engine._llm.calls == ["init", "start", "update", "update", "finish", "sleep 2"]
 
 
@@ -178,6 +179,6 @@ def test_the_processes_of_an_engine_are_its_own_even_within_a_placement_group(
     monkeypatch.setattr("megatron_coreward.rollout.environment.prepare", lambda cpu_threads: True)
     monkeypatch.setattr("vllm.LLM", start)
     with pytest.raises(InterruptedError):
-        RolloutEngine(Path("model"), dtype="float32", max_model_len=64, tensor_parallel=tensor_parallel)
+        RolloutEngine(EngineSetup(Path("model"), "float32", 64, tensor_parallel=tensor_parallel))
     assert told["tensor_parallel_size"] == tensor_parallel
     assert told["distributed_executor_backend"] == backend

@@ -80,7 +80,7 @@ def test_a_tensor_that_is_missing_ends_the_update_and_the_next_full_one_is_right
         with pytest.raises(RuntimeError, match=f"1 layers did not get all their weights, first '{layer}'"):
             send(engine, [meta for meta in metas if meta.name != lacking], ranks, 3)
         assert engine.version() is None
-        with pytest.raises(RunError, match="no weights were published"):
+        with pytest.raises(RunError, match="no weights were synced"):
             engine.sample([greedy([5])], 3)
     send(engine, metas, ranks, 3)
     np.testing.assert_allclose(engine.score(PROMPTS[0]), logprobs(reference(path), PROMPTS[0]), atol=1e-4)
@@ -106,7 +106,7 @@ def test_an_update_that_is_left_half_way_is_given_up_for_the_next(
     with pytest.raises(InterruptedError):
         send(Interrupted(), *two_ranks(checkpoint(kind, 3)), 3)
     assert engine.version() is None
-    with pytest.raises(RunError, match="no weights were published"):
+    with pytest.raises(RunError, match="no weights were synced"):
         engine.sample([greedy([5])], 3)
     send(engine, *two_ranks(path), 4)
     np.testing.assert_allclose(engine.score(PROMPTS[0]), logprobs(reference(path), PROMPTS[0]), atol=1e-4)
@@ -197,7 +197,7 @@ def test_a_bucket_that_is_damaged_or_incomplete_is_never_served(
     with pytest.raises(RuntimeError, match=message):
         send(Interferes(engine, damage), *two_ranks(checkpoint("tied", 3)), 3)
     assert engine.version() is None
-    with pytest.raises(RunError, match="no weights were published"):
+    with pytest.raises(RunError, match="no weights were synced"):
         engine.sample([greedy([5])], 3)
 
 

@@ -1,14 +1,27 @@
 """Actors and engines behind the loop's narrow contracts: they write down what is asked of them, in order."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
-from megatron_coreward.types import FloatArray, IntArray, Problem, Prompt, Sequences, TokenStats, TrainBatch, View
+from megatron_coreward.rewards.answer import extract_answer
+from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.types import (
+    Completion,
+    FloatArray,
+    IntArray,
+    Problem,
+    Prompt,
+    Sequences,
+    TokenStats,
+    TrainBatch,
+    View,
+)
 from megatron_coreward.weights.layouts import EngineLayout
 from megatron_coreward.weights.route import Route
 
@@ -38,7 +51,17 @@ def make_problem(number: int) -> Problem:
     return Problem(f"fake/{number}", prompts, ground_truth=str(number), source="fake")
 
 
-class FakeActors:
+class FakeWorkers:
+    """One worker, which is the whole group: commands are its own methods."""
+
+    def call(self, method: str, *arguments: Any, results_of: tuple[int, ...] | None = None) -> list[Any]:
+        return [getattr(self, method)(*arguments)]
+
+    def begin(self, method: str, *arguments: Any) -> Any:
+        return SimpleNamespace(calls=[getattr(self, method)(*arguments)])
+
+
+class FakeActors(FakeWorkers):
     def __init__(self, events: list[str], score: float = -1.0) -> None:
         self.events = events
         self.score = score
@@ -47,7 +70,9 @@ class FakeActors:
     def update_ema_teacher(self, decay: float) -> None:
         self.events.append(f"teacher {decay:.4f}")
 
-    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats:
+    def token_stats(
+        self, sequences: Sequences, weights: Any, temperature: float, statistics: bool = True
+    ) -> TokenStats:
         self.events.append(f"stats {weights}")
         lengths = [n - int(p) for n, p in zip(sequences.lengths, sequences.prompt_lengths, strict=True)]
         values = [np.full(n, self.score, dtype=np.float32) for n in lengths]
@@ -63,12 +88,12 @@ class FakeActors:
         self.events.append(f"open {weights}")
         return {}
 
-    def write_bucket(self, weights: Any, bucket: int, version: int, hashes: bool) -> list[Any]:
+    def write_bucket(self, weights: Any, bucket: int, version: int, hashes: bool) -> str:
         self.events.append(f"write {weights} {bucket}")
-        return [f"written {bucket}"]
+        return f"written {bucket}"
 
 
-class FakeEngines:
+class FakeEngines(FakeWorkers):
     """Answers `\\boxed{k}` with k the number of the sample modulo 2, so that votes and variance exist."""
 
     def __init__(self, events: list[str], score: float = -1.0) -> None:
@@ -89,27 +114,40 @@ class FakeEngines:
         self.events.append(f"finish {version}")
         self.version = version
 
-    def score(self, token_ids: IntArray) -> list[FloatArray]:
-        self.events.append("probe")
-        return [np.full(len(token_ids) - 1, self.held, dtype=np.float32)]
+    def score(self, token_ids: IntArray) -> FloatArray:
+        self.events.append("canary")
+        return np.full(len(token_ids) - 1, self.held, dtype=np.float32)
 
-    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
+    def restart(self, index: int) -> None:
+        self.events.append(f"restart {index}")
+        self.version = None
+
+    def take_sampling_metrics(self) -> dict[str, float]:
+        return {}
+
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]:
         assert self.version == expected_version
         self.events.append(f"sample {expected_version}")
         self.requests.extend(requests)
-        return [[self._sample(i, expected_version) for i in range(r.n)] for r in requests]
+        return [[self._read(self._sample(i, expected_version), r) for i in range(r.n)] for r in requests]
 
-    def begin(self, requests: Sequence[SamplingRequest], expected_version: int) -> Callable[[], list[list[Sample]]]:
-        samples = self.sample(requests, expected_version)
+    def begin_sampling(
+        self, requests: Sequence[SamplingRequest], expected_version: int
+    ) -> Callable[[], list[list[Completion]]]:
+        completions = self.sample(requests, expected_version)
 
-        def finish() -> list[list[Sample]]:
+        def finish() -> list[list[Completion]]:
             self.events.append(f"took {expected_version}")
-            return samples
+            return completions
 
         return finish
 
     @staticmethod
-    def _sample(i: int, version: int) -> Sample:
+    def _read(completion: Completion, request: SamplingRequest) -> Completion:
+        return replace(completion, answer=extract_answer(completion.text, request.answer_formats))
+
+    @staticmethod
+    def _sample(i: int, version: int) -> Completion:
         ids = np.arange(1, 4 + i % 2, dtype=np.int32)
         logprobs = np.full(len(ids), -1.0, dtype=np.float32)
-        return Sample(ids, logprobs, f"so \\boxed{{{i % 3}}}", "stop", version)
+        return Completion(ids, logprobs, f"so \\boxed{{{i % 3}}}", None, "stop", version)
