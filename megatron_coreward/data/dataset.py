@@ -129,23 +129,8 @@ def load_problems(
     Raises InputError for every fault of the files (see `parquet.read_rows`), a pair without partner, an index that
     two files share, and prompts over the limit unless they are to be dropped (or all would be).
     """
-    for file in rephrased_files:
-        if file in train_files and not holds_pairs(file):
-            raise InputError(
-                f"data.rephrased_files: {file} is in data.train_files too; allowed: the rephrasings of those "
-                "questions, or a file that holds both"
-            )
-    originals = _read_view(train_files, "original")
-    views: dict[View, dict[str, _Placed]] = {"original": originals}
-    num_unpaired = 0
-    if rephrased_files:
-        rephrasings = _read_view(rephrased_files, "rephrased")
-        if unpaired == "error" or not originals.keys() & rephrasings.keys():
-            _check_pairs(originals, rephrasings)
-        num_unpaired = len(originals.keys() ^ rephrasings.keys())
-        originals = {uid: place for uid, place in originals.items() if uid in rephrasings}
-        views = {"original": originals, "rephrased": rephrasings}
-
+    views, num_unpaired = _read_views(train_files, rephrased_files, unpaired)
+    originals = views["original"]
     placed = [rows[uid] for uid in originals for rows in views.values()]
     conversations = [with_system_prompt(place.row.messages, system_prompt) for place in placed]
     prompts = build_prompts(tokenizer, conversations, thinking, control_tokens)
@@ -175,6 +160,26 @@ def load_problems(
         longest_prompt=max(len(prompt.token_ids) for problem in problems for prompt in problem.prompts.values()),
         num_unpaired=num_unpaired,
     )
+
+
+def _read_views(
+    train_files: Sequence[Path], rephrased_files: Sequence[Path], unpaired: Literal["error", "drop"]
+) -> tuple[dict[View, dict[str, _Placed]], int]:
+    """The rows of each view by uid, all with a partner, and the number of those that had none."""
+    for file in rephrased_files:
+        if file in train_files and not holds_pairs(file):
+            raise InputError(
+                f"data.rephrased_files: {file} is in data.train_files too; allowed: the rephrasings of those "
+                "questions, or a file that holds both"
+            )
+    originals = _read_view(train_files, "original")
+    if not rephrased_files:
+        return {"original": originals}, 0
+    rephrasings = _read_view(rephrased_files, "rephrased")
+    if unpaired == "error" or not originals.keys() & rephrasings.keys():
+        _check_pairs(originals, rephrasings)
+    paired = {uid: place for uid, place in originals.items() if uid in rephrasings}
+    return {"original": paired, "rephrased": rephrasings}, len(originals.keys() ^ rephrasings.keys())
 
 
 def _read_view(files: Sequence[Path], view: View) -> dict[str, _Placed]:

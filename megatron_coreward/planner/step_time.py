@@ -139,22 +139,10 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
     scored = per_pack * todo.response / (todo.prompt + todo.response)  # tokens that meet the output layer
     head = scored * head_flops(arch) / tp / product_rate(scored, gpu, assumptions)
 
-    def link(ranks: int) -> float:
-        """Bytes a second between neighbours of a group whose members lie so far apart."""
-        within = ranks <= assumptions.gpus_per_node
-        return assumptions.link_efficiency * (gpu.nvlink_bytes_s if within else gpu.network_bytes_s)
-
     hidden = per_pack * arch.hidden_size * item * max(layers)
     reduced = 1 if arch.experts else 2  # all-reduces of a layer, each of twice its share of the volume
-    tensor = reduced * 2 * (tp - 1) / tp * hidden / link(tp)
-    expert = 0.0
-    if arch.experts is not None:
-        copies = 2 * arch.experts.top_k * hidden / tp  # to the experts and back, from every rank
-        others = (a.expert_parallel - 1) / a.expert_parallel
-        spread = a.expert_parallel * layout.expert_tp_size
-        away = max(0.0, 1 - assumptions.gpus_per_node / spread)  # on other nodes
-        expert = copies * max(away / link(MANY), (others - away) / link(1))
-        expert += copies * (layout.expert_tp_size - 1) / link(layout.expert_tp_size)  # gathered
+    tensor = reduced * 2 * (tp - 1) / tp * hidden / link_bytes_s(tp, gpu, assumptions)
+    expert = expert_seconds(arch, layout, hidden, gpu, assumptions)
 
     held = max((stage_parameters(arch, layout, stage) for stage in (0, stages - 1)), key=lambda s: s.numel)
 
@@ -187,11 +175,30 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
             3 if recompute else 2,
             updates,
             **{
-                "data-parallel link": updates * ring / link(tp * a.data_parallel),
+                "data-parallel link": updates * ring / link_bytes_s(tp * a.data_parallel, gpu, assumptions),
                 "optimizer (HBM)": updates * step / gpu.hbm_bytes_s,
             },
         ),
     )
+
+
+def link_bytes_s(ranks: int, gpu: Gpu, assumptions: Assumptions) -> float:
+    """Bytes a second between neighbours of a group whose members lie `ranks` apart."""
+    within = ranks <= assumptions.gpus_per_node
+    return assumptions.link_efficiency * (gpu.nvlink_bytes_s if within else gpu.network_bytes_s)
+
+
+def expert_seconds(arch: Architecture, layout: ActorLayout, hidden: float, gpu: Gpu, assumptions: Assumptions) -> float:
+    """To bring `hidden` bytes of activations to their experts and back; nothing for a dense model."""
+    if arch.experts is None:
+        return 0.0
+    ranks, expert_tp = layout.expert_parallel, layout.expert_tp_size
+    copies = 2 * arch.experts.top_k * hidden / layout.tensor_parallel  # from every rank
+    others = (ranks - 1) / ranks
+    away = max(0.0, 1 - assumptions.gpus_per_node / (ranks * expert_tp))  # on other nodes
+    far, near = link_bytes_s(MANY, gpu, assumptions), link_bytes_s(1, gpu, assumptions)
+    gathered = (expert_tp - 1) / link_bytes_s(expert_tp, gpu, assumptions)
+    return copies * (max(away / far, (others - away) / near) + gathered)
 
 
 def product_rate(tokens: float, gpu: Gpu, assumptions: Assumptions) -> float:

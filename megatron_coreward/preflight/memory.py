@@ -74,11 +74,15 @@ def host_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[
     def needed(changed: RunConfig) -> int:
         return sum(host_memory(changed, arch).values())
 
-    if needed(config) > free:
+    try:
         parts = host_memory(config, arch)
+    except InputError:  # a layout that cannot hold the model, which other checks report
+        return
+    total = sum(parts.values())
+    if total > free:
         largest = max(parts, key=lambda name: parts[name])
         yield (
-            f"memory: the run needs {_gib(needed(config))} at least ({largest}: {_gib(parts[largest])}), {_gib(free)} "
+            f"memory: the run needs {_gib(total)} at least ({largest}: {_gib(parts[largest])}), {_gib(free)} "
             f"are available; {_remedy(config, lambda changed: needed(changed) <= free)}"
         )
 
@@ -92,7 +96,7 @@ def gpu_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[s
         try:
             stages = actor_memory(changed, arch, machine.assumptions)
             engine = engine_memory(changed, arch, gpu, machine.assumptions)
-        except InputError:  # a layout that cannot hold the model, which other checks tell
+        except InputError:  # a layout that cannot hold the model, which other checks report
             return []
         found = actor_problems(stages, engine, machine)
         return [*found, *engine_problems(changed, stages, engine, machine)]

@@ -22,7 +22,6 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
-from megatron_coreward.guard import Guard
 from megatron_coreward.preflight import preflight
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
@@ -36,7 +35,7 @@ from megatron_coreward.trainer import finish
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.rollback import Collapsing, count_rollbacks, roll_back
+from megatron_coreward.trainer.rollback import Collapsing, open_guard, roll_back
 from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog, fingerprint_of
 from megatron_coreward.trainer.run_directory import (
     OpenedRun,
@@ -96,42 +95,47 @@ def train(config: RunConfig, arch: Architecture | None = None) -> Path:
             finish.complete(config, partial(announce, config))
             return config.run_dir
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
-        data = _load_data(config, tokenizer)
-        restarts = config.faults.max_restarts
-        notes: list[str] = []
-        before: Exception | None = None  # what ended the attempt before
-        while True:
-            opened = open_run_directory(config, notes)
-            start_ray(config.watchdog.start_limit_s)
-            stop.take()
-            try:
-                with finish.nothing_after_it_counts(config, partial(announce, config)):
-                    _run(config, arch, data, opened, stop)
-                return config.run_dir
-            except Preempted as request:
-                raise Preempted(f"{request}; {resume_hint(config)}") from None
-            except WorkerDied as death:
-                if restarts == 0:
-                    raise RunError(f"{death}; {resume_hint(config)}") from death
-                restarts -= 1
-                before = death
-                notes = [f"{death}; all processes are started again (faults.max_restarts: {restarts} left)"]
-            except Collapsing as collapse:
-                if collapse.decision.action != "rollback":
-                    raise HaltedError(str(collapse)) from None
-                step = roll_back(config.run_dir, collapse.decision)
-                before = collapse
-                notes = [f"{collapse} Going on from step {step}."]
-            except RunError as error:
-                raise RunError(f"{error}; {resume_hint(config)}") from error
-            except InputError as error:
-                if before is None:
-                    raise
-                # The input was good once: it is the cluster that has changed, which has lost a node, say.
-                raise RunError(f"{before}; started again: {error}; {resume_hint(config)}") from error
-            except Exception as error:
-                error.add_note(resume_hint(config))
+        _run_to_the_end(config, arch, _load_data(config, tokenizer), stop)
+        return config.run_dir
+
+
+def _run_to_the_end(config: RunConfig, arch: Architecture, data: _Data, stop: StopSignals) -> None:
+    """As many attempts as `faults.max_restarts` and the guard's rollbacks allow."""
+    restarts = config.faults.max_restarts
+    notes: list[str] = []
+    before: Exception | None = None  # what ended the attempt before
+    while True:
+        opened = open_run_directory(config, notes)
+        start_ray(config.watchdog.start_limit_s)
+        stop.take()
+        try:
+            with finish.nothing_after_it_counts(config, partial(announce, config)):
+                _run(config, arch, data, opened, stop)
+            return
+        except Preempted as request:
+            raise Preempted(f"{request}; {resume_hint(config)}") from None
+        except WorkerDied as death:
+            if restarts == 0:
+                raise RunError(f"{death}; {resume_hint(config)}") from death
+            restarts -= 1
+            before = death
+            notes = [f"{death}; all processes are started again (faults.max_restarts: {restarts} left)"]
+        except Collapsing as collapse:
+            if collapse.decision.action != "rollback":
+                raise HaltedError(str(collapse)) from None
+            step = roll_back(config.run_dir, collapse.decision)
+            before = collapse
+            notes = [f"{collapse} Going on from step {step}."]
+        except RunError as error:
+            raise RunError(f"{error}; {resume_hint(config)}") from error
+        except InputError as error:
+            if before is None:
                 raise
+            # The input was good once: it is the cluster that has changed, which has lost a node, say.
+            raise RunError(f"{before}; started again: {error}; {resume_hint(config)}") from error
+        except Exception as error:
+            error.add_note(resume_hint(config))
+            raise
 
 
 def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, stop: StopRequest) -> None:
@@ -197,9 +201,6 @@ class _Attempt:
             self.view.note(f"the rollout log has the rollouts of {log.num_recorded} further steps")
         schedule = RolloutSchedule(config, method.needs, engines, problems_of, log.has)
         collector = Collector(config, method, actors, schedule, equivalence, problems_of)
-        guard = Guard(config.guard, rollbacks=count_rollbacks(config.run_dir))
-        if state is not None and state.guard is not None:
-            guard.load_state_dict(state.guard)
         labels = self._label_history(equivalence)
 
         def observe(step: int, scored: Sequence[ScoredGroup]) -> dict[str, float]:
@@ -215,7 +216,7 @@ class _Attempt:
                 config, actors, on_complete=log.covered, labels=labels.snapshot, last_step=self.opened.steps_done
             ),
             state=state or TrainerState(0, 0),
-            guard=guard,
+            guard=open_guard(config, state),
             stop=self.stop,
             validate=self._validation(engines),
             observe=observe,

@@ -219,7 +219,7 @@ CASES: dict[str, Case] = {
     "rope": broken(edit("model/config.json", rope_scaling={"rope_type": "yarn"}), says="rope scaling of type 'yarn'"),
     "rope without numbers": broken(
         edit("model/config.json", rope_scaling={"rope_type": "llama3"}),
-        says="rope scaling of type llama3 is incomplete",
+        says="model/config.json: key 'rope_scaling.factor' is missing",
     ),
     "head size": broken(
         lambda world, _: write_model(world / "model", {"head_dim": 24}),
