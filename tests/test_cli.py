@@ -124,6 +124,13 @@ def test_a_command_under_its_former_name_says_the_new_one(
     assert "error: evaluate harness: this command is called `evaluate lm-eval` now" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", [["hashes"], ["boxed", "--n", "3"], []])
+def test_an_option_under_its_former_name_says_the_new_one(value: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["evaluate", "run", "MODEL", "q.parquet", "--out", "out", "--answer-form", *value])
+    assert "error: --answer-form: this option is called --answer-format now" in capsys.readouterr().err
+
+
 def all_parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     found = [parser]
     for action in parser._actions:

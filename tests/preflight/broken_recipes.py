@@ -407,6 +407,12 @@ CASES: dict[str, Case] = {
         says=r"rewards.answer_formats: \['boxed'\], but the run in run was made with \['plain'\]",
     ),
     "other data": broken(resumed(), "data.train_files=[val.parquet]", says="data.train_files: .*was made with"),
+    "other questions left out": broken(
+        resumed(), "data.unpaired=drop", says="data.unpaired: 'drop', but the run in run was made with 'error'"
+    ),
+    "questions without ground truth left out": broken(
+        resumed(), "data.missing_gold=drop", says="data.missing_gold: 'drop', but the run in run was made with 'error'"
+    ),
     "no resume": broken(resumed(), "checkpoint.resume=never", says="holds checkpoints and checkpoint.resume is never"),
     "damaged config of the run": broken(resumed(config="a: ["), says="run/config.yaml is damaged"),
     # what the file system and the environment say

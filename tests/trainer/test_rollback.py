@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
+from megatron_coreward.checkpoint.store import TrainerState, checkpoint_path, saved_steps
 from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.errors import RunError
 from megatron_coreward.guard import Decision, Guard
 from megatron_coreward.telemetry.rollout_dump import dumped_steps, rollouts_path
-from megatron_coreward.trainer.rollback import FILE_NAME, count_rollbacks, roll_back
+from megatron_coreward.trainer.rollback import FILE_NAME, count_rollbacks, open_guard, roll_back
+from tests.trainer.fakes import make_config
 
 
 @pytest.fixture
@@ -81,3 +82,18 @@ def test_without_a_checkpoint_that_is_old_enough_nothing_is_touched(
     assert saved_steps(run_dir) == checkpoints
     assert len(dumped_steps(run_dir)) == 4
     assert count_rollbacks(run_dir) == 0
+
+
+def test_a_resumed_run_has_the_guard_that_was_saved_and_counts_its_rollbacks(
+    tmp_path: Path, decision: Decision
+) -> None:
+    config = make_config("majority_voting", run_dir=tmp_path)
+    guard = open_guard(config, None)
+    for step in range(1, 15):
+        guard.observe(step, {"vote/share": 0.5 + step / 100, "rollout/response_tokens_mean": 100.0 - step})
+    saved = guard.state_dict()
+    assert saved != open_guard(config, TrainerState(14, 14)).state_dict()  # of a run without a guard
+    roll_back(run_dir_with(tmp_path, [30], range(0)), decision)
+    again = open_guard(config, TrainerState(14, 14, guard=saved))
+    assert again.state_dict() == saved
+    assert again.kl_factor == config.guard.kl_factor != 1
