@@ -1,7 +1,7 @@
 """The configuration of a run: one typed model per component, every key with its description, default and limits.
 
 A recipe names only what differs from these defaults. Unknown keys are errors. Defaults are the paper's settings
-(arXiv 2508.00410, section 5 and appendix) where the paper has one. The docstring below a key is its description
+(arXiv 2508.00410, section 5 and appendix) if the paper has one. The docstring below a key is its description
 everywhere that the key is explained (see `config.component`).
 """
 

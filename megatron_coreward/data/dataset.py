@@ -1,7 +1,7 @@
 """Published parquet files to Problems: originals, optionally paired with their rephrasings, rendered and tokenised.
 
 Pairs are made by source and `extra_info.index`, not by place, so files may differ in order; every original must have
-exactly one rephrasing and every rephrasing an original, or is left out where that is asked for. The ground truth is the
+exactly one rephrasing and every rephrasing an original, or is left out if that is asked for. The ground truth is the
 original's.
 """
 

@@ -1,4 +1,4 @@
-"""GPUs a plan can be made for, and what a plan assumes where nobody can know: efficiencies, lengths, overheads."""
+"""GPUs a plan can be made for, and what a plan assumes of what nobody can know: efficiencies, lengths, overheads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

@@ -127,7 +127,7 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
 def fp8_copies(arch: Architecture, a: ActorSettings, layout: ActorLayout, stage: int, models: int) -> int:
     """What Transformer Engine keeps of the layers' weights in FP8: each as it is and transposed, a byte each.
 
-    Weights that are kept in FP8 themselves have no copies. A frozen model computes in BF16 where scales have a memory.
+    Weights that are kept in FP8 themselves have no copies. A frozen model computes in BF16 if scales have a memory.
     """
     if a.fp8 is None:
         return 0

@@ -180,7 +180,7 @@ def fixed_problems(config: RunConfig, arch: Architecture, machine: Machine) -> l
 
 
 def check_layout(config: RunConfig, arch: Architecture) -> None:
-    """Raises InputError where the model cannot take the layout at all, one problem a line."""
+    """Raises InputError if the model cannot take the layout at all, one problem a line."""
     problems = [*setting_problems(config), *model_problems(config, arch)]
     if problems:
         raise InputError("\n".join(problems))

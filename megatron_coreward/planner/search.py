@@ -1,7 +1,7 @@
 """Layouts that fit: enumerated, planned, ranked by predicted seconds a step; and the nearest to one that does not.
 
 Actor and engines hardly depend on each other: for each way to divide the GPUs between them, the best actor and the best
-engines are found apart. What is enumerated (`Space`) are sizes that divide; powers of two where nothing else says more.
+engines are found apart. What is enumerated (`Space`) are sizes that divide; powers of two if nothing else says more.
 """
 
 from collections.abc import Callable, Iterator

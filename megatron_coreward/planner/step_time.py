@@ -146,9 +146,9 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
 
     held = max((stage_parameters(arch, layout, stage) for stage in (0, stages - 1)), key=lambda s: s.numel)
 
-    def phase(name: str, passes: float, of_head: float, travels: float, turns: int, **more: float) -> Phase:
-        """Passes of the rank's micro-batches through the slowest stage's layers, and through the output layer, in
-        pipeline `turns`."""
+    def phase(name: str, passes: float, of_head: float, travels: float, fills: int, **more: float) -> Phase:
+        """Passes of the rank's micro-batches through the slowest stage's layers, and through the output layer,
+        filling and emptying the pipeline `fills` times."""
         of_stages = [passes * n * layer for n in layers]
         of_stages[-1] += of_head * head
         seconds = {
@@ -159,7 +159,7 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
         }
         if name == "update":  # each micro-batch adds its gradients to the fp32 ones
             seconds["gradients (HBM)"] = packs * GRADIENT_TRAFFIC * held.numel / gpu.hbm_bytes_s
-        idle = turns * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
+        idle = fills * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
         return Phase(name, {**seconds, "pipeline bubble": idle * sum(seconds.values()), **more})
 
     updates = config.loss.updates_per_batch

@@ -58,7 +58,7 @@ def lock_run_directory(run_dir: Path, patience_s: float = 10.0) -> Iterator[None
                 time.sleep(0.2)
             except OSError:  # a file system without locks
                 break
-        with suppress(OSError):  # a full disk: then others are not told who it is
+        with suppress(OSError):  # a full disk: then others do not learn who it is
             os.ftruncate(file, 0)
             os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         yield
@@ -209,7 +209,7 @@ def resume_hint(config: RunConfig) -> str:
 
 @contextmanager
 def interrupt_says_how_to_go_on(config: RunConfig) -> Iterator[None]:
-    """Ctrl-C ends a run at once; what it is told with says from where the same command goes on."""
+    """Ctrl-C ends a run at once; the message says from where the same command goes on."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
