@@ -1,4 +1,4 @@
-"""The house rules: imports downward only, light at the bottom, Ray at the edges; functions that are read at a glance."""
+"""The house rules: imports downward only, light at the bottom, Ray at the edges; functions short enough to be read."""
 
 import ast
 import subprocess
