@@ -1,4 +1,4 @@
-r"""How well and how fast answers are judged: spellings, differences, groups, and strings that want to break the judge.
+r"""How well and how fast answers are compared: spellings, differences, groups, and hostile strings.
 
     python benchmarks/bench_answers.py [--answers FILE] [--pairs 20000] [--hostile 100000]
 
@@ -6,7 +6,7 @@ FILE is a parquet file in the published format; without it the MATH test set bes
 there, and what needs it is left out where it is not. Prints one JSON object:
 
 spellings  share of (answer, respelling) pairs, weighted by the answer, that are equivalent; the failures by respelling
-different  share of random pairs of answers with different values that are told apart; the pairs that are not
+different  share of random pairs of answers with different values that are found different; the pairs that are not
 grouping   seconds for the classes of 128 questions x 16 answers, with and without what was learned before
 step       the same for 256 x 64, by one process and by two
 hostile    of N pairs: rate, slowest, comparisons that ran over the limit, memory of this process and of the workers
@@ -40,7 +40,7 @@ from megatron_coreward.rewards.equivalence import AnswerEquivalence, _without_pr
 MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
 QUESTIONS, SAMPLES = 128, 16
 HOSTILE_TIMEOUT_S = 0.5
-START_SLACK_S = 60.0  # a new process on a crowded machine; the judge's own promise is its limit plus this
+START_SLACK_S = 60.0  # a new process on a crowded machine; the comparison's own promise is its limit plus this
 
 
 def spellings(answers: Sequence[str]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def noted(error: BaseException, note: str) -> BaseException:
         ),
         (KeyboardInterrupt(), 1, "interrupted"),
         (InputError("steps: -1"), 2, "error: steps: -1"),
-        (HaltedError("signs of collapse"), 3, "the run is halted: signs of collapse"),
+        (HaltedError("indicators of collapse"), 3, "the run is halted: indicators of collapse"),
     ],
 )
 def test_the_exit_status_says_how_it_ended(

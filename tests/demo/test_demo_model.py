@@ -1,4 +1,4 @@
-"""Random models are what the rest of the tests takes them for: of their family, loadable, seeded, and told apart."""
+"""Random models are what the rest of the tests takes them for: of their family, loadable, seeded, no two alike."""
 
 import json
 from pathlib import Path

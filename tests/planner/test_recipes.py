@@ -1,4 +1,4 @@
-"""Every recipe loads, is allowed, fits the GPUs that its name says, and is told in three lines."""
+"""Every recipe loads, is allowed, fits the GPUs that its name says, and is summed up in three lines."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe and what it names, and what must be told of it: the table of `test_preflight.py`."""
+"""What can be wrong with a recipe and what it names, and what must be said of it: the table of `test_preflight.py`."""
 
 import json
 import os
@@ -25,7 +25,7 @@ Break = Callable[[Path, pytest.MonkeyPatch], None]
 
 @dataclass(frozen=True)
 class Case:
-    """Something wrong with the world, and what must be told."""
+    """Something wrong with the world, and what the message must say."""
 
     message: str  # a regular expression
     changes: tuple[str, ...] = ()

@@ -251,7 +251,7 @@ def test_the_validation_before_training_is_no_step_of_the_time() -> None:
     assert panels.points_of(rows, "val/avg@8") == [(0, 0.5)]
 
 
-def test_going_back_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_going_back_is_reported_with_its_reason(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run")
     line = json.dumps({"from": 57, "to": 40, "reason": "<b>KL</b>"})
     (run_dir / "rollbacks.jsonl").write_text(f'{line}\n{{"from": 6')  # the last line was cut by a kill

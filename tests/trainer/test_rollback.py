@@ -1,4 +1,4 @@
-"""Going back leaves the checkpoint from before the signs as the newest, and a trace that it was done."""
+"""Going back leaves the checkpoint from before the indicators as the newest, and a trace that it was done."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.trainer.fakes import make_config
 
 @pytest.fixture
 def decision() -> Decision:
-    """Signs from step 44 on, acted on at step 57."""
+    """Indicators from step 44 on, acted on at step 57."""
     return Decision(57, "act", "rollback", (), lasted=14, good_step=39, news=True)
 
 
@@ -31,7 +31,7 @@ def run_dir_with(run_dir: Path, checkpoints: list[int], rollouts: range) -> Path
     return run_dir
 
 
-def test_the_newest_checkpoint_from_before_the_signs_is_gone_on_from(tmp_path: Path, decision: Decision) -> None:
+def test_the_newest_checkpoint_from_before_the_indicators_is_gone_on_from(tmp_path: Path, decision: Decision) -> None:
     run_dir = run_dir_with(tmp_path, [20, 30, 40, 50], range(1, 59))
     assert roll_back(run_dir, decision) == 30
     assert saved_steps(run_dir) == [20, 30]

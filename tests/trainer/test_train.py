@@ -128,7 +128,7 @@ def test_without_asynchronous_saving_a_checkpoint_is_complete_before_the_next_st
     assert only(w.events, "row", "complete")[:4] == ["row 1", "row 2", "complete 2", "row 3"]
 
 
-def test_accuracy_well_below_the_first_is_told_by_a_resumed_run_too(
+def test_accuracy_well_below_the_first_is_noticed_by_a_resumed_run_too(
     world: Callable[..., World], tmp_path: Path
 ) -> None:
     accuracies = iter([0.5, 0.41, 0.39, 0.45])
@@ -219,7 +219,7 @@ def test_a_stop_between_steps_saves_what_no_checkpoint_covers(world: Callable[..
 
 
 class Alarm(Guard):
-    """Decides once what it is told to, whatever it sees."""
+    """Decides once what it was made for, whatever it sees."""
 
     def __init__(self, step: int, action: GuardAction) -> None:
         super().__init__(GuardSettings(action=action, warmup=1))
