@@ -137,6 +137,7 @@ def written_files(config: RunConfig, arch: Architecture | None) -> dict[str, str
         "rollouts/": "the rollouts of every step" if config.telemetry.dump_rollouts else "rollouts since a checkpoint",
         "hf/": f"the final model{'' if arch is None else f', {_size(model_bytes(config, arch))}'}",
         "report.html": "the run as a page",
+        "missed.json": "the first step that a tracker lacks, while one does",
         "lock": "of the process that trains",
     }
     if config.guard.action == "rollback":

@@ -130,7 +130,7 @@ def test_everything_that_a_run_writes_is_named(world: Path) -> None:
 @pytest.mark.parametrize("entry", ["train", "attempt", "function"])
 @pytest.mark.timeout(120)
 def test_preflight_runs_once(entry: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_coreward.launch import attempt
+    from megatron_coreward import attempt
     from megatron_coreward.trainer import run
 
     checked: list[RunConfig] = []
