@@ -41,6 +41,7 @@ class SamplingRequest:
     top_p: float
     max_tokens: int
     answer_formats: Sequence[AnswerFormat] = ()  # in which a final answer is looked for; none: not at all
+    stop: Sequence[str] = ()  # texts at which a sample ends; it has them, and may have more of the token that ends them
 
 
 class RolloutEngine:
@@ -125,7 +126,10 @@ class RolloutEngine:
                 max_tokens=r.max_tokens,
                 logprobs=0,  # of the sampled token only
                 flat_logprobs=True,
-                detokenize=False,  # token by token, twice, would take a fifth of the time; once at the end is enough
+                # Token by token, twice, would take a fifth of the time; once at the end is enough but for stop texts.
+                detokenize=bool(r.stop),
+                stop=list(r.stop) or None,
+                include_stop_str_in_output=bool(r.stop),
             )
             for r in requests
         ]
