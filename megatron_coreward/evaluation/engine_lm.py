@@ -109,9 +109,7 @@ class EngineLM(LM):
         """A text for each request; the same one asked again gets the next sample."""
         counts = Counter(_key(*instance.args) for instance in requests)
         by_key = {_key(*instance.args): instance for instance in requests}
-        todo = [
-            self._asked(key, instance, counts[key]) for key, instance in by_key.items() if key not in self._job_log
-        ]
+        todo = [self._asked(key, instance, counts[key]) for key, instance in by_key.items() if key not in self._job_log]
         if todo:
             self._sample(todo, len(by_key))
         left = {key: iter(self._job_log[key]["texts"]) for key in counts}

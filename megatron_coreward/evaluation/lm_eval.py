@@ -1,7 +1,7 @@
 """Benchmarks by the harness that the field uses, lm-evaluation-harness, over the rollout engines.
 
-The harness has the tasks, their prompts and their scores; the engines have the model. Both run in a process of their own
-(`evaluation.lm_eval_job`).
+The harness has the tasks, their prompts and their scores; the engines have the model. Both run in a process of their
+own (`evaluation.lm_eval_job`).
 
 OUT/results.json    each benchmark's number with its interval, and all numbers of the harness
 OUT/samples.jsonl   the model's texts; a killed evaluation goes on from it
@@ -65,7 +65,9 @@ def run_lm_eval(
     RunError if it fails.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError(f"lm-evaluation-harness is not installed, which measures {benchmarks[0]}; install it: {INSTALL}")
+        raise InputError(
+            f"lm-evaluation-harness is not installed, which measures {benchmarks[0]}; install it: {INSTALL}"
+        )
     _check(benchmarks, data, allow_code)
     request = {
         "model": str(model.resolve()),

@@ -29,13 +29,12 @@ TASKS = Path(__file__).with_name("tasks")
 def run(request: Mapping[str, Any]) -> dict[str, Any]:
     """Measures the benchmarks of a request (`evaluation.lm_eval.request`) and returns the results by name."""
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
     from megatron_coreward.evaluation.sandbox import best_isolation
 
     model, out = Path(request["model"]), Path(request["out"])
-    manager = TaskManager(include_path=[str(TASKS), *request["include_paths"]])
+    manager = _task_manager(request)
     tasks = _loaded(manager, request)
     runs_code = any(getattr(task, "UNSAFE_CODE", False) for task in tasks["tasks"].values())
     isolation = best_isolation() if runs_code else None
@@ -86,6 +85,17 @@ def run(request: Mapping[str, Any]) -> dict[str, Any]:
         | {"settings": identity["generation"] | {"chat_template": chat, "isolation": isolation}}
         for name, members in _members(tasks, request["benchmarks"]).items()
     }
+
+
+def _task_manager(request: Mapping[str, Any]) -> Any:
+    """With the harness's own thousands of tasks only if one of them is asked for: to read them takes a while."""
+    from lm_eval.tasks import TaskManager
+
+    folders = [str(TASKS), *request["include_paths"]]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    benchmarks = [BENCHMARKS.get(name, name) for name in request["benchmarks"]]
+    wanted = {b.task if isinstance(b, HarnessBenchmark) else b for b in benchmarks}
+    return manager if wanted <= set(manager.all_tasks) else TaskManager(include_path=folders)
 
 
 def _loaded(manager: Any, request: Mapping[str, Any]) -> Any:

@@ -13,7 +13,8 @@ Under either level a program reads what this user can read. What it must not kno
 it: it computes, and the caller compares.
 
 Invariants (tests/evaluation/test_sandbox.py, with hostile programs): a call returns within its limit and a second;
-nothing that the program started outlives it; with namespaces, nothing outside its folder changes; its output is bounded.
+nothing that the program started outlives it; its output is bounded; nothing outside its folder
+changes (with namespaces).
 """
 
 import contextlib

@@ -27,7 +27,7 @@ _SECCOMP_MODE_FILTER = 2
 _LAST_CAPABILITY = 63
 
 # What the filter refuses, by architecture: other processes (fork, vfork), signals to them (kill, tkill, tgkill,
-# pidfd_send_signal), reaching into them (ptrace, process_vm_writev), sockets, io_uring (which opens sockets of its own).
+# pidfd_send_signal), reaching into them (ptrace, process_vm_writev), sockets, io_uring (which opens its own).
 _ARCHITECTURES = {
     "x86_64": (0xC000003E, 56, (57, 58, 62, 200, 234, 424, 101, 311, 41, 425)),
     "aarch64": (0xC00000B7, 220, (129, 130, 131, 424, 117, 271, 198, 425)),

@@ -112,5 +112,7 @@ print(attempts, os.access('/etc/passwd', os.W_OK))
         assert run_python(program, isolation="namespaces") == Outcome("ok", "[-1, -1, -1] False\n")
 
     def test_it_sees_no_other_process(self) -> None:
-        outcome = run_python("import os\nprint([n for n in os.listdir('/proc') if n.isdigit()])", isolation="namespaces")
+        outcome = run_python(
+            "import os\nprint([n for n in os.listdir('/proc') if n.isdigit()])", isolation="namespaces"
+        )
         assert outcome == Outcome("ok", "['1']\n")

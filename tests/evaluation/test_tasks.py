@@ -72,7 +72,9 @@ def problem(
     return {
         "question_id": "q1",
         "question_content": "Add.",
-        "starter_code": "" if name is None else f"class Solution:\n    def {name}(self, a: List[int]) -> int:\n        ",
+        "starter_code": ""
+        if name is None
+        else f"class Solution:\n    def {name}(self, a: List[int]) -> int:\n        ",
         "public_test_cases": texts[0],
         "private_test_cases": texts[1],
         "metadata": "{}" if name is None else json.dumps({"func_name": name}),
@@ -90,7 +92,12 @@ SUM = problem([("1 2\n", "3\n")], [("4 5\n", "9"), ("1.5 2\n", "3.50\n")])
     ("response", "right"),
     [
         (fenced("print(sum(map(float, input().split())))"), 1),  # 3.0 is 3
-        (fenced("if __name__ == '__main__':\n    a, b = map(float, stdin.readline().split())\n    print(a + b, ' ')"), 1),
+        (
+            fenced(
+                "if __name__ == '__main__':\n    a, b = map(float, stdin.readline().split())\n    print(a + b, ' ')"
+            ),
+            1,
+        ),
         (fenced("print(3)"), 0),  # the public test only
         (fenced("print(sum(map(float, input().split())), 'x')"), 0),
         (fenced("print(sum(map(float, input().split())), '\\n1')"), 0),

@@ -1,8 +1,8 @@
 """CRUXEval (arXiv 2401.03065): what does a function return, and which input makes it return a value?
 
 Rows as the data set has them: `code` (a function f), `input` (the text of its arguments), `output` (the text of what it
-returns). The model reasons, then answers between [ANSWER] and [/ANSWER] with a whole assertion. An answer is right if it
-evaluates to a value that equals what it must, so every input that leads to the output is right.
+returns). The model reasons, then answers between [ANSWER] and [/ANSWER] with a whole assertion. An answer is right if
+it evaluates to a value that equals what it must, so every input that leads to the output is right.
 
 Code runs in the sandbox and prints the value; values are compared here, where the program cannot see the expected one.
 An output must be a value: f is not defined where it is evaluated.
@@ -18,7 +18,7 @@ LIMITS = Limits(seconds=4.0, output_bytes=1 << 16)
 _UNKNOWN = object()
 
 _RULES = (
-    "Think step by step. Then write the completed assertion between [ANSWER] and [/ANSWER], with nothing else there.\n\n"
+    "Think step by step. Then write the completed assertion between [ANSWER] and [/ANSWER], and nothing else.\n\n"
     "Example:\ndef f(text, n):\n    return text[:n] + str(n)\nassert f({arguments}) == {value}\n"
     '{thought}\n[ANSWER]assert f("abc", 2) == "ab2"[/ANSWER]\n\n'
 )
@@ -75,11 +75,9 @@ def _side(answer: str, side: str) -> str | None:
         return f"f({answer})" if side == "call" and not answer.startswith("assert") else None
     expression = statement.test if isinstance(statement, ast.Assert) else getattr(statement, "value", None)
     if isinstance(expression, ast.Compare) and len(expression.ops) == 1 and isinstance(expression.ops[0], ast.Eq):
-        left, right = expression.left, expression.comparators[0]
-        if side == "call":
-            expression = left if _calls_f(left) else right
-        else:
-            expression = right if _calls_f(left) else left
+        sides = [expression.left, expression.comparators[0]]
+        calls = [_calls_f(each) for each in sides]
+        expression = sides[calls[0] != (side == "call")]
     if not isinstance(expression, ast.expr):
         return None
     if side == "call" and not _calls_f(expression):
@@ -88,9 +86,7 @@ def _side(answer: str, side: str) -> str | None:
 
 
 def _calls_f(expression: ast.expr) -> bool:
-    return (
-        isinstance(expression, ast.Call) and isinstance(expression.func, ast.Name) and expression.func.id == "f"
-    )
+    return isinstance(expression, ast.Call) and isinstance(expression.func, ast.Name) and expression.func.id == "f"
 
 
 def _evaluated(code: str, expression: str) -> str | None:
