@@ -1,5 +1,6 @@
 """An actor rank in a process of its own: the shell that the driver makes a Ray actor of."""
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 from megatron_coreward.actor.setup import ActorSetup
@@ -31,13 +32,19 @@ class ActorWorker(LoggedWorker):
         from megatron_coreward.actor.actor import MegatronActor
 
         self._actor = MegatronActor(setup, rank, address, port)
+        gc.collect()
+        gc.freeze()  # the model stays: nobody need look at it again
+        gc.disable()  # a rank that collects by itself lets all others wait; after an update all of them do
         return self._actor.ranks.dp_rank, self._actor.is_output_rank
 
     def run(self, method: str, *arguments: Any) -> Any:
         """A method of the rank."""
         if self._actor is None:
             raise RuntimeError("this actor rank was not started")
-        return getattr(self._actor, method)(*arguments)
+        result = getattr(self._actor, method)(*arguments)
+        if method == "update":
+            gc.collect()
+        return result
 
     def shutdown(self) -> None:
         if self._actor is not None:

@@ -48,19 +48,25 @@ class ActorGroup(WorkerGroup):
         self.part_of = [dp_rank for dp_rank, _ in started]
         self.output_ranks = tuple(rank for rank, (_, is_output_rank) in enumerate(started) if is_output_rank)
 
-    def token_stats(self, sequences: Sequences, weights: Weights, temperature: float) -> TokenStats:
-        """Statistics of the response tokens of all sequences, in their order."""
+    def token_stats(
+        self, sequences: Sequences, weights: Weights, temperature: float, statistics: bool = True
+    ) -> TokenStats:
+        """Log-probs of the response tokens of all sequences, in their order, and if wanted entropy and
+        self-certainty."""
         plan = self._plan(sequences)
-        parts = [(sequences.select(micro_batches.rows), micro_batches, weights, temperature) for micro_batches in plan]
+        parts = [
+            (sequences.select(micro_batches.rows), micro_batches, weights, temperature, statistics)
+            for micro_batches in plan
+        ]
         results = self.call_parts("token_stats", parts, self.output_ranks)
         stats: list[list[FloatArray]] = [[None] * len(sequences) for _ in range(3)]  # type: ignore[list-item]
         for rank, result in zip(self.output_ranks, results, strict=True):
             rows = plan[self.part_of[rank]].rows
             of_rank = result.logprobs, result.entropy, result.self_certainty
-            for target, source in zip(stats, of_rank, strict=True):
+            for target, source in zip(stats, of_rank[: 3 if statistics else 1], strict=False):
                 for row, values in zip(rows, source, strict=True):
                     target[row] = values
-        return TokenStats(*stats)
+        return TokenStats(*stats) if statistics else TokenStats(stats[0], (), ())
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step. Returns sums over the batch's response tokens, and the step's global figures."""

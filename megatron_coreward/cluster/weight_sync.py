@@ -31,7 +31,7 @@ def weight_version(role: Role, num_updates: int) -> int:
 class SendingActors(Workers, Protocol):
     """What a weight sync needs of the actors (`cluster.actor_group.ActorGroup`)."""
 
-    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
+    def token_stats(self, sequences: Sequences, weights: Any, temperature: float, statistics: bool) -> TokenStats: ...
 
 
 class ReceivingEngines(Workers, Protocol):
@@ -135,7 +135,7 @@ class WeightSync:
         self._wait(loading)
 
     def _canary_gap(self, role: Role) -> float:
-        expected = self._actors.token_stats(self._canary, role, 1.0).logprobs[0]
+        expected = self._actors.token_stats(self._canary, role, 1.0, False).logprobs[0]
         scores: Sequence[FloatArray] = self._engines.call("score", self._canary.token_ids[0])
         return max(float(np.abs(score - expected).mean()) for score in scores)
 

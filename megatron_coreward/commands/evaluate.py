@@ -7,6 +7,7 @@ from typing import Any, get_args
 from megatron_coreward.commands.arguments import SEED, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
 from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerFormat, Equivalence
+from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
@@ -45,6 +46,9 @@ def _add_run(actions: Any) -> None:
         action="append",
         choices=get_args(AnswerFormat),
         help="where final answers stand, tried in the order given; default: boxed",
+    )
+    run.add_argument(
+        "--stop-at", action="append", metavar="TEXT", help="read no answer behind this text if one stands before it"
     )
     add_engine_options(run)
     run.add_argument("--batch-questions", type=whole(1), default=64, help="what an interruption can lose")
@@ -150,7 +154,11 @@ def _run(options: argparse.Namespace) -> None:
                 seed=options.seed,
                 dtype=options.dtype,
             ),
-            GradingSettings(options.equivalence, tuple(options.answer_format or ("boxed",))),
+            GradingSettings(
+                options.equivalence,
+                tuple(options.answer_format or ("boxed",)),
+                stop_at=tuple(options.stop_at or ()),
+            ),
             chosen_engines(options, batch_questions=options.batch_questions),
             system_prompt=None if options.keep_system_prompt else options.system_prompt,
             thinking=options.thinking,
@@ -193,12 +201,12 @@ def _lm_eval(options: argparse.Namespace) -> None:
             include_path=options.include_path,
         )
     for name, row in results.items():
-        print(
+        say(
             f"{name}: {row['metric']} {row['value']:.1%} ({row['low']:.1%} .. {row['high']:.1%}) of "
             f"{row['num_questions']} questions"
         )
         for task, metrics in row["metrics"].items():
-            print(f"  {task}", *(f"{metric} {value:.4f}" for metric, value in metrics.items()), sep="  ")
+            say("  ".join([f"  {task}", *(f"{metric} {value:.4f}" for metric, value in metrics.items())]))
 
 
 def _paper(options: argparse.Namespace) -> None:
@@ -224,9 +232,9 @@ def _paper(options: argparse.Namespace) -> None:
             convert=_converter(options.hf_path),
             on_progress=lambda benchmark, done, total: progress(done, total),
         )
-    print(markdown([result], numbers), end="")
+    say(markdown([result], numbers).rstrip())
     for name, reason in result.not_measured.items():
-        print(f"not measured: {name}: {reason}")
+        say(f"not measured: {name}: {reason}")
 
 
 def _table(options: argparse.Namespace) -> None:
@@ -235,7 +243,7 @@ def _table(options: argparse.Namespace) -> None:
 
     results = [read_paper_result(folder) for folder in options.results]
     numbers = read_numbers(options.paper_numbers or NUMBERS)
-    print(markdown(results, numbers), end="")
+    say(markdown(results, numbers).rstrip())
     if options.out is not None:
         write_tables(options.out, results, numbers)
 

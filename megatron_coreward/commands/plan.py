@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         metavar="key=value",
         help="config keys, such as actor.tensor_parallel=4",
     )
-    plan.add_argument("--gpu", default="h100", help=", ".join(GPUS))
+    plan.add_argument("--gpu", help=f"{', '.join(GPUS)} (default: the recipe's gpu, or h100)")
     plan.add_argument(
         "--gpus",
         type=int,
@@ -59,7 +59,7 @@ def _plan(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     arch = architecture_of(config.model)
     placement = options.placement or config.rollout.placement
-    machine = Machine(find_gpu(options.gpu), placement, assume(options.assume))
+    machine = Machine(find_gpu(options.gpu or config.gpu or "h100"), placement, assume(options.assume))
     gpus = options.gpus or gpus_of(config, placement)
     model = config.model.hf_path.name
 

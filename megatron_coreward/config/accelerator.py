@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import ActorSettings, RunConfig
+from megatron_coreward.config.stages import divide_layers
+from megatron_coreward.errors import InputError
 
 Version = tuple[int, ...]
 
@@ -129,11 +131,16 @@ def model_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
     if arch.experts is None:
         sizes["a rank's feed-forward size"] = arch.ffn_size // tp
     else:
-        sizes["a rank's part of an expert's feed-forward size"] = arch.experts.ffn_size // tp
+        expert_tp = tp if a.expert_tensor_parallel is None else a.expert_tensor_parallel
+        sizes["a rank's part of an expert's feed-forward size"] = arch.experts.ffn_size // expert_tp
     for what, size in sizes.items():
         if size % multiple:
             yield f"actor.fp8: {a.fp8} needs sizes in multiples of {multiple}, {what} is {size}"
-    most = arch.num_layers // a.pipeline_parallel
+    try:
+        stages = divide_layers(arch.num_layers, a.pipeline_parallel, a.first_stage_layers, a.last_stage_layers)
+    except InputError:  # told by what checks the layout
+        return
+    most = min(stages[0], stages[-1])
     if a.fp8_bf16_layers > most:
         yield f"actor.fp8_bf16_layers: {a.fp8_bf16_layers}; a pipeline rank has {most} layers, which is the most"
 
@@ -159,10 +166,10 @@ def machine_problems(config: RunConfig, machine: GpuSupport) -> Iterator[str]:
         yield "actor.backend: te needs the package transformer-engine, which is not installed; allowed: auto, local"
     if a.fp8 is not None:
         yield from _recipe_problems(a.fp8, machine, engine)
-    if a.gradient_accumulation_fusion is True and "apex" not in machine.packages:
+    if a.gradient_accumulation_fusion is True and (engine is None or a.backend == "local"):
         yield (
-            "actor.gradient_accumulation_fusion: true needs apex with its CUDA extensions "
-            "(fused_weight_gradient_mlp_cuda), which is not installed; allowed: auto, false"
+            "actor.gradient_accumulation_fusion: true needs the layers of transformer-engine, which "
+            f"{'is not installed' if engine is None else 'actor.backend: local does not use'}; allowed: auto, false"
         )
     if machine.capability is not None:
         yield from gpu_problems(config, machine.capability)

@@ -52,7 +52,9 @@ class Assumptions:
     gpus_per_node: int = 8
     mean_prompt: float = 0.3  # mean tokens of a prompt, as a share of data.max_prompt_tokens
     mean_response: float = 0.4  # mean tokens of a response, as a share of rollout.max_response_tokens
-    matmul_efficiency: float = 0.4  # of the peak rate, in training and scoring
+    matmul_efficiency: float = 0.45  # of the peak rate, in training and scoring, of products over many tokens
+    half_rate_tokens: float = 128.0  # tokens of a product at which it reaches half of that efficiency
+    layer_overhead_s: float = 1e-4  # of a layer for each pass of a micro-batch: launches, and kernels too short to fill
     decode_efficiency: float = 0.5  # of HBM bandwidth, while decoding
     link_efficiency: float = 0.7  # of NVLink and network
     iteration_overhead_s: float = 0.003  # of an engine for one decoding step: scheduling, sampling, launches

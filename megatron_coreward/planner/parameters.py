@@ -17,19 +17,7 @@ from functools import cache
 from math import lcm
 
 from megatron_coreward.config.architecture import Architecture
-from megatron_coreward.config.schema import ActorSettings
 from megatron_coreward.weights.layouts import ActorLayout
-
-
-def actor_layout(a: ActorSettings) -> ActorLayout:
-    return ActorLayout(
-        tensor_parallel=a.tensor_parallel,
-        pipeline_parallel=a.pipeline_parallel,
-        virtual_pipeline=a.virtual_pipeline,
-        expert_parallel=a.expert_parallel,
-        data_parallel=a.data_parallel,
-        context_parallel=a.context_parallel,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +47,14 @@ def lay_out(buckets: Iterable[Sequence[int]], data_parallel: int) -> Buffer:
     start, owned = 0, [0] * data_parallel
     for bucket in buckets:
         first, spans = start, []
-        for numel in bucket:
-            start = _up(start, 64)
-            spans.append((start, start + numel))
-            start += numel
+        if all(numel % 64 == 0 for numel in set(bucket)):  # nothing lies between them, and models have many
+            spans.append((start, start + sum(bucket)))
+            start = spans[0][1]
+        else:
+            for numel in bucket:
+                start = _up(start, 64)
+                spans.append((start, start + numel))
+                start += numel
         start = _up(start, lcm(data_parallel, 128))
         share = (start - first) // data_parallel
         for rank in range(data_parallel):
@@ -111,7 +103,8 @@ def stage_parameters(arch: Architecture, layout: ActorLayout, stage: int) -> Sta
     dense_dp = layout.data_parallel * layout.context_parallel
     vocabulary = arch.padded_vocab_size(layout.tensor_parallel) // layout.tensor_parallel * arch.hidden_size
     layer = layer_shapes(arch, layout.tensor_parallel, layout.expert_tp_size, layout.expert_parallel)
-    apart = layout.expert_parallel > 1  # experts have a buffer of their own
+    # Experts have a buffer of their own where their replicas are others than those of the rest.
+    apart = layout.expert_parallel > 1 or layout.expert_tp_size != layout.tensor_parallel
     shared = arch.tied and layout.pipeline_parallel > 1
     dense, expert = [], []
     chunks = layout.chunks(arch.num_layers)[stage]

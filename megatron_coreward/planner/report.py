@@ -22,8 +22,8 @@ def _head(plan: Plan, model: str) -> Iterator[str]:
     yield f"{model}, {c.method}, {c.model.dtype}, on {plan.num_gpus} x {gpu}"
     yield (
         f"{machine.placement}: {a.world_size} actor ranks (TP {a.tensor_parallel}, PP {a.pipeline_parallel}, VPP "
-        f"{a.virtual_pipeline}, EP {a.expert_parallel}, DP {a.data_parallel}; recompute {a.recompute}, "
-        f"{a.tokens_per_microbatch} tokens a micro-batch)"
+        f"{a.virtual_pipeline}, CP {a.context_parallel}, EP {a.expert_parallel}, DP {a.data_parallel}; recompute "
+        f"{a.recompute}, {a.tokens_per_microbatch} tokens a micro-batch)"
     )
     yield f"{beside} {r.num_engines} engines of TP {r.tensor_parallel}, {r.max_num_seqs} sequences at once"
 
@@ -41,7 +41,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"{'GiB a GPU of the actor':<24}" + "".join(f"{f'stage {s.stage}':>10}" for s in stages)
     for part in stages[0].parts:
         if any(s.parts[part] for s in stages):
-            note = "  (not beside activations and logits)" if part == "checkpoint" else ""
+            note = "  (not beside activations and scoring)" if part == "checkpoint" else ""
             yield f"  {part:<22}" + "".join(f"{s.parts[part] / GIB:>10.2f}" for s in stages) + note
     yield f"  {'peak':<22}" + "".join(f"{s.peak / GIB:>10.2f}" for s in stages)
     e = plan.engine
@@ -69,8 +69,10 @@ def _verdict(plan: Plan) -> Iterator[str]:
 
 def overrides(plan: Plan) -> str:
     """The layout as `key=value` arguments of any command that reads a recipe."""
+    words = {True: "true", False: "false", None: "null"}
     values = (
-        (key, str(value).lower() if isinstance(value, bool) else value) for key, value in layout_of(plan.config).items()
+        (key, words[value] if value is None or isinstance(value, bool) else value)
+        for key, value in layout_of(plan.config).items()
     )
     return " ".join(f"{key}={value}" for key, value in values)
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.config.stages import balanced_ends
 from megatron_coreward.errors import InputError
+from megatron_coreward.planner.hardware import Assumptions
 from megatron_coreward.planner.plan import (
     Machine,
     Placement,
@@ -23,9 +25,11 @@ from megatron_coreward.planner.plan import (
     layout_of,
     make_plan,
 )
+from megatron_coreward.planner.step_time import head_layers
 
 MAX_PIPELINE = 16
 MAX_GPUS = 4096
+OF_MICRO_BATCHES = ("recompute", "tokens_per_microbatch")  # keys that change no parameter's place
 UTILIZATION = 0.9  # of a GPU that an engine has for itself
 
 
@@ -52,29 +56,50 @@ def actor_layouts(config: RunConfig, arch: Architecture, ranks: int, gpus_per_no
     """Changes of `actor` keys that lay the model over so many ranks or a few less; not all of them are allowed."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     least = 2 ** (longest - 1).bit_length()
-    experts = _powers(arch.experts.num) if arch.experts is not None else [1]
+    head = head_layers(arch, config, Assumptions())
     for tp, pp in product(_powers(gpus_per_node), range(1, MAX_PIPELINE + 1)):
         most = ranks // (tp * pp)
-        if arch.num_layers % pp or not most:
+        if not most:
             continue
         for dp in data_parallel_sizes(most) if arch.experts is not None else [most]:
+            of_experts = list(_expert_layouts(arch, tp, tp * dp))
             for vpp in (1, 2, 4) if pp > 1 else (1,):
-                for ep in experts:
-                    if arch.num_layers % (pp * vpp) or dp % ep:
-                        continue
-                    for recompute in ("none", "full"):
-                        for tokens in (least, 2 * least, 4 * least):
-                            yield {
-                                "tensor_parallel": tp,
-                                "pipeline_parallel": pp,
-                                "virtual_pipeline": vpp,
-                                "expert_parallel": ep,
-                                "context_parallel": 1,
-                                "data_parallel": dp,
-                                "sequence_parallel": tp > 1,
-                                "recompute": recompute,
-                                "tokens_per_microbatch": tokens,
-                            }
+                for first, last in _splits(arch.num_layers, pp, vpp, head):
+                    for (ep, expert_tp), recompute, times in product(of_experts, ("none", "full"), (1, 2, 4, 8)):
+                        yield {
+                            "tensor_parallel": tp,
+                            "pipeline_parallel": pp,
+                            "virtual_pipeline": vpp,
+                            "first_stage_layers": first,
+                            "last_stage_layers": last,
+                            "expert_parallel": ep,
+                            "expert_tensor_parallel": expert_tp,
+                            "context_parallel": 1,
+                            "data_parallel": dp,
+                            "sequence_parallel": tp > 1,
+                            "recompute": recompute,
+                            "tokens_per_microbatch": times * least,
+                        }
+
+
+def _expert_layouts(arch: Architecture, tensor_parallel: int, stage_ranks: int) -> Iterator[tuple[int, int | None]]:
+    """Expert-parallel and expert-tensor-parallel sizes: whole experts, or as much cut as the rest of a layer."""
+    if arch.experts is None:
+        yield 1, None
+        return
+    for expert_tp in sorted({1, tensor_parallel}):
+        yield from ((ep, expert_tp) for ep in _powers(arch.experts.num) if stage_ranks % (ep * expert_tp) == 0)
+
+
+def _splits(num_layers: int, stages: int, chunks: int, head: float) -> Iterator[tuple[int | None, int | None]]:
+    """Layers of the first and last pipeline stage: all alike, and such that the last one has time for the head."""
+    even = num_layers % (stages * chunks) == 0
+    if even:
+        yield None, None
+    if stages > 1:
+        balanced = balanced_ends(num_layers, stages, head, chunks)
+        if balanced is not None and not (even and set(balanced) == {num_layers // stages}):
+            yield balanced
 
 
 def data_parallel_sizes(most: int) -> list[int]:
@@ -116,9 +141,16 @@ def search(
     found = []
     for split in splits(num_gpus, machine.placement):
         actors: dict[tuple[int, int], Plan] = {}
+        too_large: set[tuple[Any, ...]] = set()  # layouts whose parameters alone do not fit, however activations do
         for layout in actor_layouts(config, arch, split.actor, per_node):
+            of_parameters = tuple(value for name, value in layout.items() if name not in OF_MICRO_BATCHES)
+            if of_parameters in too_large:
+                continue
             plan = _planned(_with(config, actor=layout, rollout=_any_engines(arch, per_node)), arch, machine)
-            if plan is None or any(actor_problems(plan.stages, plan.engine, machine)):
+            if plan is None or max(stage.resident for stage in plan.stages) > machine.gpu.memory_bytes:
+                too_large.add(of_parameters)
+                continue
+            if any(actor_problems(plan.stages, plan.engine, machine)):
                 continue
             key = (layout["tensor_parallel"], layout["pipeline_parallel"])
             if key not in actors or rank(plan) < rank(actors[key]):
@@ -177,7 +209,7 @@ def distance(config: RunConfig, other: RunConfig) -> float:
     one, two = layout_of(config), layout_of(other)
     total = 0.0
     for key, value in one.items():
-        if isinstance(value, bool | str):
+        if value is None or two[key] is None or isinstance(value, bool | str):
             total += value != two[key]
         else:
             total += abs(log2(value / two[key]))

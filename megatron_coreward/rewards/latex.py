@@ -1,4 +1,4 @@
-r"""Spelling of LaTeX answers: one table of rules, each with its reason, that takes the many spellings of one text to one.
+r"""Spelling of LaTeX answers: one table of rules, each with its reason, that takes many spellings of a text to one.
 
 Invariants: pure and deterministic; an answer longer than `MAX_LENGTH` is not looked into, so the cost of one answer is
 bounded; no rule changes what an answer says (units, words and kinds are read later, by `reading.py`); what is left is
@@ -41,7 +41,7 @@ CHARACTERS = str.maketrans(
         **{"≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv "},
         **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ", "±": r"\pm ", "∓": r"\mp ", "∠": r"\angle "},
         **{"ℝ": r"\mathbb{R}", "ℚ": r"\mathbb{Q}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}"},
-        **{"π": r"\pi ", "Ω": r"\Omega ", "Ω": r"\Omega ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta "},
+        **{"π": r"\pi ", "Ω": r"\Omega ", "\u2126": r"\Omega ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta "},
         **{"…": r"\ldots ", "⋯": r"\ldots ", "∣": "|", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
         **{superscript: f"^{{{digit}}}" for superscript, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)},
         **{subscript: f"_{{{digit}}}" for subscript, digit in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)},
@@ -49,23 +49,40 @@ CHARACTERS = str.maketrans(
 )
 
 RULES = (
-    Rule(r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|strut|null|allowbreak|nobreak|bf|rm|it)"
-         + _NAME_ENDS, " ", "says how it looks"),
+    Rule(
+        r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|strut|null|allowbreak|nobreak|bf|rm|it)" + _NAME_ENDS,
+        " ",
+        "says how it looks",
+    ),
     Rule(r"\\(?:color|hspace|vspace|label|tag)\*?\s*\{[^{}]*\}", " ", "says how it looks"),
     Rule(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*", "", "says how it looks"),
     Rule(r"\\(?:text)?(?:dollar|euro|sterling|yen)" + _NAME_ENDS, "$", "a currency sign"),
     Rule(r"\\text\s*\{\s*([,.:%])\s*\}", r"{\1}", "punctuation in a text macro"),
     Rule(r"\\text\s*\{\s*\\([%$])\s*\}", r"\\\1", "a sign in a text macro"),
     Rule(r"\\?[$€£¥₹₩₽]|(?<!\\)\\[()\[\]]", "", "the question fixes the currency; math delimiters"),
-    Rule(r"\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)(?:,?\s*(?<!\\)\\[,!;: ]|~)\s*(?=\d{3}(?!\d))", "", r"thousands: 1{,}000, 1,\!000, 1\,000"),
+    Rule(
+        r"\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)(?:,?\s*\\!\s*|\\[,;: ]|~)(?=\d{3}(?!\d))",
+        "",
+        r"thousands: 1{,}000, 1,\!000, 1\,000",
+    ),
     Rule(r"\{([,.:;%])\}", r"\1", "braces that only mend the spacing"),
     Rule(r"(?<!\\)\\!", "", "negative space"),
     Rule(r"(?<!\\)\\[,;:> ]|~|\\q?quad" + _NAME_ENDS + r"|\\(?:thin|med|thick|en)space" + _NAME_ENDS, " ", "space"),
     Rule(r"\\(?:left|right|middle)" + _NAME_ENDS + r"\s*\.?|\\[bB]igg?[lrm]?" + _NAME_ENDS, "", "size of brackets"),
     Rule(r"\\[dtc]frac" + _NAME_ENDS, r"\\frac", "size of fractions"),
     Rule(r"\\[dt]binom" + _NAME_ENDS, r"\\binom", "size of binomials"),
-    Rule(r"\{((?:[^{}]|\{[^{}]*\})*?)\\choose" + _NAME_ENDS + r"((?:[^{}]|\{[^{}]*\})*)\}", r"\\binom{\1}{\2}", "plain TeX", True),
-    Rule(r"\{((?:[^{}]|\{[^{}]*\})*?)\\over" + _NAME_ENDS + r"((?:[^{}]|\{[^{}]*\})*)\}", r"\\frac{\1}{\2}", "plain TeX", True),
+    Rule(
+        r"\{((?:[^{}]|\{[^{}]*\})*?)\\choose" + _NAME_ENDS + r"((?:[^{}]|\{[^{}]*\})*)\}",
+        r"\\binom{\1}{\2}",
+        "plain TeX",
+        True,
+    ),
+    Rule(
+        r"\{((?:[^{}]|\{[^{}]*\})*?)\\over" + _NAME_ENDS + r"((?:[^{}]|\{[^{}]*\})*)\}",
+        r"\\frac{\1}{\2}",
+        "plain TeX",
+        True,
+    ),
     Rule(r"^([^{}]*?)\\over" + _NAME_ENDS + r"([^{}]*)$", r"\\frac{\1}{\2}", "plain TeX"),
     Rule(r"\\(le|ge|ne)q?q?(?:slant)?" + _NAME_ENDS + r"|\\(le|ge)qq" + _NAME_ENDS, r"\\\1\2", "one name a relation"),
     Rule(r"\\not\s*=|!=", r"\\ne ", "one name a relation"),
@@ -85,14 +102,25 @@ RULES = (
     Rule(r"\\(?:bmod|mod)" + _NAME_ENDS + r"|\\text\s*\{\s*mod\s*\}", r"\\bmod ", "one name an operator"),
     Rule(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime" + _NAME_ENDS + ")", "'", "one name a sign"),
     Rule(r"\^\s*\{\s*\\prime\s*\\prime\s*\}", "''", "one name a sign"),
-    Rule(r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\degree" + _NAME_ENDS + r"|(?<!\^)\\degree" + _NAME_ENDS, r"^\\circ ", "degrees"),
+    Rule(
+        r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\degree" + _NAME_ENDS + r"|(?<!\^)\\degree" + _NAME_ENDS,
+        r"^\\circ ",
+        "degrees",
+    ),
     Rule(r"\s+\^\s*\\circ", r"^\\circ", "degrees"),
+    Rule(r"\\(?:mathrm|mathbf|mathit|bm|boldsymbol)\s+([A-Za-z\d])", r" \1", "a letter in another font is that letter"),
     Rule(r"\*\*", "^", "plain text"),
     Rule(r"\\%", "%", "one name a sign"),
-    Rule(rf"\\(?:{_FONT_MACROS})\s*\{{\s*\\?({_FUNCTION_NAMES})\s*\}}", r"\\\1 ", "functions in letters of another font"),
+    Rule(
+        rf"\\(?:{_FONT_MACROS})\s*\{{\s*\\?({_FUNCTION_NAMES})\s*\}}", r"\\\1 ", "functions in letters of another font"
+    ),
     Rule(rf"\\(?:{_FONT_MACROS})\s*\{{([^{{}}A-Za-z\\]*)\}}", r"\1", "a number in another font is that number"),
-    Rule(r"\\(?:boldsymbol|bm|pmb|mathbf|mathit|mathrm|mathsf|mathnormal)\s*\{((?:[^{}]|\{[^{}]*\})*\\(?:[^{}]|\{[^{}]*\})*)\}",
-         r"{\1}", "mathematics in another font is that mathematics", True),
+    Rule(
+        r"\\(?:boldsymbol|bm|pmb|mathbf|mathit|mathrm|mathsf|mathnormal)\s*\{((?:[^{}]|\{[^{}]*\})*\\(?:[^{}]|\{[^{}]*\})*)\}",
+        r"{\1}",
+        "mathematics in another font is that mathematics",
+        True,
+    ),
     Rule(rf"\\(?:{_FONT_MACROS})" + _NAME_ENDS + r"\s*\{\s*", r"\\text{", "words are words in every font"),
 )
 

@@ -192,7 +192,16 @@ def test_plan_prints_memory_time_and_verdict_without_the_weights(
     run([recipe])
     page = capsys.readouterr().out
     assert "Qwen3-1.7B-Base, co_rewarding_ii, bfloat16, on 4 x h100" in page
-    for line in ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "key-value cache", "rollout"):
+    for line in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "teacher",
+        "activations",
+        "scoring",
+        "key-value cache",
+        "rollout",
+    ):
         assert f"\n  {line}" in page
     assert page.rstrip().endswith("fits")
 
