@@ -1,6 +1,6 @@
 """The paper's benchmarks (arXiv 2508.00410, section 4.1): how each is measured, where its data lies, how to get it.
 
-All data lies in one folder. The mathematical ones are parquet files that `prepare-data` writes; the others are copies
+All data lies in one folder. The mathematical ones are parquet files where `prepare-data` writes them; the others are copies
 of the hub's repositories, which lm-evaluation-harness reads. Nothing here downloads anything.
 """
 
@@ -45,9 +45,9 @@ class HarnessBenchmark:
 Benchmark = MathBenchmark | HarnessBenchmark
 
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "math500": MathBenchmark("MATH500", "math500.parquet", 1, "math500 --split test"),
-    "gsm8k": MathBenchmark("GSM8K", "gsm8k_test.parquet", 1, "gsm8k --split test"),
-    "amc": MathBenchmark("AMC", "amc.parquet", 8, "amc --split train"),
+    "math500": MathBenchmark("MATH500", "math500/test.parquet", 1, "math500 --split test"),
+    "gsm8k": MathBenchmark("GSM8K", "gsm8k/test.parquet", 1, "gsm8k --split test"),
+    "amc": MathBenchmark("AMC", "amc/train_original.parquet", 8, "amc --split train"),
     "livecodebench": HarnessBenchmark(
         "LiveCodeBench",
         "coreward_livecodebench",

@@ -39,6 +39,7 @@ def data(tmp_path: Path) -> Path:
     for name in ("math500", "amc"):
         benchmark = BENCHMARKS[name]
         assert isinstance(benchmark, MathBenchmark)
+        (folder / benchmark.file).parent.mkdir()
         write_rows(folder / benchmark.file, rows, split="test")
     return folder
 
@@ -80,7 +81,7 @@ class TestEvaluation:
         assert (amc.metric, amc.num_questions) == ("avg@8", 6)
         assert 0 < amc.estimate.low <= amc.estimate.value <= amc.estimate.high < 1
         assert result.not_measured["gsm8k"].startswith(
-            f"no {data}/gsm8k_test.parquet; get it: megatron-coreward prepare-data"
+            f"no {data}/gsm8k/test.parquet; get it: megatron-coreward prepare-data"
         )
         assert set(result.not_measured) == set(BENCHMARKS) - {"math500", "amc"}
         assert read_paper_result(tmp_path / "out") == result
