@@ -81,7 +81,7 @@ def run(request: Mapping[str, Any]) -> dict[str, Any]:
     assert found is not None  # on the first rank, which is the only one
     return {
         name: _result(name, [samples for task in members for samples in found["samples"][task]])
-        | {"metrics": _metrics(found, (name, *members))}
+        | {"metrics": _metrics(found, (_task(name), *members))}
         | {"settings": identity["generation"] | {"chat_template": chat, "isolation": isolation}}
         for name, members in _members(tasks, request["benchmarks"]).items()
     }
@@ -93,8 +93,7 @@ def _task_manager(request: Mapping[str, Any]) -> Any:
 
     folders = [str(TASKS), *request["include_paths"]]
     manager = TaskManager(include_path=folders, include_defaults=False)
-    benchmarks = [BENCHMARKS.get(name, name) for name in request["benchmarks"]]
-    wanted = {b.task if isinstance(b, HarnessBenchmark) else b for b in benchmarks}
+    wanted = set(map(_task, request["benchmarks"]))
     return manager if wanted <= set(manager.all_tasks) else TaskManager(include_path=folders)
 
 
@@ -142,12 +141,17 @@ def _top_level(tasks: Any) -> Iterator[Any]:
     yield from (task for name, task in tasks["tasks"].items() if name not in inside)
 
 
+def _task(name: str) -> str:
+    """What the harness calls a benchmark."""
+    benchmark = BENCHMARKS.get(name)
+    return benchmark.task if isinstance(benchmark, HarnessBenchmark) else name
+
+
 def _members(tasks: Any, benchmarks: Sequence[str]) -> dict[str, list[str]]:
     """The tasks that each benchmark consists of."""
     members = {}
     for name in benchmarks:
-        benchmark = BENCHMARKS.get(name)
-        task = benchmark.task if isinstance(benchmark, HarnessBenchmark) else name
+        task = _task(name)
         group = tasks["groups"].get(task)
         members[name] = [task] if group is None else [child.task_name for child in group.get_all_tasks()]
     return members

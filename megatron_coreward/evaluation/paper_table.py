@@ -30,7 +30,7 @@ METHODS: Mapping[str, str] = {
     "co_rewarding_i": "Co-rewarding-I",
     "co_rewarding_ii": "Co-rewarding-II",
 }
-DATA: Mapping[str, str] = {"math": "MATH", "dapo": "DAPO-14k", "open_rs": "Open-RS", "": ""}
+DATA: Mapping[str, str] = {"": "", "math": "MATH", "dapo": "DAPO-14k", "open_rs": "Open-RS"}
 
 PaperNumbers = Mapping[tuple[ModelLabels, str], float]  # by labels and benchmark, in percent
 
