@@ -211,7 +211,7 @@ def _lm_eval(options: argparse.Namespace) -> None:
 
 def _paper(options: argparse.Namespace) -> None:
     from megatron_coreward.evaluation.benchmarks import BENCHMARKS
-    from megatron_coreward.evaluation.paper import evaluate_paper, model_labels
+    from megatron_coreward.evaluation.paper import PaperSettings, evaluate_paper, model_labels
     from megatron_coreward.evaluation.paper_table import markdown, read_numbers
 
     numbers = read_numbers()
@@ -222,13 +222,15 @@ def _paper(options: argparse.Namespace) -> None:
             chosen_engines(options, batch_questions=options.batch_questions),
             data=options.data,
             labels=model_labels(options.model, options.base, options.trained_on, options.method),
+            settings=PaperSettings(
+                max_tokens=options.max_tokens,
+                seed=options.seed,
+                limit=options.limit,
+                thinking=options.thinking,
+                dtype=options.dtype,
+            ),
             benchmarks=options.benchmarks or tuple(BENCHMARKS),
-            dtype=options.dtype,
-            max_tokens=options.max_tokens,
-            seed=options.seed,
-            limit=options.limit,
             allow_code=options.allow_code,
-            thinking=options.thinking,
             convert=_converter(options.hf_path),
             on_progress=lambda benchmark, done, total: progress(done, total),
         )

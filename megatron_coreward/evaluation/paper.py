@@ -11,12 +11,14 @@ sampled is not sampled again, so a killed evaluation is started with the same co
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from megatron_coreward.algorithms.accuracy import Estimate
+from megatron_coreward.cluster.ray_start import stop_ray
 from megatron_coreward.config.schema import SYSTEM_PROMPT
 from megatron_coreward.errors import InputError
 from megatron_coreward.evaluation.benchmarks import BENCHMARKS, TEMPERATURE, HarnessBenchmark, MathBenchmark, missing
@@ -66,6 +68,17 @@ class PaperResult:
     settings: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class PaperSettings:
+    """What the paper leaves open, or a smaller evaluation changes."""
+
+    max_tokens: int = 3072  # of an answer
+    seed: int = 0
+    limit: int | None = None  # only the first questions of each benchmark (of each task of the harness)
+    thinking: bool | None = None  # see `data.prompts.build_prompts`
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
 def evaluate_paper(
     model: Path,
     out: Path,
@@ -73,13 +86,9 @@ def evaluate_paper(
     *,
     data: Path,
     labels: ModelLabels,
+    settings: PaperSettings,
     benchmarks: Sequence[str] = tuple(BENCHMARKS),
-    dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    max_tokens: int = 3072,
-    seed: int = 0,
-    limit: int | None = None,
     allow_code: bool = False,
-    thinking: bool | None = None,
     convert: Converter | None = None,
     on_progress: Progress = lambda benchmark, done, total: None,
 ) -> PaperResult:
@@ -87,8 +96,6 @@ def evaluate_paper(
 
     Args:
         data: the folder of `evaluation.benchmarks`.
-        max_tokens: of an answer.
-        limit: only the first questions of each benchmark (of each task of the harness), as many as this.
         convert: see `evaluation.evaluate.hf_model_dir`.
 
     Raises InputError for unknown benchmarks, and if none can run.
@@ -99,71 +106,63 @@ def evaluate_paper(
     not_measured = {name: reason for name, reason in reasons.items() if reason is not None}
     if len(not_measured) == len(reasons):
         raise InputError("\n  ".join(["no benchmark can run:", *(f"{n}: {r}" for n, r in not_measured.items())]))
+    possible = [name for name in reasons if name not in not_measured]
     measured: dict[str, Measured] = {}
     with hf_model_dir(model, convert) as hf_path:
-        for name in reasons:
+        for name in possible:
             benchmark = BENCHMARKS[name]
-            if isinstance(benchmark, MathBenchmark) and name not in not_measured:
+            if isinstance(benchmark, MathBenchmark):
                 measured[name] = _mathematics(
-                    hf_path, benchmark, data, out / name, engines, dtype, max_tokens, seed, limit, thinking,
-                    lambda done, total, name=name: on_progress(name, done, total),
-                )  # fmt: skip
-        others = [n for n in reasons if isinstance(BENCHMARKS[n], HarnessBenchmark) and n not in not_measured]
-        if others:
+                    benchmark, data, hf_path, out / name, engines, settings, str(model), partial(on_progress, name)
+                )
+        if others := [name for name in possible if isinstance(BENCHMARKS[name], HarnessBenchmark)]:
+            stop_ray()  # the harness's process starts its own
             found = run_lm_eval(
                 hf_path,
                 others,
                 out / "lm_eval",
                 engines,
                 data=data,
-                dtype=dtype,
-                max_tokens=max_tokens,
+                temperature=TEMPERATURE,
                 top_p=1.0,
-                seed=seed,
-                limit=limit,
-                thinking=thinking,
                 allow_code=allow_code,
+                **asdict(settings),
             )
-            measured |= {
-                name: Measured(row["metric"], Estimate(row["value"], row["low"], row["high"]), row["num_questions"])
-                for name, row in found.items()
-            }
-    settings = {"temperature": TEMPERATURE, "max_tokens": max_tokens, "seed": seed, "limit": limit, "dtype": dtype}
-    result = PaperResult(labels, measured, not_measured, settings | {"thinking": thinking})
+            measured |= {name: _read_measured(row) for name, row in found.items()}
+    result = PaperResult(labels, measured, not_measured, {"temperature": TEMPERATURE, **asdict(settings)})
     write_paper_result(out / FILE_NAME, result)
     return result
 
 
 def _mathematics(
-    hf_path: Path,
     benchmark: MathBenchmark,
     data: Path,
+    hf_path: Path,
     out: Path,
     engines: Engines,
-    dtype: Literal["float32", "bfloat16"],
-    max_tokens: int,
-    seed: int,
-    limit: int | None,
-    thinking: bool | None,
+    settings: PaperSettings,
+    name: str,
     on_progress: Callable[[int, int], None],
 ) -> Measured:
+    sampling = Sampling(
+        n=benchmark.samples,
+        temperature=TEMPERATURE,
+        max_tokens=settings.max_tokens,
+        greedy=False,
+        seed=settings.seed,
+        dtype=settings.dtype,
+    )
     result = evaluate_files(
         hf_path,
         [data / benchmark.file],
         out,
-        Sampling(
-            n=benchmark.samples,
-            temperature=TEMPERATURE,
-            max_tokens=max_tokens,
-            greedy=False,
-            seed=seed,
-            dtype=dtype,
-        ),
+        sampling,
         GradingSettings(),
         engines,
         system_prompt=SYSTEM_PROMPT,
-        thinking=thinking,
-        max_problems=limit,
+        thinking=settings.thinking,
+        max_problems=settings.limit,
+        name=name,
         on_progress=on_progress,
     )
     return Measured(benchmark.metric, result.metrics()[benchmark.metric], len(result.questions))
@@ -211,10 +210,7 @@ def read_paper_result(path: Path) -> PaperResult:
         content = json.loads(file.read_text())
         if content["format"] != FORMAT:
             raise InputError(f"{file}: found format {content['format']}; allowed: {FORMAT}")
-        measured = {
-            name: Measured(row["metric"], Estimate(row["value"], row["low"], row["high"]), row["num_questions"])
-            for name, row in content["measured"].items()
-        }
+        measured = {name: _read_measured(row) for name, row in content["measured"].items()}
         labels = ModelLabels(**content["labels"])
         return PaperResult(labels, measured, content["not_measured"], content["settings"])
     except OSError as error:
@@ -223,3 +219,7 @@ def read_paper_result(path: Path) -> PaperResult:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file}: not a result of `evaluate paper` ({error!r})") from None
+
+
+def _read_measured(row: Mapping[str, Any]) -> Measured:
+    return Measured(row["metric"], Estimate(row["value"], row["low"], row["high"]), row["num_questions"])

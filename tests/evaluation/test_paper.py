@@ -19,6 +19,7 @@ from megatron_coreward.evaluation.paper import (
     Measured,
     ModelLabels,
     PaperResult,
+    PaperSettings,
     evaluate_paper,
     model_labels,
     read_paper_result,
@@ -28,6 +29,7 @@ from megatron_coreward.evaluation.paper_table import NUMBERS, csv_text, latex, m
 from tests.evaluation.test_evaluate import FakeEngines, model  # noqa: F401  (a fixture)
 
 LABELS = ModelLabels("Qwen3-8B-Base", "dapo", "co_rewarding_ii")
+SETTINGS = PaperSettings(max_tokens=24)
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ class TestEvaluation:
         sampled: list[Sampling],
         tmp_path: Path,
     ) -> None:
-        result = evaluate_paper(model, tmp_path / "out", Engines(), data=data, labels=LABELS, max_tokens=24)
+        result = evaluate_paper(model, tmp_path / "out", Engines(), data=data, labels=LABELS, settings=SETTINGS)
         assert list(result.measured) == ["math500", "amc"]
         assert [(s.n, s.temperature, s.greedy, s.max_tokens) for s in sampled] == [
             (1, 0.8, False, 24),
@@ -85,7 +87,7 @@ class TestEvaluation:
         )
         assert set(result.not_measured) == set(BENCHMARKS) - {"math500", "amc"}
         assert read_paper_result(tmp_path / "out") == result
-        evaluate_paper(model, tmp_path / "out", Engines(), data=data, labels=LABELS, max_tokens=24)
+        evaluate_paper(model, tmp_path / "out", Engines(), data=data, labels=LABELS, settings=SETTINGS)
         assert len(sampled) == 2  # nothing is sampled again
 
     def test_the_harness_measures_the_others(
@@ -106,19 +108,31 @@ class TestEvaluation:
         monkeypatch.setattr(paper, "run_lm_eval", measure)
         only = ["crux", "ifeval"]
         with pytest.raises(InputError, match="no benchmark can run:\n  crux: it executes code.*\n  ifeval: no "):
-            evaluate_paper(model, tmp_path / "out", Engines(), data=data, labels=LABELS, benchmarks=only)
+            evaluate_paper(
+                model, tmp_path / "out", Engines(), data=data, labels=LABELS, settings=SETTINGS, benchmarks=only
+            )
         result = evaluate_paper(
-            model, tmp_path / "out", Engines(), data=data, labels=LABELS, benchmarks=only, allow_code=True
+            model,
+            tmp_path / "out",
+            Engines(),
+            data=data,
+            labels=LABELS,
+            settings=SETTINGS,
+            benchmarks=only,
+            allow_code=True,
         )
         ((names, options),) = calls
         assert names == ["crux"]
         assert options["allow_code"]
+        assert (options["temperature"], options["max_tokens"], options["seed"]) == (0.8, 24, 0)
         assert result.measured["crux"] == Measured("acc", Estimate(0.5, 0.4, 0.6), 9)
         assert list(result.not_measured) == ["ifeval"]
 
     def test_unknown_benchmarks_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="benchmark 'aime': unknown; allowed: math500, gsm8k, amc"):
-            evaluate_paper(tmp_path, tmp_path, Engines(), data=tmp_path, labels=LABELS, benchmarks=["aime"])
+            evaluate_paper(
+                tmp_path, tmp_path, Engines(), data=tmp_path, labels=LABELS, settings=SETTINGS, benchmarks=["aime"]
+            )
 
 
 class TestLabels:
