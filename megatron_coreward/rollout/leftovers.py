@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_coreward.weights.segment import SHARED_MEMORY
+from megatron_coreward.weights.mailbox import SHARED_MEMORY
 
 PREFIX = "megatron_coreward.engine."
 _LOCK, _SEGMENTS = "lock", "segments"

@@ -60,20 +60,8 @@ class RolloutWorker(LoggedWorker):
         return self._engine.score(token_ids)
 
     @_ends_with_its_processes
-    def start_update(self, init_info: Mapping[str, Any]) -> None:
-        self._engine.start_update(init_info)
-
-    @_ends_with_its_processes
-    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any] = ()) -> None:
-        self._engine.load_bucket(bucket, version, hashes)
-
-    @_ends_with_its_processes
-    def update(self, update_info: Mapping[str, Any]) -> None:
-        self._engine.update(update_info)
-
-    @_ends_with_its_processes
-    def finish_update(self, version: int) -> None:
-        self._engine.finish_update(version)
+    def receive_weights(self, init_info: Mapping[str, Any], version: int) -> None:
+        self._engine.receive_weights(init_info, version)
 
     @_ends_with_its_processes
     def sleep(self) -> DeviceMemory | None:

@@ -61,6 +61,12 @@ def expert_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to, by its HF or its Megatron name."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
 @dataclass(frozen=True, slots=True)
 class ActorLayout:
     """How Megatron spreads the model over the actor's ranks."""

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
-from tests.rollout.engine_process import EngineProcess, send, two_ranks
+from tests.rollout.engine_process import EngineProcess
 
 # Name of an engine -> (how its model is written, how it is started). 259 tokens: vLLM pads the vocabulary to 320 rows.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

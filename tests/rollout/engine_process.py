@@ -9,17 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from megatron_coreward.rollout.engine import Sample
 from megatron_coreward.rollout.packed import PackedSamples
 from megatron_coreward.rollout.worker import RolloutWorker
-from megatron_coreward.weights.buckets import TensorMeta, check_tiling
-from megatron_coreward.weights.send import BlockHash, HeldBlock, SharedMemorySender
 
 START_TIMEOUT_S = 240  # on a machine that is busy with other things
 CALL_TIMEOUT_S = 60
-BUCKET_BYTES = 20_000  # less than a layer: fused weights (q, k and v; gate and up) straddle buckets
 
 _worker: RolloutWorker
 
@@ -68,50 +63,3 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def two_ranks(checkpoint: Path, dtype: str = "float32") -> tuple[list[TensorMeta], list[list[HeldBlock]]]:
-    """The tensors of a checkpoint, split over two ranks as tensor parallelism splits them."""
-    tensors = load_file(checkpoint / "model.safetensors")
-    metas = [TensorMeta(name, tuple(tensor.shape), dtype) for name, tensor in tensors.items()]
-    ranks: list[list[HeldBlock]] = [[], []]
-    for i, (name, tensor) in enumerate(tensors.items()):
-        whole = (slice(None),) * tensor.dim()
-        if tensor.dim() == 1:
-            ranks[i % 2].append(HeldBlock(name, whole, lambda t=tensor: t))
-            continue
-        dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
-        middle = (tensor.shape[dim] + 1) // 2
-        for rank, cut in enumerate((slice(0, middle), slice(middle, None))):
-            index = (*whole[:dim], cut, *whole[dim + 1 :])
-            ranks[rank].append(HeldBlock(name, index, lambda t=tensor, at=index: t[at]))
-    check_tiling(metas, [(block.name, block.index) for rank in ranks for block in rank])
-    return metas, ranks
-
-
-def send(
-    engine: Any,
-    metas: Sequence[TensorMeta],
-    ranks: Sequence[Sequence[HeldBlock]],
-    version: int,
-    bucket_bytes: int = BUCKET_BYTES,
-) -> int:
-    """One update of the engine's weights, as the trainer conducts it; returns the number of buckets."""
-    sent = {meta.name for meta in metas}
-    segment = f"test-{os.getpid()}"
-    senders = [
-        SharedMemorySender([b for b in blocks if b.name in sent], metas, bucket_bytes, segment, rank, len(ranks))
-        for rank, blocks in enumerate(ranks)
-    ]
-    try:
-        engine.start_update(senders[0].init_info)
-        for bucket in range(senders[0].num_buckets):
-            hashes: list[BlockHash] = []
-            for sender in senders:
-                hashes += sender.write(bucket, version, hashes=True)
-            engine.load_bucket(bucket, version, hashes)
-        engine.finish_update(version)
-        return senders[0].num_buckets
-    finally:
-        for sender in senders:
-            sender.close()

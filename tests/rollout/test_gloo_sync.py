@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron_coreward.weights.gloo import GlooSender, Session, serve_store
+from megatron_coreward.weights.send import HeldBlock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_coreward.config.architecture import read_architecture
-from megatron_coreward.weights.gloo import GlooSender, Session, serve_store
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.plan import Params
-from megatron_coreward.weights.send import HeldBlock
 from tests.rollout.engine_process import EngineProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from megatron_coreward.weights.segment import SHARED_MEMORY
 
 from megatron_coreward.rollout.leftovers import PREFIX, remove_leftovers
-from megatron_coreward.weights.segment import SHARED_MEMORY
 from tests.rollout.engine_process import EngineProcess
 
 ROOT = Path(__file__).parents[2]

@@ -156,6 +156,7 @@ def test_a_layer_that_lacks_weights_is_found_by_the_names_of_either(
 
 def test_receiving_engines_have_every_method_that_0_26_calls_abstract() -> None:
     from megatron_coreward.weights.device_receive import IpcEngine, NcclEngine
+
     from megatron_coreward.weights.receive import GlooEngine, SharedMemoryEngine
 
     wanted = ["init_transfer_engine", "start_weight_update", "finish_weight_update", "receive_weights", "shutdown"]

@@ -10,13 +10,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from megatron_coreward.weights.segment import open_segment
+from megatron_coreward.weights.send import HeldBlock
 from transformers import AutoModelForCausalLM
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.weights.buckets import SegmentLayout, TensorMeta
-from megatron_coreward.weights.segment import open_segment
-from megatron_coreward.weights.send import HeldBlock
 from tests.rollout.conftest import KINDS, Engines
 from tests.rollout.engine_process import EngineProcess, send, two_ranks
 
