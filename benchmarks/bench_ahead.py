@@ -20,19 +20,19 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megatron_coreward.cluster.groups import stop_ray
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
 from megatron_coreward.telemetry.jsonl import read_rows
-from megatron_coreward.trainer.cluster import stop_ray
 from megatron_coreward.trainer.run import train
 
 PROMPTS, SAMPLES, RESPONSE_TOKENS, WARMUP, WINDOW = 32, 8, 64, 2, 4
 SETTINGS = {
     "nothing ahead": [],
-    "teacher.lag=3": ["teacher.lag=3"],
-    "rollout.lag=1": ["rollout.lag=1", "loss.mismatch_correction=tis"],
-    "both": ["teacher.lag=3", "rollout.lag=1", "loss.mismatch_correction=tis"],
+    "teacher.lookahead=3": ["teacher.lookahead=3"],
+    "rollout.max_staleness=1": ["rollout.max_staleness=1", "loss.mismatch_correction=tis"],
+    "both": ["teacher.lookahead=3", "rollout.max_staleness=1", "loss.mismatch_correction=tis"],
 }
 
 

@@ -31,10 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.answer_cases import MARKER, hostile, variants
 from megatron_coreward.data.parquet import read_rows
-from megatron_coreward.rewards import latex
+from megatron_coreward.rewards import latex, reading
 from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rewards.equivalence import Judge
-from megatron_coreward.rewards.latex import canonical
+from megatron_coreward.rewards.equivalence import AnswerEquivalence, _math_form, _read_form, _without_process
 
 MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
 QUESTIONS, SAMPLES = 128, 16
@@ -46,11 +45,11 @@ def spellings(answers: Sequence[str]) -> dict[str, Any]:
     """Every answer against each of its respellings."""
     tried, missed = Counter[str](), Counter[str]()
     failures: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    with Judge("math", timeout_s=10.0) as judge:
+    with AnswerEquivalence("math", timeout_s=10.0) as equivalence:
         for answer, count in Counter(answers).items():
             for name, respelt in variants(answer):
                 tried[name] += count
-                if not judge.equivalent(respelt, answer):
+                if not equivalence.equivalent(respelt, answer):
                     missed[name] += count
                     failures[name].append((answer, respelt))
         share = 1 - missed.total() / tried.total()
@@ -60,7 +59,7 @@ def spellings(answers: Sequence[str]) -> dict[str, Any]:
             "pairs": tried.total(),
             "equivalent": share,
             "worst": min((1 - missed[name] / tried[name], name) for name in tried),
-            "needed_algebra": judge.comparisons,
+            "needed_algebra": equivalence.comparisons,
             "failures": failures,
         }
 
@@ -73,18 +72,18 @@ def different(answers: Sequence[str], pairs: int, seed: int = 0) -> dict[str, An
     distinct = sorted(by_look.values())
     equated = []
     begin = time.perf_counter()
-    with Judge("math", timeout_s=10.0) as judge:
+    with AnswerEquivalence("math", timeout_s=10.0) as equivalence:
         for _ in range(pairs):
             a, b = rng.sample(distinct, 2)
-            if judge.equivalent(a, b):
+            if equivalence.equivalent(a, b):
                 equated.append((a, b))
         return {
             "pairs": pairs,
             "distinct_answers": len(distinct),
             "told_apart": 1 - len(equated) / pairs,
             "equated": equated,
-            "needed_algebra": judge.comparisons,
-            "over_the_limit": judge.timeouts,
+            "needed_algebra": equivalence.comparisons,
+            "over_the_limit": equivalence.timeouts,
             "seconds": time.perf_counter() - begin,
         }
 
@@ -105,7 +104,7 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
         {
             answer
             for answer in answers
-            if not algebra_only or canonical(answer).kind in ("scalar", "plural", "expression")
+            if not algebra_only or not _math_form(answer).plain
         }
     )
     groups = []
@@ -114,19 +113,20 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
         wrong = rng.sample(pool, 4 if right_share else SAMPLES)
         draw = [rng.choice(spelt) if rng.random() < right_share else wrong[i % len(wrong)] for i in range(SAMPLES)]
         groups.append([None if rng.random() < 0.05 else answer for answer in draw])
-    latex._canonical.cache_clear()
-    with Judge("math", timeout_s=5.0, num_workers=1) as judge:
+    for memory in (latex._clean, reading.read, reading._read, _read_form, _without_process):
+        memory.cache_clear()
+    with AnswerEquivalence("math", timeout_s=5.0, num_workers=1) as equivalence:
         seconds = []
         for _ in range(2):
             begin = time.perf_counter()
-            classes = [judge.classes(group) for group in groups]
+            classes = [equivalence.classes(group) for group in groups]
             seconds.append(time.perf_counter() - begin)
         return {
             "groups": len(groups),
             "cold_s": seconds[0],
             "warm_s": seconds[1],
-            "comparisons": judge.comparisons,
-            "over_the_limit": judge.timeouts,
+            "comparisons": equivalence.comparisons,
+            "over_the_limit": equivalence.timeouts,
             "classes_mean": sum(len(set(group) - {None}) for group in classes) / len(classes),
         }
 
@@ -140,16 +140,19 @@ def hostile_run(count: int, workers: int = 2, seed: int = 0, timeout_s: float = 
     here = getcwd()
     slowest = (0.0, "")
     memory: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory() as folder, Judge("math", timeout_s=timeout_s, num_workers=workers) as judge:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        AnswerEquivalence("math", timeout_s=timeout_s, num_workers=workers) as equivalence,
+    ):
         chdir(folder)  # what an answer that is executed would leave behind lies here
         try:
-            assert judge.equivalent("x+x", "2x")  # the processes start
+            assert equivalence.equivalent("x+x", "2x")  # the processes start
 
             def one(pair: tuple[str, str]) -> tuple[float, str]:
                 begin = time.perf_counter()
                 extract_answer(rf"so \boxed{{{pair[0]}}} and {pair[1]}")
-                verdict, reverse = judge.equivalent(*pair), judge.equivalent(*pair[::-1])
-                assert verdict == reverse, pair
+                graded, reverse = equivalence.equivalent(*pair), equivalence.equivalent(*pair[::-1])
+                assert graded == reverse, pair
                 return time.perf_counter() - begin, pair[0]
 
             begin, done = time.perf_counter(), 0
@@ -161,11 +164,11 @@ def hostile_run(count: int, workers: int = 2, seed: int = 0, timeout_s: float = 
                     memory.append(_memory_mib())
                     done += len(part)
                     where = f"{done} of {count} pairs after {time.perf_counter() - begin:.0f} s"
-                    figures = f"slowest {slowest[0]:.1f} s, {judge.timeouts} over the limit"
+                    figures = f"slowest {slowest[0]:.1f} s, {equivalence.timeouts} over the limit"
                     memories = ", ".join(f"{who} {mib:.0f} MiB" for who, mib in memory[-1].items())
                     print(f"{where}: {figures}, {memories}", file=sys.stderr, flush=True)
             seconds = time.perf_counter() - begin
-            assert judge.equivalent("y+y", "2y"), "honest pairs are no longer answered"
+            assert equivalence.equivalent("y+y", "2y"), "honest pairs are no longer answered"
             assert not list(Path(folder).rglob(f"*{MARKER}*")), "an answer was executed"
         finally:
             chdir(here)
@@ -176,8 +179,8 @@ def hostile_run(count: int, workers: int = 2, seed: int = 0, timeout_s: float = 
             "pairs_per_s": count / seconds,
             "slowest_s": slowest[0],
             "slowest": slowest[1][:80],
-            "comparisons": judge.comparisons,
-            "over_the_limit": judge.timeouts,
+            "comparisons": equivalence.comparisons,
+            "over_the_limit": equivalence.timeouts,
             "limit_s": timeout_s,
             "memory_mib": memory,
         }
@@ -202,7 +205,7 @@ def _memory_mib() -> dict[str, float]:
     return {"driver": round(resident(getpid())), "workers": round(sum(workers)), "num_workers": len(loaded)}
 
 
-def _golds(file: Path) -> list[str]:
+def _ground_truths(file: Path) -> list[str]:
     return [row.ground_truth for row in read_rows(file) if row.ground_truth is not None]
 
 
@@ -217,7 +220,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--only", choices=("spellings", "different", "grouping", "hostile"))
     options = parser.parse_args(None if arguments is None else list(arguments))
     file = options.answers or (MATH if MATH.exists() else None)
-    answers = _golds(file) if file is not None and options.only != "hostile" else []
+    answers = _ground_truths(file) if file is not None and options.only != "hostile" else []
     wanted = (options.only,) if options.only else ("spellings", "different", "grouping", "hostile")
     result: dict[str, Any] = {}
     if answers:

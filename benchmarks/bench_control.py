@@ -26,17 +26,17 @@ from typing import Any
 
 import numpy as np
 
+from megatron_coreward.cluster import groups
+from megatron_coreward.cluster.watchdog import Watchdog
+from megatron_coreward.cluster.weight_sync import WeightSync
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout.engine import Sample
 from megatron_coreward.rollout.packed import pack
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.trainer import cluster
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.sync import WeightSync
-from megatron_coreward.trainer.watchdog import Watchdog
 from megatron_coreward.types import Problem, Prompt, TokenStats
 from megatron_coreward.weights.layouts import EngineLayout
 from megatron_coreward.weights.route import Route
@@ -195,9 +195,9 @@ class _Setup:
         self.settings = config.actor
 
 
-def make_actors(config: RunConfig, world: World, answers: Answers) -> cluster.ActorGroup:
+def make_actors(config: RunConfig, world: World, answers: Answers) -> groups.ActorGroup:
     """The real group over stand-ins, in the order of Megatron's ranks: tensor, data, pipeline."""
-    group = object.__new__(cluster.ActorGroup)
+    group = object.__new__(groups.ActorGroup)
     dp, stages = config.actor.data_parallel, PIPELINE_PARALLEL
     places = [(d, p, t) for p in range(stages) for d in range(dp) for t in range(TENSOR_PARALLEL)]
     group.setup = _Setup(config)  # type: ignore[assignment]
@@ -207,8 +207,8 @@ def make_actors(config: RunConfig, world: World, answers: Answers) -> cluster.Ac
     return group
 
 
-def make_engines(config: RunConfig, world: World, answers: Answers) -> cluster.EngineGroup:
-    group = object.__new__(cluster.EngineGroup)
+def make_engines(config: RunConfig, world: World, answers: Answers) -> groups.EngineGroup:
+    group = object.__new__(groups.EngineGroup)
     group._watchdog = world  # type: ignore[assignment]
     group._engines = [Worker(world, answers.engine) for _ in range(config.rollout.num_engines)]
     group.sampling_seconds = []
@@ -218,17 +218,17 @@ def make_engines(config: RunConfig, world: World, answers: Answers) -> cluster.E
 def measure(ranks: int, questions: int, n: int, tokens: int, buckets: int) -> dict[str, Any]:
     """One row: the last of `STEPS` steps."""
     world, answers = World(), Answers(tokens)
-    cluster.ray = world  # type: ignore[assignment]  # it is this process's own: `ray.put` of arguments
+    groups.ray = world  # type: ignore[assignment]  # it is this process's own: `ray.put` of arguments
     config = make_config(ranks, questions, n)
     actors, engines = make_actors(config, world, answers), make_engines(config, world, answers)
     route = Route("shared_memory", "bench", 256 * MIB, EngineLayout(), 60.0)
     sync = WeightSync(
-        actors, engines, world.get, route=route, num_buckets=buckets, probe=np.arange(64, dtype=np.int32), max_gap=1.0
+        actors, engines, world.get, route=route, num_buckets=buckets, canary=np.arange(64, dtype=np.int32), max_gap=1.0
     )
     prompt = Prompt("a question " * 40, np.arange(PROMPT_TOKENS, dtype=np.int32))
-    problems = [Problem(f"fake/{i}", {"original": prompt}, gold=None, source="fake") for i in range(questions)]
-    with Judge("exact") as judge:
-        trainer = Trainer(config, METHODS[config.method], actors, engines, sync, judge, lambda step: problems)
+    problems = [Problem(f"fake/{i}", {"original": prompt}, ground_truth=None, source="fake") for i in range(questions)]
+    with AnswerEquivalence("exact") as equivalence:
+        trainer = Trainer(config, METHODS[config.method], actors, engines, sync, equivalence, lambda step: problems)
         for step in range(1, STEPS + 1):
             world.calls, world.sent_bytes, world.away_s = 0, 0, 0.0
             world.by_method.clear()

@@ -20,17 +20,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megatron_coreward.cluster.groups import start_ray, stop_ray
+from megatron_coreward.cluster.processes import processes
+from megatron_coreward.cluster.weight_sync import open_sync
 from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.trainer.cluster import start_ray, stop_ray
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.run import processes
-from megatron_coreward.trainer.sync import open_sync
 from megatron_coreward.types import Problem, Prompt
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 32, 8, 32, 64
@@ -53,7 +53,7 @@ def make_problems(vocab_size: int) -> list[Problem]:
     problems = []
     for i in range(PROMPTS):
         prompt = Prompt("", rng.integers(3, vocab_size, PROMPT_TOKENS).astype(np.int32))
-        problems.append(Problem(f"bench/{i}", {"original": prompt}, gold="1", source="bench"))
+        problems.append(Problem(f"bench/{i}", {"original": prompt}, ground_truth="1", source="bench"))
     return problems
 
 
@@ -178,14 +178,14 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     )
     problems = make_problems(len(tokenizer))
     rows = []
-    with processes(config) as (actors, engines, transport), Judge("exact") as judge:
+    with processes(config) as (actors, engines, transport), AnswerEquivalence("exact") as equivalence:
         trainer = Trainer(
             config=config,
             method=METHODS[config.method],
             actors=actors,
             engines=engines,
             sync=open_sync(config, read_architecture(config.model.hf_path), transport, actors, engines, ray.get),
-            judge=judge,
+            equivalence=equivalence,
             problems_of=lambda step: problems,
         )
         for step in range(1, options.steps + 2):
@@ -202,9 +202,11 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     prompts = [p.prompts["original"].token_ids.tolist() for p in problems]
     engine = ray.remote(BareEngine).options(num_cpus=0)
     bare = [engine.remote(str(folder / "model"), PROMPT_TOKENS + RESPONSE_TOKENS + 1) for _ in range(options.engines)]
-    shares = [prompts[i :: options.engines] for i in range(options.engines)]
-    ray.get([b.generate.remote(s) for b, s in zip(bare, shares, strict=True)])
-    rates = [sum(ray.get([b.generate.remote(s) for b, s in zip(bare, shares, strict=True)])) for _ in range(3)]
+    micro_batch_plans = [prompts[i :: options.engines] for i in range(options.engines)]
+    ray.get([b.generate.remote(s) for b, s in zip(bare, micro_batch_plans, strict=True)])
+    rates = [
+        sum(ray.get([b.generate.remote(s) for b, s in zip(bare, micro_batch_plans, strict=True)])) for _ in range(3)
+    ]
     for b in bare:
         ray.kill(b)
 

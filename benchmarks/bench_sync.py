@@ -37,7 +37,7 @@ from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.plan import Params
 from megatron_coreward.weights.route import tensors_to_send
 from megatron_coreward.weights.segment import open_segment, tensor_at
-from megatron_coreward.weights.send import HeldBlock, Sender, SharedMemorySender
+from megatron_coreward.weights.send import LocalBlock, Sender, SharedMemorySender
 
 CASES = {
     "TP 2 -> TP 1": (ActorLayout(tensor_parallel=2), 1),
@@ -61,14 +61,14 @@ def _start_rank(
     global _sender, _store
     torch.set_num_threads(1)
     arch = session.params.arch
-    held: list[HeldBlock] = []
+    held: list[LocalBlock] = []
     taken: set[tuple[str, Any]] = set()
     for name, bounds in session.actor.held(rank, arch):
         if (name, bounds) in taken:
             continue
         taken.add((name, bounds))
         block = torch.randn([stop - start for start, stop in bounds]).mul_(0.02).bfloat16()
-        held.append(HeldBlock(name, tuple(slice(*cut) for cut in bounds), lambda block=block: block))
+        held.append(LocalBlock(name, tuple(slice(*cut) for cut in bounds), lambda block=block: block))
     _store = None
     if transport == "gloo":
         if rank == 0:
@@ -84,7 +84,7 @@ def _start_rank(
     return _sender.init_info, session.port
 
 
-def _first_holder(session: Session, wanted: HeldBlock) -> int:
+def _first_holder(session: Session, wanted: LocalBlock) -> int:
     bounds = tuple((cut.start, cut.stop) for cut in wanted.index)
     for rank in range(session.actor.world_size):
         if any(held == (wanted.name, bounds) for held in session.actor.held(rank, session.params.arch)):

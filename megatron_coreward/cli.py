@@ -21,6 +21,7 @@ from megatron_coreward.commands import (
     train,
     verify_sync,
 )
+from megatron_coreward.commands.arguments import Parser
 from megatron_coreward.errors import HaltedError, InputError, RunError
 
 COMMANDS: tuple[ModuleType, ...] = (
@@ -77,7 +78,7 @@ def console() -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-coreward", description="Co-rewarding: reinforcement learning for LLM reasoning without labels."
     )
     parser.add_argument("--version", action="version", version=__version__)

@@ -19,9 +19,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"actor", "rollout", "checkpoint"})
     | {
         f"weights.{name}"
-        for name in ("send", "receive", "segment", "gloo", "device", "device_receive", "device_source")
+        for name in ("message", "meeting", "groups", "mailbox", "cuda_ipc", "senders", "receivers")
     },
+    frozenset({"preflight"}),
+    frozenset({"cluster"}),
     frozenset({"trainer"}),
+    frozenset({"evaluation"}),
     frozenset({"cli", "commands", "demo", "launch", "__main__"}),
 )
 
@@ -117,9 +120,9 @@ def test_actor_and_rollout_never_import_each_other() -> None:
     assert crossing == []
 
 
-def test_ray_appears_only_in_worker_shells_and_in_the_trainer() -> None:
+def test_ray_appears_only_in_worker_shells_and_in_the_cluster() -> None:
     users = third_party(ROOT, "ray")
-    assert [name for name in users if room(name) != "trainer" and not name.endswith(".worker")] == []
+    assert [name for name in users if room(name) != "cluster" and not name.endswith(".worker")] == []
 
 
 def test_the_two_lowest_layers_never_name_megatron_vllm_or_ray_and_torch_only_in_algorithms() -> None:
@@ -158,7 +161,7 @@ class TestTheRulesThemselves:
             "rollout/__init__.py": "from . import engine\n",
             "rollout/engine.py": "import numpy\nimport megatron_coreward.actor.worker\n",
             "weights/plan.py": "from megatron_coreward.weights import send\n",
-            "weights/send.py": "from megatron_coreward import types\n",
+            "weights/senders/base.py": "from megatron_coreward import types\n",
         }
         for name, text in files.items():
             path = tmp_path / PACKAGE / name
@@ -167,7 +170,7 @@ class TestTheRulesThemselves:
         return tmp_path / PACKAGE
 
     def test_upward_imports_are_found_and_downward_ones_pass(self, root: Path) -> None:
-        assert upward_imports(root) == ["types imports rewards.voting", "weights.plan imports weights.send"]
+        assert upward_imports(root) == ["types imports rewards.voting", "weights.plan imports weights.senders"]
 
     def test_mutual_imports_are_found_inside_functions_and_through_relative_names(self, root: Path) -> None:
         assert mutual_rooms(root) == ["actor and rollout import each other", "rewards and types import each other"]

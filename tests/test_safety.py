@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from megatron_coreward.config.load import dump_config, parse_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.symbolic import SymbolicPool
-from megatron_coreward.telemetry.rollout_dump import JudgedGroup, dump_rollouts, rollouts_path
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup, dump_rollouts, rollouts_path
 from megatron_coreward.telemetry.sinks import open_sinks
 from megatron_coreward.types import Completion, Prompt, RolloutGroup
 
@@ -101,11 +101,11 @@ def config(run_dir: Path) -> RunConfig:
     )
 
 
-def group(uid: str) -> JudgedGroup:
+def group(uid: str) -> ScoredGroup:
     completion = Completion(np.array([1], np.int32), np.array([-0.5], np.float32), "text", "1", "stop", 2)
     prompt = Prompt("q", np.array([1], np.int32))
     numbers = np.zeros(1, np.float32)
-    return JudgedGroup(RolloutGroup(uid, "original", "policy", prompt, (completion,)), "1", numbers, numbers)
+    return ScoredGroup(RolloutGroup(uid, "original", "policy", prompt, (completion,)), "1", numbers, numbers)
 
 
 def files(folder: Path) -> list[str]:

@@ -118,8 +118,8 @@ def dry_run(shape: str) -> Iterator[str]:
         problems = [*setting_problems(config), *model_problems(config, arch), *machine_problems(config, H200)]
         if held > GPU.memory_bytes:
             problems.append(f"{held / 2**30:.0f} GiB without activations; the card has {GPU.memory_bytes / 2**30:.0f}")
-        verdict = "; ".join(problems) or f"fits, {held / 2**30:.0f} GiB before activations and caches"
-        yield f"{run.name:28} {verdict}"
+        graded = "; ".join(problems) or f"fits, {held / 2**30:.0f} GiB before activations and caches"
+        yield f"{run.name:28} {graded}"
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -204,8 +204,8 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
 
     from megatron_coreward.actor.actor import MegatronActor
     from megatron_coreward.actor.packing import plan_packs, shares
+    from megatron_coreward.cluster.processes import actor_setup
     from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
-    from megatron_coreward.trainer.run import actor_setup
     from megatron_coreward.types import Sequences, TrainBatch
     from megatron_coreward.weights.device import free_port
 
@@ -344,7 +344,7 @@ def figures_of_run(rows: Sequence[Mapping[str, Any]], arch: Architecture, config
         "outside_share": median("time/outside_share"),
         "shares": {key.removeprefix("time/").removesuffix("_s"): median(key) / step for key in phases},
         "logprob_gap": median("sync/logprob_gap"),
-        "probe_gap": median("sync/probe_gap"),
+        "probe_gap": median("sync/canary_gap"),
         "finite": all(float(row["optim/grad_norm"]) < float("inf") for row in rows if "optim/grad_norm" in row),
     }
 

@@ -1,94 +1,71 @@
-"""Writes docs/configuration.md from config/schema.py: every key with its type, default and comment.
+"""Writes docs/configuration.md from the schema: every key with its type, default and description.
 
 python tools/document_config.py          # writes the page
 python tools/document_config.py --check  # status 1 if the page is not up to date
 """
 
-import ast
-import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-SCHEMA = ROOT / "megatron_coreward" / "config" / "schema.py"
-PAGE = ROOT / "docs" / "configuration.md"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from megatron_coreward.config.describe import Group, Key, groups
+from megatron_coreward.config.explain import RENAMED_KEYS
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 HEAD = """# Configuration
-<!-- made by tools/document_config.py from config/schema.py; do not edit -->
+<!-- made by tools/document_config.py from the docstrings of megatron_coreward/config/; do not edit -->
 
 A recipe is a YAML file that names only what differs from the defaults below, which are the paper's settings where the
 paper has one. On the command line any key can be overridden: `megatron-coreward train recipe.yaml actor.lr=1e-5`. The
 resolved configuration of a run, with every default and every `auto` replaced by what it meant, is `config.yaml` in its
 run directory.
+
+The same text is at hand in a terminal, and in an editor that reads JSON schemas:
+
+```
+megatron-coreward config kl                              # keys whose name or description has the word
+megatron-coreward config guard. --recipe recipe.yaml     # ... with their values under a recipe
+megatron-coreward config --json-schema > recipe.schema.json
+```
+
+## How values are read
+- Recipes, cluster files and overrides follow the core schema of YAML 1.2: only `true` and `false` are booleans, only
+  `null` and `~` are null, and `off`, `1:30` and `12:00:00` are text. A key that wants text gets what was written:
+  `run_dir: 010` is the directory `010`. A key that stands twice in a group is an error.
+- An override's value is one such scalar up to its end (`run_dir=a #2` is the directory `a #2`), or, if it begins with
+  `[`, `{` or a quote, a list, a mapping or a quoted text: `data.val_files=[a.parquet, b.parquet]`.
+- In paths, a leading `~` and `$NAME` or `${NAME}` are replaced once, on the machine where the command is started. A
+  variable that is not set is an error.
+- `base: FILE` or `base: [FILE, ...]` at the top of a recipe takes over the keys of other files, by paths from the
+  recipe's own folder; groups are merged, and a later file's value wins over an earlier one's.
 """
 
 
 def page() -> str:
     """The whole page."""
-    source = SCHEMA.read_text()
-    lines = source.splitlines()
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    parts = [HEAD, "## The run\n", *_table(classes["RunConfig"], lines, skip=classes)]
-    for field in _fields(classes["RunConfig"]):
-        kind = ast.unparse(field.annotation)
-        if kind in classes:
-            parts += [f"\n## `{_name(field)}`\n", *_table(classes[kind], lines, prefix=f"{_name(field)}.")]
-    return "\n".join(parts) + "\n"
+    parts = [HEAD]
+    for group in groups():
+        title = f"`{group.name}`" if group.name else "The run"
+        parts += [f"## {title}\n\n{group.description}\n\n{_table(group)}"]
+    return "\n".join([*parts, _renamed()])
 
 
-def _fields(node: ast.ClassDef) -> list[ast.AnnAssign]:
-    return [item for item in node.body if isinstance(item, ast.AnnAssign)]
+def _table(group: Group) -> str:
+    rows = ["| key | type | default | description |", "|---|---|---|---|", *map(_row, group.keys)]
+    return "\n".join(rows) + "\n"
 
 
-def _name(field: ast.AnnAssign) -> str:
-    assert isinstance(field.target, ast.Name)
-    return field.target.id
+def _row(key: Key) -> str:
+    default = key.default if key.default == "required" else f"`{key.default}`"
+    cells = [f"`{key.name}`", key.kind, default, key.description]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _table(
-    node: ast.ClassDef, lines: list[str], prefix: str = "", skip: dict[str, ast.ClassDef] | None = None
-) -> list[str]:
-    rows = ["| key | type | default | |", "|---|---|---|---|"]
-    for field in _fields(node):
-        kind = ast.unparse(field.annotation)
-        if skip and kind in skip:
-            continue
-        default = "required" if field.value is None else _default(ast.unparse(field.value))
-        _, _, comment = lines[(field.end_lineno or field.lineno) - 1].partition("  # ")
-        cells = [f"`{prefix}{_name(field)}`", _kind(kind), default, comment]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return rows
-
-
-def _default(text: str) -> str:
-    if text.startswith("Field("):
-        return "required"
-    words = {"None": "null", "True": "true", "False": "false", "()": "[]", "SYSTEM_PROMPT": "the paper's"}
-    return f"`{words.get(text, text.strip(chr(39)))}`"
-
-
-def _kind(text: str) -> str:
-    text = text.replace(" | None", " or null")
-    names = {
-        "Positive": "integer ≥ 1",
-        "NonNegative": "integer ≥ 0",
-        "Fraction": "0 to 1",
-        "Path": "path",
-        "tuple[Path, ...]": "list of paths",
-        "bool": "true or false",
-        "str": "text",
-        "MethodName": "method",
-    }
-    for name, words in names.items():
-        text = re.sub(rf"^{re.escape(name)}(?= or null|$)", words, text)
-    text = re.sub(r"Literal\[(.*?)\]", lambda m: m[1].replace("'", "`").replace(", ", " or "), text)
-    limits = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-
-    def bounded(match: re.Match[str]) -> str:
-        pairs = (pair.split("=") for pair in match[2].split(", "))
-        return f"{'number' if match[1] == 'float' else 'integer'} " + ", ".join(f"{limits[k]} {v}" for k, v in pairs)
-
-    return re.sub(r"Annotated\[(\w+), Field\((.*?)\)\]", bounded, text)
+def _renamed() -> str:
+    head = ["## Renamed keys\n\nThe old names are refused with the new one.\n", "| old | new |", "|---|---|"]
+    return "\n".join([*head, *(f"| `{old}` | `{new}` |" for old, new in RENAMED_KEYS.items()), ""])
 
 
 if __name__ == "__main__":

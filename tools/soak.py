@@ -188,11 +188,11 @@ def last_step(run_dir: Path) -> int:
 
 def make_task(folder: Path) -> None:
     """A tiny model that answers some questions, and the questions."""
+    from megatron_coreward.cluster.groups import stop_ray
     from megatron_coreward.demo.model import write_model
     from megatron_coreward.demo.task import make_splits, write_parquet
     from megatron_coreward.demo.tokenizer import word_level_tokenizer
     from megatron_coreward.demo.warm_start import warm_start
-    from megatron_coreward.trainer.cluster import stop_ray
 
     folder.mkdir(parents=True, exist_ok=True)
     splits = make_splits(1, num_train=64, num_heldout=16, num_sft=16)

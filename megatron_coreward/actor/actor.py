@@ -5,7 +5,6 @@ rank. Results come from the ranks that have them (`reports`: last pipeline stage
 others return None.
 """
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_coreward.actor import parallel  # noqa: E402
 from megatron_coreward.actor.export import export_hf  # noqa: E402
 from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
-from megatron_coreward.actor.hf_weights import held_blocks, load_hf, load_megatron, owned_blocks  # noqa: E402
+from megatron_coreward.actor.hf_weights import load_hf, load_megatron, local_blocks  # noqa: E402
 from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
 from megatron_coreward.actor.model import DTYPES, build_chunks, forget_quantised_weights, resolve_backend  # noqa: E402
 from megatron_coreward.actor.offload import Offloaded, Part, free_memory  # noqa: E402
@@ -35,7 +34,7 @@ from megatron_coreward.actor.optimizer import (  # noqa: E402
     build_scheduler,
     wrap_chunks,
 )
-from megatron_coreward.actor.packing import ContextRank, Share  # noqa: E402
+from megatron_coreward.actor.packing import ContextRank, MicroBatchPlan  # noqa: E402
 from megatron_coreward.actor.saving import FileHashes, Saving  # noqa: E402
 from megatron_coreward.actor.setup import ActorSetup, Weights  # noqa: E402
 from megatron_coreward.actor.shards import main_shards  # noqa: E402
@@ -46,22 +45,17 @@ from megatron_coreward.actor.train_step import pack_loss  # noqa: E402
 from megatron_coreward.config.accelerator import RECIPES  # noqa: E402
 from megatron_coreward.config.architecture import read_architecture  # noqa: E402
 from megatron_coreward.telemetry.memory import DeviceMemory  # noqa: E402
-from megatron_coreward.types import FloatArray, Sequences, TokenStats, TrainBatch  # noqa: E402
-from megatron_coreward.weights.buckets import check_tiling  # noqa: E402
-from megatron_coreward.weights.device import IpcSender, NcclSender, Staging, largest_bucket  # noqa: E402
-from megatron_coreward.weights.gloo import GlooSender, Session, serve_store  # noqa: E402
-from megatron_coreward.weights.layouts import ActorLayout  # noqa: E402
-from megatron_coreward.weights.mapping import Index  # noqa: E402
-from megatron_coreward.weights.plan import Params  # noqa: E402
-from megatron_coreward.weights.route import Route, tensors_to_send  # noqa: E402
-from megatron_coreward.weights.send import BlockHash, Sender, SharedMemorySender  # noqa: E402
+from megatron_coreward.types import FloatArray, Role, Sequences, TokenStats, TrainBatch  # noqa: E402
+from megatron_coreward.weights.meeting import serve_store  # noqa: E402
+from megatron_coreward.weights.senders import Sender, open_sender  # noqa: E402
+from megatron_coreward.weights.spec import TransferSpec  # noqa: E402
 
 
 class MegatronActor:
     def __init__(self, setup: ActorSetup, rank: int, address: str, port: int) -> None:
         self.setup = setup
         self.arch = read_architecture(setup.hf_path)
-        self.at = parallel.initialize(setup.settings, rank, address, port, setup.seed)
+        self.ranks = parallel.initialize(setup.settings, rank, address, port, setup.seed)
         dtype = DTYPES[setup.dtype]
 
         def build(frozen: bool) -> Any:
@@ -69,9 +63,9 @@ class MegatronActor:
 
         chunks = build(frozen=False)
         if setup.megatron_path is None:
-            load_hf(chunks, self.arch, self.at, setup.hf_path)
+            load_hf(chunks, self.arch, self.ranks, setup.hf_path)
         else:
-            load_megatron(chunks, self.arch, self.at, setup.megatron_path)
+            load_megatron(chunks, self.arch, self.ranks, setup.megatron_path)
         self.policy = wrap_chunks(chunks)
         self.optimizer = build_optimizer(self.policy, setup.settings, dtype)
         self.scheduler = build_scheduler(self.optimizer, setup.settings, setup.total_updates)
@@ -81,17 +75,17 @@ class MegatronActor:
         for name in (name for name, wanted in kept.items() if wanted):
             self.frozen[name] = FrozenModel(build(frozen=True), self.policy)
             self.frozen[name].start_as_policy(self.optimizer)
-        rows = self.arch.padded_vocab_size(self.at.tp_size) // self.at.tp_size
+        rows = self.arch.padded_vocab_size(self.ranks.tp_size) // self.ranks.tp_size
         self._vocabulary = VocabularyShard(
-            start=min(self.at.tp_rank * rows, self.arch.vocab_size),
-            stop=min((self.at.tp_rank + 1) * rows, self.arch.vocab_size),
+            start=min(self.ranks.tp_rank * rows, self.arch.vocab_size),
+            stop=min((self.ranks.tp_rank + 1) * rows, self.arch.vocab_size),
             size=self.arch.vocab_size,
-            group=parallel_state.get_tensor_model_parallel_group() if self.at.tp_size > 1 else None,
+            group=parallel_state.get_tensor_model_parallel_group() if self.ranks.tp_size > 1 else None,
         )
         self._context = ContextRank(parallel_state.get_context_parallel_rank(), setup.settings.context_parallel)
         self._address = address  # of rank 0
-        self._senders: dict[Weights, Sender] = {}
-        self._staging: Staging | None = None
+        self._sender: Sender | None = None
+        self._store: Any = None  # on rank 0: where the parties of a weight sync meet
         self._saving: Saving | None = None
         self._cold_scales = setup.settings.fp8 is not None and RECIPES[setup.settings.fp8].keeps_state
         self._offloaded = Offloaded(self._parts())
@@ -146,28 +140,31 @@ class MegatronActor:
         return None if before is None or after is None else DeviceMemory(after, after - before)
 
     @property
-    def reports(self) -> bool:
+    def is_output_rank(self) -> bool:
         """Whether results are taken from this rank."""
-        return self.at.pp_rank == self.at.pp_size - 1 and self.at.tp_rank == 0
+        return self.ranks.pp_rank == self.ranks.pp_size - 1 and self.ranks.tp_rank == 0
 
     def _chunks(self, weights: Weights) -> list[Any]:
         return self.policy if weights == "policy" else self.frozen[weights].chunks
 
-    def _packs(self, sequences: Sequences, share: Share) -> list[Pack]:
-        return [build_pack(sequences, rows, share.num_tokens, parallel.device(), self._context) for rows in share.packs]
+    def _packs(self, sequences: Sequences, micro_batches: MicroBatchPlan) -> list[Pack]:
+        return [
+            build_pack(sequences, rows, micro_batches.num_tokens, parallel.device(), self._context)
+            for rows in micro_batches.packs
+        ]
 
     def token_stats(
-        self, sequences: Sequences, share: Share, weights: Weights, temperature: float
+        self, sequences: Sequences, micro_batches: MicroBatchPlan, weights: Weights, temperature: float
     ) -> TokenStats | None:
         """Statistics of the response tokens of the share's sequences, in the share's order."""
-        packs = self._packs(sequences, share)
+        packs = self._packs(sequences, micro_batches)
 
         def score(pack: Pack, logits: torch.Tensor) -> Scores:
             return _of_all_ranks(score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, temperature), pack)
 
         with self._bf16_under_delayed_scaling(weights):
             scores = forward_only(self._chunks(weights), packs, score)
-        if scores is None or not self.reports:
+        if scores is None or not self.is_output_rank:
             return None
 
         def by_row(name: str) -> list[FloatArray]:
@@ -193,7 +190,7 @@ class MegatronActor:
         finally:
             config.fp8 = fp8
 
-    def accumulate(self, batch: TrainBatch, share: Share) -> list[dict[str, torch.Tensor]] | None:
+    def accumulate(self, batch: TrainBatch, micro_batches: MicroBatchPlan) -> list[dict[str, torch.Tensor]] | None:
         """The gradient of the batch's loss, summed over ranks into the parameters' main gradients; weights stay."""
         setup = self.setup
         for chunk in self.policy:
@@ -204,9 +201,9 @@ class MegatronActor:
             scores = score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, setup.temperature)
             return pack_loss(scores, pack, batch, setup.loss)
 
-        return forward_backward(self.policy, self._packs(batch.sequences, share), loss)
+        return forward_backward(self.policy, self._packs(batch.sequences, micro_batches), loss)
 
-    def update(self, batch: TrainBatch, share: Share) -> dict[str, float] | None:
+    def update(self, batch: TrainBatch, micro_batches: MicroBatchPlan) -> dict[str, float] | None:
         """One optimizer step on the batch. Returns sums over this rank's tokens, and the step's global figures.
 
         A gradient that is not finite moves nothing, neither weights nor moments. The schedule goes on.
@@ -220,8 +217,8 @@ class MegatronActor:
             # one those of the layers behind them.
             self._cold_scales = False
             for _ in range(2):
-                self.accumulate(batch, share)
-        stats = self.accumulate(batch, share)
+                self.accumulate(batch, micro_batches)
+        stats = self.accumulate(batch, micro_batches)
         with self._offloaded.at_hand("optimizer"):
             return self._apply(stats)
 
@@ -230,12 +227,12 @@ class MegatronActor:
         self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
         finite = bool(np.isfinite(grad_norm))  # the same on every rank
-        if not finite and not self.setup.skip_bad_gradients:
+        if not finite and not self.setup.skip_nonfinite_gradients:
             raise FloatingPointError(f"the gradient of this step is not finite (norm {grad_norm})")
         self.scheduler.step(1)
         if finite:
             self.optimizer.step()
-        if stats is None or not self.reports:
+        if stats is None or not self.is_output_rank:
             return None
         lr = float(self.optimizer.param_groups[0]["lr"])
         report = {"grad_norm": float(grad_norm), "lr": lr, "max:skipped": float(not finite)}
@@ -244,7 +241,7 @@ class MegatronActor:
             report[key] = float(values.max() if key.startswith("max:") else values.sum())
         return report
 
-    def move_teacher(self, decay: float) -> None:
+    def update_ema_teacher(self, decay: float) -> None:
         """teacher <- decay * teacher + (1 - decay) * policy."""
         if self.teacher is None:
             raise RuntimeError("this run keeps no teacher")
@@ -252,65 +249,36 @@ class MegatronActor:
             self.teacher.update(decay)
             self.teacher.write_to(self.frozen["teacher"])
 
-    def open_sender(self, weights: Weights, route: Route) -> dict[str, Any]:
-        """Prepares to publish one set of weights. Returns what the receiving engines need.
+    def open_sender(self, spec: TransferSpec) -> TransferSpec:
+        """Prepares to send weights, those of every role. Returns the spec with the place where all parties meet.
 
         Raises:
-            ValueError: the ranks' blocks do not cover every tensor exactly once.
+            ValueError: the plan wants something from this rank that it does not hold.
         """
-        if weights in self._senders:
-            self._senders[weights].close()
-        sender = self._gloo(weights, route) if route.transport == "gloo" else self._of_full_tensors(weights, route)
-        self._senders[weights] = sender
-        return sender.init_info
-
-    def _of_full_tensors(self, weights: Weights, route: Route) -> Sender:
-        blocks = owned_blocks(self._modules(weights), self.arch, self.at)
-        metas = tensors_to_send(self.arch, self.setup.dtype)
-        of_all_ranks: list[list[tuple[str, Index]]] = [[] for _ in range(self.at.world_size)]
-        dist.all_gather_object(of_all_ranks, [(block.name, block.index) for block in blocks])
-        check_tiling(metas, itertools.chain.from_iterable(of_all_ranks))
-        rank, size = self.at.rank, self.at.world_size
-        if route.transport == "shared_memory":
-            segment = f"{route.run_id}-{weights}"
-            return SharedMemorySender(blocks, metas, route.bucket_bytes, segment, rank, size)
-        if self._staging is None:  # policy and teacher take turns
-            self._staging = Staging(largest_bucket(metas, route.bucket_bytes), parallel.device())
-        if route.transport == "ipc":
-            return IpcSender(blocks, metas, route.bucket_bytes, rank, size, self._staging)
-        workers = route.engines.num_engines * route.engines.num_workers
-        return NcclSender(
-            *(blocks, metas, route.bucket_bytes, rank, size, self._staging), address=self._address, num_workers=workers
-        )
-
-    def _gloo(self, weights: Weights, route: Route) -> Sender:
-        store = serve_store(self._address, route.timeout_s) if self.at.rank == 0 else None
-        port = [store.port if store is not None else 0]
+        if self._sender is not None:
+            self._sender.close()
+        if self._store is None and self.ranks.rank == 0:
+            self._store = serve_store(self._address, spec.timeout_s)
+        port = [self._store.port if self._store is not None else 0]
         dist.broadcast_object_list(port, src=0)
-        settings = self.setup.settings
-        layout = ActorLayout(
-            tensor_parallel=settings.tensor_parallel,
-            pipeline_parallel=settings.pipeline_parallel,
-            virtual_pipeline=settings.virtual_pipeline,
-            expert_parallel=settings.expert_parallel,
-            data_parallel=settings.data_parallel,
-            context_parallel=settings.context_parallel,
-        )
-        params = Params(self.arch, self.setup.dtype)
-        session = Session(self._address, port[0], route.timeout_s, layout, route.engines, params, route.bucket_bytes)
-        blocks = held_blocks(self._modules(weights), self.arch, self.at)
-        return GlooSender(blocks, session, self.at.rank, store)
+        spec = spec.at(self._address, port[0])
+        roles: tuple[Role, ...] = ("policy", "teacher") if "teacher" in self.frozen else ("policy",)
+        blocks = {role: local_blocks(self._modules(role), self.arch, self.ranks) for role in roles}
+        self._sender = open_sender(spec, self.arch, self.ranks.rank, blocks, parallel.device())
+        return spec
 
-    def write_bucket(self, weights: Weights, bucket: int, version: int, hashes: bool = False) -> list[BlockHash]:
-        """Sends this rank's part of a bucket; returns checksums for the engines to compare, if asked for them."""
-        return self._senders[weights].write(bucket, version, hashes)
+    def send_weights(self, role: Role, version: int) -> None:
+        """Sends a role's weights to all engines, which receive them at the same time (`Sender.send`)."""
+        if self._sender is None:
+            raise RuntimeError("no sender was opened")
+        self._sender.send(role, version)
 
     def _modules(self, weights: Weights) -> list[Any]:
         return [c.module for c in self.policy] if weights == "policy" else self.frozen[weights].chunks
 
     def export_hf(self, weights: Weights, target: Path) -> None:
         """Writes a Hugging Face model directory, loadable with transformers."""
-        export_hf(self._modules(weights), self.arch, self.at, self.setup.hf_path, target)
+        export_hf(self._modules(weights), self.arch, self.ranks, self.setup.hf_path, target)
 
     def begin_save(self, target: Path) -> None:
         """Begins to write the training state of all ranks into `target`, an empty directory; training may go on.
@@ -349,8 +317,8 @@ class MegatronActor:
                 self.teacher.write_to(self.frozen["teacher"])
 
     def shutdown(self) -> None:
-        for sender in self._senders.values():
-            sender.close()
+        if self._sender is not None:
+            self._sender.close()
         parallel.shutdown()
 
 

@@ -1,20 +1,20 @@
 """The actor's weights as a Hugging Face model directory: whole or not at all."""
 
-import json
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from safetensors.torch import save_file
 
 from megatron_coreward.actor.hf_weights import owned_blocks
-from megatron_coreward.actor.parallel import Coordinates, device
+from megatron_coreward.actor.parallel import ParallelRanks, device
 from megatron_coreward.checkpoint.hf_description import copy_description
 from megatron_coreward.checkpoint.manifest import MANIFEST
-from megatron_coreward.checkpoint.new_directory import sync_directory
+from megatron_coreward.checkpoint.new_directory import fsync_tree
+from megatron_coreward.checkpoint.safetensors_files import HfWriter
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.weights.mapping import hf_tensors
 
@@ -22,19 +22,19 @@ MAX_FILE_BYTES = 4 * 2**30
 
 
 @torch.no_grad()
-def export_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, source: Path, target: Path) -> None:
+def export_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, source: Path, target: Path) -> None:
     """Gathers tensor by tensor to rank 0, which writes files of at most 4 GiB; called on all ranks.
 
     Config, generation config and tokenizer files are those of `source`. An existing `target` is replaced in the end.
     """
     shapes = hf_tensors(arch)
     dtype = next(iter(chunks[0].parameters())).dtype
-    owned = owned_blocks(chunks, arch, at)
+    owned = owned_blocks(chunks, arch, ranks)
     mine = {name: [b for b in owned if b.name == name] for name in {b.name for b in owned}}
-    where: list[dict[str, list[tuple[slice, ...]]]] = [{} for _ in range(at.world_size)]
+    where: list[dict[str, list[tuple[slice, ...]]]] = [{} for _ in range(ranks.world_size)]
     dist.all_gather_object(where, {name: [b.index for b in blocks] for name, blocks in mine.items()})
 
-    if at.rank != 0:
+    if ranks.rank != 0:
         for name in shapes:
             for block in mine.get(name, []):
                 dist.send(block.read().contiguous(), dst=0)
@@ -44,36 +44,22 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, sourc
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weight_map: dict[str, int] = {}
-    pending: dict[str, torch.Tensor] = {}
-    files = 0
-
-    def flush() -> None:
-        nonlocal files, pending
-        files += 1
-        save_file(pending, partial / f"part-{files}", metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(pending, files))
-        pending = {}
-
-    for name, shape in shapes.items():
-        tensor = torch.empty(shape, dtype=dtype)
-        for rank in range(at.world_size):
-            if rank == 0:
-                for block in mine.get(name, []):
-                    tensor[block.index] = block.read().cpu()
-                continue
-            for index in where[rank].get(name, []):
-                received = torch.empty(tensor[index].shape, dtype=dtype, device=device())
-                dist.recv(received, src=rank)
-                tensor[index] = received.cpu()
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > MAX_FILE_BYTES:
-            flush()
-        pending[name] = tensor
-    flush()
-    _name_files(partial, weight_map, files, sum(_numel(s) for s in shapes.values()) * dtype.itemsize)
+    with closing(HfWriter(partial, shapes, dict.fromkeys(shapes, dtype), MAX_FILE_BYTES)) as writer:
+        for name, shape in shapes.items():
+            tensor = torch.empty(shape, dtype=dtype)
+            for rank in range(ranks.world_size):
+                if rank == 0:
+                    for block in mine.get(name, []):
+                        tensor[block.index] = block.read().cpu()
+                    continue
+                for index in where[rank].get(name, []):
+                    received = torch.empty(tensor[index].shape, dtype=dtype, device=device())
+                    dist.recv(received, src=rank)
+                    tensor[index] = received.cpu()
+            writer.write_rows(name, 0, tensor)
     copy_description(source, partial, dtype)
     (partial / MANIFEST).unlink(missing_ok=True)  # of the weights that training started from
-    sync_directory(partial)
+    fsync_tree(partial)
     former = target.with_name(f".{target.name}.removed")
     shutil.rmtree(former, ignore_errors=True)
     if target.exists():
@@ -81,22 +67,3 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, sourc
     os.replace(partial, target)
     shutil.rmtree(former, ignore_errors=True)
     dist.barrier()
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _name_files(folder: Path, weight_map: dict[str, int], files: int, total_bytes: int) -> None:
-    """Gives the parts their standard names, now that their number is known, and writes the index for several."""
-    if files == 1:
-        os.replace(folder / "part-1", folder / "model.safetensors")
-        return
-    names = {i: f"model-{i:05d}-of-{files:05d}.safetensors" for i in range(1, files + 1)}
-    for i, name in names.items():
-        os.replace(folder / f"part-{i}", folder / name)
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": {tensor: names[i] for tensor, i in weight_map.items()},
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -9,23 +9,23 @@ import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
-from megatron_coreward.actor.parallel import Coordinates
+from megatron_coreward.actor.parallel import ParallelRanks
 from megatron_coreward.checkpoint.pieces import PIECE_BYTES, Scratch, WeightFiles, cuts
 from megatron_coreward.checkpoint.safetensors_files import HfWeights
 from megatron_coreward.checkpoint.torch_dist import MegatronWeights
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.weights.buckets import block_bounds
 from megatron_coreward.weights.mapping import Index, blocks, hf_tensors, is_expert, is_replicated
-from megatron_coreward.weights.send import HeldBlock
+from megatron_coreward.weights.senders import LocalBlock
 
 _LOCAL_EXPERT = re.compile(r"(\.local_experts\.|\.linear_fc[12]\.weight)(\d+)")
 
 
 def global_parameters(
-    chunks: list[GPTModel], arch: Architecture, at: Coordinates
+    chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """This rank's parameters under their names in the unsharded model (global layer and expert numbers)."""
-    first_expert = 0 if arch.experts is None else arch.experts.num // at.ep_size * at.ep_rank
+    first_expert = 0 if arch.experts is None else arch.experts.num // ranks.ep_size * ranks.ep_rank
     for chunk in chunks:
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, param in chunk.named_parameters():
@@ -38,11 +38,11 @@ def global_parameters(
             yield name, param
 
 
-def _tensor_parallel(name: str, at: Coordinates) -> tuple[int, int]:
-    return (at.expert_tp_rank, at.expert_tp_size) if is_expert(name) else (at.tp_rank, at.tp_size)
+def _tensor_parallel(name: str, ranks: ParallelRanks) -> tuple[int, int]:
+    return (ranks.expert_tp_rank, ranks.expert_tp_size) if is_expert(name) else (ranks.tp_rank, ranks.tp_size)
 
 
-def load_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, path: Path) -> None:
+def load_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, path: Path) -> None:
     """Fills this rank's shards from the safetensors files in `path`, reading only the rows it needs.
 
     Raises:
@@ -50,10 +50,12 @@ def load_hf(chunks: list[GPTModel], arch: Architecture, at: Coordinates, path: P
     """
     with closing(HfWeights(path)) as weights:
         weights.check(arch)
-        _load(chunks, arch, at, weights)
+        _load(chunks, arch, ranks, weights)
 
 
-def load_megatron(chunks: list[GPTModel], arch: Architecture, at: Coordinates, path: Path, prefix: str = "") -> None:
+def load_megatron(
+    chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, path: Path, prefix: str = ""
+) -> None:
     """Fills this rank's shards from a Megatron distributed checkpoint of any layout, reading only the rows it needs.
 
     (Megatron's own reader gives the same shards, which a test proves; it unpickles what it finds, and wants every key
@@ -66,17 +68,17 @@ def load_megatron(chunks: list[GPTModel], arch: Architecture, at: Coordinates, p
         InputError: no such checkpoint, or damaged, or not one of this architecture.
     """
     with closing(MegatronWeights(path, arch, prefix)) as weights:
-        _load(chunks, arch, at, weights)
+        _load(chunks, arch, ranks, weights)
 
 
 @torch.no_grad()
-def _load(chunks: list[GPTModel], arch: Architecture, at: Coordinates, weights: WeightFiles) -> None:
+def _load(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, weights: WeightFiles) -> None:
     shapes, scratch = hf_tensors(arch), Scratch()
-    for name, param in global_parameters(chunks, arch, at):
+    for name, param in global_parameters(chunks, arch, ranks):
         quantised = is_float8tensor(param)
         whole = torch.empty(param.shape, dtype=param.dtype, device=param.device) if quantised else param
         whole.zero_()  # rows that pad the vocabulary
-        for block in blocks(name, arch, *_tensor_parallel(name, at)):
+        for block in blocks(name, arch, *_tensor_parallel(name, ranks)):
             shape, dtype = shapes[block.hf_name], weights.dtype(block.hf_name)
             (first_row, last_row), *columns = block_bounds(block.hf_name, shape, block.hf_index)
             target = whole[block.shard_index]
@@ -90,32 +92,34 @@ def _load(chunks: list[GPTModel], arch: Architecture, at: Coordinates, weights: 
             param._high_precision_init_val = whole.cpu()  # type: ignore[attr-defined]
 
 
-def held_blocks(chunks: list[GPTModel], arch: Architecture, at: Coordinates) -> list[HeldBlock]:
+def local_blocks(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks) -> list[LocalBlock]:
     """Everything that this rank holds, copies that other ranks hold too included."""
     return [
-        HeldBlock(block.hf_name, block.hf_index, _reader(param, block.shard_index))
-        for name, param in global_parameters(chunks, arch, at)
-        for block in blocks(name, arch, *_tensor_parallel(name, at))
+        LocalBlock(block.hf_name, block.hf_index, _reader(param, block.shard_index))
+        for name, param in global_parameters(chunks, arch, ranks)
+        for block in blocks(name, arch, *_tensor_parallel(name, ranks))
     ]
 
 
-def owned_blocks(chunks: list[GPTModel], arch: Architecture, at: Coordinates) -> list[HeldBlock]:
+def owned_blocks(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks) -> list[LocalBlock]:
     """What this rank hands out; over all ranks, every element of every HF tensor exactly once.
 
     Copies of a shard (data-parallel replicas; for norms, tensor-parallel ranks too) take turns, parameter by parameter.
     """
     owned = []
-    for turn, (name, param) in enumerate(global_parameters(chunks, arch, at)):
+    for turn, (name, param) in enumerate(global_parameters(chunks, arch, ranks)):
         if name == "output_layer.weight" and arch.tied:
             continue  # the copy of the embedding that the last pipeline stage keeps
-        tp_rank, tp_size = _tensor_parallel(name, at)
-        replica, replicas = (at.expert_dp_rank, at.expert_dp_size) if is_expert(name) else (at.copy_rank, at.num_copies)
+        tp_rank, tp_size = _tensor_parallel(name, ranks)
+        replica, replicas = (
+            (ranks.expert_dp_rank, ranks.expert_dp_size) if is_expert(name) else (ranks.copy_rank, ranks.num_copies)
+        )
         if is_replicated(name):
             replica, replicas = replica * tp_size + tp_rank, replicas * tp_size
         if turn % replicas != replica:
             continue
         for block in blocks(name, arch, tp_rank, tp_size):
-            owned.append(HeldBlock(block.hf_name, block.hf_index, _reader(param, block.shard_index)))
+            owned.append(LocalBlock(block.hf_name, block.hf_index, _reader(param, block.shard_index)))
     return owned
 
 

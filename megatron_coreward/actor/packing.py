@@ -78,7 +78,7 @@ def plan_packs(
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class MicroBatchPlan:
     """One data-parallel rank's part of a plan, its rows renumbered from 0 in the order of `rows`."""
 
     rows: tuple[int, ...]  # of the whole batch
@@ -86,13 +86,13 @@ class Share:
     num_tokens: int
 
 
-def shares(plan: PackPlan) -> list[Share]:
+def micro_batch_plans(plan: PackPlan) -> list[MicroBatchPlan]:
     """The plan cut by data-parallel rank, so that a rank is sent its own sequences only."""
     result = []
     for packs in plan.packs:
         rows = tuple(sorted(row for pack in packs for row in pack))
         place = {row: i for i, row in enumerate(rows)}
-        result.append(Share(rows, tuple(tuple(place[row] for row in pack) for pack in packs), plan.num_tokens))
+        result.append(MicroBatchPlan(rows, tuple(tuple(place[row] for row in pack) for pack in packs), plan.num_tokens))
     return result
 
 

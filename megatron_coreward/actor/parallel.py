@@ -17,7 +17,7 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 @dataclass(frozen=True, slots=True)
-class Coordinates:
+class ParallelRanks:
     """This rank's place in the layout; `layout` order is Megatron's: TP fastest, then CP, EP within DP, PP slowest."""
 
     rank: int
@@ -43,7 +43,7 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def initialize(settings: ActorSettings, rank: int, address: str, port: int, seed: int) -> Coordinates:
+def initialize(settings: ActorSettings, rank: int, address: str, port: int, seed: int) -> ParallelRanks:
     """Joins the process group at `address:port` (NCCL with GPUs, else gloo) and lays Megatron's groups over it."""
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("MASTER_ADDR", address)
@@ -71,7 +71,7 @@ def initialize(settings: ActorSettings, rank: int, address: str, port: int, seed
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
     )
     model_parallel_cuda_manual_seed(seed)
-    return Coordinates(
+    return ParallelRanks(
         rank=rank,
         world_size=settings.world_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),

@@ -24,4 +24,4 @@ class ActorSetup:
     seed: int
     teacher: bool  # keep an EMA teacher
     frozen_reference: bool  # keep the starting weights
-    skip_bad_gradients: bool = False  # leave an update out whose gradient is not finite, instead of raising
+    skip_nonfinite_gradients: bool = False  # leave an update out whose gradient is not finite, instead of raising

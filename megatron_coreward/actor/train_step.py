@@ -65,7 +65,8 @@ def pack_loss(
             sums["mismatch_affected"] = correction.affected.float().sum()
     sums["loss/policy"] = (weights * per_token.detach()).sum()
     if batch.reference_logprobs is not None:
-        kl = kl_penalty(logprobs, _gather(pack, batch.reference_logprobs, device), settings.kl_estimator)
+        reference = _gather(pack, batch.reference_logprobs, device)
+        kl = kl_penalty(logprobs, reference, settings.kl_estimator, settings.kl_clamp)
         sums["kl"] = kl.detach().sum()
         per_token = per_token + batch.kl_coef * kl
     loss = (weights * per_token).sum()

@@ -1,20 +1,19 @@
 """An actor rank in a process of its own: the shell that the trainer makes a Ray actor of."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_coreward.actor.packing import Share
+from megatron_coreward.actor.packing import MicroBatchPlan
 from megatron_coreward.actor.setup import ActorSetup, Weights
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.telemetry.process_log import LoggedWorker, ProcessLog
-from megatron_coreward.types import Sequences, TokenStats, TrainBatch
+from megatron_coreward.types import Role, Sequences, TokenStats, TrainBatch
 from megatron_coreward.weights.ports import free_port
-from megatron_coreward.weights.route import Route
+from megatron_coreward.weights.spec import TransferSpec
 
 if TYPE_CHECKING:
     from megatron_coreward.actor.actor import MegatronActor
     from megatron_coreward.actor.saving import FileHashes
-    from megatron_coreward.weights.send import BlockHash
 
 
 class ActorWorker(LoggedWorker):
@@ -38,7 +37,7 @@ class ActorWorker(LoggedWorker):
         from megatron_coreward.actor.actor import MegatronActor
 
         self._actor = MegatronActor(setup, rank, address, port)
-        return self._actor.at.dp_rank, self._actor.reports
+        return self._actor.ranks.dp_rank, self._actor.is_output_rank
 
     @property
     def _rank(self) -> "MegatronActor":
@@ -47,15 +46,15 @@ class ActorWorker(LoggedWorker):
         return self._actor
 
     def token_stats(
-        self, sequences: Sequences, share: Share, weights: Weights, temperature: float
+        self, sequences: Sequences, micro_batches: MicroBatchPlan, weights: Weights, temperature: float
     ) -> TokenStats | None:
-        return self._rank.token_stats(sequences, share, weights, temperature)
+        return self._rank.token_stats(sequences, micro_batches, weights, temperature)
 
-    def update(self, batch: TrainBatch, share: Share) -> dict[str, float] | None:
-        return self._rank.update(batch, share)
+    def update(self, batch: TrainBatch, micro_batches: MicroBatchPlan) -> dict[str, float] | None:
+        return self._rank.update(batch, micro_batches)
 
-    def move_teacher(self, decay: float) -> None:
-        self._rank.move_teacher(decay)
+    def update_ema_teacher(self, decay: float) -> None:
+        self._rank.update_ema_teacher(decay)
 
     def describe(self) -> dict[str, str]:
         return self._rank.describe()
@@ -66,11 +65,11 @@ class ActorWorker(LoggedWorker):
     def onload(self) -> DeviceMemory | None:
         return self._rank.onload()
 
-    def open_sender(self, weights: Weights, route: Route) -> dict[str, Any]:
-        return self._rank.open_sender(weights, route)
+    def open_sender(self, spec: TransferSpec) -> TransferSpec:
+        return self._rank.open_sender(spec)
 
-    def write_bucket(self, weights: Weights, bucket: int, version: int, hashes: bool) -> "list[BlockHash]":
-        return self._rank.write_bucket(weights, bucket, version, hashes)
+    def send_weights(self, role: Role, version: int) -> None:
+        self._rank.send_weights(role, version)
 
     def export_hf(self, weights: Weights, target: Path) -> None:
         self._rank.export_hf(weights, target)

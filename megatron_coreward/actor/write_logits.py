@@ -28,9 +28,9 @@ from megatron_coreward.weights.ports import free_port  # noqa: E402
 def main(config: Path, tokens: Path, target: Path, checkpoint: Path, weights: str) -> None:
     """Writes [T, V] logits of the T tokens, without the padding of the vocabulary."""
     arch, ids = read_architecture(config), np.load(tokens).astype(np.int32)
-    at = parallel.initialize(ActorSettings(cpu_threads=torch.get_num_threads()), 0, "127.0.0.1", free_port(), seed=0)
+    ranks = parallel.initialize(ActorSettings(cpu_threads=torch.get_num_threads()), 0, "127.0.0.1", free_port(), seed=0)
     chunks = build_chunks(arch, ActorSettings(), torch.float32, len(ids))
-    load_megatron(chunks, arch, at, checkpoint, key_prefix(weights))
+    load_megatron(chunks, arch, ranks, checkpoint, key_prefix(weights))
     whole = Sequences([ids], np.asarray([1], dtype=np.int32))
     pack = build_pack(whole, [0], len(ids), parallel.device())
     logits = forward_only(chunks, [pack], lambda pack, logits: logits)

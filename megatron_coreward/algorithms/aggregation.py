@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_coreward.types import FloatArray
+from megatron_coreward.types import FloatArray, View
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"]
 
@@ -45,3 +45,17 @@ def token_weights(
     weights = np.zeros(num_sequences)
     np.divide(1.0, denominators, out=weights, where=lengths > 0)
     return weights.astype(np.float32)
+
+
+def token_weights_by_view(
+    response_lengths: Sequence[int], views: Sequence[View], mode: Aggregation, max_response_tokens: int
+) -> FloatArray:
+    """[S] weights whose loss is the sum of each view's own aggregation; `views`: [S] of each sequence.
+
+    For a batch of one view these are the weights of `token_weights`. Raises ValueError as that does.
+    """
+    lengths, of_view = np.asarray(response_lengths, dtype=np.int64), np.asarray(views)
+    weights = np.zeros(len(lengths), dtype=np.float32)
+    for view in dict.fromkeys(views):
+        weights[of_view == view] = token_weights(lengths[of_view == view], mode, max_response_tokens)
+    return weights

@@ -17,12 +17,15 @@ KLEstimator = Literal["k1", "k2", "k3"]
 MAX_LOG_RATIO = 20.0  # keeps infinities out
 
 
-def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+def kl_penalty(
+    logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator, clamp: float | None = None
+) -> Tensor:
     """Estimates per token, in nats, differentiable in `logprobs`; the reference is a constant.
 
     Guard of k3: exp(d) of a token that the policy has almost ruled out would be infinite, so d is held within +-20
-    inside k3, and the token then has no gradient. (Published implementations hold k3 itself within +-10 besides, which
-    switches the penalty off where it is needed most; this one does not.) Raises ValueError for an unknown estimator.
+    inside k3, and the token then has no gradient. `clamp` holds k3 itself at that bound besides, as published
+    implementations do at 10, and so takes the gradient from tokens beyond it: the penalty is off where it is needed
+    most. Raises ValueError for an unknown estimator.
     """
     d = reference_logprobs.detach() - logprobs
     if estimator == "k1":
@@ -31,5 +34,6 @@ def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstima
         return 0.5 * d.square()
     if estimator == "k3":
         d = torch.clamp(d, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        return torch.expm1(d) - d
+        k3 = torch.expm1(d) - d
+        return k3 if clamp is None else torch.clamp(k3, max=clamp)
     raise ValueError(f"unknown KL estimator {estimator!r}")

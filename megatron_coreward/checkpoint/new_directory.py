@@ -40,7 +40,7 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
         try:
             partial.mkdir()
             yield partial
-            sync_directory(partial)
+            fsync_tree(partial)
             if os.path.lexists(target):  # an empty directory would be replaced
                 raise InputError(f"{target} has appeared in the meantime; choose another target")
             os.rename(partial, target)
@@ -52,7 +52,7 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)  # by now it has another name, or something went wrong
 
 
-def sync_directory(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Returns when all files in a directory are on the disk, so that no crash leaves empty ones under a final name."""
     for path in folder.rglob("*"):
         _sync_entry(path)

@@ -250,7 +250,7 @@ class HfWriter:
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-        self._open[file] = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._open[file] = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         write_at(self._open[file], 0, memoryview(struct.pack("<Q", len(text)) + text))
         os.ftruncate(self._open[file], 8 + len(text) + position)
         for name in names:

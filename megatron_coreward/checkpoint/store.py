@@ -27,7 +27,7 @@ from blake3 import blake3
 
 from megatron_coreward.checkpoint.torch_dist import read_metadata
 from megatron_coreward.errors import InputError
-from megatron_coreward.telemetry.files import sync_directory
+from megatron_coreward.telemetry.files import fsync_directory
 
 _NAME = re.compile(r"step_(\d+)")
 MANIFEST = "files.json"
@@ -38,12 +38,12 @@ Hashes = Mapping[str, tuple[int, str]]  # file -> bytes, blake3
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class TrainerState:
     """Where a run stands after a step. What is drawn, batches and rollouts, is a function of seed and step."""
 
     step: int  # steps done; also the batches taken from the data
     num_updates: int  # optimizer steps done
-    teacher_moves: int = 0  # the last step whose EMA the teacher has taken; the step after `step` may be begun
+    teacher_updates: int = 0  # the last step whose EMA the teacher has taken; the step after `step` may be begun
     score: float | None = None  # of the metric by which the best checkpoint is kept
     extra: dict[str, Any] = field(default_factory=dict)  # JSON: the states of what else has one, by name
 
@@ -66,8 +66,8 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def new_checkpoint(run_dir: Path, position: Position, files: Mapping[str, bytes]) -> Path:
-    """Begins a checkpoint beside its final place; `publish` ends it.
+def new_checkpoint(run_dir: Path, trainer_state: TrainerState, files: Mapping[str, bytes]) -> Path:
+    """Begins a checkpoint beside its final place; `finalize_checkpoint` ends it.
 
     Args:
         files: what else to keep in it, by name.
@@ -75,16 +75,16 @@ def new_checkpoint(run_dir: Path, position: Position, files: Mapping[str, bytes]
     Returns:
         The directory for the actors' part (absolute, empty).
     """
-    partial = _partial(run_dir, position.step)
+    partial = _partial(run_dir, trainer_state.step)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / ACTORS).mkdir(parents=True)
-    (partial / TRAINER).write_text(json.dumps(asdict(position), indent=1, allow_nan=False) + "\n")
+    (partial / TRAINER).write_text(json.dumps(asdict(trainer_state), indent=1, allow_nan=False) + "\n")
     for name, content in files.items():
         (partial / name).write_bytes(content)
     return (partial / ACTORS).resolve()
 
 
-def publish(
+def finalize_checkpoint(
     run_dir: Path,
     step: int,
     hashes: Hashes,
@@ -112,10 +112,10 @@ def publish(
     manifest.write_text(json.dumps({"format": 1, "files": entries}, indent=1) + "\n")
     _sync_file(manifest)
     for folder in (partial / ACTORS, partial):
-        sync_directory(folder)
+        fsync_directory(folder)
     _remove(final)
     os.replace(partial, final)
-    sync_directory(final.parent)
+    fsync_directory(final.parent)
     for old in set(saved_steps(run_dir)) - _to_keep(run_dir, keep, best):
         _remove(checkpoint_path(run_dir, old))
     for left in final.parent.glob(".step_*.removed"):
@@ -129,15 +129,15 @@ def discard_unfinished(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def read_position(path: Path) -> Position:
+def read_trainer_state(path: Path) -> TrainerState:
     """Where the run stood. Raises DamagedCheckpoint where the description is missing or damaged."""
     try:
-        return Position(**json.loads((path / TRAINER).read_text()))
+        return TrainerState(**json.loads((path / TRAINER).read_text()))
     except (OSError, ValueError, TypeError) as e:
         raise DamagedCheckpoint(f"{path / TRAINER}: damaged ({e})") from None
 
 
-def check_checkpoint(path: Path, contents: bool = True) -> Position:
+def check_checkpoint(path: Path, contents: bool = True) -> TrainerState:
     """Makes sure that a checkpoint is what was written, before anything is loaded from it.
 
     Args:
@@ -171,7 +171,7 @@ def check_checkpoint(path: Path, contents: bool = True) -> Position:
         read_metadata(path / ACTORS)
     except InputError as e:
         raise DamagedCheckpoint(str(e)) from None
-    return read_position(path)
+    return read_trainer_state(path)
 
 
 def set_aside(path: Path) -> Path:
@@ -188,7 +188,7 @@ def _to_keep(run_dir: Path, keep: int, best: Literal["highest", "lowest"]) -> se
     scores: dict[int, float] = {}
     for step in steps:
         try:
-            score = read_position(checkpoint_path(run_dir, step)).score
+            score = read_trainer_state(checkpoint_path(run_dir, step)).score
         except DamagedCheckpoint:
             continue  # only reading it for a resume is an error; here it is one without a score
         if score is not None:

@@ -344,7 +344,7 @@ class ChunkFile:
         self.name = path.name
         self.size = 0
         self.error: OSError | None = None
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")

@@ -1,12 +1,14 @@
 """`convert to-megatron | to-hf | verify`: checkpoints between Hugging Face and Megatron."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_coreward.commands.arguments import whole
 from megatron_coreward.errors import InputError, RunError
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -22,7 +24,7 @@ def add(commands: Any) -> None:
         action.add_argument("source", type=Path, metavar="SRC", help=what)
         action.add_argument("target", type=Path, metavar="DST", help="must not exist; appears whole or not at all")
         action.add_argument("--dtype", choices=_DTYPES, help="default: as they are")
-        action.add_argument("--workers", type=_positive, default=min(8, os.cpu_count() or 1), help="threads")
+        action.add_argument("--workers", type=whole(1), default=min(8, os.cpu_count() or 1), help="threads")
     to_hf.add_argument("--hf-path", type=Path, help="config.json and tokenizer; default: what the checkpoint brings")
     to_hf.add_argument("--weights", choices=("policy", "teacher"), default="policy", help="of a run's checkpoint")
     to_hf.add_argument("--shard-gb", type=float, default=5.0, help="size of a weight file at most, 10^9 bytes")
@@ -38,12 +40,6 @@ def add(commands: Any) -> None:
         "--logits", action="store_true", help="also run both models: transformers for HF, Megatron for Megatron"
     )
     verify.set_defaults(run=_verify)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 1 or more")
-    return int(text)
 
 
 @contextmanager
@@ -83,7 +79,7 @@ def _to_megatron(options: argparse.Namespace) -> None:
 def _to_hf(options: argparse.Namespace) -> None:
     from megatron_coreward.checkpoint.convert import to_hf
 
-    if options.shard_gb <= 0:
+    if not 0 < options.shard_gb < math.inf:  # NaN is neither
         raise InputError(f"--shard-gb: {options.shard_gb:g}; allowed: above 0")
     with _progress("to Hugging Face", "bytes") as progress:
         to_hf(

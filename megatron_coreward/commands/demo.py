@@ -4,17 +4,18 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_coreward.commands.arguments import SEED, whole
 from megatron_coreward.config.schema import MethodName
 
 
 def add(commands: Any) -> None:
     demo = commands.add_parser("demo", help="train a small model without labels, here and now, with no download")
-    demo.add_argument("--method", choices=get_args(MethodName), default="co_rewarding_i")
+    demo.add_argument("--method", choices=get_args(MethodName), default="co_rewarding_i", help="of training")
     demo.add_argument(
         "--compare", action="store_true", help="run every method on the same budget and draw them together"
     )
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
-    demo.add_argument("--seed", type=int, default=1)
+    demo.add_argument("--seed", type=whole(0, SEED), default=1, help="of weights, data and rollouts")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
     demo.set_defaults(run=_demo)
 

@@ -5,15 +5,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from megatron_coreward.commands.arguments import number, whole
+
 if TYPE_CHECKING:
-    from megatron_coreward.trainer.evaluation import Engines
+    from megatron_coreward.evaluation.evaluate import Engines
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-engines", type=int, default=1)
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="an engine rank, without GPUs")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--num-engines", type=whole(1), default=1, help="vLLM engines")
+    parser.add_argument("--tensor-parallel", type=whole(1), default=1, help="GPUs of an engine")
+    parser.add_argument("--kv-cache-gib", type=number(above=0), default=1.0, help="an engine rank, without GPUs")
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=number(above=0, most=1),
+        default=0.9,
+        help="share of a GPU that an engine takes",
+    )
     parser.add_argument(
         "--thinking",
         action=argparse.BooleanOptionalAction,
@@ -24,7 +31,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def chosen_engines(options: argparse.Namespace, **more: Any) -> "Engines":
     """The engines that the options describe; `more` are further fields of theirs."""
-    from megatron_coreward.trainer.evaluation import Engines
+    from megatron_coreward.evaluation.evaluate import Engines
 
     return Engines(
         num_engines=options.num_engines,
@@ -40,7 +47,7 @@ def answering(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar, which the yielded function moves to (done, total). Ray ends with it."""
     from tqdm import tqdm
 
-    from megatron_coreward.trainer.cluster import stop_ray
+    from megatron_coreward.cluster.groups import stop_ray
 
     with tqdm(desc=what, disable=None) as bar:
 

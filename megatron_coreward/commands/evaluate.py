@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_coreward.commands.arguments import SEED, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
-from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerForm
+from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerFormat, Equivalence
 
 
 def add(commands: Any) -> None:
@@ -19,23 +20,25 @@ def add(commands: Any) -> None:
     run.add_argument("files", type=Path, nargs="+", metavar="FILE", help="parquet, as prepare-data writes it")
     run.add_argument("--out", type=Path, required=True, help="directory for journal, result.json and page.html")
     run.add_argument("--name", help="of the model in tables; default: its path")
-    run.add_argument("--n", type=int, default=8, help="samples a question")
-    run.add_argument("--temperature", type=float, default=1.0)
-    run.add_argument("--top-p", type=float, default=1.0)
-    run.add_argument("--max-tokens", type=int, default=3072, help="of an answer")
+    run.add_argument("--n", type=whole(1), default=8, help="samples a question")
+    run.add_argument("--temperature", type=number(above=0), default=1.0, help="of samples")
+    run.add_argument("--top-p", type=number(above=0, most=1), default=1.0, help="of samples")
+    run.add_argument("--max-tokens", type=whole(1), default=3072, help="of an answer")
     run.add_argument("--no-greedy", action="store_true", help="without the greedy answer, which pass@1 is of")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    run.add_argument("--equivalence", choices=("exact", "math"), default="math")
+    run.add_argument("--seed", type=whole(0, SEED), default=0, help="of what is drawn")
+    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
+    run.add_argument(
+        "--equivalence", choices=get_args(Equivalence), default="math", help="when two answers are the same"
+    )
     run.add_argument(
         "--answer-form",
         action="append",
-        choices=get_args(AnswerForm),
+        choices=get_args(AnswerFormat),
         help="where final answers stand, tried in the order given; default: boxed",
     )
     add_engine_options(run)
-    run.add_argument("--batch-questions", type=int, default=64, help="what an interruption can lose")
-    run.add_argument("--max-problems", type=int)
+    run.add_argument("--batch-questions", type=whole(1), default=64, help="what an interruption can lose")
+    run.add_argument("--max-problems", type=whole(1), help="the first so many questions only")
     prompt = run.add_mutually_exclusive_group()
     prompt.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="default: that of training")
     prompt.add_argument("--keep-system-prompt", action="store_true", help="use the files' own")
@@ -48,19 +51,21 @@ def add(commands: Any) -> None:
     compare.add_argument("--out", type=Path, help="directory for the comparison as JSON and a page")
     compare.set_defaults(run=_compare)
 
-    harness = actions.add_parser("harness", help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM")
-    harness.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
-    harness.add_argument("benchmarks", nargs="+", metavar="BENCHMARK")
-    harness.add_argument("--out", type=Path, required=True)
-    harness.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    harness.add_argument("--limit", type=int, help="the first so many questions of each task")
-    harness.add_argument("--tensor-parallel", type=int, default=1)
-    harness.add_argument("--max-model-len", type=int)
-    harness.add_argument("--no-chat-template", action="store_true")
-    harness.add_argument("--allow-code", action="store_true", help="run code that the model wrote")
-    harness.add_argument("--include-path", type=Path, help="directory with further task definitions")
-    harness.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
-    harness.set_defaults(run=_harness)
+    lm_eval = actions.add_parser("harness", help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM")
+    lm_eval.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
+    lm_eval.add_argument("benchmarks", nargs="+", metavar="BENCHMARK")
+    lm_eval.add_argument("--out", type=Path, required=True)
+    lm_eval.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
+    lm_eval.add_argument("--limit", type=whole(1), help="the first so many questions of each task")
+    lm_eval.add_argument("--tensor-parallel", type=whole(1), default=1, help="GPUs of the engine")
+    lm_eval.add_argument(
+        "--max-model-len", type=whole(1), help="tokens of prompt and answer together; default: the model's"
+    )
+    lm_eval.add_argument("--no-chat-template", action="store_true")
+    lm_eval.add_argument("--allow-code", action="store_true", help="run code that the model wrote")
+    lm_eval.add_argument("--include-path", type=Path, help="directory with further task definitions")
+    lm_eval.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
+    lm_eval.set_defaults(run=_lm_eval)
 
 
 def _converter(hf_path: Path | None) -> Any:
@@ -75,8 +80,8 @@ def _converter(hf_path: Path | None) -> Any:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from megatron_coreward.telemetry.evaluation import result_table
-    from megatron_coreward.trainer.evaluation import Judging, Sampling, evaluate_files
+    from megatron_coreward.evaluation.evaluate import GradingSettings, Sampling, evaluate_files
+    from megatron_coreward.evaluation.results import result_table
 
     with answering("questions") as progress:
         result = evaluate_files(
@@ -92,7 +97,7 @@ def _run(options: argparse.Namespace) -> None:
                 seed=options.seed,
                 dtype=options.dtype,
             ),
-            Judging(options.equivalence, tuple(options.answer_form or ("boxed",))),
+            GradingSettings(options.equivalence, tuple(options.answer_form or ("boxed",))),
             chosen_engines(options, batch_questions=options.batch_questions),
             system_prompt=None if options.keep_system_prompt else options.system_prompt,
             thinking=options.thinking,
@@ -105,18 +110,18 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from megatron_coreward.telemetry.evaluation import comparison_table
-    from megatron_coreward.trainer.evaluation import compare_files
+    from megatron_coreward.evaluation.evaluate import compare_files
+    from megatron_coreward.evaluation.results import comparison_table
 
     _show(comparison_table(compare_files(options.a, options.b, options.out)))
 
 
-def _harness(options: argparse.Namespace) -> None:
-    from megatron_coreward.trainer.evaluation import hf_model_dir
-    from megatron_coreward.trainer.harness import run_harness
+def _lm_eval(options: argparse.Namespace) -> None:
+    from megatron_coreward.evaluation.evaluate import hf_model_dir
+    from megatron_coreward.evaluation.lm_eval import run_lm_eval
 
     with hf_model_dir(options.model, _converter(options.hf_path)) as hf_path:
-        results = run_harness(
+        results = run_lm_eval(
             hf_path,
             options.benchmarks,
             options.out,

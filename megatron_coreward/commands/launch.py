@@ -6,11 +6,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_coreward.commands.arguments import whole
 from megatron_coreward.errors import InputError
 
 if TYPE_CHECKING:
-    from megatron_coreward.launch.follow import Backend
     from megatron_coreward.launch.job import Job
+    from megatron_coreward.launch.supervise import Backend
 
 _HELP = {
     "local": "on this machine, again and again until it is finished",
@@ -28,32 +29,22 @@ def add(commands: Any) -> None:
         parser.add_argument("config", type=Path, metavar="CONFIG")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
         parser.add_argument("--cluster", type=Path, metavar="FILE", help="the cluster's settings (launch/clusters/)")
-        parser.add_argument("--nodes", type=_positive, default=1)
-        parser.add_argument("--gpus-per-node", type=_count, default=0, help="0: a run on CPUs (default)")
+        parser.add_argument("--nodes", type=whole(1), default=1, help="nodes of the job")
+        parser.add_argument("--gpus-per-node", type=whole(0), default=0, help="0: a run on CPUs")
         parser.add_argument("--time", metavar="[D-]H:M:S", help="time limit of a job; default: the cluster's")
         parser.add_argument("--name", help="in the queue; default: the name of run_dir")
-        parser.add_argument("--max-resubmits", type=_count, default=20, help="default: 20")
+        parser.add_argument(
+            "--max-resubmits", type=whole(0), default=20, help="submissions after the first one, at most"
+        )
         parser.add_argument("--dry-run", action="store_true", help="print exactly what would be submitted")
         parser.add_argument("--detach", action="store_true", help="submit and leave")
         parser.set_defaults(run=_launch, kind=kind)
 
 
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 0 or more")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 1 or more")
-    return int(text)
-
-
 def _launch(options: argparse.Namespace) -> None:
     from megatron_coreward.config.load import load_config
-    from megatron_coreward.launch.follow import follow
     from megatron_coreward.launch.job import make_job
+    from megatron_coreward.launch.supervise import supervise
 
     if options.detach and options.kind == "local":
         raise InputError("--detach: a local run ends with its launcher; put the launcher into the background")
@@ -70,7 +61,7 @@ def _launch(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(backend.preview())
     else:
-        follow(backend, max_resubmits=options.max_resubmits, detach=options.detach)
+        supervise(backend, max_resubmits=options.max_resubmits, detach=options.detach)
 
 
 def _backend(kind: str, job: "Job", cluster: Path | None) -> "Backend":

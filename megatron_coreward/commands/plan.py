@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         metavar="key=value",
         help="config keys, such as actor.tensor_parallel=4, right after CONFIG",
     )
-    plan.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (default: h100)")
+    plan.add_argument("--gpu", default="h100", help=", ".join(GPUS))
     plan.add_argument("--gpus", type=int, metavar="N", help="GPUs there are; default: as many as the layout takes")
     plan.add_argument(
         "--placement",
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         help="engines on GPUs of their own, or on those of the actor, in turn (default: rollout.placement)",
     )
     plan.add_argument("--search", action="store_true", help="propose layouts for --gpus GPUs, fastest first")
-    plan.add_argument("--top", type=int, default=5, metavar="K", help="layouts to propose (default: 5)")
+    plan.add_argument("--top", type=int, default=5, metavar="K", help="layouts to propose")
     plan.add_argument(
         "--assume",
         action="append",
@@ -48,12 +48,13 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_coreward.planner.search import nearest, search
     from megatron_coreward.planner.step_time import transfers
 
+    for name in ("gpus", "top"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InputError(f"--{name}: {value}; allowed: 1 or more")
     config = load_config(options.config, options.overrides)
     arch = architecture_of(config.model)
     placement = options.placement or config.rollout.placement
     machine = Machine(find_gpu(options.gpu), placement, assume(options.assume))
-    if options.gpus is not None and options.gpus < 1:
-        raise InputError(f"--gpus: {options.gpus}; allowed: 1 or more")
     gpus = options.gpus or gpus_of(config, placement)
     model = config.model.hf_path.name
 

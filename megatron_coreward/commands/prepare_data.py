@@ -4,8 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_coreward.commands.arguments import whole
 from megatron_coreward.config.schema import SYSTEM_PROMPT
 from megatron_coreward.errors import InputError
+from megatron_coreward.types import VIEWS
 
 
 def add(commands: Any) -> None:
@@ -13,8 +15,10 @@ def add(commands: Any) -> None:
 
     prepare = commands.add_parser("prepare-data", help="question sets into the parquet format that training reads")
     prepare.add_argument("source", choices=(*SOURCES, GENERIC), metavar="SOURCE", help=", ".join((*SOURCES, GENERIC)))
-    prepare.add_argument("--input", type=Path, nargs="+", default=[], help="local parquet or jsonl; default: the hub")
-    prepare.add_argument("--out", type=Path, required=True, help="parquet file to write")
+    prepare.add_argument(
+        "--input", type=Path, nargs="+", default=[], help="local parquet, jsonl or json; default: the hub"
+    )
+    prepare.add_argument("--out", type=Path, help="parquet file to write; default: where the recipes look for it")
     prepare.add_argument("--split", help="default: the source's first")
     prepare.add_argument("--against", type=Path, nargs="+", default=[], help="prepared files to count shared questions")
     prepare.add_argument("--tokenizer", type=Path, help="model directory; adds lengths in tokens")
@@ -22,7 +26,16 @@ def add(commands: Any) -> None:
     prepare.add_argument("--answer-column")
     prepare.add_argument("--answer-from", choices=get_args(AnswerFrom), help="how the answer stands in its column")
     prepare.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="'' for none")
-    prepare.add_argument("--limit", type=int, help="the first so many rows only")
+    prepare.add_argument(
+        "--data-source",
+        metavar="NAME",
+        help="what the rows call their source; two sets of one name and the same indices cannot be in one run",
+    )
+    prepare.add_argument("--skip-bad", action="store_true", help="leave out rows without an answer, and list them")
+    prepare.add_argument(
+        "--view", choices=VIEWS, default="original", help="the question to take from a file that holds pairs"
+    )
+    prepare.add_argument("--limit", type=whole(1), help="the first so many rows only")
     prepare.add_argument("--json", action="store_true", help="the summary as JSON")
     prepare.set_defaults(run=_prepare)
 
@@ -37,10 +50,14 @@ def _prepare(options: argparse.Namespace) -> None:
         question=options.question_column,
         answer=options.answer_column,
         answer_from=options.answer_from,
+        data_source=options.data_source,
     )
     split = options.split or (source.splits[0] if source.splits else "train")
     if source.splits and split not in source.splits:
         raise InputError(f"--split: {source.name} has {', '.join(source.splits)}, found {split}")
+    target = options.out or source.default_path(split)
+    if target is None:
+        raise InputError(f"--out: source {source.name} needs a file to write")
     tokenizer = None
     if options.tokenizer is not None:
         from transformers import AutoTokenizer
@@ -51,20 +68,25 @@ def _prepare(options: argparse.Namespace) -> None:
     summary = prepare(
         source,
         options.input or fetch(source, split),
-        options.out,
+        target,
         split=split,
         system_prompt=options.system_prompt or None,
         against=options.against,
         tokenizer=tokenizer,
         limit=options.limit,
+        skip_bad=options.skip_bad,
+        view=options.view,
+        rename=options.data_source is not None,
     )
     if options.json:
         print(summary.to_json())
         return
-    print(f"{options.out}: {summary.rows} questions, {summary.duplicates} of them repeat an earlier one")
+    print(f"{target}: {summary.rows} questions, {summary.duplicates} of them repeat an earlier one")
     for unit, lengths in (("characters", summary.characters), ("tokens", summary.tokens)):
         if lengths is not None:
             print(f"  {unit}: {lengths.least} to {lengths.most}, median {lengths.median}, 99% up to {lengths.p99}")
     print("  answers: " + ", ".join(f"{count} {name}" for name, count in summary.answer_types.items()))
+    if summary.skipped:
+        print(f"  left out: {len(summary.skipped)} rows", *summary.skipped, sep="\n    ")
     for file, count in summary.overlaps.items():
         print(f"  questions that {file} has too: {count}")

@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_coreward.commands.arguments import SEED, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
+from megatron_coreward.data.rewriting_prompts import PROMPTS
 
 
 def add(commands: Any) -> None:
@@ -12,29 +14,46 @@ def add(commands: Any) -> None:
     rephrase.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory")
     rephrase.add_argument("file", type=Path, metavar="FILE", help="parquet, as prepare-data writes it")
     rephrase.add_argument("--out", type=Path, required=True, help="parquet; journal and report are written beside it")
-    rephrase.add_argument("--attempts", type=int, default=3, help="for a question whose rewriting was refused")
-    rephrase.add_argument("--temperature", type=float, default=0.7)
-    rephrase.add_argument("--top-p", type=float, default=0.95)
-    rephrase.add_argument("--max-tokens", type=int, default=1024, help="of a reply")
-    rephrase.add_argument("--seed", type=int, default=0)
+    rephrase.add_argument("--attempts", type=whole(1), default=3, help="for a question whose rewriting was refused")
     rephrase.add_argument(
-        "--solver-samples", type=int, default=0, help="answers to both versions, whose majorities must agree; 0: none"
+        "--prompt", choices=tuple(PROMPTS), default="own", help="`paper`: that of the paper, with its sampling"
     )
-    rephrase.add_argument("--solver-max-tokens", type=int, default=3072)
+    rephrase.add_argument("--no-filter", action="store_true", help="take every rewriting that can be read")
+    rephrase.add_argument("--temperature", type=number(above=0), help=_by_prompt("temperature"))
+    rephrase.add_argument("--top-p", type=number(above=0, most=1), help=_by_prompt("top_p"))
+    rephrase.add_argument("--max-tokens", type=whole(1), help=f"of a reply; {_by_prompt('max_tokens')}")
+    rephrase.add_argument("--seed", type=whole(0, SEED), default=0, help="of what is drawn")
+    rephrase.add_argument(
+        "--solver-samples",
+        type=whole(0),
+        default=0,
+        help="answers to both versions, whose majorities must agree; 0: none",
+    )
+    rephrase.add_argument("--solver-max-tokens", type=whole(1), default=3072, help="of an answer of the solver")
     rephrase.add_argument(
         "--refused",
         choices=("leave_out", "keep_original"),
         default="leave_out",
         help="a question of which no rewriting passed",
     )
-    rephrase.add_argument("--batch-rows", type=int, default=64, help="what an interruption can lose")
-    rephrase.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    rephrase.add_argument("--batch-rows", type=whole(1), default=64, help="what an interruption can lose")
+    rephrase.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
     add_engine_options(rephrase)
     rephrase.set_defaults(run=_rephrase)
 
 
+def _by_prompt(field: str) -> str:
+    return "default: " + ", ".join(f"{getattr(prompt, field)} ({name})" for name, prompt in PROMPTS.items())
+
+
 def _rephrase(options: argparse.Namespace) -> None:
-    from megatron_coreward.trainer.rephrase import Rewriting, rephrase_file
+    from megatron_coreward.evaluation.rephrase import Rewriting, rephrase_file
+
+    prompt = PROMPTS[options.prompt]
+
+    def chosen(name: str) -> Any:
+        given = getattr(options, name)
+        return getattr(prompt, name) if given is None else given
 
     with answering("rewritten") as progress:
         report = rephrase_file(
@@ -42,16 +61,18 @@ def _rephrase(options: argparse.Namespace) -> None:
             options.file,
             options.out,
             Rewriting(
+                prompt=options.prompt,
+                filter=not options.no_filter,
                 attempts=options.attempts,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                max_tokens=options.max_tokens,
+                temperature=chosen("temperature"),
+                top_p=chosen("top_p"),
+                max_tokens=chosen("max_tokens"),
                 seed=options.seed,
                 solver_samples=options.solver_samples,
                 solver_max_tokens=options.solver_max_tokens,
                 batch_rows=options.batch_rows,
                 refused=options.refused,
-                thinking=options.thinking,
+                thinking=chosen("thinking"),
             ),
             chosen_engines(options),
             dtype=options.dtype,

@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from megatron_coreward.config.schema import Equivalence
 from megatron_coreward.errors import InputError
 
 
@@ -11,8 +12,8 @@ def add(commands: Any) -> None:
     report = commands.add_parser("report", help="one page of a run: curves, alarms, where the time goes, its samples")
     report.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, help="the page (default: report.html in the run directory)")
-    report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most (default: 16)")
-    report.add_argument("--questions", type=int, default=8, help="questions of each, at most (default: 8)")
+    report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most")
+    report.add_argument("--questions", type=int, default=8, help="questions of each, at most")
     report.set_defaults(run=_report)
 
     compare = commands.add_parser("compare", help="several runs on one page")
@@ -27,7 +28,7 @@ def add(commands: Any) -> None:
     replay.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory with rollouts")
     replay.add_argument("--steps", metavar="FIRST-LAST", help="only these steps, such as 10-20 or 7")
     replay.add_argument(
-        "--equivalence", choices=("exact", "math"), help="show what this relation would have changed, instead"
+        "--equivalence", choices=get_args(Equivalence), help="show what this relation would have changed, instead"
     )
     replay.set_defaults(run=_replay)
 
@@ -49,13 +50,17 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _replay(options: argparse.Namespace) -> None:
+    from megatron_coreward.report.counterfactual import counterfactual, counterfactual_summary
     from megatron_coreward.report.replay import replay, summary
     from megatron_coreward.report.run_record import load_record
-    from megatron_coreward.report.what_if import what_if, what_if_summary
 
     record, steps = load_record(options.run_dir), _steps(options.steps)
     if options.equivalence is not None:
-        print("\n".join(what_if_summary(record, options.equivalence, what_if(record, options.equivalence, steps))))
+        print(
+            "\n".join(
+                counterfactual_summary(record, options.equivalence, counterfactual(record, options.equivalence, steps))
+            )
+        )
         return
     result = replay(record, steps)
     print("\n".join(summary(record, result)))

@@ -14,12 +14,12 @@ def add(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_coreward.config.load import load_config
-    from megatron_coreward.trainer.preflight import preflight
+    from megatron_coreward.preflight import preflight
 
     config = load_config(options.config, options.overrides)
     preflight(config)  # before torch and Ray are imported, which takes longer than all of its checks
 
-    from megatron_coreward.trainer.preemption import Preempted
+    from megatron_coreward.cluster.preemption import Preempted
     from megatron_coreward.trainer.run import train
 
     try:

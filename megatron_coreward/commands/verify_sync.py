@@ -15,12 +15,12 @@ def add(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from megatron_coreward.cluster.verify_sync import verify_sync
     from megatron_coreward.config.load import load_config
-    from megatron_coreward.trainer.verify_sync import verify_sync
 
     for check in verify_sync(load_config(options.config, options.overrides)):
         print(
             f"{check.role:8} version {check.version}: {check.gigabytes:.3f} GB in {check.seconds:.2f} s, "
-            f"checksums equal, log-prob gap {check.probe_gap:.1e} nats"
+            f"checksums equal, log-prob gap {check.canary_gap:.1e} nats"
         )
     print("the weight sync of this config works")

@@ -1,4 +1,4 @@
-"""The collapse guard's settings: what counts as a sign of collapse, how many at once, for how long, and what follows.
+"""The collapse guard's settings: what indicates collapse, how many indicators at once, for how long, and what follows.
 
 Thresholds were set with runs of the demo: healthy ones of both instantiations on three seeds stay clear of an alarm,
 majority voting at learning rates at which accuracy is lost raises one (tests/guard/test_recorded_runs.py).
@@ -6,51 +6,67 @@ majority voting at learning rates at which accuracy is lost raises one (tests/gu
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from megatron_coreward.config.component import Component, Fraction, NonNegative, Positive
 
 GuardAction = Literal["off", "warn", "raise_kl", "freeze_teacher", "rollback", "stop"]
 
 
-class GuardSettings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class GuardSettings(Component):
+    """The collapse guard: indicators of collapse in label telemetry, and what follows from them."""
 
-    # What follows when signs of collapse have lasted for `act_after` steps. Before that, the guard warns.
-    #   warn            says so, and nothing else
-    #   raise_kl        multiplies the weight of the KL term by `kl_factor`
-    #   freeze_teacher  the teacher moves no more, so that labels do not follow the policy
-    #   rollback        back to the newest checkpoint from before the signs, with the KL term raised by `kl_factor`: the
-    #                   same step from the same weights would only collapse again
-    #   stop            ends the run
     action: GuardAction = "warn"
+    """What follows when indicators of collapse have lasted for act_after steps; before that, the guard warns. off looks
+    for nothing; warn only says so; raise_kl multiplies the weight of the KL term by kl_factor; freeze_teacher ends the
+    teacher's updates, so that labels do not follow the policy; rollback goes back to the newest checkpoint from before
+    the indicators, with the KL term raised by kl_factor, because the same step from the same weights would only
+    collapse again; stop ends the run with status 3."""
     kl_factor: Annotated[float, Field(gt=1)] = 3.0
-    max_actions: Positive = 3  # of raise_kl, after which the guard only warns; of rollback, after which the run stops
-    cooldown: NonNegative = 10  # steps after an action in which no sign counts: what was done has to take effect
+    """Factor by which raise_kl and rollback raise the weight of the KL term."""
+    max_actions: Positive = 3
+    """Actions in a run. After so many of raise_kl the guard only warns; after so many of rollback the run stops."""
+    cooldown: NonNegative = 10
+    """Steps after an action in which no indicator counts, so that the action can take effect."""
 
-    warmup: Positive = 10  # first steps; their mean is what later steps are compared with
-    window: Positive = 5  # steps that are averaged: single steps are noisy
-    min_signs: Annotated[int, Field(ge=2)] = 2  # at once; one of them a sign of damage
-    warn_after: Positive = 5  # steps in a row with so many signs
+    warmup: Positive = 10
+    """First steps, whose mean is the baseline that later steps are compared with."""
+    window: Positive = 5
+    """Newest steps whose mean is compared with the baseline, because single steps are noisy."""
+    min_indicators: Annotated[int, Field(ge=2)] = 2
+    """Indicators at once that raise an alarm; one of them has to be one of damage."""
+    warn_after: Positive = 5
+    """Steps in a row with that many indicators after which the guard warns; at most act_after."""
     act_after: Positive = 10
+    """Steps in a row with that many indicators after which action follows."""
 
-    # Signs of change. A policy that has learned shows them too: they are never enough by themselves.
-    consensus: Fraction = 0.7  # share of the way to unanimity that vote share and distinct answers both have gone
-    entropy_fall: Fraction = 0.8  # share of the policy's entropy that is gone
-    kl: Annotated[float, Field(gt=0)] = 0.1  # nats a token to the reference
-    # Signs of damage.
-    length_fall: Fraction = 0.25  # share of the response length that is gone
-    variety_fall: Fraction = 0.5  # share of the distinct labels of a step that is gone: questions are answered alike
-    no_answer_rise: Fraction = 0.1  # rollouts without an answer, above the baseline
-    truncated_rise: Fraction = 0.2  # rollouts cut off at the limit, above the baseline
-    entropy_rise: Annotated[float, Field(gt=1)] = 3.0  # times the baseline
-    agreement_fall: Fraction = 0.2  # votes of policy and teacher, or of the two views, that agree: below the baseline
-    # Labels of one question that change from one epoch to the next, over rollouts that differ from their majority. A
-    # label that only sampling noise moves changes less often than rollouts do, so 1 means that answers themselves move.
+    # Indicators of change. A policy that has learned shows them too: they are never enough by themselves.
+    consensus: Fraction = 0.7
+    """Indicator of change: share of the way to unanimity that vote share and distinct answers have both gone."""
+    entropy_fall: Fraction = 0.8
+    """Indicator of change: share of the policy's entropy that is gone."""
+    kl: Annotated[float, Field(gt=0)] = 0.1
+    """Indicator of change: KL divergence from the reference, in nats per token."""
+    # Indicators of damage.
+    length_fall: Fraction = 0.25
+    """Indicator of damage: share of the mean response length that is gone."""
+    variety_fall: Fraction = 0.5
+    """Indicator of damage: share of a step's distinct labels that is gone; questions are then answered alike."""
+    no_answer_rise: Fraction = 0.1
+    """Indicator of damage: share of rollouts without an answer, above that of the baseline."""
+    truncated_rise: Fraction = 0.2
+    """Indicator of damage: share of rollouts cut off at rollout.max_response_tokens, above that of the baseline."""
+    entropy_rise: Annotated[float, Field(gt=1)] = 3.0
+    """Indicator of damage: the policy's entropy as a multiple of the baseline's."""
+    agreement_fall: Fraction = 0.2
+    """Indicator of damage: share of questions on which policy and teacher, or the two views, vote alike, below that of
+    the baseline."""
     label_flips: Annotated[float, Field(gt=0)] = 1.25
-    min_flip_rate: Fraction = 0.1  # below it, flips are no sign whatever the ratio
+    """Indicator of damage: labels of a question that change from one epoch to the next, divided by rollouts that differ
+    from their majority. A label that only sampling noise moves changes less often than rollouts do, so 1 means that
+    answers themselves move."""
+    min_flip_rate: Fraction = 0.1
+    """Share of labels that must change between epochs before label_flips counts, whatever the ratio."""
 
     @model_validator(mode="after")
     def _warn_before_acting(self) -> Self:

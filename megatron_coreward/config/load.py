@@ -2,11 +2,11 @@
 
 A recipe may begin with `base: FILE` or `base: [FILE, ...]`, paths from the recipe's own folder: it then has the keys of
 those files, a later file's over an earlier one's, and its own over all of theirs. Groups of keys are merged, anything
-else (a list too) is replaced. Paths that the keys name are not touched: they start where the command is run.
+else (a list too) is replaced. Paths that the keys name start where the command is run; `~` and `$VARIABLES` in them are
+replaced once, here (`config.paths`).
 """
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_coreward.config.accelerator import FP8_LOGPROB_GAP
+from megatron_coreward.config.explain import RENAMED_KEYS, explain
+from megatron_coreward.config.paths import expand_path
 from megatron_coreward.config.schema import TEACHER_METHODS, RunConfig
+from megatron_coreward.config.yaml_file import parse_scalar, parse_yaml, read_yaml
 from megatron_coreward.errors import InputError
 
 # The paper's KL coefficients (arXiv 2508.00410, appendix); the baselines run at that of Co-rewarding-I.
-PAPER_KL_COEF = {"co_rewarding_ii": 0.001, "co_rewarding_i+ii": 0.001}
+PAPER_KL_COEF = dict.fromkeys(TEACHER_METHODS, 0.001)
 DEFAULT_KL_COEF = 0.005
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a recipe and applies overrides of the form `actor.lr=1e-5`; values are read as YAML.
+    """Reads a recipe and applies overrides of the form `actor.lr=1e-5`; values are read as in a recipe.
 
     Raises:
         InputError: naming the file and the key, what was found and what is allowed.
@@ -33,18 +36,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     """A recipe's keys with those of the files that it is based on; `readers` are the files that led here."""
-    if not path.is_file():
-        raise InputError(f"config file {path} does not exist{f', the base of {readers[-1]}' if readers else ''}")
     if path.resolve() in [reader.resolve() for reader in readers]:
         raise InputError(f"{path}: is its own base ({' -> '.join(map(str, (*readers, path)))})")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as e:
-        raise InputError(f"config file {path} cannot be read ({e.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not valid YAML ({str(e).splitlines()[0]})") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    tree = read_yaml(path, f"{readers[-1]}: base file" if readers else "config file")
     bases = tree.pop("base", [])
     if isinstance(bases, str):
         bases = [bases]
@@ -52,7 +46,11 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError(f"{path}: base: expected a file or a list of files, found {bases!r}")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, _read(path.parent / base, (*readers, path)))
+        try:
+            file = path.parent / expand_path(base)
+        except ValueError as e:
+            raise InputError(f"{path}: base: {base}: {e}") from None
+        merged = _merge(merged, _read(file, (*readers, path)))
     return _merge(merged, tree)
 
 
@@ -69,9 +67,9 @@ def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), where: str
     for override in overrides:
         _apply(tree, override)
     try:
-        return resolve(RunConfig.model_validate(_numbers(tree)))
+        return resolve(RunConfig.model_validate(tree))
     except ValidationError as e:
-        raise InputError("\n".join(_explain(where, error) for error in e.errors())) from None
+        raise InputError(explain(where, RunConfig, e, RENAMED_KEYS)) from None
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -100,14 +98,18 @@ def dump_config(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def _override_value(override: str, text: str) -> Any:
+    """A list, a mapping or a quoted text in YAML, and anything else as one plain scalar: `run_dir=a #2` is `a #2`."""
+    if not text.lstrip().startswith(("[", "{", "'", '"')):
+        return parse_scalar(text)
+    return parse_yaml(text, f"override {override!r}")
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InputError(f"override {override!r}: expected key=value, such as actor.lr=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not valid YAML") from None
+    value = _override_value(override, text)
     node = tree
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents):
@@ -116,40 +118,3 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise InputError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a group of keys")
         node = child
     node[last] = value
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads `1e-5` as a string; people mean the number."""
-    if isinstance(value, dict):
-        return {key: _numbers(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_numbers(child) for child in value]
-    if isinstance(value, str) and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _explain(where: str, error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        known = _keys_beside(location)
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
-        return f"{where}: unknown key {key!r}; {hint}"
-    if error["type"] == "missing":
-        return f"{where}: key {key!r} is missing"
-    return f"{where}: {key}: {error['msg'][:1].lower()}{error['msg'][1:]}, found {error['input']!r}"
-
-
-def _keys_beside(location: Iterable[str]) -> list[str]:
-    model: Any = RunConfig
-    for part in list(location)[:-1]:
-        field = model.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            break
-        model = field.annotation
-    return list(model.model_fields)

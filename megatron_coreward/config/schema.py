@@ -1,90 +1,146 @@
-"""The configuration of a run: one typed model per component, every key with its unit, its default and its limits.
+"""The configuration of a run: one typed model per component, every key with its description, default and limits.
 
 A recipe names only what differs from these defaults. Unknown keys are errors. Defaults are the paper's settings
-(arXiv 2508.00410, section 5 and appendix) where the paper has one.
+(arXiv 2508.00410, section 5 and appendix) where the paper has one. The docstring below a key is its description
+everywhere that the key is explained (see `config.component`).
 """
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from megatron_coreward.config.component import Component, Fraction, NonNegative, Positive
 from megatron_coreward.config.guard import GuardSettings
-
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 MethodName = Literal[
     "co_rewarding_i",
     "co_rewarding_ii",
     "co_rewarding_i+ii",
+    "co_rewarding_i+ii_original",
     "majority_voting",
     "ground_truth",
     "self_certainty",
     "entropy",
 ]
 
-AnswerForm = Literal["boxed", "hashes", "plain"]
+AnswerFormat = Literal["boxed", "hashes", "plain"]
 
-# Which methods read rephrased questions and which keep a teacher; a test holds these against the methods' own needs.
-REPHRASED_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
-TEACHER_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_ii", "co_rewarding_i+ii"})
+Equivalence = Literal["hendrycks", "exact", "math"]
+
+# Which methods train on both views, which read rephrased questions, which keep a teacher and which read ground truth;
+# a test holds these against the methods' own needs.
+TWO_VIEW_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
+REPHRASED_METHODS: frozenset[MethodName] = TWO_VIEW_METHODS | {"co_rewarding_i+ii_original"}
+TEACHER_METHODS: frozenset[MethodName] = frozenset(
+    {"co_rewarding_ii", "co_rewarding_i+ii", "co_rewarding_i+ii_original"}
+)
 
 SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\boxed{}."
 
 
-class Component(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class ModelSettings(Component):
-    hf_path: Path  # directory with config.json, *.safetensors and tokenizer files
-    megatron_path: Path | None = None  # Megatron checkpoint to start from; hf_path then needs no *.safetensors
+    """The model that training starts from."""
+
+    hf_path: Path
+    """Directory of the model in Hugging Face format: config.json, *.safetensors and the tokenizer's files."""
+    megatron_path: Path | None = None
+    """Megatron checkpoint that the weights are read from instead; hf_path then needs no *.safetensors."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of weights and activations in actors and engines."""
 
 
 class DataSettings(Component):
-    train_files: tuple[Path, ...] = Field(min_length=1)  # parquet in the published format
-    rephrased_files: tuple[Path, ...] = ()  # pairs row by row with train_files, by extra_info.index
+    """Questions, and how they become prompts."""
+
+    train_files: tuple[Path, ...] = Field(min_length=1)
+    """Parquet files of training questions in the published format (columns prompt, reward_model, extra_info)."""
+    rephrased_files: tuple[Path, ...] = ()
+    """Parquet files of rephrased questions, paired with train_files row by row through extra_info.index. Only the
+    methods co_rewarding_i and co_rewarding_i+ii(_original) read them."""
     val_files: tuple[Path, ...] = ()
-    batch_size: Positive = 128  # questions a step
-    max_prompt_tokens: Positive = 512  # a longer prompt is an error before training starts, unless over_length is drop
+    """Parquet files of held-out questions with ground truths; empty: no validation."""
+    batch_size: Positive = 128
+    """Questions per step. Each is answered rollout.n times, in both views if the method has two."""
+    max_prompt_tokens: Positive = 512
+    """Longest prompt in tokens, chat template included; over_length says what happens to a longer one."""
     over_length: Literal["error", "drop"] = "error"
-    system_prompt: str | None = SYSTEM_PROMPT  # replaces the files' own; null keeps theirs
-    thinking: bool | None = None  # the chat template's `enable_thinking` (Qwen3); null: as the template has it
+    """What happens to questions whose prompt is too long: error refuses the run before training starts, drop leaves
+    them out and says how many."""
+    missing_gold: Literal["error", "drop", "keep"] = "error"
+    """What happens to questions without a ground truth if one is read: those of train_files by the method
+    ground_truth, those of val_files by every method. error refuses the run, drop leaves them out, keep counts every
+    answer to them as wrong, in training and in validation."""
+    unpaired: Literal["error", "drop"] = "error"
+    """What happens to questions without a rephrasing and to rephrasings without a question, if the method reads both:
+    error refuses the run, drop leaves them out."""
+    system_prompt: str | None = SYSTEM_PROMPT
+    """System prompt of every question, in place of the one in the files; null keeps the files' own."""
+    thinking: bool | None = None
+    """The chat template's enable_thinking, for models that have the switch (Qwen3); null: the template's default."""
     shuffle: bool = True
+    """Whether each epoch sees the questions in a new order; false keeps the order of the files."""
 
 
 class ActorSettings(Component):
+    """The Megatron actors: layout, memory and optimizer."""
+
     tensor_parallel: Positive = 1
+    """Ranks that share every layer's matrices. Divides the model's attention heads and its feed-forward size."""
     pipeline_parallel: Positive = 1
-    virtual_pipeline: Positive = 1  # model chunks a pipeline rank
+    """Pipeline stages that the layers are divided into."""
+    virtual_pipeline: Positive = 1
+    """Model chunks per pipeline rank (interleaved schedule); 2 or more needs pipeline_parallel of 2 or more."""
     expert_parallel: Positive = 1
-    context_parallel: Positive = 1  # ranks that share the tokens of every sequence
+    """Ranks that the experts of a mixture of experts are spread over; divides data_parallel."""
+    context_parallel: Positive = 1
+    """Ranks that share the tokens of every sequence."""
     data_parallel: Positive = 1
+    """Replicas of the model, each of which trains on a part of the batch."""
     sequence_parallel: bool = False
-    backend: Literal["auto", "te", "local"] = "auto"  # layer spec: Transformer Engine where it is installed
-    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = (
-        None  # recipe of the matrix products; null: BF16
-    )
-    fp8_params: bool = False  # keep the layers' weights in FP8 too; needs fp8 of tensorwise or blockwise
-    fp8_bf16_layers: NonNegative = 0  # so many first and last layers compute in BF16 under fp8
-    recompute: Literal["none", "selective", "full"] = "none"  # selective: feed-forward parts; full: whole layers
-    gradient_accumulation_fusion: Literal["auto"] | bool = "auto"  # auto: where apex has its kernel
-    offload_optimizer: bool = False  # main parameters and moments wait in host memory between steps
-    offload_teacher: bool = False  # the EMA's value and compensation wait in host memory between steps
-    tokens_per_microbatch: Positive = 16384  # tokens of a micro-batch at most: whole sequences, laid end to end
+    """Whether activations between the parallel matrices are sharded over the tensor-parallel ranks as well; needs
+    tensor_parallel of 2 or more, and a mixture of experts under tensor parallelism needs it."""
+    backend: Literal["auto", "te", "local"] = "auto"
+    """Kernels of the layers: te is Transformer Engine, local is Megatron-Core's own, auto is te if it is installed."""
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    """FP8 recipe of the matrix products; needs Transformer Engine and a GPU that has the recipe. null: BF16."""
+    fp8_params: bool = False
+    """Whether the layers' weights are kept in FP8 too; needs fp8 of tensorwise or blockwise."""
+    fp8_bf16_layers: NonNegative = 0
+    """Layers at each end of the model that compute in BF16 under fp8."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again instead of keeping them: selective those of the feed-forward
+    parts, full those of whole layers."""
+    gradient_accumulation_fusion: Literal["auto"] | bool = "auto"
+    """Whether weight gradients are added up inside the matrix product; true needs the kernel of apex, and auto is true
+    if it is there."""
+    offload_optimizer: bool = False
+    """Whether main parameters and moments are offloaded to host memory between steps."""
+    offload_teacher: bool = False
+    """Whether the value and compensation of the EMA teacher are offloaded to host memory between steps."""
+    tokens_per_microbatch: Positive = 16384
+    """Most tokens in a micro-batch, which is whole sequences laid end to end. It bounds the memory of activations and
+    changes no gradient; it must hold data.max_prompt_tokens + rollout.max_response_tokens."""
     lr: Annotated[float, Field(gt=0)] = 3e-6
+    """Peak learning rate of AdamW."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the schedule; at most lr."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    lr_warmup: Fraction = 0.1  # share of all steps
+    """How the learning rate goes from lr to min_lr after the warm-up; constant stays at lr."""
+    lr_warmup: Fraction = 0.1
+    """Share of all steps in which the learning rate rises from 0 to lr."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay of AdamW."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's second moment."""
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
-    clip_grad: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0 turns it off
-    cpu_threads: Positive = 1  # a rank, without GPUs
+    """Term that keeps AdamW's denominator from zero."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Global norm that gradients are clipped to; 0: no clipping."""
+    cpu_threads: Positive = 1
+    """Threads per rank on a machine without GPUs."""
 
     @property
     def world_size(self) -> int:
@@ -92,102 +148,216 @@ class ActorSettings(Component):
 
 
 class RolloutSettings(Component):
-    placement: Literal["disaggregated", "colocated"] = (
-        "disaggregated"  # colocated: actor and engines take turns on a GPU
-    )
+    """The vLLM engines, and how they sample."""
+
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """disaggregated: actors and engines have GPUs of their own; colocated: they share the same GPUs, and the side that
+    does not compute is offloaded."""
     num_engines: Positive = 1
+    """Rollout engines, each with a whole copy of the model."""
     tensor_parallel: Positive = 1
-    n: Annotated[int, Field(ge=2)] = 8  # G: completions a question
-    lag: Literal[0, 1] = 0  # 1: engines draw the next step's rollouts while actors learn, from weights one step old
+    """GPUs per engine; divides the model's attention heads."""
+    n: Annotated[int, Field(ge=2)] = 8
+    """Completions per question that the policy samples (the group size G of the paper)."""
+    max_staleness: Literal[0, 1] = 0
+    """Most steps by which the weights that sample may be older than those that learn. 1: engines sample the next step's
+    rollouts while the actors learn; it needs loss.mismatch_correction and placement disaggregated."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature of policy and teacher; the actors compute log-probs at the same temperature."""
     max_response_tokens: Positive = 3072
-    max_num_seqs: Positive = 256  # sequences an engine decodes at once
-    kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0  # per engine rank, without GPUs
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of a GPU that an engine takes when awake
-    quantization: Literal["fp8"] | None = None  # weights are quantised as they are loaded; needs a GPU
-    cuda_graphs: bool = True  # with GPUs
-    cpu_threads: Positive = 1  # an engine rank, without GPUs
+    """Longest response in tokens; a longer one is cut off there."""
+    max_num_seqs: Positive = 256
+    """Most sequences that an engine decodes at once."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Key-value cache in GiB per engine rank on a machine without GPUs."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of a GPU's memory that an engine takes while it is awake: weights, key-value cache and activations."""
+    quantization: Literal["fp8"] | None = None
+    """fp8: the engines' weights are quantised as they are loaded, which needs a GPU; null: model.dtype."""
+    cuda_graphs: bool = True
+    """Whether engines decode with captured CUDA graphs; without GPUs it changes nothing."""
+    cpu_threads: Positive = 1
+    """Threads per engine rank on a machine without GPUs."""
 
 
 class TeacherSettings(Component):
-    lag: NonNegative = 0  # further steps that the teacher labels ahead of time, at one publication
-    n: Positive = 8  # G~: completions a question that the teacher draws for its vote
+    """The EMA teacher of co_rewarding_ii and co_rewarding_i+ii; other methods read none of these keys."""
+
+    lookahead: NonNegative = 0
+    """Further steps whose questions the teacher labels ahead of time, with one set of weights. 0: the teacher labels
+    each step with the weights of that step, as in the paper."""
+    n: Positive = 8
+    """Completions per question that the teacher samples for its vote (G~ of the paper)."""
     decay_start: Fraction = 0.99
+    """Share of itself that the teacher keeps at the first update; it rises to decay_end along a cosine."""
     decay_end: Fraction = 0.9999
+    """Share of itself that the teacher keeps at the last update; at least decay_start."""
 
 
 class RewardSettings(Component):
-    equivalence: Literal["exact", "math"] = "exact"
-    answer_forms: tuple[AnswerForm, ...] = Field(("boxed",), min_length=1)  # where final answers stand, tried in order
-    min_margin: Fraction = 0.0  # a vote whose margin over the runner-up is smaller abstains: no label, no reward
-    judge_timeout_s: Annotated[float, Field(gt=0)] = 5.0  # for one comparison under `math`
+    """From responses to answers, votes and rewards."""
+
+    equivalence: Equivalence = "exact"
+    """When two answers count as the same: exact compares their text as published; hendrycks compares them after the
+    normalisation of the MATH benchmark; math also compares their values, numerically and symbolically."""
+    answer_formats: tuple[AnswerFormat, ...] = Field(("boxed",), min_length=1)
+    """Where a response states its final answer, tried in this order: boxed is the last \\boxed{}, hashes is what
+    follows ####, plain is what follows "the answer is"."""
+    min_margin: Fraction = 0.0
+    """Least margin of a vote, as a share of the rollouts, over the runner-up. A vote with a smaller one abstains: its
+    question has no label and no reward."""
+    comparison_timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds that one comparison of two answers may take if equivalence is math; then they count as different."""
 
 
 class LossSettings(Component):
+    """The PPO-clip loss with its KL term."""
+
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """How far below 1 the probability ratio is clipped."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] | None = None  # bound on ratio * advantage for negative advantages
-    kl_coef: Annotated[float, Field(ge=0)] | None = None  # null: the paper's value for the method
+    """How far above 1 the probability ratio is clipped; at least clip_low (clip-higher if it is above)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Largest ratio that counts for negative advantages (dual-clip PPO); null: no such bound."""
+    kl_coef: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the KL term. null: the paper's value for the method, 0.001 with a teacher and 0.005 without."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_reference: Literal["auto", "frozen", "teacher"] = "auto"  # auto: the teacher where the method has one
+    """Estimator of the KL divergence from the sampled token's log-probs: k1 is their difference, k2 half its square,
+    k3 is unbiased and never negative."""
+    kl_clamp: Annotated[float, Field(gt=0)] | None = None
+    """Bound on the k3 estimate of a token, in nats, beyond which the token has no gradient from the KL term; the
+    published implementation has 10. null: no such bound."""
+    kl_reference: Literal["auto", "frozen", "teacher"] = "auto"
+    """Whom the KL term holds the policy to: frozen is the model that training started from, teacher the EMA teacher,
+    auto the teacher if the method has one and else frozen."""
     aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"] = "token-mean"
-    updates_per_batch: Positive = 1  # optimizer steps a rollout batch
-    mismatch_correction: Literal["off", "tis", "icepop"] = "off"  # rollout engine against actor
-    mismatch_cap: Annotated[float, Field(gt=0)] = 2.0  # tis truncates the ratio here; icepop masks beyond [1/cap, cap]
+    """How token losses add up: token-mean is the mean over all tokens of the batch; seq-mean-token-sum and
+    seq-mean-token-mean are the mean over sequences of their sums or means; constant divides sums by
+    rollout.max_response_tokens."""
+    views: Literal["mean", "sum"] = "mean"
+    """How the losses of two views add up, for methods that train on both: mean is one aggregation over the sequences
+    of both; sum aggregates each view and adds the two, as the published implementation does. A sum is about twice as
+    large, which Adam cancels and clip_grad does not."""
+    updates_per_batch: Positive = 1
+    """Optimizer steps per rollout batch; divides the number of the batch's groups."""
+    mismatch_correction: Literal["off", "tis", "icepop"] = "off"
+    """Weights against the difference between the engine that sampled and the actor that learns: tis truncates the
+    ratio of their probabilities at mismatch_cap, icepop leaves out tokens whose ratio is beyond [1/cap, cap]."""
+    mismatch_cap: Annotated[float, Field(gt=0)] = 2.0
+    """The cap of mismatch_correction; icepop needs 1 or more."""
 
 
 class SyncSettings(Component):
-    transport: Literal["auto", "shared_memory", "gloo", "ipc", "nccl"] = "auto"  # auto: by placement, GPUs and hosts
-    bucket_mib: Annotated[float, Field(gt=0)] = 256.0  # a rank and an engine worker hold two buckets at most
-    hashes: bool = False  # compare checksums of every block where it is loaded
-    timeout_s: Annotated[float, Field(gt=0)] = 600.0  # for a message between hosts
-    max_logprob_gap: Annotated[float, Field(gt=0)] | None = None  # nats, mean over probe tokens; null: by dtype
+    """How weights travel from the actors to the engines."""
+
+    transport: Literal["auto", "shared_memory", "gloo", "ipc", "nccl"] = "auto"
+    """What carries the weights. auto chooses by placement, GPUs and hosts: without GPUs shared_memory on one host and
+    gloo between hosts; with GPUs ipc if colocated and nccl otherwise."""
+    bucket_mib: Annotated[float, Field(gt=0)] = 256.0
+    """Size of a bucket in MiB. An actor rank and an engine worker hold two buckets at most."""
+    checksums: bool = False
+    """Whether every block is compared by checksum with what was sent when it is loaded."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that a message between hosts may take."""
+    max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
+    """Largest gap in nats between the log-probs of engines and actors on the canary tokens, their mean, after a weight
+    sync; the run ends above it. null: 0.001 for float32, 0.1 for bfloat16 and wider for FP8."""
 
 
 class ValidationSettings(Component):
-    every: NonNegative = 10  # steps; 0: only before and after training
-    n: Positive = 8  # k of avg@k and maj@k
+    """Accuracy on data.val_files. Ground truths are read here and never reach training."""
+
+    every: NonNegative = 10
+    """Steps between validations; 0: only before and after training."""
+    samples: Literal["both", "greedy", "random"] = "both"
+    """What is sampled for a question: greedy is one greedy answer (pass@1), random is n answers at temperature
+    (avg@n, pass@n, maj@n), both is both."""
+    n: Positive = 8
+    """Random samples per question: the n of avg@n, pass@n and maj@n."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the random samples."""
+    equivalence: Equivalence | None = None
+    """When an answer is right, and when two answers vote alike; null: as rewards.equivalence."""
     max_problems: Positive | None = None
+    """Questions of each data set that are validated on, the first ones of its file; null: all."""
     at_start: bool = True
-    warn_below_start: Fraction = 0.1  # says so when avg@n is this far below the first one; nothing else follows from it
+    """Whether the model is validated before the first step."""
+    warn_below_start: Fraction = 0.1
+    """Drop of avg@n below the first validation, as an absolute difference, from which the run warns; nothing else
+    follows from it."""
 
 
 class CheckpointSettings(Component):
-    every: NonNegative = 0  # steps; 0: only at the end
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest checkpoint of run_dir
-    keep: Positive = 3  # the newest so many stay
-    best_metric: str | None = None  # such as val/avg@8: the checkpoint that is best by it stays too
+    """When the state of a run is saved, and which checkpoints are kept."""
+
+    every: NonNegative = 0
+    """Steps between checkpoints; 0: only at the end."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: a run goes on from the newest checkpoint of run_dir; never: a run_dir with checkpoints is refused."""
+    keep: Positive = 3
+    """Newest checkpoints that are kept; older ones are removed."""
+    best_metric: str | None = None
+    """Metric, such as val/avg@8, whose best checkpoint is kept as well; null: none."""
     best_is: Literal["highest", "lowest"] = "highest"
-    asynchronous: bool = True  # train on while the files are written; they get their name when all are complete
-    verify: Literal["full", "sizes"] = "full"  # before resuming: full compares checksums of all files
+    """Which value of best_metric is the best one."""
+    asynchronous: bool = True
+    """Whether training goes on while the files are written; a checkpoint gets its name when all of them are there."""
+    verify: Literal["full", "sizes"] = "full"
+    """What is compared with the manifest before resuming: full the checksums of all files, sizes only their sizes."""
 
 
 class FaultSettings(Component):
-    engine_restarts: NonNegative = 3  # engines that may die and be started anew in a run; the next one ends it
-    max_restarts: NonNegative = 0  # times that all processes are started anew from the newest checkpoint
-    bad_gradient: Literal["stop", "skip"] = "stop"  # NaN or infinite: weights and moments stay as they are either way
-    max_skipped_updates: Positive = 3  # of `skip`, in a row; one more ends the run
-    stop_signals: tuple[Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"], ...] = ("SIGTERM",)  # save and leave
+    """What a run does about crashed processes, non-finite gradients and signals."""
+
+    engine_restarts: NonNegative = 3
+    """Engine deaths in a run from which it recovers by a new engine; the next one ends the attempt."""
+    max_restarts: NonNegative = 0
+    """Times that all processes are started again, from the newest checkpoint, after one of them died."""
+    nonfinite_gradients: Literal["stop", "skip"] = "stop"
+    """What follows from a NaN or infinite gradient: stop ends the run, skip leaves that update out. Weights and moments
+    stay as they are either way."""
+    max_skipped_updates: Positive = 3
+    """Updates in a row that skip may leave out; one more ends the run."""
+    stop_signals: tuple[Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"], ...] = ("SIGTERM",)
+    """Signals at which the run saves a checkpoint and ends with status 0, to be resumed."""
 
 
 class WatchdogSettings(Component):
-    warn_after_s: Annotated[float, Field(gt=0)] = 300.0  # says what is awaited, of whom, and says it again
-    limit_s: Annotated[float, Field(gt=0)] = 3600.0  # ends the run when a result takes longer
-    start_limit_s: Annotated[float, Field(gt=0)] = 600.0  # the same for the start of a process
+    """Limits on how long a result may take before the run says so and ends."""
+
+    warn_after_s: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds of waiting after which the run says what is awaited, and of whom, and says it again after as long."""
+    limit_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds of waiting for one result after which the run ends."""
+    start_limit_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds of waiting for the start of a process after which the run ends."""
 
 
 class TelemetrySettings(Component):
+    """What a run shows and records beside metrics.jsonl."""
+
     console: Literal["auto", "live", "plain", "off"] = "auto"
+    """What the terminal shows: live is one panel that stays in place, plain is a line per step, off is nothing, auto is
+    live on a terminal and plain elsewhere."""
     dump_rollouts: bool = True
+    """Whether the rollouts of every step are kept in run_dir/rollouts/."""
     wandb_project: str | None = None
+    """Project of Weights & Biases that metrics are logged to as well; null: none."""
 
 
 class RunConfig(Component):
+    """A run: what it trains, on what, how, and where it writes."""
+
     run_dir: Path
-    seed: NonNegative = 1
+    """Directory that the run writes into. Started again with the same one, it resumes."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1
+    """Seed of sampling and of the order of questions. The engines' library takes 32 bits."""
     steps: Positive
+    """Steps of the whole run: one batch of rollouts each. Schedules of learning rate and teacher span them."""
     method: MethodName
+    """Where labels come from: co_rewarding_i from the votes on rephrased questions, co_rewarding_ii from the votes of
+    an EMA teacher, co_rewarding_i+ii from the teacher's votes across views. Baselines: majority_voting,
+    ground_truth, self_certainty and entropy."""
     model: ModelSettings
     data: DataSettings
     actor: ActorSettings = ActorSettings()

@@ -1,7 +1,7 @@
 """Combinations that cannot work, found before any process starts: layout against model, batch against layout, files.
 
 Pure but for asking whether files exist. What needs more than that (contents of files, this machine, an earlier run) is
-checked in `trainer.preflight`, which begins with what is here.
+checked in `preflight`, which begins with what is here.
 """
 
 import math
@@ -13,7 +13,13 @@ from pydantic import BaseModel
 
 from megatron_coreward.config import accelerator
 from megatron_coreward.config.architecture import Architecture, read_architecture
-from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, RunConfig
+from megatron_coreward.config.schema import (
+    REPHRASED_METHODS,
+    TEACHER_METHODS,
+    TWO_VIEW_METHODS,
+    RunConfig,
+    ValidationSettings,
+)
 from megatron_coreward.errors import InputError
 
 # Mean gap of log-probs between engine and actor that rounding alone may make; a limit below it refuses every sync.
@@ -94,10 +100,11 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
             yield f"{key}: {value} is no finite number"
     yield from accelerator.setting_problems(config)
     a, r, loss = config.actor, config.rollout, config.loss
-    n, best = config.validation.n, config.checkpoint.best_metric
-    of_validation = ("val/pass@1", f"val/avg@{n}", f"val/maj@{n}")
-    if best is not None and best.startswith("val") and best not in of_validation:
-        yield f"checkpoint.best_metric: found {best!r}, which no validation has; allowed: {', '.join(of_validation)}"
+    best, scores = config.checkpoint.best_metric, score_names(config.validation)
+    # A data set's own scores are named after its source, which only the file knows: val/<source>/<score>.
+    if best is not None and best.startswith("val") and best.rpartition("/")[2] not in scores:
+        allowed = ", ".join(f"val/{score}" for score in scores)
+        yield f"checkpoint.best_metric: found {best!r}, which no validation has; allowed: {allowed}"
     if a.virtual_pipeline > 1 and a.pipeline_parallel == 1:
         yield f"actor.virtual_pipeline: {a.virtual_pipeline} needs actor.pipeline_parallel of 2 or more, found 1"
     if a.sequence_parallel and a.tensor_parallel == 1:
@@ -108,7 +115,7 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
             f"actor.tokens_per_microbatch: {a.tokens_per_microbatch} does not hold one sequence of "
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
         )
-    views = 2 if config.method in REPHRASED_METHODS else 1
+    views = 2 if config.method in TWO_VIEW_METHODS else 1
     sequences = config.data.batch_size * views * r.n
     if sequences < a.data_parallel:
         yield f"actor.data_parallel: {a.data_parallel} ranks for a batch of {sequences} sequences"
@@ -119,6 +126,8 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
         )
     if config.method in REPHRASED_METHODS and not config.data.rephrased_files:
         yield f"data.rephrased_files: method {config.method} needs rephrased questions, none are given"
+    if loss.kl_clamp is not None and loss.kl_estimator != "k3":
+        yield f"loss.kl_clamp: bounds the estimator k3 alone, found loss.kl_estimator: {loss.kl_estimator}"
     if config.method not in TEACHER_METHODS and loss.kl_reference == "teacher":
         yield f"loss.kl_reference: teacher, but method {config.method} keeps none; allowed: frozen, auto"
     if config.teacher.decay_start > config.teacher.decay_end:
@@ -126,10 +135,13 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
             f"teacher.decay_start: {config.teacher.decay_start} is above teacher.decay_end "
             f"({config.teacher.decay_end}); the decay grows"
         )
-    if r.lag and loss.mismatch_correction == "off":
-        yield "rollout.lag: 1 samples from older weights; it needs loss.mismatch_correction of tis or icepop, found off"
-    if r.lag and r.placement == "colocated":
-        yield "rollout.lag: 1 needs engines that run while actors learn; found rollout.placement: colocated"
+    if r.max_staleness and loss.mismatch_correction == "off":
+        yield (
+            "rollout.max_staleness: 1 samples from older weights; it needs loss.mismatch_correction of tis or icepop, "
+            "found off"
+        )
+    if r.max_staleness and r.placement == "colocated":
+        yield "rollout.max_staleness: 1 needs engines that run while actors learn; found rollout.placement: colocated"
     guard = config.guard.action
     if guard in ("raise_kl", "rollback") and not loss.kl_coef:
         yield f"guard.action: {guard} raises loss.kl_coef, which is 0; allowed: off, warn, stop, or a KL term"
@@ -145,6 +157,15 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
             f"sync.max_logprob_gap: {gap} is less than rounding makes of model.dtype {config.model.dtype}; "
             f"allowed: {least} or more, or null"
         )
+
+
+def score_names(validation: ValidationSettings) -> list[str]:
+    """What a validation measures: pass@1 of the greedy answers; avg@n, pass@n and maj@n of the random ones."""
+    greedy = ["pass@1"] if validation.samples != "random" else []
+    if validation.samples == "greedy":
+        return greedy
+    n = validation.n
+    return [*greedy, f"avg@{n}", *([f"pass@{n}"] if n > 1 else []), f"maj@{n}"]
 
 
 def numbers(component: BaseModel, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -178,8 +199,6 @@ def file_problems(config: RunConfig) -> Iterator[str]:
                 yield f"{key}: {file} does not exist"
             elif file in files[:place]:
                 yield f"{key}: {file} is given twice"
-            elif key == "data.rephrased_files" and file in config.data.train_files:
-                yield f"{key}: {file} is in data.train_files too; allowed: the rephrasings of those questions"
     if config.run_dir.exists() and not config.run_dir.is_dir():
         yield f"run_dir: {config.run_dir} is a file"
     for key, path in (("model.hf_path", model.hf_path), ("model.megatron_path", model.megatron_path)):

@@ -1,15 +1,16 @@
 """Published parquet files to Problems: originals, optionally paired with their rephrasings, rendered and tokenised.
 
 Pairs are made by source and `extra_info.index`, not by place, so files may differ in order; every original must have
-exactly one rephrasing and every rephrasing an original. The gold answer is the original's.
+exactly one rephrasing and every rephrasing an original, or is left out where that is asked for. The ground truth is the
+original's.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
-from megatron_coreward.data.parquet import Row, read_rows
+from megatron_coreward.data.parquet import Row, holds_pairs, read_rows
 from megatron_coreward.data.prompts import Tokenizer, build_prompts, with_system_prompt
 from megatron_coreward.errors import InputError
 from megatron_coreward.types import Problem, View
@@ -21,8 +22,10 @@ class ProblemSet(Sequence[Problem]):
 
     problems: tuple[Problem, ...]
     num_dropped: int  # problems left out for a prompt over the limit, in either view
-    num_without_gold: int  # of `problems`
+    num_without_ground_truth: int  # of `problems`
     longest_prompt: int  # tokens, among `problems`
+    num_unpaired: int = 0  # questions and rephrasings left out for want of the other
+    num_unanswered: int = 0  # problems left out for want of a ground truth
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -36,6 +39,50 @@ class ProblemSet(Sequence[Problem]):
 
     def __iter__(self) -> Iterator[Problem]:
         return iter(self.problems)
+
+    def with_ground_truth(self, missing: Literal["error", "drop", "keep"], where: str) -> "ProblemSet":
+        """What is used where ground truths are read; `where` names the files' key and who reads them.
+
+        Raises InputError for problems without one, unless they are to be dropped (and some are left) or kept.
+        """
+        if missing == "keep" or not self.num_without_ground_truth:
+            return self
+        answered = tuple(problem for problem in self.problems if problem.ground_truth is not None)
+        if missing == "error" or not answered:
+            raise InputError(
+                f"{where} needs reward_model.ground_truth, and {self.num_without_ground_truth} of {len(self)} questions "
+                "have none; allowed: data.missing_gold=drop with questions left, or data.missing_gold=keep"
+            )
+        longest = max(len(prompt.token_ids) for problem in answered for prompt in problem.prompts.values())
+        return replace(
+            self,
+            problems=answered,
+            num_without_ground_truth=0,
+            longest_prompt=longest,
+            num_unanswered=self.num_without_ground_truth,
+        )
+
+    def first(self, limit: int | None) -> "ProblemSet":
+        """The first so many problems; None: all."""
+        if limit is None or limit >= len(self):
+            return self
+        some = self.problems[:limit]
+        return replace(
+            self, problems=some, num_without_ground_truth=sum(problem.ground_truth is None for problem in some)
+        )
+
+    def by_source(self) -> dict[str, "ProblemSet"]:
+        """The problems of each source, by its name, in order of first sight; what was left out counts for the first."""
+        sources = dict.fromkeys(problem.source for problem in self.problems)
+        if len(sources) == 1:
+            return dict.fromkeys(sources, self)
+        parts: dict[str, ProblemSet] = {}
+        for source in sources:
+            own = tuple(problem for problem in self.problems if problem.source == source)
+            without = sum(problem.ground_truth is None for problem in own)
+            part = ProblemSet(own, 0, without, self.longest_prompt)
+            parts[source] = part if parts else replace(part, num_dropped=self.num_dropped)
+        return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +105,34 @@ def load_problems(
     system_prompt: str | None,
     max_prompt_tokens: int,
     over_length: Literal["error", "drop"] = "error",
+    unpaired: Literal["error", "drop"] = "error",
     thinking: bool | None = None,
 ) -> ProblemSet:
     """Reads, pairs, renders and tokenises; without rephrased files each problem has the original view only.
 
     `system_prompt` replaces the files' own, None keeps theirs, an empty string removes them. A problem that is over
-    `max_prompt_tokens` in one view is dropped in both. `thinking`: see `build_prompts`.
+    `max_prompt_tokens` in one view is dropped in both. `unpaired`: what becomes of questions without a rephrasing and
+    rephrasings without a question. A file of pairs may be given as both. `thinking`: see `build_prompts`.
 
     Raises InputError for every fault of the files (see `parquet.read_rows`), a pair without partner, an index that
     two files share, and prompts over the limit unless they are to be dropped (or all would be).
     """
-    views: dict[View, dict[str, _Placed]] = {"original": _read_view(train_files)}
-    originals = views["original"]
+    for file in rephrased_files:
+        if file in train_files and not holds_pairs(file):
+            raise InputError(
+                f"data.rephrased_files: {file} is in data.train_files too; allowed: the rephrasings of those "
+                "questions, or a file that holds both"
+            )
+    originals = _read_view(train_files, "original")
+    views: dict[View, dict[str, _Placed]] = {"original": originals}
+    num_unpaired = 0
     if rephrased_files:
-        views["rephrased"] = _read_view(rephrased_files)
-        _check_pairs(originals, views["rephrased"])
+        rephrasings = _read_view(rephrased_files, "rephrased")
+        if unpaired == "error" or not originals.keys() & rephrasings.keys():
+            _check_pairs(originals, rephrasings)
+        num_unpaired = len(originals.keys() ^ rephrasings.keys())
+        originals = {uid: place for uid, place in originals.items() if uid in rephrasings}
+        views = {"original": originals, "rephrased": rephrasings}
 
     placed = [rows[uid] for uid in originals for rows in views.values()]
     conversations = [with_system_prompt(place.row.messages, system_prompt) for place in placed]
@@ -99,22 +159,24 @@ def load_problems(
     return ProblemSet(
         problems=tuple(problems),
         num_dropped=len(dropped),
-        num_without_gold=sum(problem.gold is None for problem in problems),
+        num_without_ground_truth=sum(problem.ground_truth is None for problem in problems),
         longest_prompt=max(len(prompt.token_ids) for problem in problems for prompt in problem.prompts.values()),
+        num_unpaired=num_unpaired,
     )
 
 
-def _read_view(files: Sequence[Path]) -> dict[str, _Placed]:
+def _read_view(files: Sequence[Path], view: View) -> dict[str, _Placed]:
     """The rows of one view by uid, in file order."""
     placed: dict[str, _Placed] = {}
     for file in files:
-        for number, row in enumerate(read_rows(file)):
+        for number, row in enumerate(read_rows(file, view)):
             here = _Placed(row, file, number)
             first = placed.setdefault(row.uid, here)
             if first is not here:
                 raise InputError(
                     f"{here}, column extra_info.index: found {row.index!r} of the source {row.source!r}, "
-                    f"which {first} has too; allowed: one row an index within a source, over all files"
+                    f"which {first} has too; allowed: one row an index within a source, over all files "
+                    "(prepare-data --data-source NAME gives a set another name)"
                 )
     if not placed:
         raise InputError("found no data files; allowed: at least one parquet file")
@@ -130,5 +192,5 @@ def _check_pairs(originals: dict[str, _Placed], rephrased: dict[str, _Placed]) -
             raise InputError(
                 f"{lonely[0]}, column extra_info.index: found {row.index!r} of the source {row.source!r}, for which "
                 f"there is no {name} ({len(lonely)} such rows in all); allowed: the same source and index in "
-                "data.train_files and data.rephrased_files, one row each"
+                "data.train_files and data.rephrased_files, one row each, or data.unpaired=drop"
             )

@@ -1,6 +1,7 @@
 r"""The numbers that a text names, by value: in digits, as plain text and TeX write them, and in English words.
 
-Not read: signs, digits that belong to a name (`x_3`, `A1`), ordinals. "(3,100)" without a space reads as one number.
+Not read: signs, digits that belong to a name (`x_3`, `A1`), ordinals. "(3,100)" without a space reads as one number,
+which `number_lists` gives as two.
 Every function takes any text, and numbers of any length.
 """
 
@@ -13,6 +14,8 @@ _TEX_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3}(?!\d))")
 _TEX_PAIR = re.compile(r"\\[dtc]?(?:frac|binom)\s*(\d)\s*(\d)")  # TeX takes one digit each: \frac12 is 1/2
 _TEX_COMMAND = re.compile(r"\\[A-Za-z]+")
 _DIGITS = re.compile(r"(?<!\w)(?<!\d\.)(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
+
+NumberLists = Mapping[Fraction, frozenset[Fraction]]
 
 _ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _TEENS = (
@@ -55,6 +58,19 @@ def written_numbers(text: str) -> set[Fraction]:
     plain = _TEX_COMMAND.sub(" ", _TEX_PAIR.sub(r" \1 \2 ", _TEX_THOUSANDS.sub(",", text)))
     # By way of Decimal, which reads longer numbers than int does (4,300 digits).
     return {Fraction(Decimal(match[0].replace(",", ""))) for match in _DIGITS.finditer(plain)}
+
+
+def number_lists(text: str) -> NumberLists:
+    """The numbers with commas that may be lists of numbers without a space instead, each with the members of that list.
+
+    `153,370,371,407` and `3,100` may be; `1,000`, `1{,}200` and `1,200.50` may not.
+    """
+    lists = {}
+    for match in _DIGITS.finditer(_TEX_COMMAND.sub(" ", text)):
+        members = match[0].split(",")
+        if len(members) > 1 and "." not in match[0] and not any(len(m) > 1 and m[0] == "0" for m in members):
+            lists[Fraction(Decimal("".join(members)))] = frozenset(Fraction(Decimal(member)) for member in members)
+    return lists
 
 
 def spoken_numbers(text: str) -> set[Fraction]:

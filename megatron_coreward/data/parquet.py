@@ -7,7 +7,17 @@
 | `extra_info` | struct with `index`: integer or string | `Row.index`, unique within a source |
 | `reward_model` | struct with `ground_truth`: string or integer; may be absent or null | `Row.ground_truth` |
 
-Further columns and fields (`ability`, `extra_info.split`, `level`, ...) are not read. A file is checked as a whole when
+Further columns and fields (`ability`, `extra_info.split`, `level`, ...) are not read.
+
+Sets that are published as pairs (`train_pairs`, the Rephrased sets on the hub) hold both views of a question in a row:
+
+| column | type | read as |
+|---|---|---|
+| `original_message`, `rephrased_message` | list of {role, content} | `Row.messages` of the one view or the other |
+| `idx` | integer or string | `Row.index`; counted in the pairs, so not always the index that the unpaired files have |
+| `solution` | string or integer; may be absent or null | `Row.ground_truth` |
+
+They do not name their source, which is `PAIRS_SOURCE` for all of them. A file is checked as a whole when
 it is read, so nothing downstream meets a half-valid row. Every error is an InputError that names file, row (counted
 from 0), column, what was found and what is allowed.
 """
@@ -22,7 +32,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_coreward.errors import InputError
+from megatron_coreward.types import View
 
+PAIRS_SOURCE = "train_pairs"
+PAIRS: Mapping[View, str] = {"original": "original_message", "rephrased": "rephrased_message"}
 ROLES = ("system", "user", "assistant")
 BATCH_ROWS = 4096  # rows in memory while a file is streamed
 
@@ -58,30 +71,30 @@ class Row:
         return f"{self.source}/{self.index}"
 
 
-def read_rows(file: Path) -> list[Row]:
-    """All rows of a parquet file, in file order.
+def read_rows(file: Path, view: View = "original") -> list[Row]:
+    """All rows of a parquet file, in file order; `view`: which question of a row to read, where it has both.
 
     Raises InputError where the file is missing, unreadable or empty, a column is missing or has a wrong type, a
     value is missing, or two rows share source and index.
     """
-    return list(iter_rows(file))
+    return list(iter_rows(file, view))
 
 
-def iter_rows(file: Path) -> Iterator[Row]:
+def iter_rows(file: Path, view: View = "original") -> Iterator[Row]:
     """The rows of `read_rows` one by one: of a file of any size, one batch and the rows' uids are in memory.
 
     Raises InputError as `read_rows` does; for a bad row, when it is reached.
     """
     seen: dict[str, int] = {}
-    for number, (prompt, source, extra_info, reward_model) in enumerate(_cells(file)):
+    for number, (prompt, source, extra_info, reward_model) in enumerate(_cells(file, view)):
         if not source:
             raise _bad(file, "data_source", repr(source), "a non-empty string", number)
         index = None if extra_info is None else extra_info["index"]
         if index is None or index == "":
             raise _bad(file, "extra_info.index", repr(index), "an integer or a non-empty string", number)
-        gold = None if reward_model is None else reward_model.get("ground_truth")
-        gold = None if gold is None or not str(gold).strip() else str(gold)
-        row = Row(_messages(file, number, prompt), gold, source, index)
+        ground_truth = None if reward_model is None else reward_model.get("ground_truth")
+        ground_truth = None if ground_truth is None or not str(ground_truth).strip() else str(ground_truth)
+        row = Row(_messages(file, number, prompt), ground_truth, source, index)
         first = seen.setdefault(row.uid, number)
         if first != number:
             found = f"{index!r}, which row {first} has too"
@@ -112,23 +125,59 @@ def write_rows(file: Path, rows: Iterable[Row], *, split: str, ability: str = "m
         unfinished.unlink(missing_ok=True)
 
 
-def _cells(file: Path) -> Iterator[tuple[Any, Any, Any, Any]]:
+def holds_pairs(file: Path) -> bool:
+    """Whether both views of a question stand in a row. False for what is no parquet file: reading it says so."""
+    try:
+        return set(pq.read_schema(file).names) >= {"idx", *PAIRS.values()}
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def _cells(file: Path, view: View) -> Iterator[tuple[Any, Any, Any, Any]]:
     """Prompt, data source, extra info and reward model (None: no such column) of each row; column types are checked."""
     if not file.is_file():
         found = "a directory" if file.is_dir() else "nothing"
         raise InputError(f"{file}: found {found} there; allowed: a parquet file")
+    if holds_pairs(file):
+        yield from _pair_cells(file, view)
+        return
     try:
         with pq.ParquetFile(file) as parquet:
             _check_schema(file, parquet.schema_arrow)
             present = {"prompt", "data_source", "extra_info", "reward_model"} & set(parquet.schema_arrow.names)
             for batch in parquet.iter_batches(BATCH_ROWS, columns=sorted(present)):
-                golds = batch["reward_model"].to_pylist() if "reward_model" in present else [None] * batch.num_rows
+                ground_truths = (
+                    batch["reward_model"].to_pylist() if "reward_model" in present else [None] * batch.num_rows
+                )
                 columns = (batch[name].to_pylist() for name in ("prompt", "data_source", "extra_info"))
-                yield from zip(*columns, golds, strict=True)
+                yield from zip(*columns, ground_truths, strict=True)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{file}: found a file that does not read as parquet ({error}); allowed: a parquet file"
         ) from error
+
+
+def _pair_cells(file: Path, view: View) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """The same of a file of pairs, whose columns have other names."""
+    with pq.ParquetFile(file) as parquet:
+        names = parquet.schema_arrow.names
+        own = {PAIRS[view]: "prompt", "idx": "index"} | ({"solution": "ground_truth"} if "solution" in names else {})
+        fields = {own[field.name]: field for field in parquet.schema_arrow if field.name in own}
+        _check_messages(file, PAIRS[view], fields["prompt"].type)
+        for name, allowed in (("index", "integer or string"), ("ground_truth", "string or integer")):
+            if name in fields and not (_is_text(fields[name].type) or _is_integer(fields[name].type)):
+                raise _bad(file, fields[name].name, f"type {fields[name].type}", allowed)
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=list(own)):
+            for row in batch.to_pylist():
+                gold = {"ground_truth": row.get("solution")}
+                yield row[PAIRS[view]], PAIRS_SOURCE, {"index": row["idx"]}, gold
+
+
+def _check_messages(file: Path, column: str, prompt: pa.DataType) -> None:
+    is_list = pa.types.is_list(prompt) or pa.types.is_large_list(prompt)
+    message = _fields(prompt.value_type) if is_list else {}
+    if not all(_is_text(message.get(name)) for name in ("role", "content")):
+        raise _bad(file, column, f"type {prompt}", "a list of structs with the strings role and content")
 
 
 def _check_schema(file: Path, schema: pa.Schema) -> None:
@@ -140,20 +189,16 @@ def _check_schema(file: Path, schema: pa.Schema) -> None:
                 "allowed: prompt, data_source, extra_info and, optionally, reward_model"
             )
 
-    prompt = types["prompt"]
-    is_list = pa.types.is_list(prompt) or pa.types.is_large_list(prompt)
-    message = _fields(prompt.value_type) if is_list else {}
-    if not all(_is_text(message.get(name)) for name in ("role", "content")):
-        raise _bad(file, "prompt", f"type {prompt}", "a list of structs with the strings role and content")
+    _check_messages(file, "prompt", types["prompt"])
     if not _is_text(types["data_source"]):
         raise _bad(file, "data_source", f"type {types['data_source']}", "string")
     index = _fields(types["extra_info"]).get("index")
     if not _is_text(index) and not _is_integer(index):
         raise _bad(file, "extra_info", f"type {types['extra_info']}", "a struct with the integer or string index")
     reward_model = types.get("reward_model", pa.null())
-    gold = _fields(reward_model).get("ground_truth", pa.null())
+    ground_truth = _fields(reward_model).get("ground_truth", pa.null())
     is_struct = pa.types.is_struct(reward_model) or pa.types.is_null(reward_model)
-    if not is_struct or not (pa.types.is_null(gold) or _is_text(gold) or _is_integer(gold)):
+    if not is_struct or not (pa.types.is_null(ground_truth) or _is_text(ground_truth) or _is_integer(ground_truth)):
         allowed = "a struct with the string or integer ground_truth, or no such column"
         raise _bad(file, "reward_model", f"type {reward_model}", allowed)
 

@@ -12,23 +12,25 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_coreward.data.parquet import BATCH_ROWS, SCHEMA, iter_rows
+from megatron_coreward.data.parquet import BATCH_ROWS, SCHEMA, holds_pairs, iter_rows
 from megatron_coreward.data.sources import AnswerFrom, DataSource
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.types import View
 
 PUBLISHED = {"prompt", "reward_model", "data_source", "extra_info"}  # columns of a file that is prepared already
 
 _INTEGER = re.compile(r"[+-]?\d{1,3}(,\d{3})+|[+-]?\d+")
 _DECIMAL = re.compile(r"[+-]?(\d[\d,]*)?\.\d+")
+_WHOLE = re.compile(r"[+-]?\d+\.0+")  # 142.0
 _FRACTION = re.compile(r"[+-]?(\\[dt]?frac\s*(\{[+-]?\d+\}|\d)\s*(\{\d+\}|\d)|\d+\s*/\s*\d+)")
 _WORDS = re.compile(r"(\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z .,'-]*)")
 
@@ -58,6 +60,7 @@ class Summary:
     answer_types: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0  # rows whose question, normalised, an earlier row has
     overlaps: dict[str, int] = field(default_factory=dict)  # other file -> rows whose question it has too
+    skipped: list[str] = field(default_factory=list)  # what was wrong with each row that was left out
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -89,15 +92,21 @@ def prepare(
     against: Sequence[Path] = (),
     tokenizer: Tokenizer | None = None,
     limit: int | None = None,
+    skip_bad: bool = False,
+    view: View = "original",
+    rename: bool = False,
 ) -> Summary:
     """Writes `target` in the published schema and says what is in it.
 
     Args:
-        inputs: parquet or jsonl files, in order. Files that have the published columns keep their prompts, answers,
-            indices and, where they name them, abilities and splits.
+        inputs: parquet, jsonl or json files, in order. Files that have the published columns keep their prompts,
+            answers, indices and, where they name them, sources, abilities and splits.
         system_prompt: put before each question; None: no system message.
         against: prepared files; questions that they share with this one are counted (train/test overlap).
         limit: the first so many rows only.
+        skip_bad: leave out rows without a question or an answer, and say which; those that stay keep their indices.
+        view: which question of a row to take from a file of pairs.
+        rename: call the rows of published files `source.data_source` too.
 
     Raises:
         InputError: naming file, row and column: a file cannot be read, a column is missing, a question is blank, an
@@ -108,16 +117,20 @@ def prepare(
     if limit is not None and limit < 1:
         raise InputError(f"limit: found {limit}; allowed: 1 or more rows")
     schema = _schema(inputs)
+    skipped: list[str] | None = [] if skip_bad else None
+    rows = _Rows(source, split, system_prompt, view, rename, skipped)
     statistics = _Statistics(tokenizer, {str(path): _questions_of(path) for path in against})
     target.parent.mkdir(parents=True, exist_ok=True)
     with replaced_whole(target) as temporary:
         with pq.ParquetWriter(temporary, schema) as writer:
-            for batch in _batches(islice(_records(source, inputs, split, system_prompt), limit)):
+            for batch in _batches(islice(rows.records(inputs), limit)):
                 statistics.add(batch)
                 writer.write_table(pa.Table.from_pylist(batch, schema=schema))
         if statistics.rows == 0:
             raise InputError(f"{', '.join(map(str, inputs))}: found no rows; allowed: at least one")
-    return statistics.summary()
+    summary = statistics.summary()
+    summary.skipped = skipped or []
+    return summary
 
 
 def describe(file: Path, *, against: Sequence[Path] = (), tokenizer: Tokenizer | None = None) -> Summary:
@@ -132,18 +145,22 @@ def describe(file: Path, *, against: Sequence[Path] = (), tokenizer: Tokenizer |
 
 def _schema(inputs: Sequence[Path]) -> pa.Schema:
     """The published schema; indices are text where an input has them so (DAPO-Math names its questions)."""
-    if all(pa.types.is_integer(pq.read_schema(f).field("extra_info").type.field("index").type) for f in _named(inputs)):
+    if all(pa.types.is_integer(kind) for kind in map(_index_type, inputs) if kind is not None):
         return SCHEMA
     extra_info = pa.struct([("index", pa.string()), ("split", pa.string())])
     return SCHEMA.set(SCHEMA.get_field_index("extra_info"), pa.field("extra_info", extra_info))
 
 
-def _named(inputs: Sequence[Path]) -> Iterator[Path]:
-    """The inputs that are prepared already and name their rows; faults of others are told when they are read."""
-    for file in filter(_is_published, inputs):
-        extra_info = pq.read_schema(file).field("extra_info").type
-        if pa.types.is_struct(extra_info) and extra_info.get_field_index("index") >= 0:
-            yield file
+def _index_type(file: Path) -> pa.DataType | None:
+    """Of the rows' names in a prepared file; None where it has none: faults are told when it is read."""
+    if not _is_published(file):
+        return None
+    schema = pq.read_schema(file)
+    if "extra_info" not in schema.names:
+        return schema.field("idx").type
+    extra_info = schema.field("extra_info").type
+    has_index = pa.types.is_struct(extra_info) and extra_info.get_field_index("index") >= 0
+    return extra_info.field("index").type if has_index else None
 
 
 def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -157,42 +174,98 @@ def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
         yield batch
 
 
-def _records(
-    source: DataSource, inputs: Sequence[Path], split: str, system_prompt: str | None
-) -> Iterator[dict[str, Any]]:
-    as_text = _schema(inputs) is not SCHEMA
-    uids: set[str] = set()
-    for file in inputs:
-        for number, record in enumerate(_records_of(source, file, len(uids), split, system_prompt)):
-            index = record["extra_info"]["index"]
-            uid = f"{record['data_source']}/{index}"
-            if uid in uids:
+@dataclass(slots=True)
+class _Rows:
+    """How rows are read, and what was wrong with those that were left out (None: the first bad row is an error)."""
+
+    source: DataSource
+    split: str
+    system_prompt: str | None
+    view: View
+    rename: bool
+    skipped: list[str] | None
+
+    def records(self, inputs: Sequence[Path]) -> Iterator[dict[str, Any]]:
+        """The records of all files, whose names differ."""
+        as_text = _schema(inputs) is not SCHEMA
+        uids: set[str] = set()
+        first = 0
+        for file in inputs:
+            number = -1
+            for number, record in enumerate(self._of(file, first)):
+                if record is None:
+                    continue
+                index = record["extra_info"]["index"]
+                uid = f"{record['data_source']}/{index}"
+                if uid in uids:
+                    raise InputError(
+                        f"{file}, row {number}, column extra_info.index: found {index!r}, which an earlier row of the "
+                        f"source {record['data_source']!r} has too; allowed: one row an index within a source, over "
+                        "all inputs"
+                    )
+                uids.add(uid)
+                if as_text:
+                    record["extra_info"]["index"] = str(index)
+                yield record
+            first += number + 1
+
+    def _of(self, file: Path, first: int) -> Iterator[dict[str, Any] | None]:
+        """The records of one file, None for a row that is left out; rows without a name are counted from `first`."""
+        if not _is_published(file):
+            for number, (question, answer) in enumerate(_raw_rows(self.source, file)):
+                try:
+                    yield self._record(file, number, question, answer, first + number)
+                except InputError as bad:
+                    if self.skipped is None:
+                        raise
+                    self.skipped.append(str(bad))
+                    yield None
+            return
+        for number, (row, (ability, own_split)) in enumerate(
+            zip(iter_rows(file, self.view), _labels(file), strict=True)
+        ):
+            if row.ground_truth is None and self.skipped is not None:
+                self.skipped.append(f"{file}, row {number}: no answer")
+                yield None
+                continue
+            yield {
+                "data_source": self.source.data_source if self.rename else row.source,
+                "prompt": list(row.messages),
+                "ability": ability or self.source.ability,
+                "reward_model": {"ground_truth": row.ground_truth, "style": "rule"},
+                "extra_info": {"index": row.index, "split": own_split or self.split},
+            }
+
+    def _record(self, file: Path, number: int, question: Any, answer: Any, index: int) -> dict[str, Any]:
+        source = self.source
+        if not isinstance(question, str) or not question.strip():
+            raise InputError(
+                f"{file}, row {number}, column {source.question}: found {_short(question)}; allowed: a question"
+            )
+        for column, value in ((source.question, question), (source.answer, answer)):
+            if isinstance(value, str) and not _is_unicode(value):
                 raise InputError(
-                    f"{file}, row {number}, column extra_info.index: found {index!r}, which an earlier row of the "
-                    f"source {record['data_source']!r} has too; allowed: one row an index within a source, over "
-                    "all inputs"
+                    f"{file}, row {number}, column {column}: found half of a surrogate pair; "
+                    "allowed: text that is valid Unicode"
                 )
-            uids.add(uid)
-            if as_text:
-                record["extra_info"]["index"] = str(index)
-            yield record
-
-
-def _records_of(
-    source: DataSource, file: Path, first: int, split: str, system_prompt: str | None
-) -> Iterator[dict[str, Any]]:
-    """The records of one file; where the file does not name its rows, they are counted from `first`."""
-    if not _is_published(file):
-        for number, (question, answer) in enumerate(_raw_rows(source, file)):
-            yield _record(source, file, number, question, answer, first + number, split, system_prompt)
-        return
-    for row, (ability, own_split) in zip(iter_rows(file), _labels(file), strict=True):
-        yield {
-            "data_source": row.source,
-            "prompt": list(row.messages),
-            "ability": ability or source.ability,
-            "reward_model": {"ground_truth": row.ground_truth, "style": "rule"},
-            "extra_info": {"index": row.index, "split": own_split or split},
+        ground_truth = read_answer(answer, source.answer_from)
+        if ground_truth is None:
+            wanted = {
+                "as-is": "an answer",
+                "boxed": r"a solution with a \boxed{} answer",
+                "hashes": "an answer after ####",
+            }
+            raise InputError(
+                f"{file}, row {number}, column {source.answer}: found {_short(answer)}; "
+                f"allowed: {wanted[source.answer_from]}, or --skip-bad to leave such rows out"
+            )
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return {
+            "data_source": source.data_source,
+            "prompt": [*system, {"role": "user", "content": question}],
+            "ability": source.ability,
+            "reward_model": {"ground_truth": ground_truth, "style": "rule"},
+            "extra_info": {"index": index, "split": self.split},
         }
 
 
@@ -200,53 +273,19 @@ def _labels(file: Path) -> Iterator[tuple[str | None, str | None]]:
     """(ability, split) of each row of a prepared file; None where the file does not say."""
     with pq.ParquetFile(file) as parquet:
         names = [name for name in ("ability", "extra_info") if name in parquet.schema_arrow.names]
+        if not names:  # a file of pairs says neither
+            yield from repeat((None, None), parquet.metadata.num_rows)
+            return
         for batch in parquet.iter_batches(BATCH_ROWS, columns=names):
             for row in batch.to_pylist():
-                split = (row["extra_info"] or {}).get("split")
+                split = (row.get("extra_info") or {}).get("split")
                 yield row.get("ability"), None if split is None else str(split)
 
 
-def _record(
-    source: DataSource,
-    file: Path,
-    number: int,
-    question: Any,
-    answer: Any,
-    index: int,
-    split: str,
-    system_prompt: str | None,
-) -> dict[str, Any]:
-    if not isinstance(question, str) or not question.strip():
-        raise InputError(
-            f"{file}, row {number}, column {source.question}: found {_short(question)}; allowed: a question"
-        )
-    for column, value in ((source.question, question), (source.answer, answer)):
-        if isinstance(value, str) and not _is_unicode(value):
-            raise InputError(
-                f"{file}, row {number}, column {column}: found half of a surrogate pair; "
-                "allowed: text that is valid Unicode"
-            )
-    gold = read_answer(answer, source.answer_from)
-    if gold is None:
-        wanted = {"as-is": "an answer", "boxed": r"a solution with a \boxed{} answer", "hashes": "an answer after ####"}
-        raise InputError(
-            f"{file}, row {number}, column {source.answer}: found {_short(answer)}; "
-            f"allowed: {wanted[source.answer_from]}"
-        )
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return {
-        "data_source": source.data_source,
-        "prompt": [*system, {"role": "user", "content": question}],
-        "ability": source.ability,
-        "reward_model": {"ground_truth": gold, "style": "rule"},
-        "extra_info": {"index": index, "split": split},
-    }
-
-
 def read_answer(value: Any, answer_from: AnswerFrom) -> str | None:
-    """The gold answer in a cell of text or a finite number; None where there is none.
+    """The ground truth in a cell of text or a finite number; None where there is none.
 
-    A whole number stored as a float is written as one.
+    A whole number that is stored or, where the column is the answer, written as a decimal is written as a whole one.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         return None
@@ -256,7 +295,7 @@ def read_answer(value: Any, answer_from: AnswerFrom) -> str | None:
         value = int(value)
     text = str(value).strip()
     if answer_from == "as-is":
-        return text or None
+        return (text.partition(".")[0] if _WHOLE.fullmatch(text) else text) or None
     return extract_answer(text, ("boxed",) if answer_from == "boxed" else ("hashes",))
 
 
@@ -276,6 +315,8 @@ def _is_published(file: Path) -> bool:
     """Is it prepared already? With a prompt of plain text it is raw: DAPO-Math's files have the other columns too."""
     if file.suffix != ".parquet" or not file.is_file():
         return False
+    if holds_pairs(file):
+        return True
     try:
         schema = pq.read_schema(file)
         return set(schema.names) >= PUBLISHED and pa.types.is_nested(schema.field("prompt").type)
@@ -286,7 +327,7 @@ def _is_published(file: Path) -> bool:
 def _raw_rows(source: DataSource, file: Path) -> Iterator[tuple[Any, Any]]:
     """(question, answer) cells of a file."""
     if not file.is_file():
-        raise InputError(f"{file}: found nothing there; allowed: a parquet or jsonl file")
+        raise InputError(f"{file}: found nothing there; allowed: a parquet, jsonl or json file")
     if file.suffix in (".jsonl", ".json"):
         yield from _json_rows(source, file)
         return
@@ -302,19 +343,16 @@ def _raw_rows(source: DataSource, file: Path) -> Iterator[tuple[Any, Any]]:
             for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
                 yield from zip(batch[source.question].to_pylist(), batch[source.answer].to_pylist(), strict=True)
     except (pa.ArrowException, OSError) as e:
-        raise InputError(f"{file}: found a file that does not read as parquet ({e}); allowed: parquet, jsonl") from e
+        raise InputError(
+            f"{file}: found a file that does not read as parquet ({e}); allowed: parquet, jsonl, json"
+        ) from e
 
 
 def _json_rows(source: DataSource, file: Path) -> Iterator[tuple[Any, Any]]:
-    with file.open(encoding="utf-8") as lines:
+    """The rows of a file with one JSON object a line, or of one array of them, which is read as a whole."""
+    with file.open(encoding="utf-8-sig") as lines:  # some write a byte order mark
         try:
-            for number, line in enumerate(lines):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as e:
-                    raise InputError(f"{file}, row {number}: not a JSON object on one line ({e})") from None
+            for number, row in enumerate(_json_objects(file, lines)):
                 for column in (source.question, source.answer):
                     if not isinstance(row, dict) or column not in row:
                         raise InputError(
@@ -323,6 +361,21 @@ def _json_rows(source: DataSource, file: Path) -> Iterator[tuple[Any, Any]]:
                 yield row[source.question], row[source.answer]
         except UnicodeDecodeError as e:
             raise InputError(f"{file}: not UTF-8 text ({e})") from None
+
+
+def _json_objects(file: Path, lines: TextIO) -> Iterator[Any]:
+    start = next((line for line in lines if line.strip()), "")
+    if start.lstrip().startswith("["):
+        try:
+            yield from json.loads(start + lines.read())
+        except ValueError as e:
+            raise InputError(f"{file}: not a JSON array ({e})") from None
+        return
+    for number, line in enumerate(filter(str.strip, chain([start], lines))):
+        try:
+            yield json.loads(line)
+        except ValueError as e:
+            raise InputError(f"{file}, row {number}: not a JSON object on one line ({e})") from None
 
 
 def _questions_of(file: Path) -> set[int]:

@@ -1,4 +1,4 @@
-r"""Rewriting a question: what the model is asked, how its reply is read, and when a rewriting is good enough. Pure.
+r"""Rewriting a question: what is asked, what was replied, and when a rewriting is good enough. Pure.
 
 Co-rewarding-I rewards answers to a question by answers to its rephrasing, so a rephrasing whose mathematics differs
 teaches wrong labels, and one that is a copy teaches nothing. A rewriting passes only if every check does:
@@ -8,51 +8,43 @@ teaches wrong labels, and one that is a copy teaches nothing. A rewriting passes
 | `numbers` | every number of the original is in the rewriting, by value; those up to 3 may become words |
 | `new_numbers` | it brings no number that the original lacks, but for whole numbers up to 3 |
 | `not_a_copy` | it shares at most `MAX_SIMILARITY` of its word trigrams, formulas aside, with the original |
-| `no_answer` | no \boxed, and no "the answer is" |
+| `no_answer` | no \boxed, and no "the answer is" but for the form that it is asked in |
 | `length` | between 0.4 and 6 times as long, and at least 12 characters |
 | `formulas` | its dollar signs and braces are balanced |
 
 Numbers are read in digits and, outside of formulas, in English words (`data.numerals`), and compared by value, not by
-how often they stand. Gold answers are not looked at: which questions are trained on must not depend on them.
+how often they stand. `153,370,371,407` may be one number or a list of four: either reading will do. Ground truths are
+not looked at: which questions are trained on must not depend on them.
 Figures ([asy] code) are left out of numbers and lengths: a rewriting may draw or describe them in its own way.
 The filter is strict: "one and a half times" for "50% longer" is refused. What it lets through can still be wrong; a
-solver's majorities on both versions (`trainer.rephrase`) are the stronger check, and cost samples.
+solver's majorities on both versions (`evaluation.rephrase`) are the stronger check, and cost samples.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_coreward.data.numerals import spoken_numbers, written_numbers
+from megatron_coreward.data.numerals import NumberLists, number_lists, spoken_numbers, written_numbers
 from megatron_coreward.data.parquet import Message
+from megatron_coreward.data.rewriting_prompts import PROMPTS, Parsed, PromptName
 
 MAX_SIMILARITY = 0.5
 SHORTEST, LENGTH_RATIO = 12, (0.4, 6.0)  # characters; rewriting against original
 SMALL = frozenset(map(Fraction, range(4)))  # numbers that a rewriting may bring
 
-INSTRUCTION = """\
-You are given a mathematics question. Write it anew.
-
-Keep the mathematics exactly: the same quantities and numbers, the same relations between them, the same thing asked \
-for, and so the same final answer in the same form. Change everything else: the words, the order of the sentences and, \
-if the question tells a story, its scene. A purely symbolic question gets a short scene or other \
-words around the same formulas. Do not solve it, do not give hints, do not mention that it was rewritten.
-
-Reply with the new question alone, between <rewritten> and </rewritten>."""
-
-PROMPT_HASH = hashlib.sha256(INSTRUCTION.encode()).hexdigest()[:16]
-
-_BLOCK = re.compile(r"\s*<rewritten>(.*?)</rewritten>\s*", re.DOTALL)
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _FIGURE = re.compile(r"\[asy\].*?(?:\[/asy\]|\Z)", re.DOTALL)
 _FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$]*\$|\\\[.*?\\\]|\\\(.*?\\\)|\[asy\].*?\[/asy\]", re.DOTALL)
-_ANSWER = re.compile(r"\\boxed|\bthe (?:final )?answer is\b|</?rewritten>", re.IGNORECASE)
+# "The answer is in the form a/b" says how to answer, not what.
+_ASKED_FORM = r"(?!\s+(?:\w+\s+){0,2}(?:in|of)\s+(?:the|a|an|this|its)\s+(?:\w+\s+){0,2}form\b)"
+_ANSWER = re.compile(
+    rf"\\boxed|\bthe (?:final )?answer is\b{_ASKED_FORM}|</?rewritten>|### RESULT_(?:START|END)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Verdicts:
+class FilterResult:
     """What the checks said of a rewriting."""
 
     checks: Mapping[str, bool]
@@ -67,28 +59,14 @@ class Verdicts:
         return [name for name, passed in self.checks.items() if not passed]
 
 
-def rewriting_prompt(question: str) -> tuple[Message, ...]:
+def rewriting_prompt(question: str, prompt: PromptName = "own") -> tuple[Message, ...]:
     """The conversation that asks for a rewriting."""
-    return (Message(role="user", content=f"{INSTRUCTION}\n\nThe question:\n{question}"),)
+    return (Message(role="user", content=PROMPTS[prompt].ask(question)),)
 
 
-def parse_reply(reply: str) -> tuple[str | None, str]:
-    """(rewriting, "") or (None, why it was refused).
-
-    A reply is one block, after a closed <think> section if there is one, and nothing else. Templates of reasoning
-    models may open the section in the prompt, so that the reply has its end alone.
-    """
-    text = reply.rpartition("</think>")[2]
-    if "<think>" in text:
-        return None, "the thinking was never closed"
-    if text.count("<rewritten>") != 1 or text.count("</rewritten>") != 1:
-        return None, f"{text.count('<rewritten>')} opening and {text.count('</rewritten>')} closing tags"
-    block = _BLOCK.fullmatch(text)
-    if block is None:
-        return None, "text outside of the tags"
-    if not block[1].strip():
-        return None, "an empty rewriting"
-    return block[1].strip(), ""
+def parse_reply(reply: str, prompt: PromptName = "own") -> Parsed:
+    """(rewriting, "") or (None, why it was refused)."""
+    return PROMPTS[prompt].parse(reply)
 
 
 def numbers(text: str) -> set[Fraction]:
@@ -107,15 +85,16 @@ def similarity(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
-def check(original: str, rewriting: str) -> Verdicts:
+def check(original: str, rewriting: str) -> FilterResult:
     """The quality filter; see the table above."""
     old, new = numbers(original), numbers(rewriting)
+    old_lists, new_lists = (number_lists(_FIGURE.sub(" ", text)) for text in (original, rewriting))
     alike = similarity(original, rewriting)
     ratio = len(_FIGURE.sub("", rewriting)) / max(1, len(_FIGURE.sub("", original)))
-    return Verdicts(
+    return FilterResult(
         {
-            "numbers": old - SMALL <= new and _digits_kept(old, new),
-            "new_numbers": new - old <= SMALL,
+            "numbers": _covered(old - SMALL, old_lists, new, new_lists) and _digits_kept(old, new),
+            "new_numbers": _covered(new - SMALL, new_lists, old | SMALL, old_lists),
             "not_a_copy": alike <= MAX_SIMILARITY,
             "no_answer": _ANSWER.search(rewriting) is None,
             "length": len(rewriting) >= SHORTEST and LENGTH_RATIO[0] <= ratio <= LENGTH_RATIO[1],
@@ -123,6 +102,12 @@ def check(original: str, rewriting: str) -> Verdicts:
         },
         alike,
     )
+
+
+def _covered(values: set[Fraction], lists: NumberLists, others: set[Fraction], other_lists: NumberLists) -> bool:
+    """Whether each value is among the others; what may be a list, on either side, counts as its members too."""
+    known = others.union(*other_lists.values())
+    return all(value in known or (value in lists and lists[value] <= known) for value in values)
 
 
 def _digits_kept(old: set[Fraction], new: set[Fraction]) -> bool:

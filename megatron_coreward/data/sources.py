@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from megatron_coreward.errors import InputError
@@ -21,7 +22,18 @@ class DataSource:
     answer: str  # column
     answer_from: AnswerFrom
     data_source: str  # as the published parquet files name it
+    folder: str | None = None  # below data/, where the recipes look for it; None: no recipe does
     ability: str = "math"
+
+    def default_path(self, split: str) -> Path | None:
+        """Where the recipes look for a prepared split; None: nowhere."""
+        name = "train_original" if split == "train" else split
+        return Path("data") / self.folder / f"{name}.parquet" if self.folder else None
+
+
+# What the published Co-rewarding sets call themselves, whichever questions they hold: what is prepared here pairs with
+# their rephrasings.
+PUBLISHED_SOURCE = "DigitalLearningGmbH/MATH-lighteval"
 
 
 SOURCES: Mapping[str, DataSource] = {
@@ -35,7 +47,8 @@ SOURCES: Mapping[str, DataSource] = {
             question="problem",
             answer="solution",
             answer_from="boxed",
-            data_source="DigitalLearningGmbH/MATH-lighteval",
+            data_source=PUBLISHED_SOURCE,
+            folder="math",
         ),
         DataSource(
             name="dapo-math",  # the English part
@@ -45,7 +58,8 @@ SOURCES: Mapping[str, DataSource] = {
             question="prompt",
             answer="solution",
             answer_from="as-is",
-            data_source="open-r1/DAPO-Math-17k-Processed",
+            data_source=PUBLISHED_SOURCE,
+            folder="dapo",
         ),
         DataSource(
             name="open-rs",
@@ -55,7 +69,8 @@ SOURCES: Mapping[str, DataSource] = {
             question="problem",
             answer="answer",
             answer_from="as-is",
-            data_source="knoveleng/open-rs",
+            data_source=PUBLISHED_SOURCE,
+            folder="open-rs",
         ),
         DataSource(
             name="gsm8k",
@@ -66,6 +81,7 @@ SOURCES: Mapping[str, DataSource] = {
             answer="answer",
             answer_from="hashes",
             data_source="openai/gsm8k",
+            folder="gsm8k",
         ),
         DataSource(
             name="math500",
@@ -76,6 +92,7 @@ SOURCES: Mapping[str, DataSource] = {
             answer="answer",
             answer_from="as-is",
             data_source="HuggingFaceH4/MATH-500",
+            folder="math500",
         ),
         DataSource(
             name="amc",
@@ -86,6 +103,7 @@ SOURCES: Mapping[str, DataSource] = {
             answer="answer",
             answer_from="as-is",
             data_source="AI-MO/aimo-validation-amc",
+            folder="amc",
         ),
     )
 }
@@ -94,9 +112,14 @@ GENERIC = "custom"
 
 
 def find_source(
-    name: str, *, question: str | None = None, answer: str | None = None, answer_from: AnswerFrom | None = None
+    name: str,
+    *,
+    question: str | None = None,
+    answer: str | None = None,
+    answer_from: AnswerFrom | None = None,
+    data_source: str | None = None,
 ) -> DataSource:
-    """The source of a name, with other columns where they are given; `custom` needs them.
+    """The source of a name, with other columns and another `data_source` where they are given; `custom` needs columns.
 
     Raises:
         InputError: a name that is not known, or columns missing.
@@ -104,7 +127,7 @@ def find_source(
     if name == GENERIC:
         if question is None or answer is None:
             raise InputError(f"source {GENERIC} needs --question-column and --answer-column")
-        return DataSource(name, None, None, (), question, answer, answer_from or "as-is", data_source=GENERIC)
+        return DataSource(name, None, None, (), question, answer, answer_from or "as-is", data_source or GENERIC)
     if name not in SOURCES:
         raise InputError(f"source: found {name!r}; allowed: {', '.join([*SOURCES, GENERIC])}")
     known = SOURCES[name]
@@ -113,4 +136,5 @@ def find_source(
         question=question or known.question,
         answer=answer or known.answer,
         answer_from=answer_from or known.answer_from,
+        data_source=data_source or known.data_source,
     )

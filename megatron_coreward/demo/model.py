@@ -120,6 +120,8 @@ def write_model(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    for file in directory.glob("*.safetensors"):  # which safetensors 0.8 writes for the owner alone
+        file.chmod((directory / "config.json").stat().st_mode)
     tokenizer.save_pretrained(directory)
     _check_tokenizer(directory, tokenizer)
     return directory

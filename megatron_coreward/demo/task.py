@@ -64,7 +64,7 @@ class Scenario:
     what: tuple[str, ...]
     phrases: Mapping[Operation, tuple[str, ...]]  # each with {n}
 
-    def tell(self, who: str, what: str, phrases: tuple[str, str], numbers: tuple[object, object, object]) -> str:
+    def notify(self, who: str, what: str, phrases: tuple[str, str], numbers: tuple[object, object, object]) -> str:
         a, b, c = numbers
         first, second = phrases[0].format(n=b), phrases[1].format(n=c)
         return self.story.format(who=who, what=what, a=a, first=first, second=second)
@@ -181,7 +181,7 @@ def template_texts() -> Iterator[str]:
         for scenario in SCENARIOS[view]:
             phrases = [phrase for operation in OPERATIONS for phrase in scenario.phrases[operation]]
             for who, what, first, second in product(scenario.who, scenario.what, phrases, phrases):
-                yield scenario.tell(who, what, (first, second), (0, 0, 0))
+                yield scenario.notify(who, what, (first, second), (0, 0, 0))
 
 
 def _draw_questions(generator: random.Random) -> Iterator[Question]:
@@ -195,14 +195,14 @@ def _draw_questions(generator: random.Random) -> Iterator[Question]:
             if drawn.subtotal >= 0 and drawn.result >= 0 and drawn not in seen:
                 break
         seen.add(drawn)
-        yield Question(drawn, {view: _tell(generator, view, drawn) for view in VIEWS})
+        yield Question(drawn, {view: _notify(generator, view, drawn) for view in VIEWS})
 
 
-def _tell(generator: random.Random, view: View, told: Sum) -> str:
+def _notify(generator: random.Random, view: View, told: Sum) -> str:
     scenario = generator.choice(SCENARIOS[view])
     who, what = generator.choice(scenario.who), generator.choice(scenario.what)
     first, second = (generator.choice(scenario.phrases[operation]) for operation in told.operations)
-    return scenario.tell(who, what, (first, second), told.operands)
+    return scenario.notify(who, what, (first, second), told.operands)
 
 
 def _rows(questions: tuple[Question, ...], view: View) -> Iterator[Row]:

@@ -14,10 +14,10 @@ import numpy as np
 
 from megatron_coreward.actor.setup import ActorSetup
 from megatron_coreward.algorithms.aggregation import token_weights
+from megatron_coreward.cluster.groups import ActorGroup, start_ray
+from megatron_coreward.cluster.placement import START_LIMIT_S, ReservedPlacement, ResourceRequest
 from megatron_coreward.config.schema import ActorSettings, LossSettings
 from megatron_coreward.data.prompts import build_prompts
-from megatron_coreward.trainer.cluster import ActorGroup, start_ray
-from megatron_coreward.trainer.placement import START_LIMIT_S, Demand, Reservation
 from megatron_coreward.types import Sequences, TrainBatch
 
 BATCH_SIZE = 64
@@ -73,8 +73,8 @@ def warm_start(
         teacher=False,
         frozen_reference=False,
     )
-    reservation = Reservation(Demand.of_actors(settings), limit_s=START_LIMIT_S)
-    actors = ActorGroup(setup, reservation)
+    placement = ReservedPlacement(ResourceRequest.of_actors(settings), limit_s=START_LIMIT_S)
+    actors = ActorGroup(setup, placement)
     try:
         actors.wait()
         order = np.random.default_rng(seed)
@@ -90,7 +90,7 @@ def warm_start(
         return step
     finally:
         actors.shutdown()
-        reservation.release()
+        placement.release()
 
 
 def _tokenise(

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from megatron_coreward.config.guard import GuardAction, GuardSettings
-from megatron_coreward.guard.signs import METRICS, Sign, find_signs
+from megatron_coreward.guard.indicators import METRICS, Indicator, find_indicators
 from megatron_coreward.telemetry import keys
 
 Level = Literal["none", "warn", "act"]
@@ -28,7 +28,7 @@ class Decision:
     step: int
     level: Level
     action: GuardAction | None  # what to do now; None: go on
-    signs: tuple[Sign, ...]  # those that are there, an alarm or not
+    indicators: tuple[Indicator, ...]  # those that are there, an alarm or not
     lasted: int  # steps in a row with enough signs
     good_step: int  # the last step from before the signs: where to go back to
     news: bool  # whether to tell: an alarm begins, grows, or is acted on
@@ -36,13 +36,13 @@ class Decision:
     @property
     def reason(self) -> str:
         """In words and numbers, against the mean of the first steps."""
-        if not self.signs:
+        if not self.indicators:
             return "no signs of collapse"
-        return f"{'; '.join(sign.words for sign in self.signs)}; for {self.lasted} steps"
+        return f"{'; '.join(indicator.words for indicator in self.indicators)}; for {self.lasted} steps"
 
     def metrics(self) -> dict[str, float]:
         """For the step's row."""
-        return {"guard/level": float(_LEVELS.index(self.level)), "guard/signs": float(len(self.signs))}
+        return {"guard/level": float(_LEVELS.index(self.level)), "guard/signs": float(len(self.indicators))}
 
     def __str__(self) -> str:
         if self.level == "none":
@@ -98,14 +98,14 @@ class Guard:
                 self._base[key] = [total + value, count + 1]
             return self._decision(step, ())
         base = {key: total / count for key, (total, count) in self._base.items()}
-        signs = find_signs(base, self._means(), settings)
-        alarming = len(signs) >= settings.min_signs and any(sign.damage for sign in signs)
+        indicators = find_indicators(base, self._means(), settings)
+        alarming = len(indicators) >= settings.min_indicators and any(indicator.damage for indicator in indicators)
         if not alarming or step <= self._quiet_until:
             self._lasted = 0
         else:
             self._since = step if self._lasted == 0 else self._since
             self._lasted += 1
-        return self._decision(step, signs)
+        return self._decision(step, indicators)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -137,7 +137,7 @@ class Guard:
                 found.setdefault(key, []).append(value)
         return {key: fmean(values) for key, values in found.items()}
 
-    def _decision(self, step: int, signs: tuple[Sign, ...]) -> Decision:
+    def _decision(self, step: int, indicators: tuple[Indicator, ...]) -> Decision:
         settings, lasted, since = self._settings, self._lasted, self._since
         level: Level = "none"
         if lasted >= settings.act_after:
@@ -154,7 +154,7 @@ class Guard:
             step=step,
             level=level,
             action=action,
-            signs=signs,
+            indicators=indicators,
             lasted=lasted,
             good_step=max(0, since - settings.window) if lasted else step,
             news=rising or action is not None,

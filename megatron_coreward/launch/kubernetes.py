@@ -6,10 +6,13 @@ The attempt runs in the head pod, reads its recipe from an environment variable,
 message.
 """
 
+import itertools
 import re
+import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,12 +21,17 @@ import yaml
 from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.launch import scripts
 from megatron_coreward.launch.attempt import CONFIG_VARIABLE
-from megatron_coreward.launch.follow import Outcome, exit_outcome
-from megatron_coreward.launch.job import Job
-from megatron_coreward.launch.settings import KubernetesCluster
+from megatron_coreward.launch.job import SUFFIX, Job, is_inside
+from megatron_coreward.launch.settings import KubernetesCluster, seconds
+from megatron_coreward.launch.supervise import Outcome, exit_outcome
 
 _RESOURCE = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}
 GONE_AFTER_S = 300.0  # until a deleted RayJob has left
+SHARED_MEMORY = "shared-memory"  # name of a pod's volume
+
+# States of a RayJob (KubeRay 1.0 to 1.5) in which it waits or runs; in any other it has ended.
+_ALIVE = {"", "New", "Initializing", "Running", "Suspending", "Suspended", "Retrying", "Waiting"}
+_JOB_ALIVE = {"", "PENDING", "RUNNING"}
 
 
 class Unreachable(RunError):
@@ -41,15 +49,18 @@ class Kubernetes:
                 "launch kubernetes needs the Python package kubernetes: pip install 'nemo-run[ray]'"
             ) from None
         run_dir = PurePosixPath(job.config.run_dir)
-        if not any((cluster.workdir / run_dir).is_relative_to(mount) for mount in cluster.claims.values()):
+        if not is_inside(cluster.workdir / run_dir, cluster.claims.values()):
             raise InputError(
                 f"run_dir: {run_dir} is in no claim, and would be lost with its pod; allowed: a path under "
                 f"{', '.join(cluster.claims.values())}"
             )
         self.job, self.cluster = job, cluster
-        memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": cluster.shared_memory}}
-        claims = [{"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in cluster.claims]
-        mounts = [{"name": claim, "mountPath": mount} for claim, mount in cluster.claims.items()]
+        if len(set(cluster.claims.values())) < len(cluster.claims):
+            raise InputError(f"claims: two are mounted in one place; found {', '.join(cluster.claims.values())}")
+        memory = {"name": SHARED_MEMORY, "emptyDir": {"medium": "Memory", "sizeLimit": cluster.shared_memory}}
+        names = _volume_names(list(cluster.claims))
+        claims = [{"name": names[claim], "persistentVolumeClaim": {"claimName": claim}} for claim in cluster.claims]
+        mounts = [{"name": names[claim], "mountPath": mount} for claim, mount in cluster.claims.items()]
         self._executor = KubeRayExecutor(
             namespace=cluster.namespace,
             ray_version=cluster.ray_version,
@@ -57,7 +68,7 @@ class Kubernetes:
             head_cpu=cluster.head_cpu,
             head_memory=cluster.head_memory,
             volumes=[*claims, memory],
-            volume_mounts=[*mounts, {"name": "shared-memory", "mountPath": "/dev/shm"}],
+            volume_mounts=[*mounts, {"name": SHARED_MEMORY, "mountPath": "/dev/shm"}],
             worker_groups=[
                 KubeRayWorkerGroup(
                     group_name="worker",
@@ -100,16 +111,7 @@ class Kubernetes:
             return None
         if found is None:
             return Outcome("cancelled", "somebody has deleted the RayJob")
-        status = found.get("status") or {}
-        if status.get("jobStatus") == "SUCCEEDED":
-            return exit_outcome(0, "")
-        if status.get("jobStatus") in ("FAILED", "STOPPED") or status.get("jobDeploymentStatus") == "Failed":
-            if status.get("reason") == "DeadlineExceeded":
-                return Outcome("stopped", "its time limit")
-            message = str(status.get("message", ""))
-            code = re.search(r"exit code (-?\d+)", message)
-            return exit_outcome(int(code[1]) if code else None, message or "the pod of the Ray head has gone")
-        return None
+        return _outcome(found.get("status") or {})
 
     def new_log(self, job: str) -> str:
         """Of the pod that submits the entrypoint; KubeRay gives it the RayJob's name as a label."""
@@ -171,16 +173,16 @@ class Kubernetes:
     def _manifest(self) -> dict[str, Any]:
         c = self.cluster
         spec = self._executor.get_cluster_body(f"{self.job.name}-cluster")["spec"]
-        attempt = " ".join(scripts.attempt_command(c.python, None, {}, None))
-        limit = _seconds(self.job.time or c.time)
+        attempt = shlex.join(scripts.attempt_command(c.python, None, {}, None))
+        limit = self.job.time or c.time
         return {
             "apiVersion": "ray.io/v1",
             "kind": "RayJob",
-            "metadata": {"name": f"{self.job.name}-coreward", "namespace": c.namespace},
+            "metadata": {"name": f"{self.job.name}{SUFFIX}", "namespace": c.namespace},
             "spec": {
                 "entrypoint": attempt,
                 "shutdownAfterJobFinishes": True,
-                **({} if limit is None else {"activeDeadlineSeconds": limit}),
+                **({} if limit is None else {"activeDeadlineSeconds": seconds(limit)}),
                 "runtimeEnvYAML": _yaml({"env_vars": {CONFIG_VARIABLE: self.job.config_text}}),
                 "rayClusterSpec": spec,
             },
@@ -225,9 +227,30 @@ def _yaml(tree: Any) -> str:
     return yaml.dump(tree, Dumper=_Readable, sort_keys=False, width=200)
 
 
-def _seconds(limit: str | None) -> int | None:
-    if limit is None:
+def _volume_names(claims: list[str]) -> dict[str, str]:
+    """A name for the volume of each claim: the claim's, unless that is none for a volume (which takes no dots)."""
+    names: dict[str, str] = {}
+    for claim in claims:
+        name = claim
+        if "." in claim or len(claim) > 63 or claim == SHARED_MEMORY:
+            name = next(n for place in itertools.count() if (n := f"claim-{place}") not in {*claims, *names.values()})
+        names[claim] = name
+    return names
+
+
+def _outcome(status: Mapping[str, Any]) -> Outcome | None:
+    """How a RayJob ended, by its status; None while it waits or runs."""
+    job, deployment = str(status.get("jobStatus") or ""), str(status.get("jobDeploymentStatus") or "")
+    message = str(status.get("message") or "")
+    if job == "SUCCEEDED":
+        return exit_outcome(0, "")
+    if job in _JOB_ALIVE and deployment in _ALIVE:
         return None
-    days, _, clock = limit.rpartition("-")
-    hours, minutes, seconds = (int(part) for part in clock.split(":"))
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if status.get("reason") == "DeadlineExceeded":
+        return Outcome("stopped", "its time limit")
+    if job in ("FAILED", "STOPPED") or deployment == "Failed":
+        code = re.search(r"exit code (-?\d+)", message)
+        return exit_outcome(int(code[1]) if code else None, message or "the pod of the Ray head has gone")
+    reason = status.get("reason")
+    why = "; ".join(str(part) for part in (reason, message) if part) or "it gives no message"
+    return Outcome("failed", f"state {deployment or job}: {why}")

@@ -11,9 +11,9 @@ import psutil
 
 from megatron_coreward.errors import InputError
 from megatron_coreward.launch import scripts
-from megatron_coreward.launch.follow import Outcome, exit_outcome
 from megatron_coreward.launch.job import Job
 from megatron_coreward.launch.settings import LocalCluster
+from megatron_coreward.launch.supervise import Outcome, exit_outcome
 
 _TASK = "train"
 _PID = "pid"

@@ -11,13 +11,30 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
-from megatron_coreward.config.schema import Component, Positive
+from megatron_coreward.config.component import Component, Positive
 from megatron_coreward.errors import InputError
+
+# What the launcher and the executors tell their own scripts; set otherwise, a job finds no Ray, no recipe or no end.
+OWN_VARIABLES = frozenset(
+    {
+        "COREWARD_RAY_HEAD",
+        "MEGATRON_COREWARD_CONFIG",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "SLURM_JOB_ID",
+        "SLURM_NODEID",
+        "SLURM_RESTART_COUNT",
+        "TORCHX_MAX_RETRIES",
+    }
+)
 
 
 def _environment_name(name: str) -> str:
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         raise ValueError("an environment variable is named in capitals, digits and underscores")
+    if name in OWN_VARIABLES:
+        raise ValueError("the launcher sets this variable itself")
     return name
 
 
@@ -25,6 +42,27 @@ def time_limit(text: str) -> str:
     """Raises ValueError where `text` is no time limit."""
     if not re.fullmatch(r"(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d", text):
         raise ValueError("expected [days-]hours:minutes:seconds, such as 04:00:00")
+    if not seconds(text):
+        raise ValueError("a limit of 0 is none for some schedulers; expected more")
+    return text
+
+
+def seconds(limit: str) -> int:
+    """Of a time limit."""
+    days, _, clock = limit.rpartition("-")
+    hours, minutes, rest = (int(part) for part in clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def _folder(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError("expected an absolute path")
+    return text
+
+
+def _claim_name(text: str) -> str:
+    if len(text) > 253 or not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", text):
+        raise ValueError("a claim is named in lower-case letters, digits, dashes and dots")
     return text
 
 
@@ -38,6 +76,8 @@ def _mount(text: str) -> str:
 EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
 TimeLimit = Annotated[str, AfterValidator(time_limit)]
 Mount = Annotated[str, AfterValidator(_mount)]
+Folder = Annotated[str, AfterValidator(_folder)]
+ClaimName = Annotated[str, AfterValidator(_claim_name)]
 
 
 class SecretFile(Component):
@@ -90,7 +130,9 @@ class KubernetesCluster(Component):
     kind: Literal["kubernetes"]
     image: str
     namespace: str = "default"
-    claims: dict[str, str] = Field(min_length=1)  # persistent volume claim -> where it is mounted; run_dir is in one
+    claims: dict[ClaimName, Folder] = Field(
+        min_length=1
+    )  # persistent volume claim -> where it is mounted; run_dir is in one
     shared_memory: str = "64Gi"  # of /dev/shm, a pod
     head_cpu: str = "4"
     head_memory: str = "32Gi"
@@ -147,11 +189,14 @@ def load_cluster(model: type[Cluster], path: Path | None) -> Cluster:
             raise InputError(f"{path}: expected keys and values, found {type(tree).__name__}")
         if tree.get("kind") != kind:
             raise InputError(f"{path}: kind is {tree.get('kind')!r}, and launch {kind} needs kind: {kind}")
+    where = str(path) if path is not None else f"launch {kind} without --cluster"
     try:
-        return model.model_validate(tree)
+        cluster = model.model_validate(tree)
     except ValidationError as e:
-        where = str(path) if path is not None else f"launch {kind} without --cluster"
         raise InputError("\n".join(_explain(where, model, error) for error in e.errors())) from None
+    if both := cluster.env.keys() & cluster.secrets.keys():
+        raise InputError(f"{where}: {min(both)} is in env and in secrets; allowed: one of them")
+    return cluster
 
 
 def _explain(where: str, model: type[Component], error: Any) -> str:

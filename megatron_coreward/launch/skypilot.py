@@ -16,13 +16,14 @@ import yaml
 
 from megatron_coreward.errors import InputError
 from megatron_coreward.launch import scripts
-from megatron_coreward.launch.follow import Outcome, exit_outcome
-from megatron_coreward.launch.job import Job
+from megatron_coreward.launch.job import Job, is_inside
 from megatron_coreward.launch.settings import SkyPilotCluster
+from megatron_coreward.launch.supervise import Outcome, exit_outcome
 
 _THERE = PurePosixPath("/nemo_run")  # where the executor puts the job's directory
 _PORT = 6379  # 6380 is that of SkyPilot's own Ray
-_FAILED = ("FAILED", "FAILED_SETUP", "FAILED_PRECHECKS", "FAILED_NO_RESOURCE", "FAILED_CONTROLLER")
+# States of a managed job in which it waits or runs, and what a controller that does not answer says; others are ends.
+_ALIVE = ("", "PENDING", "DEPRECATED_SUBMITTED", "SUBMITTED", "STARTING", "RUNNING", "RECOVERING", "CANCELLING")
 
 
 class SkyPilot:
@@ -35,7 +36,7 @@ class SkyPilot:
             raise InputError(f"--gpus-per-node {job.gpus_per_node}: the cluster's file has no gpus, such as gpus: H100")
         if job.time is not None:
             raise InputError("--time: SkyPilot's jobs have no time limit")
-        if not any(PurePosixPath(job.config.run_dir).is_relative_to(mount) for mount in cluster.storage):
+        if not is_inside(PurePosixPath(job.config.run_dir), cluster.storage):
             raise InputError(
                 f"run_dir: {job.config.run_dir} is in no storage, and would be lost with its machine; allowed: a path "
                 f"under {', '.join(cluster.storage)}"
@@ -68,7 +69,7 @@ class SkyPilot:
             return exit_outcome(0, "")
         if state == "CANCELLED":
             return Outcome("cancelled", "somebody has cancelled it")
-        return Outcome("failed", f"state {state}") if state in _FAILED else None
+        return None if state in _ALIVE else Outcome("failed", f"state {state}")
 
     def new_log(self, job: str) -> str:
         """All of it once the job has ended; SkyPilot shows a running job's with `sky jobs logs`."""

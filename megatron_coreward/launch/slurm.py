@@ -16,18 +16,22 @@ import secrets
 import shlex
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.launch import scripts
-from megatron_coreward.launch.follow import Outcome, exit_outcome
-from megatron_coreward.launch.job import Job
+from megatron_coreward.launch.job import Job, is_inside
 from megatron_coreward.launch.settings import SlurmCluster
+from megatron_coreward.launch.slurm_options import check_options
+from megatron_coreward.launch.supervise import Outcome, exit_outcome
 
 SUBMIT = ("sbatch", "--requeue", "--parsable")
 SCRIPT = "job.sbatch"
 _JOB = "job_id"  # of the last submission
+# What nemo-run is given for the job's directories where it quotes nothing.
+_HERE, _LOGS = PurePosixPath("/COREWARD_PARENT/COREWARD_JOB"), PurePosixPath("/COREWARD_LOGS")
 MAX_REQUEUES = 100  # of one job by itself
 _RETRY_STATES = ("TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REQUEUED", "DEADLINE")
 
@@ -36,19 +40,22 @@ class Slurm:
     """One job on a Slurm cluster."""
 
     def __init__(self, job: Job, cluster: SlurmCluster) -> None:
+        check_options(cluster, job.time)
         self.job, self.cluster = job, cluster
         directory = PurePosixPath(job.config.run_dir.resolve()) / "launch"
         if cluster.job_dir is not None:
             directory = cluster.job_dir / job.name
         if not directory.is_absolute():
             raise InputError(f"job_dir: {directory}; allowed: an absolute path that all nodes see")
+        if cluster.image is not None:
+            _check_plain({"job_dir": str(directory), "image": cluster.image, "mounts": ",".join(cluster.mounts)})
         if cluster.ssh is not None and (cluster.job_dir is None or cluster.workdir is None):
             raise InputError("ssh: set job_dir and workdir too, to absolute paths over there")
         if cluster.mounts and cluster.image is None:
             raise InputError("mounts: there is no image; mounts are for containers")
         run_dir = (cluster.workdir or PurePosixPath(os.getcwd())) / PurePosixPath(job.config.run_dir)
         targets = [mount.partition(":")[2].partition(":")[0] for mount in cluster.mounts]
-        if cluster.image is not None and not any(run_dir.is_relative_to(target) for target in targets):
+        if cluster.image is not None and not is_inside(run_dir, targets):
             raise InputError(
                 f"run_dir: {run_dir} is in no mount, and would be lost with its container; allowed: a path under "
                 f"{', '.join(targets) or 'a mount, of which there is none'}"
@@ -143,7 +150,9 @@ class Slurm:
             workdir=str(self.directory),
             launch_cmd=list(SUBMIT),
         )
-        return str(request.materialize())
+        # nemo-run 0.11.1 names account and partition to srun too, "None" if there is none, and as `-A=NAME`, which is
+        # the account "=NAME" to srun; a step has them from its job.
+        return str(request.materialize()).replace(f" -A={self.cluster.account} -p={self.cluster.partition}", "")
 
     def _plain_script(self) -> str:
         """The batch script of nemo-run's SlurmExecutor, which runs `node.sh` once a node."""
@@ -154,12 +163,16 @@ class Slurm:
         request = SlurmBatchRequest(
             launch_cmd=list(SUBMIT),
             jobs=[self.job.name],
-            command_groups=[["bash", shlex.quote(str(self.directory / scripts.NODE))]],
+            command_groups=[["bash", str(self._here / scripts.NODE)]],
             executor=self._executor(*self._head_address(), f'export {scripts.RAY_HEAD}="${{head_node_ip%% *}}:{port}"'),
             max_retries=0,  # its template would requeue whatever failed, bad input too
             extra_env={},
         )
-        return str(request.materialize())
+        # nemo-run 0.11.1 writes paths bare into the srun line, and puts the job's directory wherever "/nemo_run"
+        # stands, within paths too. So it gets names in their place.
+        logs = str(self.directory / "logs").replace("%", "%%")  # Slurm's patterns have %
+        script = str(request.materialize()).replace(str(_LOGS), shlex.quote(logs))
+        return script.replace(str(_HERE), shlex.quote(str(self.directory)))
 
     def _executor(self, *setup: str) -> Any:
         from nemo_run.core.execution.slurm import SlurmExecutor, SlurmJobDetails
@@ -167,13 +180,13 @@ class Slurm:
         from nemo_run.core.tunnel.client import LocalTunnel, SSHTunnel
 
         c, job = self.cluster, self.job
-        parent = str(self.directory.parent)
+        parent = str(self._here.parent)
         if c.ssh is None:
             tunnel: Any = LocalTunnel(job_dir=parent)
         else:
             tunnel = SSHTunnel(job_dir=parent, host=c.ssh.host, user=c.ssh.user, identity=c.ssh.identity)
-        folder = self.directory / "logs"
-        token = str(self.directory / scripts.TOKEN)
+        folder = str(self.directory / "logs" if c.image is not None else _LOGS)
+        token = str(self._here / scripts.TOKEN)
         env = {**c.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
         executor = SlurmExecutor(
             account=c.account,
@@ -193,14 +206,19 @@ class Slurm:
             container_mounts=list(c.mounts),
             env_vars={name: shlex.quote(value) for name, value in env.items()},
             setup_lines="\n".join(["", *self._requeue_lines(), *setup]),
-            job_details=SlurmJobDetails(job_name=job.name, folder=str(folder)),
+            job_details=SlurmJobDetails(job_name=job.name, folder=folder),
             job_name_prefix="coreward-",
             packager=Packager(),
             tunnel=tunnel,
             retries=1,
         )
-        executor.job_dir = str(self.directory)
+        executor.job_dir = str(self._here)
         return executor
+
+    @property
+    def _here(self) -> PurePosixPath:
+        """The job's directory as nemo-run's scripts get it."""
+        return self.directory if self.cluster.image is not None else _HERE
 
     def _head_address(self) -> list[str]:
         """A host that knows itself as 127.0.1.1 (Debian's default) is asked for an address that others reach."""
@@ -211,7 +229,7 @@ class Slurm:
 
     def _requeue_lines(self) -> list[str]:
         """The batch script puts its own job back into the queue where that is what the attempt needs."""
-        status = shlex.quote(str(self.directory / scripts.STATUS))
+        status = str(self._here / scripts.STATUS)
         return [
             f"rm -f {status}",
             "requeue_if_stopped() {",
@@ -262,3 +280,13 @@ class Slurm:
             local.touch(mode=0o600)
             local.write_text(text)
             self._tunnel.put(str(local), str(target))
+
+
+def _check_plain(settings: Mapping[str, str]) -> None:
+    """Raises InputError for paths that a shell would cut: the script for containers has all of them bare."""
+    for key, text in settings.items():
+        if found := re.search(r"[^\w@%+=:,./#-]", text):
+            raise InputError(
+                f"{key}: {text!r} has {found[0]!r}, and nemo-run's script for containers quotes no path; allowed: "
+                "letters, digits and @%+=:,./#-_"
+            )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatron_coreward.config.architecture import Architecture
-from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, RunConfig
+from megatron_coreward.config.schema import TEACHER_METHODS, TWO_VIEW_METHODS, RunConfig
 from megatron_coreward.planner.hardware import Assumptions, Gpu
 from megatron_coreward.planner.memory import EngineMemory, microbatch_tokens
 from megatron_coreward.planner.parameters import actor_layout, stage_parameters
@@ -20,7 +20,7 @@ from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.weights.buckets import ITEM_BYTES
 from megatron_coreward.weights.layouts import EngineLayout
 from megatron_coreward.weights.mapping import hf_tensors
-from megatron_coreward.weights.plan import Params, TransferPlan, plan_transfers
+from megatron_coreward.weights.plan import ModelTensors, TransferPlan, plan_transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Work:
 
 
 def work(config: RunConfig, assumptions: Assumptions) -> Work:
-    views = 2 if config.method in REPHRASED_METHODS else 1
+    views = 2 if config.method in TWO_VIEW_METHODS else 1
     teacher = config.method in TEACHER_METHODS
     statistics = METHODS[config.method].needs.token_stats or config.loss.updates_per_batch > 1
     return Work(
@@ -159,14 +159,14 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
 
     updates = config.loss.updates_per_batch
 
-    def phase(name: str, computes: float, travels: float, turns: int, **more: float) -> Phase:
+    def phase(name: str, computes: float, travels: float, colocation: int, **more: float) -> Phase:
         """Forward passes' worth of computing and travelling over the rank's micro-batches, in pipeline `turns`."""
         seconds = {
             "compute": computes * packs * compute,
             "tensor-parallel link": travels * packs * tensor,
             "expert-parallel link": travels * packs * expert,
         }
-        idle = turns * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
+        idle = colocation * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
         return Phase(name, {**seconds, "pipeline bubble": idle * sum(seconds.values()), **more})
 
     held = max((stage_parameters(arch, layout, stage) for stage in (0, stages - 1)), key=lambda s: s.numel)
@@ -256,7 +256,7 @@ def _weights_read(arch: Architecture, alive: float) -> float:
 def transfers(config: RunConfig, arch: Architecture) -> TransferPlan:
     """The plan of one publication."""
     target = EngineLayout(num_engines=config.rollout.num_engines, tensor_parallel=config.rollout.tensor_parallel)
-    return plan_transfers(actor_layout(config.actor), target, Params(arch, config.model.dtype))
+    return plan_transfers(actor_layout(config.actor), target, ModelTensors(arch, config.model.dtype))
 
 
 def sync_time(busiest_bytes: float, publications: int, gpu: Gpu, assumptions: Assumptions) -> Phase:

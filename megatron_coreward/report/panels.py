@@ -91,7 +91,7 @@ PANELS: tuple[Panel, ...] = (
     Panel("Teacher decay", (("teacher/decay", "d(k)"),)),
     Panel(
         "Gap between engines and actors (nats)",
-        (("sync/logprob_gap", "mean"), ("sync/logprob_gap_max", "largest"), ("sync/probe_gap", "probe")),
+        (("sync/logprob_gap", "mean"), ("sync/logprob_gap_max", "largest"), ("sync/canary_gap", "probe")),
         "log",
     ),
     Panel("Time of a step (s)", ((keys.STEP_TIME, "whole step"),)),

@@ -13,14 +13,14 @@ from megatron_coreward.algorithms.advantages import group_advantages
 from megatron_coreward.config.schema import RewardSettings
 from megatron_coreward.errors import InputError
 from megatron_coreward.report.run_record import RunRecord
-from megatron_coreward.rewards.agreement import agreement_metrics, gold_metrics, reward_metrics, vote_metrics
+from megatron_coreward.rewards.agreement import agreement_metrics, ground_truth_metrics, reward_metrics, vote_metrics
 from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rewards.equivalence import Judge
-from megatron_coreward.rewards.evidence import BatchEvidence, GroupKey
+from megatron_coreward.rewards.context import BatchRewardContext, GroupKey
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
-from megatron_coreward.rewards.methods.base import Judgement, Method
+from megatron_coreward.rewards.methods.base import GroupReward, Method
 from megatron_coreward.rewards.voting import Vote
-from megatron_coreward.telemetry.rollout_dump import JudgedGroup, read_rollouts
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup, read_rollouts
 from megatron_coreward.types import FloatArray, RolloutGroup
 
 
@@ -28,53 +28,57 @@ from megatron_coreward.types import FloatArray, RolloutGroup
 class Recomputed:
     """A step as it comes out now."""
 
-    recorded: tuple[JudgedGroup, ...]  # all groups of the dump, in order
-    policy: tuple[JudgedGroup, ...]  # those of the policy
+    recorded: tuple[ScoredGroup, ...]  # all groups of the dump, in order
+    policy: tuple[ScoredGroup, ...]  # those of the policy
     answers: tuple[tuple[str | None, ...], ...]  # of each of them, from its texts
     votes: Mapping[GroupKey, Vote]
-    judgements: tuple[Judgement, ...]  # of each policy group
+    group_rewards: tuple[GroupReward, ...]  # of each policy group
     advantages: tuple[FloatArray, ...]  # of each policy group, from its recorded rewards
     metrics: Mapping[str, float]
 
 
-def recompute_step(judged: Sequence[JudgedGroup], method: Method, settings: RewardSettings, judge: Judge) -> Recomputed:
+def recompute_step(
+    scored: Sequence[ScoredGroup], method: Method, settings: RewardSettings, equivalence: AnswerEquivalence
+) -> Recomputed:
     """Everything of a step that its dump determines."""
-    policy = tuple(item for item in judged if item.group.role == "policy")
+    policy = tuple(item for item in scored if item.group.role == "policy")
     groups = [item.group for item in policy]
-    evidence = BatchEvidence(
+    context = BatchRewardContext(
         replace(method.needs, token_stats=False),
-        judge,
+        equivalence,
         policy_groups=groups,
-        teacher_groups=[item.group for item in judged if item.group.role == "teacher"],
-        golds={item.group.uid: item.label for item in policy} if method.needs.gold else None,
+        teacher_groups=[item.group for item in scored if item.group.role == "teacher"],
+        ground_truths={item.group.uid: item.label for item in policy} if method.needs.ground_truth else None,
         min_margin=settings.min_margin,
     )
-    judgements = tuple(
-        _as_recorded(item) if method.needs.token_stats else method.judge(item.group, evidence) for item in policy
+    group_rewards = tuple(
+        _as_recorded(item) if method.needs.token_stats else method.score(item.group, context) for item in policy
     )
     advantages = tuple(group_advantages(_rewards(item)) for item in policy)
-    votes = evidence.votes()
+    votes = context.votes()
     return Recomputed(
-        recorded=tuple(judged),
+        recorded=tuple(scored),
         policy=policy,
         answers=tuple(
-            tuple(extract_answer(c.text, settings.answer_forms) for c in item.group.completions) for item in judged
+            tuple(extract_answer(c.text, settings.answer_formats) for c in item.group.completions) for item in scored
         ),
         votes=votes,
-        judgements=judgements,
+        group_rewards=group_rewards,
         advantages=advantages,
         metrics={
             **_response_metrics(groups),
-            **reward_metrics(judgements, advantages),
+            **reward_metrics(group_rewards, advantages),
             **vote_metrics(votes),
-            **agreement_metrics(votes, judge),
-            **gold_metrics(groups, judgements, {item.group.uid: item.gold for item in policy}, judge),
+            **agreement_metrics(votes, equivalence),
+            **ground_truth_metrics(
+                groups, group_rewards, {item.group.uid: item.ground_truth for item in policy}, equivalence
+            ),
         },
     )
 
 
 def recompute_run(
-    record: RunRecord, settings: RewardSettings, judge: Judge, steps: range | None = None
+    record: RunRecord, settings: RewardSettings, equivalence: AnswerEquivalence, steps: range | None = None
 ) -> Iterator[tuple[int, Recomputed]]:
     """Every dumped step, or those in `steps`. Raises InputError where there are none, or for an unknown method."""
     method = method_of(record)
@@ -86,7 +90,7 @@ def recompute_run(
             "a run keeps them under telemetry.dump_rollouts"
         )
     for step in wanted:
-        yield step, recompute_step(read_rollouts(record.dumps[step]), method, settings, judge)
+        yield step, recompute_step(read_rollouts(record.dumps[step]), method, settings, equivalence)
 
 
 def method_of(record: RunRecord) -> Method:
@@ -101,18 +105,18 @@ def method_of(record: RunRecord) -> Method:
     return METHODS[name]
 
 
-def name_of(item: JudgedGroup) -> str:
+def name_of(item: ScoredGroup) -> str:
     """A group, for people."""
     return f"{item.group.uid} ({item.group.view}, {item.group.role})"
 
 
-def _rewards(item: JudgedGroup) -> FloatArray:
-    assert item.rewards is not None  # every group of the policy has them (JudgedGroup)
+def _rewards(item: ScoredGroup) -> FloatArray:
+    assert item.rewards is not None  # every group of the policy has them (ScoredGroup)
     return item.rewards
 
 
-def _as_recorded(item: JudgedGroup) -> Judgement:
-    return Judgement(item.label, _rewards(item))
+def _as_recorded(item: ScoredGroup) -> GroupReward:
+    return GroupReward(item.label, _rewards(item))
 
 
 def _response_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:

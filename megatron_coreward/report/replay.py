@@ -10,7 +10,7 @@ from megatron_coreward.config.schema import RewardSettings
 from megatron_coreward.guard import replay_rows
 from megatron_coreward.report.recompute import Recomputed, method_of, name_of, recompute_run
 from megatron_coreward.report.run_record import RunRecord
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods.base import Method
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.jsonl import Row
@@ -59,16 +59,18 @@ def replay(record: RunRecord, steps: range | None = None) -> Replay:
     method, settings = method_of(record), record.settings("rewards", RewardSettings)
     result = Replay(notes=_limits(method))
     rows = {int(row[keys.STEP] or 0): row for row in record.rows}
-    with Judge(settings.equivalence, settings.judge_timeout_s) as judge:
-        for step, found in recompute_run(record, settings, judge, steps):
+    with AnswerEquivalence(settings.equivalence, settings.comparison_timeout_s) as equivalence:
+        for step, found in recompute_run(record, settings, equivalence, steps):
             result.steps += 1
             _compare(result, _group_differences(step, found))
             if step in rows:
                 _compare(result, _metric_differences(step, rows[step], found.metrics))
             else:
                 result.notes.append(f"step {step} has rollouts and no row of metrics: the run ended within it")
-        if judge.timeouts:
-            result.notes.append(f"{judge.timeouts} comparisons ran over rewards.judge_timeout_s, as not the same")
+        if equivalence.timeouts:
+            result.notes.append(
+                f"{equivalence.timeouts} comparisons ran over rewards.comparison_timeout_s, as not the same"
+            )
     _compare(result, _guard_differences(result, record))
     return result
 
@@ -76,7 +78,7 @@ def replay(record: RunRecord, steps: range | None = None) -> Replay:
 def _limits(method: Method) -> list[str]:
     if method.needs.token_stats:
         return [f"the rewards of {method.name} rest on token statistics, which are not dumped: taken as recorded"]
-    if method.needs.gold:
+    if method.needs.ground_truth:
         return [f"the labels of {method.name} are the data set's answers: taken as recorded"]
     return []
 
@@ -93,10 +95,10 @@ def _group_differences(step: int, found: Recomputed) -> Iterator[tuple[Differenc
         for place, (completion, now) in enumerate(zip(item.group.completions, answers, strict=True), start=1):
             where = f"{name_of(item)}, rollout {place}"
             yield Difference(step, where, "answer", completion.answer, now), completion.answer == now
-    for item, judgement, advantages in zip(found.policy, found.judgements, found.advantages, strict=True):
-        yield Difference(step, name_of(item), "label", item.label, judgement.label), item.label == judgement.label
+    for item, group_reward, advantages in zip(found.policy, found.group_rewards, found.advantages, strict=True):
+        yield Difference(step, name_of(item), "label", item.label, group_reward.label), item.label == group_reward.label
         for what, recorded, values in (
-            ("reward", item.rewards, judgement.rewards),
+            ("reward", item.rewards, group_reward.rewards),
             ("advantage", item.advantages, advantages),
         ):
             assert recorded is not None
@@ -131,8 +133,8 @@ def summary(record: RunRecord, result: Replay, max_differences: int = 10) -> lis
     lines = [f"{record.run_dir}: {record.config.get('method')}, {result.steps} steps recomputed"]
     wrong = Counter(difference.what for difference in result.differences)
     for what, number in result.compared.items():
-        verdict = "all as recorded" if not wrong[what] else f"{wrong[what]} differ"
-        lines.append(f"  {what + 's' if what != 'guard' else 'guard decisions':<16} {number:>9,}  {verdict}")
+        graded = "all as recorded" if not wrong[what] else f"{wrong[what]} differ"
+        lines.append(f"  {what + 's' if what != 'guard' else 'guard decisions':<16} {number:>9,}  {graded}")
     lines += [f"  note: {note}" for note in result.notes]
     if result.differences:
         lines.append("first differences:")

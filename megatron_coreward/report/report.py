@@ -11,7 +11,7 @@ from megatron_coreward.report.chart import Mark
 from megatron_coreward.report.html_page import figures, readouts, section, table, text, write_page
 from megatron_coreward.report.run_record import RunRecord, load_record
 from megatron_coreward.report.samples import Limits, Samples, collect_samples
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.display import format_seconds
 
@@ -35,8 +35,8 @@ def write_report(run_dir: Path, out: Path | None = None, limits: Limits | None =
     """
     record = load_record(run_dir)
     rewards = record.settings("rewards", RewardSettings)
-    with Judge(rewards.equivalence, rewards.judge_timeout_s) as judge:
-        samples = collect_samples(record.dumps, judge, rewards.min_margin, limits or Limits())
+    with AnswerEquivalence(rewards.equivalence, rewards.comparison_timeout_s) as equivalence:
+        samples = collect_samples(record.dumps, equivalence, rewards.min_margin, limits or Limits())
     decisions = [decision for _, decision in replay_rows(record.settings("guard", GuardSettings), record.steps)]
     marks = [
         Mark(decision.step, decision.level) for decision in decisions if decision.news and decision.level != "none"

@@ -9,9 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import majority_vote
-from megatron_coreward.telemetry.rollout_dump import JudgedGroup, read_rollouts
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup, read_rollouts
 
 T = TypeVar("T")
 
@@ -35,7 +35,9 @@ class Samples:
     left_out: str
 
 
-def collect_samples(dumps: Mapping[int, Path], judge: Judge, min_margin: float, limits: Limits) -> Samples:
+def collect_samples(
+    dumps: Mapping[int, Path], equivalence: AnswerEquivalence, min_margin: float, limits: Limits
+) -> Samples:
     """Reads the dumps of a spread of steps and takes a spread of questions of each."""
     steps = spread(list(dumps), limits.steps)
     left, total, cut, shown, result = limits.characters, 0, 0, 0, []
@@ -45,7 +47,7 @@ def collect_samples(dumps: Mapping[int, Path], judge: Judge, min_margin: float, 
         total += len(questions)
         taken: list[dict[str, Any]] = []
         for groups in spread(questions, limits.questions):
-            entry, size, num_cut = _entry(groups, judge, min_margin)
+            entry, size, num_cut = _entry(groups, equivalence, min_margin)
             if taken and size > budget:
                 break
             taken.append(entry)
@@ -75,35 +77,37 @@ def shorten(text: str) -> str:
     return f"{text[:HEAD_CHARACTERS]}\n[... {left_out} characters ...]\n{text[-TAIL_CHARACTERS:]}"
 
 
-def _questions(judged: Sequence[JudgedGroup]) -> list[list[JudgedGroup]]:
+def _questions(scored: Sequence[ScoredGroup]) -> list[list[ScoredGroup]]:
     """The groups of each question, in the order of the batch."""
     order: dict[str, int] = {}
-    for item in judged:
+    for item in scored:
         order.setdefault(item.group.uid, len(order))
-    ranked = sorted(judged, key=lambda item: order[item.group.uid])
+    ranked = sorted(scored, key=lambda item: order[item.group.uid])
     return [list(groups) for _, groups in groupby(ranked, key=lambda item: item.group.uid)]
 
 
-def _entry(groups: Sequence[JudgedGroup], judge: Judge, min_margin: float) -> tuple[dict[str, Any], int, int]:
+def _entry(
+    groups: Sequence[ScoredGroup], equivalence: AnswerEquivalence, min_margin: float
+) -> tuple[dict[str, Any], int, int]:
     """A question as the page reads it, its size in characters, and how many texts were shortened."""
     entry = {
         "uid": groups[0].group.uid,
-        "gold": next((item.gold for item in groups if item.gold is not None), None),
-        "groups": [_group(item, judge, min_margin) for item in groups],
+        "gold": next((item.ground_truth for item in groups if item.ground_truth is not None), None),
+        "groups": [_group(item, equivalence, min_margin) for item in groups],
     }
     texts = list(_texts(groups))
     size = sum(min(len(text), HEAD_CHARACTERS + TAIL_CHARACTERS) for text in texts)
     return entry, size, sum(shorten(text) != text for text in texts)
 
 
-def _texts(groups: Sequence[JudgedGroup]) -> Iterator[str]:
+def _texts(groups: Sequence[ScoredGroup]) -> Iterator[str]:
     for item in groups:
         yield item.group.prompt.text
         yield from (completion.text for completion in item.group.completions)
 
 
-def _group(item: JudgedGroup, judge: Judge, min_margin: float) -> dict[str, Any]:
-    vote = majority_vote(item.group.answers, judge, min_margin)
+def _group(item: ScoredGroup, equivalence: AnswerEquivalence, min_margin: float) -> dict[str, Any]:
+    vote = majority_vote(item.group.answers, equivalence, min_margin)
     winners = set(vote.winners)
     return {
         "view": item.group.view,

@@ -11,9 +11,9 @@ from statistics import fmean
 import numpy as np
 
 from megatron_coreward.algorithms.accuracy import wilson_interval
-from megatron_coreward.rewards.equivalence import Judge
-from megatron_coreward.rewards.evidence import GroupKey
-from megatron_coreward.rewards.methods.base import Judgement
+from megatron_coreward.rewards.context import GroupKey
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
+from megatron_coreward.rewards.methods.base import GroupReward
 from megatron_coreward.rewards.voting import Vote
 from megatron_coreward.types import FloatArray, Role, RolloutGroup, View
 
@@ -54,19 +54,19 @@ def _variety(votes: Mapping[GroupKey, Vote], role: Role) -> list[float]:
     return [len(set(of_view)) / len(of_view) for of_view in labels.values()]
 
 
-def agreement_metrics(votes: Mapping[GroupKey, Vote], judge: Judge) -> dict[str, float]:
+def agreement_metrics(votes: Mapping[GroupKey, Vote], equivalence: AnswerEquivalence) -> dict[str, float]:
     """How often two votes on one question have equivalent labels; pairs without two labels do not agree.
 
     `label/view_agreement`: original against rephrased, of one role; `label/teacher_agreement`: policy against teacher,
     on one view.
     """
     views = [
-        judge.equivalent(vote.label, votes[uid, "rephrased", role].label)
+        equivalence.equivalent(vote.label, votes[uid, "rephrased", role].label)
         for (uid, view, role), vote in votes.items()
         if view == "original" and (uid, "rephrased", role) in votes
     ]
     roles = [
-        judge.equivalent(vote.label, votes[uid, view, "teacher"].label)
+        equivalence.equivalent(vote.label, votes[uid, view, "teacher"].label)
         for (uid, view, role), vote in votes.items()
         if role == "policy" and (uid, view, "teacher") in votes
     ]
@@ -75,7 +75,7 @@ def agreement_metrics(votes: Mapping[GroupKey, Vote], judge: Judge) -> dict[str,
 
 
 def relation_metrics(
-    exact_votes: Mapping[GroupKey, Vote], math_votes: Mapping[GroupKey, Vote], math_judge: Judge
+    exact_votes: Mapping[GroupKey, Vote], math_votes: Mapping[GroupKey, Vote], math_equivalence: AnswerEquivalence
 ) -> dict[str, float]:
     """What the choice of the equivalence relation changed, over votes on the same groups.
 
@@ -89,7 +89,7 @@ def relation_metrics(
         return {}
     pairs = [(exact, math_votes[key]) for key, exact in exact_votes.items()]
     disagree = [
-        exact.label != math.label and not math_judge.equivalent(exact.label, math.label) for exact, math in pairs
+        exact.label != math.label and not math_equivalence.equivalent(exact.label, math.label) for exact, math in pairs
     ]
     changed = sum(len(set(exact.winners) ^ set(math.winners)) for exact, math in pairs)
     rollouts = sum(exact.num_rollouts for exact, _ in pairs)
@@ -99,28 +99,28 @@ def relation_metrics(
     }
 
 
-def reward_metrics(judgements: Sequence[Judgement], advantages: Sequence[FloatArray]) -> dict[str, float]:
+def reward_metrics(group_rewards: Sequence[GroupReward], advantages: Sequence[FloatArray]) -> dict[str, float]:
     """What the groups were given; `advantages` [G] of each, exactly zero where its rewards had no variance.
 
     `reward/mean` and `reward/std` over all rollouts, `advantage/zero_variance_share` (they teach nothing),
     `label/missing_rate` (groups without a label, by abstention or by method).
     """
-    if not judgements:
+    if not group_rewards:
         return {}
-    rewards = np.concatenate([judgement.rewards for judgement in judgements]).astype(np.float64)
+    rewards = np.concatenate([group_reward.rewards for group_reward in group_rewards]).astype(np.float64)
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "advantage/zero_variance_share": fmean(not group.any() for group in advantages),
-        "label/missing_rate": fmean(judgement.label is None for judgement in judgements),
+        "label/missing_rate": fmean(group_reward.label is None for group_reward in group_rewards),
     }
 
 
-def gold_metrics(
+def ground_truth_metrics(
     groups: Sequence[RolloutGroup],
-    judgements: Sequence[Judgement],
-    golds: Mapping[str, str | None],
-    judge: Judge,
+    group_rewards: Sequence[GroupReward],
+    ground_truths: Mapping[str, str | None],
+    equivalence: AnswerEquivalence,
 ) -> dict[str, float]:
     """How right labels and rollouts were, over the groups whose question has a gold answer.
 
@@ -129,17 +129,19 @@ def gold_metrics(
     rollouts whose answer is.
     """
     known = [
-        (group, judgement, gold)
-        for group, judgement in zip(groups, judgements, strict=True)
-        if (gold := golds.get(group.uid)) is not None
+        (group, group_reward, ground_truth)
+        for group, group_reward in zip(groups, group_rewards, strict=True)
+        if (ground_truth := ground_truths.get(group.uid)) is not None
     ]
     metrics: dict[str, float] = {}
-    if any(judgement.label is not None for _, judgement, _ in known):
-        hits = [judge.equivalent(judgement.label, gold) for _, judgement, gold in known]
+    if any(group_reward.label is not None for _, group_reward, _ in known):
+        hits = [equivalence.equivalent(group_reward.label, ground_truth) for _, group_reward, ground_truth in known]
         accuracy = wilson_interval(sum(hits), len(hits))
         metrics["label/accuracy"] = accuracy.value
         metrics |= {"label/accuracy_low": accuracy.low, "label/accuracy_high": accuracy.high}
     if known:
-        right = [judge.equivalent(answer, gold) for group, _, gold in known for answer in group.answers]
+        right = [
+            equivalence.equivalent(answer, ground_truth) for group, _, ground_truth in known for answer in group.answers
+        ]
         metrics["rollout/accuracy"] = fmean(right)
     return metrics

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import get_args
 
-from megatron_coreward.config.schema import AnswerForm
+from megatron_coreward.config.schema import AnswerFormat
 
 # A control word that opens a box, any other control sequence (an escaped brace is no brace), or a brace.
 _TOKEN = re.compile(r"\\(?P<box>boxed|fbox)(?![A-Za-z])(?:\s*(?P<open>\{))?|\\.|[{}]", re.DOTALL)
@@ -20,7 +20,7 @@ _SENTENCE_END = re.compile(r"\.(?=\s|$)")
 _LONE_VALUE = re.compile(r"[$*]*+[+-]?(?:\d[\d,]*+(?:\.\d++)?|\.\d++)(?:/\d++)?%?[$*.]*+|\${1,2}[^$]++\${1,2}\.?+")
 
 
-def extract_answer(text: str, forms: Sequence[AnswerForm] = ("boxed",)) -> str | None:
+def extract_answer(text: str, forms: Sequence[AnswerFormat] = ("boxed",)) -> str | None:
     r"""The final answer of `text` in the first of the given forms that it has; None where it has none of them.
 
     `boxed`: the last balanced `\boxed{...}`; `hashes`: what follows the last `####` on its line, as in GSM8K; `plain`:
@@ -29,7 +29,7 @@ def extract_answer(text: str, forms: Sequence[AnswerForm] = ("boxed",)) -> str |
     """
     for form in forms:
         if form not in _READERS:
-            raise ValueError(f"unknown form of answers {form!r}; allowed: {', '.join(get_args(AnswerForm))}")
+            raise ValueError(f"unknown form of answers {form!r}; allowed: {', '.join(get_args(AnswerFormat))}")
         if (answer := _READERS[form](text)) is not None:
             return answer
     return None

@@ -1,45 +1,74 @@
 r"""When two answers are the same: the relation that votes, rewards and scores all rest on.
 
-`exact`: the extracted strings are equal, as in the published implementation. `math`: their normal forms are equal
-(`latex.py`); failing that, and only where the forms leave the question open, math-verify decides in a process of its
-own under a time limit (`symbolic.py`).
+`exact`: the extracted strings are equal, as in the published implementation. `hendrycks`: their normal forms by the
+rules of the MATH benchmark are equal (`hendrycks.py`). `math`: the answers are read (`latex.py`,
+`reading.py`) and compared kind by kind (`sameness.py`): plain numbers and words in this process, everything else in
+processes of its own with limits on time and memory (`symbolic.py`).
 
-Invariants: symmetric; no answer (None or blank) is equivalent to nothing, not even to another missing one; plain
-rational numbers are compared exactly and never leave this process; a comparison that runs over its limit counts as
-"not equivalent" and is counted in `timeouts`.
+Invariants: symmetric; no answer (None or blank) is equivalent to nothing, not even to another missing one; rational
+numbers are compared exactly; a verdict depends on the two answers alone. A comparison that computes for the whole limit
+counts as "not equivalent" and in `timeouts`; one that got no verdict because its process died or the machine stalled
+counts so too, but is not remembered.
 """
 
 import atexit
 import hashlib
-from collections.abc import Sequence
-from functools import cache
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from threading import Lock
 from types import TracebackType
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
-from megatron_coreward.rewards.latex import CanonicalAnswer, canonical
-from megatron_coreward.rewards.symbolic import SymbolicPool
+from megatron_coreward.config.schema import Equivalence
+from megatron_coreward.rewards import hendrycks
+from megatron_coreward.rewards.arithmetic import Quick, plain_value
+from megatron_coreward.rewards.classes import cliques
+from megatron_coreward.rewards.latex import MAX_LENGTH
+from megatron_coreward.rewards.reading import Scalar, read
+from megatron_coreward.rewards.sameness import Undecided, same
+from megatron_coreward.rewards.symbolic import Comparer, Outcome, Request, SymbolicPool
 
-Relation = Literal["exact", "math"]
+Relation = Equivalence
 
-CACHE_SIZE = 100_000  # verdicts on pairs that went to a process
+CACHE_SIZE = 500_000  # verdicts on pairs that went to a process: some 60 MiB
 
 
-class Judge:
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What stands for an answer: equal texts are the same answer, and two plain numbers only if their texts are equal."""
+
+    text: str
+    plain: bool
+
+
+class AnswerEquivalence:
     """One relation, its processes and its memory. Use it as a context manager, or close it.
 
-    comparisons: pairs that needed a process; timeouts: those of them whose process ran over the limit or died.
+    comparisons: pairs that needed a process; timeouts: those of them that got no verdict.
     """
 
     def __init__(
-        self, relation: Relation = "math", timeout_s: float = 5.0, num_workers: int = 1, symbolic: bool = True
+        self,
+        relation: Relation = "math",
+        timeout_s: float = 5.0,
+        num_workers: int | None = None,
+        symbolic: bool = True,
+        comparer: Comparer | None = None,
     ) -> None:
-        """`symbolic=False` leaves `math` with the normal forms alone: what they leave open counts as not the same."""
+        """
+        Args:
+            timeout_s: how long a pair may be computed, in seconds of processor time.
+            num_workers: comparison processes; None for one a core of this machine.
+            symbolic: False leaves `math` with what needs no process: what that leaves open counts as not the same.
+            comparer: compares instead of processes of this machine.
+        """
         self.relation: Relation = relation
         self._symbolic = symbolic
         self.comparisons = 0
         self.timeouts = 0
-        self._pool = SymbolicPool(timeout_s, num_workers)
+        self._pool: Comparer = comparer or SymbolicPool(timeout_s, num_workers)
         self._verdicts: dict[bytes, bool] = {}  # by the digest of a pair, in order of arrival
         self._lock = Lock()
 
@@ -52,32 +81,48 @@ class Judge:
     def classes(self, answers: Sequence[str | None]) -> list[int | None]:
         """The equivalence class of each answer, numbered in order of first sight; None for no answer.
 
-        An answer joins the first class whose first member it is equivalent to, so classes exist even where the
-        relation is not transitive.
+        Which answers are in a class does not depend on their order; `classes.py` has the rule.
         """
-        founders: list[CanonicalAnswer] = []
-        class_of: dict[CanonicalAnswer, int] = {}
-        known: dict[str | None, int | None] = {}  # most answers of a group are spelled alike
-        for answer in answers:
-            if answer in known:
-                continue
-            if not has_answer(answer):
-                known[answer] = None
-                continue
-            form = self._form(answer)
-            if form not in class_of:
-                joined = next((i for i, founder in enumerate(founders) if self._same(founder, form)), len(founders))
-                if joined == len(founders):
-                    founders.append(form)
-                class_of[form] = joined
-            known[answer] = class_of[form]
-        return [known[answer] for answer in answers]
+        self.compare([answers])
+        given = Counter(self._form(answer) for answer in answers if has_answer(answer))
+        forms = list(given)
+        found = cliques(
+            [form.text for form in forms], list(given.values()), lambda i, j: self._same(forms[i], forms[j])
+        )
+        class_of = dict(zip(forms, found, strict=True))
+        numbers: dict[int, int] = {}
+        return [
+            numbers.setdefault(class_of[self._form(answer)], len(numbers)) if has_answer(answer) else None
+            for answer in answers
+        ]
+
+    def compare(self, groups: Iterable[Sequence[str | None]]) -> None:
+        """Compares all answers of each group with each other, and remembers the verdicts.
+
+        The groups of a whole step are handed to the processes together, which keeps them all busy.
+        """
+        if not self._symbolic or self.relation != "math":
+            return
+        requests: list[Request] = []
+        asked: set[bytes] = set()
+        for group in groups:
+            forms = list(dict.fromkeys(self._form(answer) for answer in group if has_answer(answer)))
+            pairs = []
+            for i, first in enumerate(forms):
+                for j in range(i):
+                    if self._quick(first, forms[j]) is None and (key := _digest(first, forms[j])) not in asked:
+                        asked.add(key)
+                        pairs.append((j, i))
+            if pairs:
+                requests.append(Request(tuple(form.text for form in forms), tuple(pairs)))
+        if requests:
+            self._remember(requests, self._pool.compare(requests))
 
     def close(self) -> None:
-        """End the processes. The judge stays usable and remembers its verdicts."""
+        """End the processes. The relation stays usable and remembers its verdicts."""
         self._pool.close()
 
-    def __enter__(self) -> "Judge":
+    def __enter__(self) -> "AnswerEquivalence":
         return self
 
     def __exit__(
@@ -85,33 +130,79 @@ class Judge:
     ) -> None:
         self.close()
 
-    def _form(self, answer: str) -> CanonicalAnswer:
-        return canonical(answer) if self.relation == "math" else CanonicalAnswer(answer, "opaque")
+    def _form(self, answer: str) -> Form:
+        return _FORMS[self.relation](answer)
 
-    def _same(self, a: CanonicalAnswer, b: CanonicalAnswer) -> bool:
-        if a.text == b.text:
-            return True
-        if not self._symbolic or not a.may_equal(b):
-            return False
-        pair = (a.text, b.text) if a.text < b.text else (b.text, a.text)
-        key = _digest(pair)
+    def _same(self, a: Form, b: Form) -> bool:
+        quick = self._quick(a, b)
+        if quick is not None:
+            return quick
+        request = Request((a.text, b.text) if a.text < b.text else (b.text, a.text), ((0, 1),))
+        return self._remember([request], self._pool.compare([request]))
+
+    def _quick(self, a: Form, b: Form) -> bool | None:
+        """What needs no process; None if one is needed."""
+        if a.text == b.text or (a.plain and b.plain):
+            return a.text == b.text
         with self._lock:
-            known = self._verdicts.get(key)
+            known = self._verdicts.get(_digest(a, b))
         if known is not None:
             return known
-        verdict = self._pool.equivalent(*pair)
+        verdict = _without_process(*((a.text, b.text) if a.text < b.text else (b.text, a.text)))
+        return False if verdict is None and not self._symbolic else verdict
+
+    def _remember(self, requests: Sequence[Request], outcomes: Sequence[Sequence[Outcome]]) -> bool:
+        """Keeps the verdicts and counts the pairs; returns the last of them."""
+        last = False
         with self._lock:
-            self.comparisons += 1
-            self.timeouts += verdict is None
-            self._verdicts[key] = bool(verdict)
-            if len(self._verdicts) > CACHE_SIZE:
-                del self._verdicts[next(iter(self._verdicts))]
-        return bool(verdict)
+            for request, verdicts in zip(requests, outcomes, strict=True):
+                for (i, j), verdict in zip(request.pairs, verdicts, strict=True):
+                    last = verdict is True
+                    self.comparisons += 1
+                    self.timeouts += not isinstance(verdict, bool)
+                    if verdict != "lost":
+                        self._verdicts[_pair_digest(request.texts[i], request.texts[j])] = last
+                        if len(self._verdicts) > CACHE_SIZE:
+                            del self._verdicts[next(iter(self._verdicts))]
+        return last
 
 
-def _digest(pair: tuple[str, str]) -> bytes:
-    """A name for a pair that is short however long its answers are."""
-    return hashlib.blake2b(repr(pair).encode(), digest_size=16).digest()
+def _math_form(answer: str) -> Form:
+    # Not remembered: a memory of megabyte answers would be gigabytes.
+    return Form(answer.strip(), True) if len(answer) > MAX_LENGTH else _read_form(answer)
+
+
+@lru_cache(maxsize=65536)
+def _read_form(answer: str) -> Form:
+    reading = read(answer)
+    if isinstance(reading, Scalar) and not reading.unit.dimension and (value := plain_value(reading.node)) is not None:
+        return Form(str(value), True)
+    return Form(" ".join(answer.split()), False)
+
+
+# What stands for an answer under each relation. Forms that are all plain are the same only if their texts are equal.
+_FORMS: dict[Relation, Callable[[str], Form]] = {
+    "exact": lambda answer: Form(answer, True),
+    "hendrycks": lambda answer: Form(hendrycks.comparable(answer), True),
+    "math": _math_form,
+}
+
+
+@lru_cache(maxsize=65536)
+def _without_process(a: str, b: str) -> bool | None:
+    try:
+        return same(read(a), read(b), Quick())
+    except (Undecided, RecursionError):
+        return None
+
+
+def _digest(a: Form, b: Form) -> bytes:
+    return _pair_digest(a.text, b.text)
+
+
+def _pair_digest(a: str, b: str) -> bytes:
+    """A name for a pair, in either order, that is short however long its answers are."""
+    return hashlib.blake2b(repr((a, b) if a < b else (b, a)).encode(errors="replace"), digest_size=16).digest()
 
 
 def has_answer(answer: str | None) -> TypeGuard[str]:
@@ -120,12 +211,12 @@ def has_answer(answer: str | None) -> TypeGuard[str]:
 
 
 def equivalent(a: str | None, b: str | None) -> bool:
-    """Whether two extracted answers are mathematically the same, by one `Judge("math")` that this process shares."""
-    return _shared_judge().equivalent(a, b)
+    """Whether two extracted answers are mathematically the same, by one shared `AnswerEquivalence("math")`."""
+    return _shared_equivalence().equivalent(a, b)
 
 
 @cache
-def _shared_judge() -> Judge:
-    judge = Judge("math")
-    atexit.register(judge.close)
-    return judge
+def _shared_equivalence() -> AnswerEquivalence:
+    equivalence = AnswerEquivalence("math")
+    atexit.register(equivalence.close)
+    return equivalence

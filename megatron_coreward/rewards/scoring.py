@@ -6,12 +6,12 @@ This is where evaluation meets gold answers; training never calls it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import majority_vote
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GradedAnswer:
     """What the n samples of one question are worth."""
 
     right: tuple[bool, ...]  # [n]
@@ -19,11 +19,13 @@ class Verdict:
     majority_right: bool
 
 
-def score_answers(answers: Sequence[str | None], gold: str | None, judge: Judge) -> Verdict:
+def score_answers(
+    answers: Sequence[str | None], ground_truth: str | None, equivalence: AnswerEquivalence
+) -> GradedAnswer:
     """Judges n samples of a question; without a gold answer none is right."""
-    majority = majority_vote(answers, judge).label
-    return Verdict(
-        right=tuple(judge.equivalent(answer, gold) for answer in answers),
+    majority = majority_vote(answers, equivalence).label
+    return GradedAnswer(
+        right=tuple(equivalence.equivalent(answer, ground_truth) for answer in answers),
         majority=majority,
-        majority_right=judge.equivalent(majority, gold),
+        majority_right=equivalence.equivalent(majority, ground_truth),
     )

@@ -1,40 +1,44 @@
-"""The program of a comparison process: math-verify and nothing else of this package.
+"""The program of a comparison process: everything of `sameness.py`, and math-verify for what only it reads.
 
-`symbolic.py` runs this file by its path, so that the process imports neither the parent's main module nor this package.
-The process loads math-verify once, says whether that worked, and forks a copy of itself, which does the comparing. The
-copy reads one JSON line `[pair, a, b, limit_s]` per pair from standard input and answers each with a JSON line. Where
-it dies, the process says so and forks the next copy: milliseconds, where loading math-verify takes a second.
+`symbolic.py` runs this file by its path, so that the process does not import the parent's main module. The process
+forks a copy of itself, which does the comparing. The copy reads one JSON line per request from standard input,
+`[request, texts, pairs, limit_s]`, with pairs of indices into the texts, and answers each pair with a JSON line. When
+it dies, the process says so and forks the next copy within milliseconds.
 
-math-verify's own time limits are off: they rely on a Python signal handler, which never runs while the interpreter
-is inside one long big-integer operation. The copy instead lets the kernel end it: an alarm per pair with the default
-action, and a limit on its memory. So it outlives neither its limit nor, for longer than that, whoever asks.
+A pair's limit counts the time that the copy computes, not the time that passes: a verdict must not depend on how busy
+the machine is. math-verify's own time limits are off: they rely on a Python signal handler, which never runs while the
+interpreter is inside one long big-integer operation. The copy lets the kernel end it: a timer per pair with the default
+action, and a limit on its memory.
 
-Most pairs are far apart as numbers. So each answer is first evaluated, its variables at fixed points; math-verify,
-which takes milliseconds for a pair, is asked only where the values are close or there are none. It rounds to 6 decimals
-and never equates values that are further apart.
+math-verify is loaded when the first answer needs it: its import takes longer than thousands of comparisons without it.
+The copy then ends, the process that forked it loads math-verify, and the next copy has it.
 """
 
 import gc
 import json
 import logging
 import os
-import re
 import resource
 import signal
 import sys
-import zlib
 from collections.abc import Callable
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any
+
+from megatron_coreward.rewards.arithmetic import Full
+from megatron_coreward.rewards.reading import read
+from megatron_coreward.rewards.sameness import same
 
 MEMORY_LIMIT = 2 << 30  # bytes of address space; about 60 MiB are in use after start
 RETIRE_ABOVE_KIB = 512 << 10  # resident set after which a copy makes room for a fresh one
 RETIRED = 3  # exit status of a copy that did
-FAR_APART = 1e-3  # relative distance of two values that are different whatever math-verify rounds to
-FAR_FROM_ZERO = 1e-4  # the same as an absolute distance; math-verify rounds to 1e-6
+NEEDS_MATH_VERIFY = 4  # exit status of a copy that met an answer which only math-verify reads
 
-_RATIONAL = re.compile(r"-?\d{1,300}(/\d{1,300})?", re.ASCII)
+Foreign = Callable[[str, str], bool]
+
+
+class _MathVerifyNeeded(Exception):
+    pass
 
 
 def main() -> None:
@@ -47,31 +51,40 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _limit_memory()
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
         logging.disable()
-        try:
-            equivalent = _load()
-        except Exception as error:
-            answer(error=f"{type(error).__name__}: {error}")
-            return
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # an answer has nothing to write
+        foreign: Foreign = _needs_math_verify
+        same(read("\\sqrt{8}"), read("2\\sqrt{2}"), Full(foreign))  # what is built at first use counts against no pair
         gc.freeze()  # what is loaded now is shared with every copy, not touched by its garbage collector
         answer(ready=True)
-        while status := _in_a_copy(lambda: _compare(equivalent, answer)):
-            if status != RETIRED:
-                answer(died=status)
+        while status := _in_a_copy(lambda: _compare(Full(foreign), answer)):
+            if status == NEEDS_MATH_VERIFY:
+                try:
+                    foreign = _load_math_verify()
+                except Exception as error:
+                    answer(error=f"{type(error).__name__}: {error}")
+                    return
+                gc.freeze()
+            answer(died=status)
 
 
-def _compare(equivalent: Callable[[str, str], bool], answer: Callable[..., None]) -> int:
-    """Answer pairs until there are no more (0) or the memory has grown too much (RETIRED)."""
+def _compare(arithmetic: Full, answer: Callable[..., None]) -> int:
+    """Answer requests until there are no more (0), math-verify is needed, or the memory has grown too much."""
+    sys.setrecursionlimit(3000)
     for line in sys.stdin:
-        pair, a, b, limit_s = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
-        verdict = equivalent(a, b)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        answer(pair=pair, equivalent=verdict)
-        if _resident_kib() > RETIRE_ABOVE_KIB:
-            return RETIRED
+        request, texts, pairs, limit_s = json.loads(line)
+        for number, (first, second) in enumerate(pairs):
+            signal.setitimer(signal.ITIMER_PROF, limit_s)
+            try:
+                verdict: bool | None = same(read(texts[first]), read(texts[second]), arithmetic)
+            except _MathVerifyNeeded:
+                return NEEDS_MATH_VERIFY
+            except (MemoryError, RecursionError):
+                verdict = None
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            answer(request=request, pair=number, same=verdict)
+            if _resident_kib() > RETIRE_ABOVE_KIB:
+                return RETIRED
     return 0
 
 
@@ -93,60 +106,57 @@ def _resident_kib() -> int:
 
 
 def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # an answer has nothing to write
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _load() -> Any:
+def _needs_math_verify(a: str, b: str) -> bool:
+    raise _MathVerifyNeeded
+
+
+def _load_math_verify() -> Foreign:
+    """math-verify's verdict on two LaTeX texts, if it holds in both directions; verify() itself is not symmetric."""
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Derivative, Expr, Integral, Limit, Product, Sum, nan, zoo
+    from latex2sympy2_extended import NormalizationConfig
+    from sympy import Expr
 
     # The answer stands alone in math mode: nothing is to be searched for in it, least of all a number to fall back on.
-    extraction = (LatexExtractionConfig(boxed_match_priority=-1),)
-    unevaluated = (Derivative, Integral, Limit, Product, Sum)  # to evaluate them may take longer than to compare them
+    # Units were read before, by a table that does not take letters of a formula for them.
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
+    extraction = (LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization),)
 
     @lru_cache(maxsize=4096)
     def parsed(latex: str) -> Any:
         return parse(f"${latex}$", extraction, extraction_mode="first_match", parsing_timeout=None)
 
-    @lru_cache(maxsize=16384)
-    def value(latex: str) -> complex | None:
-        """Of an expression at a fixed point of its variables; None for sets, relations and what has no value."""
-        if _RATIONAL.fullmatch(latex):
-            return _finite(Fraction, latex)
-        expression = next(iter(parsed(latex)), None)
-        if not isinstance(expression, Expr) or expression.has(*unevaluated, nan, zoo):
-            return None
-        point = {symbol: _coordinate(symbol.name) for symbol in expression.free_symbols}
-        return _finite(expression.evalf, 20, point)
+    def far_apart(a: str, b: str) -> bool:
+        """Whether two numbers differ in the first 15 digits: verify() rounds to 6 decimals."""
+        values = []
+        for latex in (a, b):
+            expression = next(iter(parsed(latex)), None)
+            if not isinstance(expression, Expr) or expression.free_symbols:
+                return False
+            try:
+                values.append(complex(expression.evalf(25)))
+            except (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError):
+                return False
+        x, y = values
+        return abs(x - y) > 1e-14 * max(abs(x), abs(y))
 
     def equivalent(a: str, b: str) -> bool:
-        """math-verify's verdict where it holds in both directions; verify() itself is not symmetric."""
-        x, y = value(a), value(b)
-        if x is not None and y is not None and abs(x - y) > max(FAR_FROM_ZERO, FAR_APART * max(abs(x), abs(y))):
+        if far_apart(a, b):
             return False
         return all(
-            verify(parsed(gold), parsed(given), allow_set_relation_comp=True, timeout_seconds=None)
-            for gold, given in ((a, b), (b, a))
+            verify(parsed(ground_truth), parsed(given), allow_set_relation_comp=True, timeout_seconds=None)
+            for ground_truth, given in ((a, b), (b, a))
         )
 
     equivalent("x+x", "2x")  # what is built at first use is not to count against the first pair's limit
     return equivalent
-
-
-def _coordinate(name: str) -> float:
-    """Where a variable is evaluated: in 1..2, by its name alone."""
-    return 1.0 + (zlib.crc32(name.encode(errors="surrogatepass")) % 99991 + 0.5) / 99991
-
-
-def _finite(evaluate: Any, *arguments: Any) -> complex | None:
-    """The value as a complex number; None where it is none or too large for one."""
-    try:
-        value = complex(evaluate(*arguments))
-    except (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError):
-        return None
-    return value if abs(value) < 1e150 else None
 
 
 if __name__ == "__main__":

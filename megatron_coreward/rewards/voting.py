@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,9 @@ class Vote:
     winners: tuple[int, ...]  # rollouts in the leading class; empty where there is no label
 
 
-def majority_vote(answers: Sequence[str | None], judge: Judge | None = None, min_margin: float = 0.0) -> Vote:
+def majority_vote(
+    answers: Sequence[str | None], equivalence: AnswerEquivalence | None = None, min_margin: float = 0.0
+) -> Vote:
     """The vote over the equivalence classes of G answers (None or blank: no answer).
 
     The largest class wins, of several the one that was seen first. The vote abstains where its margin is below
@@ -35,7 +37,7 @@ def majority_vote(answers: Sequence[str | None], judge: Judge | None = None, min
     """
     if not 0.0 <= min_margin <= 1.0:
         raise ValueError(f"min_margin must lie in 0..1, got {min_margin}")
-    classes = (judge or Judge("exact")).classes(answers)
+    classes = (equivalence or AnswerEquivalence("exact")).classes(answers)
     # most_common() keeps first-seen order among equals, and classes are numbered in that order.
     ranking = Counter(index for index in classes if index is not None).most_common()
     leader, count = ranking[0] if ranking else (None, 0)

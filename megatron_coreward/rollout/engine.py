@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.rollout import environment
-from megatron_coreward.rollout.leftovers import Belongings
+from megatron_coreward.rollout.orphans import EngineResources
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import FloatArray, IntArray
 from megatron_coreward.weights.spec import VLLM_BACKEND
@@ -86,9 +86,9 @@ class RolloutEngine:
                 others have been ended.
         """
         on_cpu = environment.prepare(cpu_threads)
-        self._belongings = Belongings() if tensor_parallel > 1 else None
-        if self._belongings is not None:
-            os.environ["VLLM_RPC_BASE_PATH"] = str(self._belongings.folder)
+        self._resources = EngineResources() if tensor_parallel > 1 else None
+        if self._resources is not None:
+            os.environ["VLLM_RPC_BASE_PATH"] = str(self._resources.folder)
 
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -134,8 +134,8 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from
             **where,
         )
-        if self._belongings is not None:
-            self._belongings.note_segments()
+        if self._resources is not None:
+            self._resources.note_segments()
             self._llm.llm_engine.model_executor.register_failure_callback(on_worker_death)
         self._tokenizer: Any = self._llm.get_tokenizer()
         # vLLM marks tokens with the version of the weights from 0.30 on. Before, only this object knows it; nothing can
@@ -273,8 +273,8 @@ class RolloutEngine:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             self._version = None
-        if self._belongings is not None:
-            self._belongings.close()
+        if self._resources is not None:
+            self._resources.close()
 
     def _require(self, expected_version: int) -> None:
         if self._version is None:

@@ -172,7 +172,7 @@ def _known(rows: Sequence[Row]) -> set[str]:
 
 
 def _common_average(loaded: Mapping[str, Sequence[Row]]) -> str:
-    measured = [{key for key in _known(rows) if key.startswith("val/avg@")} for rows in loaded.values()]
+    measured = [{key for key in _known(rows) if key.startswith(("val/avg@", "val/pass@1"))} for rows in loaded.values()]
     with_validation = [found for found in measured if found]
     common = keys.validation_keys(set.intersection(*with_validation)) if with_validation else []
     if not common:

@@ -22,10 +22,10 @@ def replaced_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    fsync_directory(path.parent)
 
 
-def sync_directory(directory: Path) -> None:
+def fsync_directory(directory: Path) -> None:
     """Makes the names in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

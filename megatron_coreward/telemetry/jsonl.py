@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.telemetry import keys
-from megatron_coreward.telemetry.files import append_line, replaced_whole, sync_directory
+from megatron_coreward.telemetry.files import append_line, fsync_directory, replaced_whole
 
 FILE_NAME = "metrics.jsonl"
 
@@ -29,8 +29,8 @@ class JsonlSink:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._last_step = _truncate(path, first_step)
-        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        sync_directory(path.parent)
+        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        fsync_directory(path.parent)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one row; it is on disk on return."""

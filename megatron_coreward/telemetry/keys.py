@@ -68,7 +68,7 @@ MEANINGS: Mapping[str, str] = {
     "rollout/self_certainty": "mean KL(uniform || p) of the policy's next-token distribution on its rollouts",
     "rollout/truncated_share": "share of responses cut off at the length limit",
     "rollout/tokens_per_s": "response tokens sampled a second, over all engines",
-    "rollout/lag": "steps by which the weights that sampled are behind those that learn",
+    "rollout/staleness": "steps by which the weights that sampled are behind those that learn",
     "rollout/slowest_engine_s": "time until the slowest engine had sampled its share of the policy's rollouts",
     "rollout/fastest_engine_s": "time until the fastest one had",
     "rollout/entropy": "mean entropy of the policy's next-token distribution on its rollouts",
@@ -86,11 +86,13 @@ MEANINGS: Mapping[str, str] = {
     "guard/signs": "signs of collapse that the guard sees, an alarm or not",
     "sync/logprob_gap": "mean absolute log-probability gap between rollout engine and actor",
     "sync/logprob_gap_max": "largest such gap of a single token",
-    "sync/probe_gap": "mean gap on the probe that every publication must pass, the worst engine's",
-    "sync/seconds": "time to publish the weights to every engine",
+    "sync/canary_gap": "mean gap on the canary after a weight sync, the worst engine's",
+    "sync/canary_limit": "largest such gap that is taken for arithmetic; a larger one ends the run",
+    "sync/seconds": "time to bring the weights to every engine",
 }
 
-# Validation keys carry their k: val/pass@1, val/avg@8, val/maj@8.
+# Validation keys carry their k: val/pass@1, val/avg@8, val/maj@8. Over several data sets each has keys of its own
+# besides, with its source in between: val/openai/gsm8k/avg@8.
 VALIDATION_MEANINGS: Mapping[str, str] = {
     "val/pass@": "share of validation questions with a right answer in k samples",
     "val/avg@": "mean accuracy over k samples a question",

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.telemetry.files import append_line, replaced_whole
-from megatron_coreward.telemetry.rollout_dump import JudgedGroup
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 
 FILE_NAME = "labels.jsonl"
 
@@ -27,7 +27,7 @@ class LabelHistory:
     """The last label of every question and view."""
 
     def __init__(self, path: Path, same: Callable[[str, str], bool], first_step: int = 0) -> None:
-        """`same` says whether two labels are one answer (`Judge.equivalent`); `first_step` is the next to be observed.
+        """`same` says whether two labels are one answer (`AnswerEquivalence.equivalent`); `first_step` comes next.
 
         Raises RunError where a whole line of the file is not a step's labels.
         """
@@ -37,9 +37,9 @@ class LabelHistory:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._read(path, first_step)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
-    def observe(self, step: int, judged: Iterable[JudgedGroup]) -> dict[str, float]:
+    def observe(self, step: int, scored: Iterable[ScoredGroup]) -> dict[str, float]:
         """Takes over the labels of a step's policy groups and returns how they changed.
 
         `label/flip_rate`: of the labels whose question had one before, in the same view, the share that is another
@@ -48,7 +48,7 @@ class LabelHistory:
         """
         labels: dict[Key, str] = {
             (item.group.uid, item.group.view): item.label
-            for item in judged
+            for item in scored
             if item.group.role == "policy" and item.label is not None
         }
         if not labels:

@@ -44,14 +44,14 @@ _FILE_NAME = re.compile(r"step_(\d{6,})\.parquet")
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedGroup:
+class ScoredGroup:
     """A group of rollouts with what the step concluded about it. Rewards and advantages are None for the teacher's."""
 
     group: RolloutGroup
     label: str | None  # the pseudo-label it was rewarded against
     rewards: FloatArray | None  # [G]
     advantages: FloatArray | None  # [G]
-    gold: str | None = None  # the data set's answer, for later study
+    ground_truth: str | None = None  # the data set's answer, for later study
 
     def __post_init__(self) -> None:
         size = len(self.group.completions)
@@ -87,7 +87,7 @@ def discard_rollouts(run_dir: Path, first_step: int) -> None:
 
 
 def dump_rollouts(
-    run_dir: Path, step: int, judged: Sequence[JudgedGroup], notes: Mapping[str, str] | None = None
+    run_dir: Path, step: int, scored: Sequence[ScoredGroup], notes: Mapping[str, str] | None = None
 ) -> Path:
     """Writes the completions of a step, group by group in the given order; an older file of that step is replaced.
 
@@ -95,13 +95,13 @@ def dump_rollouts(
     """
     path = rollouts_path(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = _to_table(judged).replace_schema_metadata({**(notes or {}), "step": str(step)})
+    table = _to_table(scored).replace_schema_metadata({**(notes or {}), "step": str(step)})
     with replaced_whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     return path
 
 
-def read_rollouts(path: Path) -> list[JudgedGroup]:
+def read_rollouts(path: Path) -> list[ScoredGroup]:
     """The groups of a step as they were dumped. Raises InputError where the file is missing or of another form."""
     try:
         with pq.ParquetFile(path) as file:
@@ -124,10 +124,10 @@ def read_notes(path: Path) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
 
 
-def _to_table(judged: Sequence[JudgedGroup]) -> Any:
+def _to_table(scored: Sequence[ScoredGroup]) -> Any:
     rows = [
         (place, item, completion, sample)
-        for place, item in enumerate(judged)
+        for place, item in enumerate(scored)
         for sample, completion in enumerate(item.group.completions)
     ]
     columns: dict[str, Any] = {
@@ -141,7 +141,7 @@ def _to_table(judged: Sequence[JudgedGroup]) -> Any:
         "token_ids": _ragged([completion.token_ids for _, _, completion, _ in rows], np.int32),
         "logprobs": _ragged([completion.logprobs for _, _, completion, _ in rows], np.float32),
         "answer": [completion.answer for _, _, completion, _ in rows],
-        "gold": [item.gold for _, item, _, _ in rows],
+        "gold": [item.ground_truth for _, item, _, _ in rows],
         "pseudo_label": [item.label for _, item, _, _ in rows],
         "reward": [None if item.rewards is None else item.rewards[sample] for _, item, _, sample in rows],
         "advantage": [None if item.advantages is None else item.advantages[sample] for _, item, _, sample in rows],
@@ -170,7 +170,7 @@ def _column_values(column: Any) -> Sequence[Any]:
     return [flat[begin:end].copy() for begin, end in pairwise(offsets)]
 
 
-def _from_rows(rows: Sequence[dict[str, Any]]) -> JudgedGroup:
+def _from_rows(rows: Sequence[dict[str, Any]]) -> ScoredGroup:
     first = rows[0]
     completions = tuple(
         Completion(
@@ -185,11 +185,11 @@ def _from_rows(rows: Sequence[dict[str, Any]]) -> JudgedGroup:
     )
     prompt = Prompt(first["prompt"], first["prompt_token_ids"])
     group = RolloutGroup(first["uid"], first["view"], first["role"], prompt, completions)
-    judged = group.role == "policy"
-    return JudgedGroup(
+    scored = group.role == "policy"
+    return ScoredGroup(
         group=group,
         label=first["pseudo_label"],
-        rewards=np.array([row["reward"] for row in rows], dtype=np.float32) if judged else None,
-        advantages=np.array([row["advantage"] for row in rows], dtype=np.float32) if judged else None,
-        gold=first["gold"],
+        rewards=np.array([row["reward"] for row in rows], dtype=np.float32) if scored else None,
+        advantages=np.array([row["advantage"] for row in rows], dtype=np.float32) if scored else None,
+        ground_truth=first["gold"],
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_coreward.algorithms.aggregation import token_weights
+from megatron_coreward.algorithms.aggregation import token_weights, token_weights_by_view
 from megatron_coreward.config.schema import LossSettings
 from megatron_coreward.types import FloatArray, RolloutGroup, Sequences, TokenStats, TrainBatch, cut
 
@@ -37,10 +37,11 @@ def to_batch(
         old, reference: statistics of the same sequences, where the loss needs them.
     """
     completions = [completion for group in groups for completion in group.completions]
+    lengths = [len(c.token_ids) for c in completions]
     return TrainBatch(
         sequences=sequences,
         advantages=np.concatenate(advantages).astype(np.float32),
-        token_weights=token_weights([len(c.token_ids) for c in completions], loss.aggregation, max_response_tokens),
+        token_weights=_weights(lengths, groups, loss, max_response_tokens),
         rollout_logprobs=[c.logprobs for c in completions],
         old_logprobs=None if old is None else old.logprobs,
         reference_logprobs=None if reference is None else reference.logprobs,
@@ -63,6 +64,16 @@ def mini_batches(
             total - int(prompt)
             for total, prompt in zip(part.sequences.lengths, part.sequences.prompt_lengths, strict=True)
         ]
-        weights = token_weights(lengths, loss.aggregation, max_response_tokens)
+        weights = _weights(lengths, [groups[i] for i in piece], loss, max_response_tokens)
         parts.append(replace(part, token_weights=weights))
     return parts
+
+
+def _weights(
+    lengths: Sequence[int], groups: Sequence[RolloutGroup], loss: LossSettings, max_response_tokens: int
+) -> FloatArray:
+    """[S] weights of the tokens of each sequence of the groups."""
+    if loss.views == "mean":
+        return token_weights(lengths, loss.aggregation, max_response_tokens)
+    views = [group.view for group in groups for _ in group.completions]
+    return token_weights_by_view(lengths, views, loss.aggregation, max_response_tokens)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_coreward.checkpoint import store
-from megatron_coreward.checkpoint.store import Hashes, Position
+from megatron_coreward.checkpoint.store import Hashes, TrainerState
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import RunError
@@ -16,7 +16,7 @@ from megatron_coreward.telemetry import label_history
 
 
 class SavingActors(Protocol):
-    """What a checkpoint needs of the actors (`trainer.cluster.ActorGroup`)."""
+    """What a checkpoint needs of the actors (`cluster.groups.ActorGroup`)."""
 
     def begin_save(self, target: Path) -> None: ...
     def save_written(self) -> bool: ...
@@ -36,9 +36,9 @@ class CheckpointWriter:
         labels: the label history up to a step, to be kept in its checkpoint.
         """
         self._config, self._actors, self._published, self._labels = config, actors, published, labels
-        self._under_way: int | None = None
+        self._in_flight: int | None = None
 
-    def begin(self, position: Position) -> None:
+    def begin(self, trainer_state: TrainerState) -> None:
         """Takes a snapshot of the run and begins to write it, after the checkpoint before it is complete.
 
         Raises:
@@ -48,35 +48,35 @@ class CheckpointWriter:
         run_dir = self._config.run_dir
         files = {"config.yaml": dump_config(self._config).encode()}
         if self._labels is not None:
-            files[label_history.FILE_NAME] = self._labels(position.step)
+            files[label_history.FILE_NAME] = self._labels(trainer_state.step)
         try:
-            self._actors.begin_save(store.new_checkpoint(run_dir, position, files))
+            self._actors.begin_save(store.new_checkpoint(run_dir, trainer_state, files))
         except (OSError, RunError) as error:
-            raise self._failed(position.step, error) from error
-        self._under_way = position.step
+            raise self._failed(trainer_state.step, error) from error
+        self._in_flight = trainer_state.step
         if not self._config.checkpoint.asynchronous:
             self.finish()
 
     def poll(self) -> None:
         """Completes the checkpoint under way if its files are written; does not wait for them."""
-        if self._under_way is not None and self._actors.save_written():
+        if self._in_flight is not None and self._actors.save_written():
             self.finish()
 
     def finish(self) -> None:
         """Waits for the checkpoint under way. Raises RunError if it cannot be written."""
-        if self._under_way is None:
+        if self._in_flight is None:
             return
-        step, self._under_way = self._under_way, None
+        step, self._in_flight = self._in_flight, None
         settings = self._config.checkpoint
         try:
             hashes = self._actors.finish_save()
-            store.publish(self._config.run_dir, step, hashes, keep=settings.keep, best=settings.best_is)
+            store.finalize_checkpoint(self._config.run_dir, step, hashes, keep=settings.keep, best=settings.best_is)
         except (OSError, RunError) as error:
             raise self._failed(step, error) from error
         self._published(step)
 
     def _failed(self, step: int, error: Exception) -> RunError:
-        from megatron_coreward.trainer.watchdog import WorkerDied
+        from megatron_coreward.cluster.watchdog import WorkerDied
 
         if isinstance(error, WorkerDied):
             return error

@@ -11,28 +11,28 @@ from typing import Any, Protocol
 
 from megatron_coreward.algorithms.advantages import group_advantages
 from megatron_coreward.algorithms.ema_schedule import teacher_decay
+from megatron_coreward.cluster.colocation import GpuHandoff, no_handoff
+from megatron_coreward.cluster.weight_sync import WeightSync
 from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.guard import Guard
-from megatron_coreward.rewards.equivalence import Judge
-from megatron_coreward.rewards.evidence import BatchEvidence
-from megatron_coreward.rewards.methods.base import Judgement, Method
-from megatron_coreward.telemetry.rollout_dump import JudgedGroup
+from megatron_coreward.rewards.context import BatchRewardContext
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
+from megatron_coreward.rewards.methods.base import GroupReward, Method
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer import step_metrics
 from megatron_coreward.trainer.batch import mini_batches, to_batch, to_sequences
-from megatron_coreward.trainer.collector import collector_paused
-from megatron_coreward.trainer.journal import Recorded, RolloutJournal
+from megatron_coreward.trainer.garbage_collection import garbage_collection_paused
+from megatron_coreward.trainer.rollout_log import LoggedStep, RolloutLog
 from megatron_coreward.trainer.schedule import RolloutEngines, RolloutSchedule
-from megatron_coreward.trainer.sync import WeightSync, weight_version
-from megatron_coreward.trainer.turns import Turn, no_turns
-from megatron_coreward.types import FloatArray, Problem, RolloutGroup, Sequences, TokenStats, TrainBatch
+from megatron_coreward.types import FloatArray, Problem, RolloutGroup, Sequences, TokenStats, TrainBatch, WeightVersion
 
 
 class TrainingActors(Protocol):
-    """What a step needs of the actors (`trainer.cluster.ActorGroup`)."""
+    """What a step needs of the actors (`cluster.groups.ActorGroup`)."""
 
-    def move_teacher(self, decay: float) -> None: ...
+    def update_ema_teacher(self, decay: float) -> None: ...
     def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
     def update(self, batch: TrainBatch) -> dict[str, float]: ...
 
@@ -41,7 +41,7 @@ class TrainingActors(Protocol):
 class StepResult:
     """What a step leaves behind: every group with its judgement, and one flat row of metrics."""
 
-    judged: list[JudgedGroup]
+    scored: list[ScoredGroup]
     metrics: dict[str, float]
 
 
@@ -54,14 +54,14 @@ class Trainer:
     actors: TrainingActors
     engines: RolloutEngines
     sync: WeightSync
-    judge: Judge
+    equivalence: AnswerEquivalence
     problems_of: Callable[[int], Sequence[Problem]]  # the batch of a step, counted from 0
     guard: Guard = field(default_factory=lambda: Guard(GuardSettings()))
-    journal: RolloutJournal | None = None  # keeps what a step has sampled, and gives it to a run that died in it
-    engines_turn: Turn = no_turns  # what surrounds publishing and sampling where engines share the actors' GPUs
-    surviving: Callable[[Callable[[], Any]], Any] = lambda ask: ask()  # asks engines again after one has died
+    rollout_log: RolloutLog | None = None  # keeps what a step has sampled, and gives it to a run that died in it
+    gpu_handoff: GpuHandoff = no_handoff  # what surrounds publishing and sampling where engines share the actors' GPUs
+    with_recovery: Callable[[Callable[[], Any]], Any] = lambda ask: ask()  # asks engines again after one has died
     num_updates: int = 0  # optimizer steps so far
-    teacher_moves: int = 0  # the last step whose EMA the teacher has taken
+    teacher_updates: int = 0  # the last step whose EMA the teacher has taken
     schedule: RolloutSchedule = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,12 +71,12 @@ class Trainer:
             engines=self.engines,
             sync=self.sync,
             problems_of=self.problems_of,
-            recorded=lambda step: self.journal is not None and self.journal.has(step),
-            engines_turn=self.engines_turn,
-            surviving=self.surviving,
+            recorded=lambda step: self.rollout_log is not None and self.rollout_log.has(step),
+            gpu_handoff=self.gpu_handoff,
+            with_recovery=self.with_recovery,
         )
 
-    @collector_paused()
+    @garbage_collection_paused()
     def step(self, number: int, timer: PhaseTimer) -> StepResult:
         """Step `number` of the run, counted from 1."""
         config, needs = self.config, self.method.needs
@@ -84,10 +84,10 @@ class Trainer:
         if self.guard.teacher_frozen:
             decay = 1.0
         # It has moved already where a run was stopped within the step.
-        if needs.teacher and self.teacher_moves < number:
+        if needs.teacher and self.teacher_updates < number:
             with timer.phase("teacher_ema"):
-                self.actors.move_teacher(decay)
-            self.teacher_moves = number
+                self.actors.update_ema_teacher(decay)
+            self.teacher_updates = number
 
         problems = self.problems_of(number - 1)
         recorded = self._recorded(number, problems)
@@ -105,21 +105,23 @@ class Trainer:
             reference = self._stats(sequences, self.reference) if kl_coef else None
 
         with timer.phase("rewards"):
-            evidence = BatchEvidence(
+            context = BatchRewardContext(
                 needs,
-                self.judge,
+                self.equivalence,
                 policy_groups=groups,
                 teacher_groups=rollouts["teacher"],
                 token_stats=old,
-                golds=self._golds(problems) if needs.gold else None,
+                ground_truths=self._ground_truths(problems) if needs.ground_truth else None,
                 min_margin=config.rewards.min_margin,
             )
-            judgements = recorded.judgements if recorded else [self.method.judge(group, evidence) for group in groups]
-            advantages = [group_advantages(judgement.rewards) for judgement in judgements]
+            group_rewards = (
+                recorded.group_rewards if recorded else [self.method.score(group, context) for group in groups]
+            )
+            advantages = [group_advantages(group_reward.rewards) for group_reward in group_rewards]
 
-        judged = _judged(groups, judgements, advantages, rollouts["teacher"], self._golds(problems))
-        if self.journal is not None and recorded is None:
-            self.journal.write(number, judged, syncs)
+        scored = _scored(groups, group_rewards, advantages, rollouts["teacher"], self._ground_truths(problems))
+        if self.rollout_log is not None and recorded is None:
+            self.rollout_log.write(number, scored, syncs)
 
         with timer.phase("update"):
             several = config.loss.updates_per_batch > 1
@@ -139,45 +141,47 @@ class Trainer:
                 self.num_updates += 1
 
         metrics = step_metrics.collect(
-            groups, rollouts["teacher"], judgements, advantages, updates, kl_coef, syncs, timer.seconds
+            groups, rollouts["teacher"], group_rewards, advantages, updates, kl_coef, syncs, timer.seconds
         )
-        if config.rollout.lag:
-            metrics |= step_metrics.lag(groups, self.num_updates, config.loss.updates_per_batch)
+        if config.rollout.max_staleness:
+            metrics |= step_metrics.staleness(groups, self.num_updates, config.loss.updates_per_batch)
         if needs.teacher:
             metrics["teacher/decay"] = decay
-        metrics |= step_metrics.label_quality(groups, evidence.votes(), judgements, self._golds(problems), self.judge)
-        return StepResult(judged, metrics)
+        metrics |= step_metrics.label_quality(
+            groups, context.votes(), group_rewards, self._ground_truths(problems), self.equivalence
+        )
+        return StepResult(scored, metrics)
 
     @property
     def reference(self) -> str:
         """Whose weights the KL term holds the policy to."""
         return "teacher" if self.config.loss.kl_reference == "teacher" else "reference"
 
-    def _recorded(self, step: int, problems: Sequence[Problem]) -> Recorded | None:
-        if self.journal is None:
+    def _recorded(self, step: int, problems: Sequence[Problem]) -> LoggedStep | None:
+        if self.rollout_log is None:
             return None
-        fresh = weight_version("policy", self.num_updates)
-        lagging = weight_version("policy", self.num_updates - self.config.loss.updates_per_batch)
-        versions = {fresh, lagging} if self.config.rollout.lag else {fresh}
-        return self.journal.read(step, problems, self.method.needs.views, versions)
+        fresh = WeightVersion("policy", self.num_updates).number
+        lagging = WeightVersion("policy", self.num_updates - self.config.loss.updates_per_batch).number
+        versions = {fresh, lagging} if self.config.rollout.max_staleness else {fresh}
+        return self.rollout_log.read(step, problems, self.method.needs.views, versions)
 
     def _stats(self, sequences: Sequences, weights: str) -> TokenStats:
         return self.actors.token_stats(sequences, weights, self.config.rollout.temperature)
 
     @staticmethod
-    def _golds(problems: Sequence[Problem]) -> Mapping[str, str | None]:
-        return {problem.uid: problem.gold for problem in problems}
+    def _ground_truths(problems: Sequence[Problem]) -> Mapping[str, str | None]:
+        return {problem.uid: problem.ground_truth for problem in problems}
 
 
-def _judged(
+def _scored(
     groups: Sequence[RolloutGroup],
-    judgements: Sequence[Judgement],
+    group_rewards: Sequence[GroupReward],
     advantages: Sequence[FloatArray],
     teacher_groups: Sequence[RolloutGroup],
-    golds: Mapping[str, str | None],
-) -> list[JudgedGroup]:
+    ground_truths: Mapping[str, str | None],
+) -> list[ScoredGroup]:
     policy = [
-        JudgedGroup(group, judgement.label, judgement.rewards, advantage, golds.get(group.uid))
-        for group, judgement, advantage in zip(groups, judgements, advantages, strict=True)
+        ScoredGroup(group, group_reward.label, group_reward.rewards, advantage, ground_truths.get(group.uid))
+        for group, group_reward, advantage in zip(groups, group_rewards, advantages, strict=True)
     ]
-    return policy + [JudgedGroup(group, None, None, None, golds.get(group.uid)) for group in teacher_groups]
+    return policy + [ScoredGroup(group, None, None, None, ground_truths.get(group.uid)) for group in teacher_groups]

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
 from megatron_coreward.errors import RunError
 from megatron_coreward.guard import Decision
-from megatron_coreward.telemetry.files import sync_directory
+from megatron_coreward.telemetry.files import fsync_directory
 from megatron_coreward.telemetry.rollout_dump import discard_rollouts
 
 FILE_NAME = "rollbacks.jsonl"
@@ -65,5 +65,5 @@ def roll_back(run_dir: Path, decision: Decision) -> int:
             aside = path.with_name(f"collapsed_{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
-    sync_directory(run_dir / "checkpoints")
+    fsync_directory(run_dir / "checkpoints")
     return good[-1]

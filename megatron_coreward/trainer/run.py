@@ -1,53 +1,53 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from megatron_coreward.actor.setup import ActorSetup
-from megatron_coreward.checkpoint.convert import megatron_directory
 from megatron_coreward.checkpoint.store import (
     ACTORS,
     checkpoint_path,
 )
+from megatron_coreward.cluster.colocation import no_handoff, open_colocation
+from megatron_coreward.cluster.engine_recovery import EngineRecovery
+from megatron_coreward.cluster.groups import start_ray
+from megatron_coreward.cluster.preemption import Preempted, StopRequest, StopSignals
+from megatron_coreward.cluster.processes import LOGS, processes
+from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
+from megatron_coreward.cluster.weight_sync import CANARY_TOKENS, canary_tokens, open_sync
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.guard import Guard
+from megatron_coreward.preflight import preflight
 from megatron_coreward.report.report import write_report
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
-from megatron_coreward.rollout import leftovers
 from megatron_coreward.telemetry import label_history
 from megatron_coreward.telemetry.console import open_view
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
-from megatron_coreward.trainer.claim import Start, claim_run_dir, log_event, resume_hint, sole_use
-from megatron_coreward.trainer.cluster import ActorGroup, EngineGroup, start_ray
-from megatron_coreward.trainer.evaluate import Accuracy, evaluate
-from megatron_coreward.trainer.journal import RolloutJournal, fingerprint_of
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.placement import Demand, Reservation
-from megatron_coreward.trainer.preemption import Preempted, StopRequest, StopSignals
-from megatron_coreward.trainer.preflight import preflight
-from megatron_coreward.trainer.recovery import EngineRecovery
 from megatron_coreward.trainer.rollback import Collapsing, count_rollbacks, roll_back
+from megatron_coreward.trainer.rollout_log import RolloutLog, fingerprint_of
+from megatron_coreward.trainer.run_directory import (
+    OpenedRun,
+    lock_run_directory,
+    log_event,
+    open_run_directory,
+    resume_hint,
+)
 from megatron_coreward.trainer.session import UNFINISHED, Session
-from megatron_coreward.trainer.sync import PROBE_TOKENS, open_sync, weight_version
-from megatron_coreward.trainer.turns import no_turns, open_turns
-from megatron_coreward.trainer.watchdog import Watchdog, WorkerDied
-from megatron_coreward.weights import segment
-from megatron_coreward.weights.route import Transport, choose_transport
-
-LOGS = "logs"  # in the run directory: what the processes print
+from megatron_coreward.trainer.validation import evaluate
+from megatron_coreward.types import WeightVersion
 
 
 def train(config: RunConfig) -> Path:
@@ -64,7 +64,7 @@ def train(config: RunConfig) -> Path:
     """
     with StopSignals(config.faults.stop_signals) as stop, ExitStack() as stack:
         arch = preflight(config)
-        stack.enter_context(sole_use(config.run_dir))
+        stack.enter_context(lock_run_directory(config.run_dir))
         if config.telemetry.wandb_project is not None:
             require_wandb(config.telemetry.wandb_project)
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
@@ -73,7 +73,7 @@ def train(config: RunConfig) -> Path:
         notes: list[str] = []
         before: Exception | None = None  # what ended the attempt before
         while True:
-            start = claim_run_dir(config, notes)
+            start = open_run_directory(config, notes)
             start_ray(config.watchdog.start_limit_s)
             stop.take()
             try:
@@ -109,13 +109,13 @@ def _run(
     config: RunConfig,
     arch: Architecture,
     problems: ProblemSet,
-    held_out: ProblemSet | None,
-    start: Start,
+    held_out: Mapping[str, ProblemSet],
+    start: OpenedRun,
     stop: StopRequest,
 ) -> None:
     """One attempt, from the start of the processes to the final model."""
     sampler = BatchSampler(problems, config.data.batch_size, config.seed, config.data.shuffle)
-    position, steps_done = start.position, start.position.step if start.position else 0
+    trainer_state, steps_done = start.trainer_state, start.trainer_state.step if start.trainer_state else 0
     with ExitStack() as stack:
         view = stack.enter_context(
             open_view(
@@ -127,29 +127,39 @@ def _run(
         )
         for note in start.notes:
             view.note(note)
-        for what, some in (("training", problems), ("validation", held_out)):
-            if some is not None and some.num_dropped:
-                longer = f"longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"
-                view.note(f"{some.num_dropped} {what} questions are {longer} and left out; {len(some)} are used")
+        for what, some in (("training", problems), *((f"validation ({n})", part) for n, part in held_out.items())):
+            for count, why in (
+                (some.num_dropped, f"are longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"),
+                (some.num_unpaired, "have no rephrasing, or are rephrasings without a question"),
+                (some.num_unanswered, "have no ground truth"),
+            ):
+                if count:
+                    view.note(f"{count} {what} questions {why} and are left out; {len(some)} are used")
         view.note("starting Ray, actors and rollout engines")
 
-        def tell(text: str) -> None:
+        def notify(text: str) -> None:
             view.note(text)
             log_event(config, text)
 
-        watchdog = Watchdog(config.watchdog, tell, stop, logs=config.run_dir / LOGS)
+        watchdog = Watchdog(config.watchdog, notify, stop, logs=config.run_dir / LOGS)
         actors, engines, transport = stack.enter_context(processes(config, watchdog))
-        judge = stack.enter_context(Judge(config.rewards.equivalence, config.rewards.judge_timeout_s))
-        turns = open_turns(config.rollout.placement, actors, engines, engines.slept)
-        receiving = engines if turns is None else turns.engines
-        sync = open_sync(
-            config, arch, transport, actors, receiving, partial(watchdog.get, awaited="a bucket of weights")
+        equivalence = stack.enter_context(
+            AnswerEquivalence(config.rewards.equivalence, config.rewards.comparison_timeout_s)
         )
-        if turns is not None:
-            turns.published = sync
-            sync.open("policy")  # buckets take memory on the GPU, which the first turn has to know of
-        tell("actors compute with " + ", ".join(f"{what}: {how}" for what, how in actors.describe().items()))
-        journal = RolloutJournal(
+        validation_equivalence = stack.enter_context(
+            AnswerEquivalence(
+                config.validation.equivalence or config.rewards.equivalence, config.rewards.comparison_timeout_s
+            )
+        )
+        colocation = open_colocation(config.rollout.placement, actors, engines, engines.slept)
+        receiving = engines if colocation is None else colocation.engines
+        canary = canary_tokens([problem.prompts["original"].token_ids for problem in problems[:CANARY_TOKENS]])
+        sync = open_sync(config, transport, actors, receiving, partial(watchdog.get, awaited="weights"), canary)
+        if colocation is not None:
+            colocation.published = sync
+            sync.open()  # buckets take memory on the GPU, which the first turn has to know of
+        notify("actors compute with " + ", ".join(f"{what}: {how}" for what, how in actors.describe().items()))
+        rollout_log = RolloutLog(
             config.run_dir, fingerprint_of(config), first_step=steps_done + 1, keep=config.telemetry.dump_rollouts
         )
         run = Trainer(
@@ -158,17 +168,17 @@ def _run(
             actors=actors,
             engines=engines,
             sync=sync,
-            judge=judge,
+            equivalence=equivalence,
             problems_of=sampler.batch,
             guard=Guard(config.guard, rollbacks=count_rollbacks(config.run_dir)),
-            journal=journal,
-            engines_turn=turns or no_turns,
-            surviving=EngineRecovery(engines, sync, config.faults.engine_restarts, tell),
+            rollout_log=rollout_log,
+            gpu_handoff=colocation or no_handoff,
+            with_recovery=EngineRecovery(engines, sync, config.faults.engine_restarts, notify),
         )
         sinks = stack.enter_context(
             open_sinks(
                 config.run_dir,
-                first_step=0 if position is None else steps_done + (UNFINISHED not in position.extra),
+                first_step=0 if trainer_state is None else steps_done + (UNFINISHED not in trainer_state.extra),
                 wandb_project=config.telemetry.wandb_project,
                 config=config.model_dump(mode="json"),
             )
@@ -176,8 +186,8 @@ def _run(
         labels = stack.enter_context(
             label_history.LabelHistory(
                 config.run_dir / label_history.FILE_NAME,
-                judge.equivalent,
-                first_step=0 if position is None else steps_done + 1,
+                equivalence.equivalent,
+                first_step=0 if trainer_state is None else steps_done + 1,
             )
         )
 
@@ -188,159 +198,80 @@ def _run(
         session = Session(
             config=config,
             run=run,
-            checkpoints=CheckpointWriter(config, actors, journal.covered, labels.snapshot),
+            checkpoints=CheckpointWriter(config, actors, rollout_log.covered, labels.snapshot),
             stop=stop,
-            validate=None if held_out is None else lambda timer: _validate(run, held_out, timer).metrics(),
-            observe=lambda step, judged: (
-                labels.observe(step, judged) | ({} if config.rollout.lag else engines.take_sampling_metrics())
+            validate=(lambda timer: _validate(run, held_out, validation_equivalence, timer)) if held_out else None,
+            observe=lambda step, scored: (
+                labels.observe(step, scored) | ({} if config.rollout.max_staleness else engines.take_sampling_metrics())
             ),
             record=record,
             new_timer=lambda: PhaseTimer(view.phase),
-            tell=tell,
+            notify=notify,
         )
-        if position is None:
+        if trainer_state is None:
             session.validate_at_start()
         else:
-            actors.load((checkpoint_path(config.run_dir, position.step) / ACTORS).resolve())
-            session.resume(position)
-            view.note(f"resumed after step {position.step}")
-        if journal.num_recorded:
-            view.note(f"the journal has the rollouts of {journal.num_recorded} further steps")
+            actors.load((checkpoint_path(config.run_dir, trainer_state.step) / ACTORS).resolve())
+            session.resume(trainer_state)
+            view.note(f"resumed after step {trainer_state.step}")
+        if rollout_log.num_recorded:
+            view.note(f"the journal has the rollouts of {rollout_log.num_recorded} further steps")
         session.train()
         view.note("writing the final model")
         actors.export_hf("policy", (config.run_dir / "hf").resolve())
-        _write_report(config, tell)
+        _write_report(config, notify)
 
 
-def _write_report(config: RunConfig, tell: Callable[[str], None]) -> None:
+def _write_report(config: RunConfig, notify: Callable[[str], None]) -> None:
     """The run's page. All that it shows is kept beside it: an error here is told, and takes no finished run away."""
     try:
         write_report(config.run_dir)
     except Exception as error:
         again = f"`megatron-coreward report {config.run_dir}` tries again"
-        tell(f"report.html was not written: {type(error).__name__}: {error}; {again}")
+        notify(f"report.html was not written: {type(error).__name__}: {error}; {again}")
 
 
-def _validate(run: Trainer, held_out: ProblemSet, timer: PhaseTimer) -> Accuracy:
-    with run.engines_turn(timer):
-        run.schedule.publish("policy", run.num_updates, timer)
+def _validate(
+    run: Trainer, held_out: Mapping[str, ProblemSet], equivalence: AnswerEquivalence, timer: PhaseTimer
+) -> dict[str, float]:
+    with run.gpu_handoff(timer):
+        run.schedule.sync_weights("policy", run.num_updates, timer)
         with timer.phase("validation"):
             return evaluate(
                 run.engines,
                 held_out,
                 run.config.validation,
-                run.judge,
+                equivalence,
                 max_tokens=run.config.rollout.max_response_tokens,
-                version=weight_version("policy", run.num_updates),
+                version=WeightVersion("policy", run.num_updates).number,
                 seed=run.config.seed,
-                answer_forms=run.config.rewards.answer_forms,
+                answer_formats=run.config.rewards.answer_formats,
             )
 
 
-@contextmanager
-def processes(
-    config: RunConfig, watchdog: Watchdog | None = None
-) -> Iterator[tuple[ActorGroup, EngineGroup, Transport]]:
-    """The actors and engines of a run, and how weights travel between them; started side by side, ended in any case.
-
-    After an error nobody waits for them: they may hang in a collective whose partner is gone, or in rollouts.
-    """
-    start_ray(config.watchdog.start_limit_s)
-    watchdog = watchdog or Watchdog(config.watchdog, logs=config.run_dir / LOGS)
-    colocated = config.rollout.placement == "colocated"
-    demand = Demand(
-        ranks=config.actor.world_size,
-        rank_group=config.actor.tensor_parallel,
-        engines=config.rollout.num_engines,
-        engine_size=config.rollout.tensor_parallel,
-        colocated=colocated,
-    )
-    max_sequence = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    with ExitStack() as stack:
-        reservation = stack.enter_context(Reservation(demand, config.watchdog.start_limit_s))
-        transport = choose_transport(
-            config.sync.transport,
-            gpus=reservation.on_gpus,
-            colocated=colocated,
-            num_hosts=reservation.num_hosts,
-        )
-
-        def start_actors() -> ActorGroup:
-            actors = ActorGroup(actor_setup(config, max_sequence), reservation, watchdog)
-            stack.push(partial(_leave, actors))
-            return actors
-
-        actors = None if colocated else start_actors()
-        engines = EngineGroup(
-            config.model.hf_path.resolve(),
-            config.rollout,
-            reservation,
-            config.model.dtype,
-            max(max_sequence, PROBE_TOKENS + 1),
-            config.seed,
-            transport=transport,
-            watchdog=watchdog,
-        )
-        stack.push(partial(_leave, engines))
-        if actors is None:  # an engine plans its memory by what is free when it starts; actors come when it is asleep
-            engines.wait()
-            engines.sleep()
-            actors = start_actors()
-        actors.wait()
-        engines.wait()
-        yield actors, engines, transport
-
-
-def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: object) -> None:
-    if kind is None:
-        group.shutdown()
-    else:
-        group.shutdown(patience_s=0.5)
-        for _ in range(5):  # those who were killed need a moment to be gone, and hold their segments until then
-            segment.remove_leftovers()
-            leftovers.remove_leftovers()
-            time.sleep(0.2)
-
-
-def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
-    """What the ranks of a run are built from."""
-    return ActorSetup(
-        settings=config.actor,
-        loss=config.loss,
-        hf_path=config.model.hf_path.resolve(),
-        megatron_path=config.model.megatron_path and megatron_directory(config.model.megatron_path).resolve(),
-        dtype=config.model.dtype,
-        temperature=config.rollout.temperature,
-        max_sequence_length=max_sequence,
-        total_updates=config.steps * config.loss.updates_per_batch,
-        seed=config.seed,
-        teacher=METHODS[config.method].needs.teacher,
-        frozen_reference=bool(config.loss.kl_coef) and config.loss.kl_reference == "frozen",
-        skip_bad_gradients=config.faults.bad_gradient == "skip",
-    )
-
-
-def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, ProblemSet | None]:
+def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, dict[str, ProblemSet]]:
+    """The questions to train on, and those to validate on: a set for each source, by its name, which two files of one
+    source have with their own name behind it."""
     data, needs = config.data, METHODS[config.method].needs
     limits: dict[str, Any] = {
         "system_prompt": data.system_prompt,
         "max_prompt_tokens": data.max_prompt_tokens,
         "over_length": data.over_length,
+        "unpaired": data.unpaired,
         "thinking": data.thinking,
     }
-    rephrased = data.rephrased_files if "rephrased" in needs.views else ()
+    rephrased = data.rephrased_files if "rephrased" in needs.all_views else ()
     problems = load_problems(data.train_files, rephrased, tokenizer, **limits)
-    if needs.gold and problems.num_without_gold:
-        raise InputError(
-            f"data.train_files: method {config.method} needs reward_model.ground_truth, and "
-            f"{problems.num_without_gold} of {len(problems)} questions have none"
-        )
-    if not data.val_files:
-        return problems, None
-    held_out = load_problems(data.val_files, (), tokenizer, **limits)
-    if held_out.num_without_gold:
-        raise InputError(f"data.val_files: {held_out.num_without_gold} questions have no reward_model.ground_truth")
+    if needs.ground_truth:
+        problems = problems.with_ground_truth(data.missing_gold, f"data.train_files: method {config.method}")
+    held_out = []
+    for file in data.val_files:
+        found = load_problems([file], (), tokenizer, **limits)
+        found = found.with_ground_truth(data.missing_gold, f"data.val_files: {file}: validation")
+        held_out += [(source, file, part) for source, part in found.by_source().items()]
+    sources = Counter(source for source, _, _ in held_out)
     limit = config.validation.max_problems
-    if limit is not None and limit < len(held_out):
-        held_out = ProblemSet(held_out[:limit], held_out.num_dropped, 0, held_out.longest_prompt)
-    return problems, held_out
+    return problems, {
+        source if sources[source] == 1 else f"{source}/{file.stem}": part.first(limit)
+        for source, file, part in held_out
+    }

@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_coreward.config.schema import AnswerForm
+from megatron_coreward.config.schema import AnswerFormat
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
 from megatron_coreward.types import Completion, Problem, Role, RolloutGroup, View
 
 
 class SamplingEngines(Protocol):
-    """What sampling needs of the engines (`trainer.cluster.EngineGroup`)."""
+    """What sampling needs of the engines (`cluster.groups.EngineGroup`)."""
 
     def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]: ...
 
@@ -35,13 +35,13 @@ def sample_groups(
     step: int,
     seed: int,
     top_p: float = 1.0,
-    answer_forms: Sequence[AnswerForm] = ("boxed",),
+    answer_formats: Sequence[AnswerFormat] = ("boxed",),
 ) -> list[RolloutGroup]:
     """`n` completions for every view of every problem: one group each, problem after problem."""
     requests = requests_for(
         problems, views, role, n=n, temperature=temperature, max_tokens=max_tokens, step=step, seed=seed, top_p=top_p
     )
-    return to_groups(problems, views, role, engines.sample(requests, version), answer_forms)
+    return to_groups(problems, views, role, engines.sample(requests, version), answer_formats)
 
 
 def requests_for(
@@ -76,24 +76,24 @@ def to_groups(
     views: Sequence[View],
     role: Role,
     answers: Sequence[Sequence[Sample]],
-    answer_forms: Sequence[AnswerForm] = ("boxed",),
+    answer_formats: Sequence[AnswerFormat] = ("boxed",),
 ) -> list[RolloutGroup]:
     """What the engines answered to `requests_for`, as one group a request."""
     asked = [(problem, view) for problem in problems for view in views]
     return [
         RolloutGroup(
-            problem.uid, view, role, problem.prompts[view], tuple(_completion(s, answer_forms) for s in samples)
+            problem.uid, view, role, problem.prompts[view], tuple(_completion(s, answer_formats) for s in samples)
         )
         for (problem, view), samples in zip(asked, answers, strict=True)
     ]
 
 
-def _completion(sample: Sample, answer_forms: Sequence[AnswerForm]) -> Completion:
+def _completion(sample: Sample, answer_formats: Sequence[AnswerFormat]) -> Completion:
     return Completion(
         token_ids=sample.token_ids,
         logprobs=sample.logprobs,
         text=sample.text,
-        answer=extract_answer(sample.text, answer_forms),
+        answer=extract_answer(sample.text, answer_formats),
         finish_reason=sample.finish_reason,
         weight_version=sample.weight_version,
     )

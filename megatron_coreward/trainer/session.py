@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from megatron_coreward.checkpoint.store import Position
+from megatron_coreward.checkpoint.store import TrainerState
+from megatron_coreward.cluster.preemption import Preempted, StopRequest
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import RunError
-from megatron_coreward.telemetry.rollout_dump import JudgedGroup
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.preemption import Preempted, StopRequest
 from megatron_coreward.trainer.rollback import Collapsing
 
 GUARD = "guard"  # its state, in a checkpoint
@@ -38,26 +38,26 @@ class Session:
     checkpoints: CheckpointWriter
     stop: StopRequest
     validate: Callable[[PhaseTimer], Row] | None  # None: there is nothing held out
-    observe: Callable[[int, Sequence[JudgedGroup]], Row]  # further metrics of a step
+    observe: Callable[[int, Sequence[ScoredGroup]], Row]  # further metrics of a step
     record: Callable[[int, Row], None]
     new_timer: Callable[[], PhaseTimer]
-    tell: Callable[[str], None]  # what people should know, now and afterwards
+    notify: Callable[[str], None]  # what people should know, now and afterwards
     done: int = 0  # steps whose row is written
     saved: int = 0  # the last step that a checkpoint covers
     skipped: int = 0  # steps in a row without an update
     last_row: Row = field(default_factory=dict)  # of the step that was done last
-    first_accuracy: float | None = None  # avg@n of the run's first validation
+    first_accuracy: float | None = None  # avg@n (pass@1 without random samples) of the run's first validation
 
-    def resume(self, position: Position) -> None:
+    def resume(self, trainer_state: TrainerState) -> None:
         """Takes over where an earlier attempt stood; the actors have loaded their part."""
-        self.run.num_updates, self.run.teacher_moves = position.num_updates, position.teacher_moves
-        if GUARD in position.extra:
-            self.run.guard.load_state_dict(position.extra[GUARD])
-        self.first_accuracy = position.extra.get(FIRST_ACCURACY)
-        self.done = self.saved = position.step
-        if UNFINISHED in position.extra:
-            row = {k: math.nan if value is None else value for k, value in position.extra[UNFINISHED].items()}
-            self._complete(position.step, row, self.new_timer())
+        self.run.num_updates, self.run.teacher_updates = trainer_state.num_updates, trainer_state.teacher_updates
+        if GUARD in trainer_state.extra:
+            self.run.guard.load_state_dict(trainer_state.extra[GUARD])
+        self.first_accuracy = trainer_state.extra.get(FIRST_ACCURACY)
+        self.done = self.saved = trainer_state.step
+        if UNFINISHED in trainer_state.extra:
+            row = {k: math.nan if value is None else value for k, value in trainer_state.extra[UNFINISHED].items()}
+            self._complete(trainer_state.step, row, self.new_timer())
 
     def validate_at_start(self) -> None:
         """The row of step 0."""
@@ -72,7 +72,7 @@ class Session:
             for step in range(self.done + 1, config.steps + 1):
                 self.stop.check()
                 result = self.run.step(step, timer)
-                row = self._complete(step, result.metrics | self.observe(step, result.judged), timer)
+                row = self._complete(step, result.metrics | self.observe(step, result.scored), timer)
                 timer = self.new_timer()  # the checkpoint's time belongs to the next row: this one is written before it
                 with timer.phase("checkpoint"):
                     self.checkpoints.poll()
@@ -94,7 +94,7 @@ class Session:
             try:
                 row = row | self._validated(timer)
             except Preempted:
-                self.checkpoints.begin(self._position(step, row, {UNFINISHED: _to_json(row)}))
+                self.checkpoints.begin(self._trainer_state(step, row, {UNFINISHED: _to_json(row)}))
                 self.saved = step
                 raise
         decision = self.run.guard.observe(step, row)
@@ -102,7 +102,7 @@ class Session:
         self.record(step, row | timer.metrics())
         self.done, self.last_row = step, row
         if decision.news:
-            self.tell(str(decision))
+            self.notify(str(decision))
         if decision.action in ("rollback", "stop"):
             raise Collapsing(decision)
         self.skipped = self.skipped + 1 if row.get("optim/skipped_updates") else 0
@@ -116,25 +116,26 @@ class Session:
 
     def _validated(self, timer: PhaseTimer) -> Row:
         assert self.validate is not None
-        metrics: Row = self.run.surviving(partial(self.validate, timer))
-        key = f"val/avg@{self.config.validation.n}"
+        metrics: Row = self.run.with_recovery(partial(self.validate, timer))
+        settings = self.config.validation
+        key = "val/pass@1" if settings.samples == "greedy" else f"val/avg@{settings.n}"
         first = self.first_accuracy = metrics[key] if self.first_accuracy is None else self.first_accuracy
-        if metrics[key] < first - self.config.validation.warn_below_start:
-            self.tell(
+        if metrics[key] < first - settings.warn_below_start:
+            self.notify(
                 f"{key} is {metrics[key]:.1%}, and was {first:.1%} at first: training makes the model worse on the "
                 "validation questions"
             )
         return metrics
 
     def _save(self, row: Row) -> None:
-        self.checkpoints.begin(self._position(self.done, row, {}))
+        self.checkpoints.begin(self._trainer_state(self.done, row, {}))
         self.saved = self.done
 
-    def _position(self, step: int, row: Row, more: dict[str, Any]) -> Position:
+    def _trainer_state(self, step: int, row: Row, more: dict[str, Any]) -> TrainerState:
         extra = {GUARD: self.run.guard.state_dict(), FIRST_ACCURACY: self.first_accuracy} | more
         score = row.get(self.config.checkpoint.best_metric or "", math.nan)
         known = score if math.isfinite(score) else None
-        return Position(step, self.run.num_updates, self.run.teacher_moves, known, extra)
+        return TrainerState(step, self.run.num_updates, self.run.teacher_updates, known, extra)
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -4,25 +4,25 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from megatron_coreward.cluster.weight_sync import SyncReport
 from megatron_coreward.rewards.agreement import (
     agreement_metrics,
-    gold_metrics,
+    ground_truth_metrics,
     relation_metrics,
     reward_metrics,
     vote_metrics,
 )
-from megatron_coreward.rewards.equivalence import Judge
-from megatron_coreward.rewards.evidence import GroupKey
-from megatron_coreward.rewards.methods.base import Judgement
+from megatron_coreward.rewards.context import GroupKey
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
+from megatron_coreward.rewards.methods.base import GroupReward
 from megatron_coreward.rewards.voting import Vote, majority_vote
-from megatron_coreward.trainer.sync import SyncReport, weight_version
-from megatron_coreward.types import FloatArray, RolloutGroup
+from megatron_coreward.types import FloatArray, RolloutGroup, WeightVersion
 
 
 def collect(
     groups: Sequence[RolloutGroup],
     teacher_groups: Sequence[RolloutGroup],
-    judgements: Sequence[Judgement],
+    group_rewards: Sequence[GroupReward],
     advantages: Sequence[FloatArray],
     updates: Sequence[Mapping[str, float]],
     kl_coef: float,
@@ -38,7 +38,7 @@ def collect(
     lengths = np.asarray([len(c.token_ids) for group in groups for c in group.completions])
     cut_off = [c.finish_reason == "length" for group in groups for c in group.completions]
     sampled = int(lengths.sum()) + sum(len(c.token_ids) for group in teacher_groups for c in group.completions)
-    metrics = reward_metrics(judgements, advantages)
+    metrics = reward_metrics(group_rewards, advantages)
     metrics |= {
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
@@ -51,7 +51,10 @@ def collect(
         metrics["loss/kl_coef"] = kl_coef
     if syncs:
         metrics["sync/seconds"] = sum(report.seconds for report in syncs)
-        metrics["sync/probe_gap"] = max(report.probe_gap for report in syncs)
+        metrics["sync/canary_gap"] = max(report.canary_gap for report in syncs)
+        limits = [report.limit for report in syncs if report.limit is not None]
+        if limits:
+            metrics["sync/canary_limit"] = limits[-1]
     return metrics
 
 
@@ -82,39 +85,44 @@ def _loss(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return metrics
 
 
-def lag(groups: Sequence[RolloutGroup], num_updates: int, updates_per_batch: int) -> dict[str, float]:
+def staleness(groups: Sequence[RolloutGroup], num_updates: int, updates_per_batch: int) -> dict[str, float]:
     """How many steps the weights that sampled were behind those that the step began with."""
     version = groups[0].completions[0].weight_version
-    behind = weight_version("policy", num_updates - updates_per_batch) - version
-    return {"rollout/lag": behind / weight_version("policy", updates_per_batch)}
+    behind = WeightVersion("policy", num_updates - updates_per_batch).number - version
+    return {"rollout/staleness": behind / WeightVersion("policy", updates_per_batch).number}
 
 
 def label_quality(
     groups: Sequence[RolloutGroup],
     votes: Mapping[GroupKey, Vote],
-    judgements: Sequence[Judgement],
-    golds: Mapping[str, str | None],
-    judge: Judge,
+    group_rewards: Sequence[GroupReward],
+    ground_truths: Mapping[str, str | None],
+    equivalence: AnswerEquivalence,
 ) -> dict[str, float]:
     """Votes and how right they were. Gold answers are read here, after the update, and go nowhere but into the row."""
     return (
         vote_metrics(votes)
-        | agreement_metrics(votes, judge)
-        | gold_metrics(groups, judgements, golds, judge)
-        | _relations(groups, votes, judge)
+        | agreement_metrics(votes, equivalence)
+        | ground_truth_metrics(groups, group_rewards, ground_truths, equivalence)
+        | _relations(groups, votes, equivalence)
     )
 
 
-def _relations(groups: Sequence[RolloutGroup], votes: Mapping[GroupKey, Vote], judge: Judge) -> dict[str, float]:
-    """What `rewards.equivalence` changed. Under `exact`, `math` stands for its normal forms: the symbolic comparison
-    would cost more than the step for a figure that nobody trains on."""
-    other = Judge("math", symbolic=False) if judge.relation == "exact" else Judge("exact")
+def _relations(
+    groups: Sequence[RolloutGroup], votes: Mapping[GroupKey, Vote], equivalence: AnswerEquivalence
+) -> dict[str, float]:
+    """What the choice between `exact` and `math` changes. Unless the run compares by it, `math` stands for its normal
+    forms: the symbolic comparison would cost more than the step for a figure that nobody trains on."""
     keys = [(group.uid, group.view, group.role) for group in groups]
-    # Without a least margin: a vote that did not abstain is the same with it.
-    used = {
-        key: majority_vote(group.answers, judge) if key not in votes or votes[key].abstained else votes[key]
-        for key, group in zip(keys, groups, strict=True)
-    }
-    others = {key: majority_vote(group.answers, other) for key, group in zip(keys, groups, strict=True)}
-    exact, math = (used, others) if judge.relation == "exact" else (others, used)
-    return relation_metrics(exact, math, other if judge.relation == "exact" else judge)
+
+    def voted(by: AnswerEquivalence) -> dict[GroupKey, Vote]:
+        # Without a least margin: a vote that did not abstain is the same with it.
+        known = votes if by is equivalence else {}
+        return {
+            key: majority_vote(group.answers, by) if key not in known or known[key].abstained else known[key]
+            for key, group in zip(keys, groups, strict=True)
+        }
+
+    exact = equivalence if equivalence.relation == "exact" else AnswerEquivalence("exact")
+    math = equivalence if equivalence.relation == "math" else AnswerEquivalence("math", symbolic=False)
+    return relation_metrics(voted(exact), voted(math), math)

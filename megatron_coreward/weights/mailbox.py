@@ -8,7 +8,7 @@ Plain files and mmap, not `multiprocessing.shared_memory`: under Python 3.11 its
 soon as any process that merely attached to it exits (bpo-38119; `track=False` came with 3.13).
 
 The creator keeps a lock on the file for as long as it lives, and the kernel drops it even after SIGKILL. So a file
-without a lock is a leftover: it is replaced by a new mailbox of its name, and removed when any mailbox is created.
+without a lock is an orphan: it is replaced by a new mailbox of its name, and removed when any mailbox is created.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ class OwnedMailbox(Mailbox):
     def __init__(self, layout: MailboxLayout) -> None:
         """Raises RunError if a living process owns a mailbox of this name, or /dev/shm has too little room."""
         self._path = mailbox_path(layout.name)
-        remove_leftovers()
+        remove_orphans()
         if self._path.exists():
             raise RunError(f"mailbox {layout.name!r} belongs to a process that is still running")
         partial = SHARED_MEMORY / f".{PREFIX}{layout.name}.{os.getpid()}"
@@ -155,7 +155,7 @@ def open_mailbox(layout: MailboxLayout) -> Mailbox:
     return Mailbox(layout, memory)
 
 
-def remove_leftovers() -> None:
+def remove_orphans() -> None:
     """Removes the mailboxes of processes that are gone."""
     for path in SHARED_MEMORY.glob(f"{PREFIX}*"):
         try:

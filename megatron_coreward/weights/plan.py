@@ -61,6 +61,9 @@ class ModelTensors:
             raise InputError(f"dtype of the weights that travel: {self.dtype!r}; allowed: {', '.join(ITEM_BYTES)}")
 
 
+Params = ModelTensors  # the name that scripts may know
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """A block of an HF tensor that goes from a rank of the actor to a worker of an engine.

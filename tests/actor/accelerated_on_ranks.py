@@ -12,11 +12,11 @@ from tests.actor.on_ranks import make_setup, share_of, start
 def update_with_cold_scales(rank: int, path: Path, port: int, batch: TrainBatch, cold: bool) -> dict[str, Any]:
     """One update, as under a recipe whose scales are not known yet, or not; and how often a gradient was computed."""
     actor = start(rank, make_setup(path, {}), port)
-    share, passes = share_of(actor, batch.sequences), []
+    micro_batches, passes = share_of(actor, batch.sequences), []
     accumulate = actor.accumulate
     actor.accumulate = lambda *args: passes.append(1) or accumulate(*args)
     actor._cold_scales = cold
-    reports = [actor.update(batch, share) for _ in range(2)]
+    reports = [actor.update(batch, micro_batches) for _ in range(2)]
     weights = [param.detach().clone() for param in actor.policy[0].parameters()]
     actor.shutdown()
     return {"passes": len(passes), "reports": reports, "weights": weights}
@@ -25,7 +25,7 @@ def update_with_cold_scales(rank: int, path: Path, port: int, batch: TrainBatch,
 def scoring_under(rank: int, path: Path, port: int, batch: TrainBatch, recipe: str) -> dict[str, Any]:
     """What Megatron's config says of FP8 while each set of weights is scored, and afterwards."""
     actor = start(rank, make_setup(path, {}), port)
-    share, seen = share_of(actor, batch.sequences), {}
+    micro_batches, seen = share_of(actor, batch.sequences), {}
     config = actor.policy[0].module.config
     config.fp8_recipe = recipe
     for weights in ("policy", "reference"):
@@ -34,7 +34,7 @@ def scoring_under(rank: int, path: Path, port: int, batch: TrainBatch, recipe: s
             seen[weights] = config.fp8
         seen[f"{weights} after"] = config.fp8
     config.fp8 = None
-    seen["really"] = actor.token_stats(batch.sequences, share, "policy", 1.0) is not None
+    seen["really"] = actor.token_stats(batch.sequences, micro_batches, "policy", 1.0) is not None
     actor.shutdown()
     return seen
 

@@ -6,35 +6,44 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_coreward.actor.packing import Share
+from megatron_coreward.actor.packing import MicroBatchPlan
 from megatron_coreward.types import TrainBatch
 from tests.actor.on_ranks import make_setup, share_of, start, whole_gradients
 
 
 def train(
-    rank: int, path: Path, layout: dict[str, Any], port: int, batch: TrainBatch, dtype: str, turns: bool, folder: Path
+    rank: int,
+    path: Path,
+    layout: dict[str, Any],
+    port: int,
+    batch: TrainBatch,
+    dtype: str,
+    colocation: bool,
+    folder: Path,
 ) -> dict[str, Any]:
     """Two updates with a teacher that follows, and a checkpoint; with `turns`, the state leaves and comes meanwhile."""
     actor = start(rank, make_setup(path, layout, dtype=dtype), port)
-    share = share_of(actor, batch.sequences)
-    part = batch.select(share.rows)
+    micro_batches = share_of(actor, batch.sequences)
+    part = batch.select(micro_batches.rows)
     held = []
     for _ in range(2):
-        actor.update(part, share)
-        if turns:
+        actor.update(part, micro_batches)
+        if colocation:
             actor.offload()
             held.append(sum(c.buffers[0].grad_data.untyped_storage().nbytes() for c in actor.policy))
-            actor.token_stats(part.sequences, share, "policy", 1.0)  # what a probe asks while the engines are awake
-            actor.token_stats(part.sequences, share, "teacher", 1.0)
+            actor.token_stats(
+                part.sequences, micro_batches, "policy", 1.0
+            )  # what a probe asks while the engines are awake
+            actor.token_stats(part.sequences, micro_batches, "teacher", 1.0)
             actor.onload()
-        actor.move_teacher(0.5)
+        actor.update_ema_teacher(0.5)
     at_rest = sum(t.untyped_storage().nbytes() for t in _state(actor))
     actor.save(folder)
     actor.load(folder)
     with actor._offloaded.at_hand("optimizer", "teacher"):
         state = [tensor.detach().clone() for tensor in _state(actor)]
-    report = actor.update(part, share)
-    stats = actor.token_stats(part.sequences, share, "reference", 1.0)
+    report = actor.update(part, micro_batches)
+    stats = actor.token_stats(part.sequences, micro_batches, "reference", 1.0)
     weights = [param.detach().clone() for chunk in actor.policy for param in chunk.parameters()]
     told = actor.describe()
     actor.shutdown()
@@ -62,14 +71,14 @@ def by_packing(rank: int, path: Path, port: int, batch: TrainBatch, tokens: int)
     rows = tuple(range(len(batch)))
     packed = share_of(actor, batch.sequences)
     assert packed.rows == rows
-    padded = Share(rows, tuple((row,) for row in rows), max(batch.sequences.lengths) + 7)
+    padded = MicroBatchPlan(rows, tuple((row,) for row in rows), max(batch.sequences.lengths) + 7)
     results = []
-    for share in (packed, padded):
-        stats = actor.token_stats(batch.sequences, share, "policy", 0.7)
-        sums = actor.accumulate(batch, share)
+    for micro_batches in (packed, padded):
+        stats = actor.token_stats(batch.sequences, micro_batches, "policy", 0.7)
+        sums = actor.accumulate(batch, micro_batches)
         results.append(
             {
-                "packs": len(share.packs),
+                "packs": len(micro_batches.packs),
                 "stats": [np.concatenate(v) for v in (stats.logprobs, stats.entropy, stats.self_certainty)],
                 "loss": {key: float(sum(s[key] for s in sums)) for key in sums[0] if not key.startswith("max:")},
                 "gradients": whole_gradients(actor),

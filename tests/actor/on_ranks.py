@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_coreward.actor.packing import plan_packs, shares
+from megatron_coreward.actor.packing import micro_batch_plans, plan_packs
 from megatron_coreward.actor.setup import ActorSetup
 from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
 from megatron_coreward.config.schema import ActorSettings, LossSettings
@@ -44,7 +44,7 @@ def share_of(actor: Any, sequences: Sequences) -> Any:
     multiple = s.pipeline_parallel if s.virtual_pipeline > 1 else 1
     align, pad = token_alignment(s), sequence_multiple(s)
     plan = plan_packs(sequences.lengths, s.data_parallel, s.tokens_per_microbatch, multiple, align, pad)
-    return shares(plan)[actor.at.dp_rank]
+    return micro_batch_plans(plan)[actor.ranks.dp_rank]
 
 
 def whole_gradients(actor: Any) -> dict[str, list[tuple[Any, np.ndarray]]]:
@@ -62,10 +62,10 @@ def whole_gradients(actor: Any) -> dict[str, list[tuple[Any, np.ndarray]]]:
                     own = bucket.grad_data.view(buffer.data_parallel_world_size, -1)[rank].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, own, group=buffer.data_parallel_group)
     found: dict[str, list[tuple[Any, np.ndarray]]] = {}
-    for name, param in global_parameters([c.module for c in actor.policy], actor.arch, actor.at):
+    for name, param in global_parameters([c.module for c in actor.policy], actor.arch, actor.ranks):
         if name == "output_layer.weight" and actor.arch.tied:
             continue
-        for block in blocks(name, actor.arch, *_tensor_parallel(name, actor.at)):
+        for block in blocks(name, actor.arch, *_tensor_parallel(name, actor.ranks)):
             piece = param.main_grad[block.shard_index].float().cpu().numpy().copy()
             found.setdefault(block.hf_name, []).append((block.hf_index, piece))
     return found
@@ -78,15 +78,15 @@ def gradients_and_stats(
     results = []
     for layout, port in zip(layouts, ports, strict=True):
         actor = start(rank, make_setup(path, layout), port)
-        share = share_of(actor, batch.sequences)
-        part = batch.select(share.rows)
-        stats = actor.token_stats(part.sequences, share, "policy", 1.0)
-        sums = actor.accumulate(part, share)
-        loss = None if sums is None or not actor.reports else float(sum(s["loss/total"] for s in sums))
+        micro_batches = share_of(actor, batch.sequences)
+        part = batch.select(micro_batches.rows)
+        stats = actor.token_stats(part.sequences, micro_batches, "policy", 1.0)
+        sums = actor.accumulate(part, micro_batches)
+        loss = None if sums is None or not actor.is_output_rank else float(sum(s["loss/total"] for s in sums))
         actor.optimizer.prepare_grads()
         results.append(
             {
-                "stats": None if stats is None else (share.rows, stats),
+                "stats": None if stats is None else (micro_batches.rows, stats),
                 "gradients": whole_gradients(actor),
                 "loss": loss,
                 "norm": float(actor.optimizer.get_grad_norm()),
@@ -99,20 +99,20 @@ def gradients_and_stats(
 def train_and_save(rank: int, path: Path, layout: dict[str, Any], port: int, batch: TrainBatch, folder: Path) -> Any:
     """Two updates with a teacher that follows, a checkpoint and an export, then one more update."""
     actor = start(rank, make_setup(path, layout), port)
-    share = share_of(actor, batch.sequences)
-    part = batch.select(share.rows)
+    micro_batches = share_of(actor, batch.sequences)
+    part = batch.select(micro_batches.rows)
     for _ in range(2):
-        actor.update(part, share)
-        actor.move_teacher(0.5)
+        actor.update(part, micro_batches)
+        actor.update_ema_teacher(0.5)
     actor.save(folder / "state")
     actor.export_hf("policy", folder / "hf")
     actor.export_hf("teacher", folder / "hf_teacher")
-    stats = {w: actor.token_stats(part.sequences, share, w, 1.0) for w in ("policy", "teacher", "reference")}
-    report = actor.update(part, share)
-    actor.move_teacher(0.5)
-    after = actor.token_stats(part.sequences, share, "teacher", 1.0)
+    stats = {w: actor.token_stats(part.sequences, micro_batches, w, 1.0) for w in ("policy", "teacher", "reference")}
+    report = actor.update(part, micro_batches)
+    actor.update_ema_teacher(0.5)
+    after = actor.token_stats(part.sequences, micro_batches, "teacher", 1.0)
     actor.shutdown()
-    return share.rows, stats, report, after
+    return micro_batches.rows, stats, report, after
 
 
 def resume(
@@ -123,25 +123,29 @@ def resume(
     for layout, port in zip(layouts, ports, strict=True):
         actor = start(rank, make_setup(path, layout), port)
         actor.load(folder / "state")
-        share = share_of(actor, batch.sequences)
-        part = batch.select(share.rows)
-        stats = {w: actor.token_stats(part.sequences, share, w, 1.0) for w in ("policy", "teacher", "reference")}
-        report = actor.update(part, share)
-        actor.move_teacher(0.5)
-        after = actor.token_stats(part.sequences, share, "teacher", 1.0)
+        micro_batches = share_of(actor, batch.sequences)
+        part = batch.select(micro_batches.rows)
+        stats = {
+            w: actor.token_stats(part.sequences, micro_batches, w, 1.0) for w in ("policy", "teacher", "reference")
+        }
+        report = actor.update(part, micro_batches)
+        actor.update_ema_teacher(0.5)
+        after = actor.token_stats(part.sequences, micro_batches, "teacher", 1.0)
         actor.shutdown()
-        results.append((share.rows, stats, report, after))
+        results.append((micro_batches.rows, stats, report, after))
     return results
 
 
 def refuses_bad_gradient(rank: int, path: Path, port: int, batch: TrainBatch) -> tuple[bool, bool]:
     """Whether an update with an infinite advantage raises, and whether the weights are as before."""
     actor = start(rank, make_setup(path, {}), port)
-    share = share_of(actor, batch.sequences)
+    micro_batches = share_of(actor, batch.sequences)
     before = [param.detach().clone() for param in actor.policy[0].parameters()]
-    bad = dataclasses.replace(batch, advantages=np.full(len(batch), np.inf, dtype=np.float32)).select(share.rows)
+    bad = dataclasses.replace(batch, advantages=np.full(len(batch), np.inf, dtype=np.float32)).select(
+        micro_batches.rows
+    )
     try:
-        actor.update(bad, share)
+        actor.update(bad, micro_batches)
         raised = False
     except FloatingPointError:
         raised = True
@@ -159,9 +163,9 @@ def stats_of_converted(
     for layout, port in zip(layouts, ports, strict=True):
         setup = make_setup(checkpoint / "hf", layout, megatron_path=checkpoint, teacher=False, frozen_reference=False)
         actor = start(rank, setup, port)
-        share = share_of(actor, sequences)
-        stats = actor.token_stats(sequences.select(share.rows), share, "policy", 1.0)
-        results.append((share.rows, stats, _unlike_megatrons_reader(actor, checkpoint)))
+        micro_batches = share_of(actor, sequences)
+        stats = actor.token_stats(sequences.select(micro_batches.rows), micro_batches, "policy", 1.0)
+        results.append((micro_batches.rows, stats, _unlike_megatrons_reader(actor, checkpoint)))
         actor.shutdown()
     return results
 

@@ -32,10 +32,10 @@ def save_while_training(
     from megatron_coreward.actor.saving import hash_file
 
     actor = start(rank, make_setup(path, layout), port)
-    share = share_of(actor, batch.sequences)
-    part = batch.select(share.rows)
-    actor.update(part, share)
-    actor.move_teacher(0.5)
+    micro_batches = share_of(actor, batch.sequences)
+    part = batch.select(micro_batches.rows)
+    actor.update(part, micro_batches)
+    actor.update_ema_teacher(0.5)
     before = _state(actor)
     if rank == 0:
         (folder / "state").mkdir()
@@ -45,8 +45,8 @@ def save_while_training(
     held = sum(len(tensors) for _, _, (_, tensors) in request.async_fn_args[1]) if request.async_fn else 0
     children = len(psutil.Process().children(recursive=True))
     for _ in range(2):
-        actor.update(part, share)
-        actor.move_teacher(0.5)
+        actor.update(part, micro_batches)
+        actor.update_ema_teacher(0.5)
     moved = not _same(before, _state(actor))
     hashes = actor.finish_save()
     children += len(psutil.Process().children(recursive=True))
@@ -87,15 +87,17 @@ def save_to_full_disk(rank: int, path: Path, port: int, folder: Path) -> str:
 
 def skip_bad_gradient(rank: int, path: Path, port: int, batch: TrainBatch) -> dict[str, Any]:
     """An update with an infinite advantage where such updates are skipped, then a sound one."""
-    actor = start(rank, make_setup(path, {}, skip_bad_gradients=True), port)
-    share = share_of(actor, batch.sequences)
-    actor.update(batch.select(share.rows), share)
+    actor = start(rank, make_setup(path, {}, skip_nonfinite_gradients=True), port)
+    micro_batches = share_of(actor, batch.sequences)
+    actor.update(batch.select(micro_batches.rows), micro_batches)
     before = _state(actor)
-    bad = dataclasses.replace(batch, advantages=np.full(len(batch), np.inf, dtype=np.float32)).select(share.rows)
-    report = actor.update(bad, share)
+    bad = dataclasses.replace(batch, advantages=np.full(len(batch), np.inf, dtype=np.float32)).select(
+        micro_batches.rows
+    )
+    report = actor.update(bad, micro_batches)
     after = _state(actor)
     num_weights = len(list(actor.policy[0].parameters()))
-    sound = actor.update(batch.select(share.rows), share)
+    sound = actor.update(batch.select(micro_batches.rows), micro_batches)
     outcome = {
         "weights as before": _same(before[:num_weights], after[:num_weights]),
         "moments as before": _same(before[num_weights:], after[num_weights:]),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_coreward.actor.packing import ContextRank, local_tokens, plan_packs, shares
+from megatron_coreward.actor.packing import ContextRank, local_tokens, micro_batch_plans, plan_packs
 
 lengths_of = st.lists(st.integers(1, 300), min_size=1, max_size=200)
 
@@ -52,10 +52,10 @@ def test_no_sequences_is_an_error() -> None:
 @given(lengths=lengths_of, ranks=st.integers(1, 4))
 def test_shares_name_the_same_sequences_as_the_plan(lengths: list[int], ranks: int) -> None:
     plan = plan_packs(lengths, ranks, 400)
-    for rank, share in enumerate(shares(plan)):
-        renamed = tuple(tuple(share.rows[place] for place in pack) for pack in share.packs)
+    for rank, micro_batches in enumerate(micro_batch_plans(plan)):
+        renamed = tuple(tuple(micro_batches.rows[place] for place in pack) for pack in micro_batches.packs)
         assert renamed == plan.packs[rank]
-        assert share.num_tokens == plan.num_tokens
+        assert micro_batches.num_tokens == plan.num_tokens
 
 
 @given(pieces=st.lists(st.integers(1, 9), min_size=1, max_size=12), size=st.integers(1, 6))

@@ -32,6 +32,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Any]
     """A model, the folder of a checkpoint written under TP 2, and what the run that wrote it saw."""
     path, folder = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("saved")
     write_model(path, byte_level_tokenizer(), hidden=64, ffn=96)
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    for file in (file for file in path.rglob("*") if file.is_file()):
+        file.chmod(0o444)  # as shared stores keep models
     (folder / "state").mkdir()
     layout = {"tensor_parallel": 2}
     return path, folder, run_ranks(2, train_and_save, path, layout, free_port(), make_batch(259), folder)
@@ -68,6 +72,18 @@ def test_a_checkpoint_goes_on_under_any_layout(
         assert_same(expected, after, 0 if same_layout else 1e-4, f"teacher after one more update under {layout}")
         norms = [next(report["grad_norm"] for _, _, report, _ in r if report is not None) for r in (here, saved)]
         assert norms[0] == pytest.approx(norms[1], rel=0 if same_layout else 1e-4)
+
+
+def test_an_export_has_all_files_of_a_read_only_source_and_the_modes_of_new_files(
+    run: tuple[Path, Path, list[Any]], tmp_path: Path
+) -> None:
+    source, folder, _ = run
+    files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    (tmp_path / "new").touch()
+    for path in (folder / "hf", folder / "hf_teacher"):
+        assert {file.relative_to(path) for file in path.rglob("*") if file.is_file()} == files
+        for file in files:
+            assert (path / file).stat().st_mode == (tmp_path / "new").stat().st_mode, file
 
 
 @pytest.mark.parametrize(("folder_name", "weights"), [("hf", "policy"), ("hf_teacher", "teacher")])

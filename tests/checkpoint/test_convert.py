@@ -60,7 +60,8 @@ def test_the_round_trip_is_bit_exact(
         for file in ("tokenizer.json", "generation_config.json"):
             assert (folder / "back" / file).read_bytes() == (source / file).read_bytes()
         found = json.loads((folder / "back" / "config.json").read_text())
-        assert found == config | {"dtype": str(dtype).removeprefix("torch.")}
+        name = str(dtype).removeprefix("torch.")
+        assert found == config | {"dtype": name, "torch_dtype": name}
 
 
 def read_with_torch(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -496,3 +497,66 @@ def test_a_manifest_of_the_source_is_not_taken_over(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "m")
     assert manifest is not None
     assert len(manifest) == len(random_tensors(TINY, torch.float32))
+
+
+# ---- what lies beside weights ----------------------------------------------------------------------------------------
+
+
+def with_more_files(source: Path) -> dict[str, str]:
+    """Adds what published models have beside weights, and weights of other formats; returns the former."""
+    more = {
+        "LICENSE": "free",
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+        "original/params.json": "{}",
+    }
+    weights = ("pytorch_model.bin", "original/consolidated.00.pth", "onnx/model.onnx_data", ".cache/huggingface/x.lock")
+    for name, text in {**more, **dict.fromkeys(weights, "weights")}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    return more
+
+
+def test_every_file_that_is_not_weights_goes_along(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf", TINY | {"torch_dtype": "float16"}, random_tensors(TINY, torch.bfloat16))
+    more = with_more_files(source)
+    to_megatron(source, tmp_path / "m")
+    to_hf(tmp_path / "m", tmp_path / "back")
+    own = {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors", MANIFEST}
+    files = {
+        path.relative_to(tmp_path / "back").as_posix() for path in (tmp_path / "back").rglob("*") if path.is_file()
+    }
+    assert files == own | set(more)
+    assert {name: (tmp_path / "back" / name).read_text() for name in more} == more
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (written["dtype"], written["torch_dtype"]) == ("bfloat16", "bfloat16")
+
+
+def test_a_target_within_the_source_does_not_go_along(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY, torch.bfloat16))
+    (source / "runs").mkdir()
+    (source / "runs" / "notes.txt").touch()
+    to_megatron(source, source / "runs" / "m")
+    assert not (source / "runs" / "m" / "hf" / "runs").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_of_a_read_only_store_are_taken_without_their_modes(tmp_path: Path, umask: int) -> None:
+    """Contents are copied: all that is written has the mode of any new file, and the same command works again."""
+    source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY, torch.bfloat16), num_files=2)
+    with_more_files(source)
+    for path in sorted(source.rglob("*"), reverse=True):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    source.chmod(0o555)
+    former = os.umask(umask)
+    try:
+        for number in (1, 2):
+            to_megatron(source, tmp_path / f"m{number}")
+            to_hf(tmp_path / f"m{number}", tmp_path / f"back{number}", shard_bytes=500)
+    finally:
+        os.umask(former)
+        source.chmod(0o755)
+    for target in ("m1", "m2", "back1", "back2"):
+        for path in (tmp_path / target, *(tmp_path / target).rglob("*")):
+            expected = 0o777 & ~umask if path.is_dir() else 0o666 & ~umask
+            assert path.stat().st_mode & 0o777 == expected, path

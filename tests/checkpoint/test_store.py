@@ -11,12 +11,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_coreward.checkpoint.store import (
     DamagedCheckpoint,
-    Position,
+    TrainerState,
     check_checkpoint,
     checkpoint_path,
     discard_unfinished,
+    finalize_checkpoint,
     new_checkpoint,
-    publish,
     saved_steps,
     set_aside,
 )
@@ -31,21 +31,21 @@ def write_actors(folder: Path) -> None:
 
 
 def save(run_dir: Path, step: int, keep: int = 2, score: float | None = None, **options: Any) -> Path:
-    position = Position(step, 2 * step, step, score, {"guard": {"alarms": step}})
-    write_actors(new_checkpoint(run_dir, position, {"config.yaml": b"steps: 3\n"}))
-    return publish(run_dir, step, {}, keep=keep, **options)
+    trainer_state = TrainerState(step, 2 * step, step, score, {"guard": {"alarms": step}})
+    write_actors(new_checkpoint(run_dir, trainer_state, {"config.yaml": b"steps: 3\n"}))
+    return finalize_checkpoint(run_dir, step, {}, keep=keep, **options)
 
 
 def test_what_is_saved_is_found_and_read_back(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     assert saved_steps(tmp_path) == [3]
-    assert check_checkpoint(path) == Position(3, 6, 3, None, {"guard": {"alarms": 3}})
+    assert check_checkpoint(path) == TrainerState(3, 6, 3, None, {"guard": {"alarms": 3}})
     assert (path / "config.yaml").read_text() == "steps: 3\n"
 
 
 def test_hashes_that_the_writers_computed_are_taken_over(tmp_path: Path) -> None:
-    write_actors(new_checkpoint(tmp_path, Position(1, 1), {}))
-    path = publish(tmp_path, 1, {"__0_0.distcp": (700, "of the writer")}, keep=1)
+    write_actors(new_checkpoint(tmp_path, TrainerState(1, 1), {}))
+    path = finalize_checkpoint(tmp_path, 1, {"__0_0.distcp": (700, "of the writer")}, keep=1)
     with pytest.raises(DamagedCheckpoint, match="__0_0.distcp: its content"):
         check_checkpoint(path)
     check_checkpoint(path, contents=False)
@@ -73,7 +73,7 @@ def test_of_two_that_are_equally_good_the_newer_stays(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_was_not_published_is_none_and_goes(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    write_actors(new_checkpoint(tmp_path, Position(2, 2), {}))
+    write_actors(new_checkpoint(tmp_path, TrainerState(2, 2), {}))
     assert saved_steps(tmp_path) == [1]
     discard_unfinished(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
@@ -81,8 +81,8 @@ def test_a_checkpoint_that_was_not_published_is_none_and_goes(tmp_path: Path) ->
 
 def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    write_actors(new_checkpoint(tmp_path, Position(1, 7), {}))
-    assert check_checkpoint(publish(tmp_path, 1, {}, keep=2)).num_updates == 7
+    write_actors(new_checkpoint(tmp_path, TrainerState(1, 7), {}))
+    assert check_checkpoint(finalize_checkpoint(tmp_path, 1, {}, keep=2)).num_updates == 7
 
 
 def flip(path: Path) -> None:
@@ -129,10 +129,10 @@ def test_metadata_that_would_run_code_is_refused_though_its_checksum_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    target = new_checkpoint(tmp_path, Position(1, 1), {})
+    target = new_checkpoint(tmp_path, TrainerState(1, 1), {})
     write_actors(target)
     (target / ".metadata").write_bytes(pickle.dumps(RunsCode()))
-    path = publish(tmp_path, 1, {}, keep=1)
+    path = finalize_checkpoint(tmp_path, 1, {}, keep=1)
     with pytest.raises(DamagedCheckpoint, match="posix.mkdir"):
         check_checkpoint(path)
     assert not Path("hostile").exists()

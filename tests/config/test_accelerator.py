@@ -148,7 +148,7 @@ def test_a_text_without_a_number_is_no_version() -> None:
 
 
 def test_preflight_describes_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_coreward.trainer.preflight import machine
+    from megatron_coreward.preflight import machine
 
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 9.0\necho 8.9\n")

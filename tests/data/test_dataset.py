@@ -57,7 +57,7 @@ def test_views_pair_by_index_whatever_the_order_of_the_files(tmp_path: Path) -> 
         {"original": "three\n\n", "rephrased": "drei\n\n"},
         {"original": "one\n\n", "rephrased": "eins\n\n"},
     ]
-    assert [problem.gold for problem in problems] == ["7", "7"]
+    assert [problem.ground_truth for problem in problems] == ["7", "7"]
 
 
 def test_without_rephrased_files_there_is_one_view(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_problem_over_the_limit_in_one_view_is_dropped_in_both_and_counted(tmp
     rephrased = write(tmp_path / "rephrased.parquet", {0: "a", 1: "a b c d e", 2: "a b c d"})
     problems = load([train], [rephrased], limit=3, drop=True)
     assert [problem.uid for problem in problems] == ["set/0"]
-    assert (problems.num_dropped, problems.num_without_gold, problems.longest_prompt) == (2, 1, 3)
+    assert (problems.num_dropped, problems.num_without_ground_truth, problems.longest_prompt) == (2, 1, 3)
 
 
 def test_a_prompt_over_the_limit_is_an_error_that_names_the_longest(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_all_of_math_loads_and_pairs_within_seconds() -> None:
     print(f"{len(problems)} pairs in {seconds:.1f} s, longest prompt {problems.longest_prompt} tokens")
     assert len(problems) == 7500
     assert problems.num_dropped == 0
-    assert problems.num_without_gold == 2  # two answers are blank in the published file
+    assert problems.num_without_ground_truth == 2  # two answers are blank in the published file
     assert all(set(problem.prompts) == {"original", "rephrased"} for problem in problems)
     sample = problems[100].prompts["rephrased"]
     assert tokenizer.decode(sample.token_ids) == sample.text

@@ -79,10 +79,10 @@ def test_unknown_text_becomes_the_unknown_token_and_never_fails() -> None:
 
 @pytest.mark.parametrize("tokenizer", [WORDS, BYTES])
 def test_the_chat_template_is_chatml_up_to_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "How many now?"}]
-    text = tokenizer.apply_chat_template(turns[1:], tokenize=False, add_generation_prompt=True)
+    colocation = [{"role": "system", "content": "Add."}, {"role": "user", "content": "How many now?"}]
+    text = tokenizer.apply_chat_template(colocation[1:], tokenize=False, add_generation_prompt=True)
     assert text == f"{START}user\nHow many now?{END}\n{START}assistant\n"
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    whole = tokenizer.apply_chat_template(colocation, tokenize=False)
     assert whole == f"{START}system\nAdd.{END}\n{START}user\nHow many now?{END}\n"
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (END, PAD, None)
     assert tokenizer.convert_tokens_to_ids([PAD, START, END]) == [0, 1, 2]
@@ -117,8 +117,8 @@ def test_bytes_give_any_text_back(text: str) -> None:
 def test_a_saved_tokenizer_loads_through_auto_tokenizer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    turns = [{"role": "user", "content": SPLITS.train[0].texts["rephrased"]}]
-    text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + "12. \\boxed{37}" + END
+    colocation = [{"role": "user", "content": SPLITS.train[0].texts["rephrased"]}]
+    text = loaded.apply_chat_template(colocation, tokenize=False, add_generation_prompt=True) + "12. \\boxed{37}" + END
     assert ids(loaded, text) == ids(tokenizer, text)
     assert loaded.decode(ids(loaded, text)) == text
     assert (len(loaded), loaded.eos_token_id, loaded.pad_token_id) == (len(tokenizer), 2, 0)

@@ -40,11 +40,11 @@ class Task:
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
+    from megatron_coreward.cluster.groups import stop_ray
     from megatron_coreward.demo.model import write_model
     from megatron_coreward.demo.task import make_splits, write_parquet
     from megatron_coreward.demo.tokenizer import word_level_tokenizer
     from megatron_coreward.demo.warm_start import warm_start
-    from megatron_coreward.trainer.cluster import stop_ray
 
     folder = tmp_path_factory.mktemp("task")
     splits = make_splits(1, num_train=64, num_heldout=16, num_sft=16)

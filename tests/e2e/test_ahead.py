@@ -15,11 +15,17 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.engine, pytest.mark.
 
 
 def test_a_run_with_lags_resumes_to_the_same_weights(task: Task) -> None:
-    ahead = ["rollout.lag=1", "loss.mismatch_correction=tis", "teacher.lag=1", "steps=4", "checkpoint.every=2"]
+    ahead = [
+        "rollout.max_staleness=1",
+        "loss.mismatch_correction=tis",
+        "teacher.lookahead=1",
+        "steps=4",
+        "checkpoint.every=2",
+    ]
     config = task.config("co_rewarding_ii", f"run_dir={task.folder / 'ahead'}", *ahead)
     run_dir = train(config)
     rows = read_rows(run_dir / "metrics.jsonl")[1:]
-    assert [row["rollout/lag"] for row in rows] == [0, 1, 0, 1]
+    assert [row["rollout/staleness"] for row in rows] == [0, 1, 0, 1]
     for step in (1, 2, 3, 4):
         groups = [item.group for item in read_rollouts(rollouts_path(run_dir, step))]
         versions = {(group.role, c.weight_version) for group in groups for c in group.completions}

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from megatron_coreward.config.schema import MethodName
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.types import Problem
@@ -37,14 +37,14 @@ class Processes:
 
         self.actors.load(self.initial)
         config = self.task.config(method, "steps=2", *ONLY_REWARDS)
-        with Judge("exact") as judge:
+        with AnswerEquivalence("exact") as equivalence:
             trainer = Trainer(
                 config=config,
                 method=METHODS[method],
                 actors=self.actors,
                 engines=self.engines,
                 sync=self.sync,
-                judge=judge,
+                equivalence=equivalence,
                 problems_of=lambda step: problems[8 * step : 8 * step + 8],
             )
             for step in (1, 2):
@@ -60,9 +60,9 @@ class Processes:
 def running(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     import ray
 
+    from megatron_coreward.cluster.processes import processes
+    from megatron_coreward.cluster.weight_sync import open_sync
     from megatron_coreward.config.architecture import read_architecture
-    from megatron_coreward.trainer.run import processes
-    from megatron_coreward.trainer.sync import open_sync
 
     config = task.config("co_rewarding_i+ii", *ONLY_REWARDS)
     initial = tmp_path_factory.mktemp("initial")
@@ -85,7 +85,7 @@ def problems(task: Task, running: Processes) -> list[Problem]:
     data = task.config("co_rewarding_i").data
     tokenizer = AutoTokenizer.from_pretrained(task.folder / "start")
     loaded = load_problems(data.train_files, data.rephrased_files, tokenizer, system_prompt=None, max_prompt_tokens=64)
-    running.sync.publish("policy", 0)
+    running.sync.sync_weights("policy", 0)
     groups = sample_groups(
         running.engines,
         loaded[:8],
@@ -100,7 +100,10 @@ def problems(task: Task, running: Processes) -> list[Problem]:
     )
     given = [next((answer for answer in group.answers if answer is not None), None) for group in groups]
     assert sum(answer is not None for answer in given) >= 4
-    first = [dataclasses.replace(p, gold=answer or p.gold) for p, answer in zip(loaded[:8], given, strict=True)]
+    first = [
+        dataclasses.replace(p, ground_truth=answer or p.ground_truth)
+        for p, answer in zip(loaded[:8], given, strict=True)
+    ]
     return [*first, *loaded[8:16]]
 
 
@@ -108,10 +111,10 @@ def problems(task: Task, running: Processes) -> list[Problem]:
 def test_noise_for_labels_changes_only_methods_that_need_them(
     running: Processes, problems: list[Problem], tmp_path: Path, method: str
 ) -> None:
-    noisy = [dataclasses.replace(problem, gold=f"noise {i}") for i, problem in enumerate(problems)]
+    noisy = [dataclasses.replace(problem, ground_truth=f"noise {i}") for i, problem in enumerate(problems)]
     running.actors.load(running.initial)
     before = running.export(tmp_path / "before")
     labelled = running.weights_after_training(method, problems, tmp_path / "labelled")
     with_noise = running.weights_after_training(method, noisy, tmp_path / "noisy")
     assert labelled != before  # something was learned at all
-    assert (labelled == with_noise) == (not METHODS[method].needs.gold)
+    assert (labelled == with_noise) == (not METHODS[method].needs.ground_truth)

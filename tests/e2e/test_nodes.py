@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import ray
 
+from megatron_coreward.cluster.groups import start_ray, stop_ray
+from megatron_coreward.cluster.placement import ReservedPlacement, ResourceRequest, living_nodes
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.trainer.cluster import start_ray, stop_ray
-from megatron_coreward.trainer.placement import Demand, Reservation, living_nodes
 from megatron_coreward.trainer.run import train
 from tests.e2e.conftest import Task
 from tools.soak import comparable_rows, digest
@@ -61,11 +61,11 @@ def node_of_this_process() -> str:
 def test_processes_run_on_the_nodes_that_were_planned(three_nodes: None) -> None:
     start_ray()
     assert len(living_nodes()) == 3
-    demand = Demand(ranks=6, rank_group=2, engines=3, engine_size=1)
-    with Reservation(demand, limit_s=60) as room:
-        probe = ray.remote(node_of_this_process)
-        ranks = ray.get([probe.options(num_cpus=0, **room.for_rank(i)).remote() for i in range(6)], timeout=120)
-        engines = ray.get([probe.options(num_cpus=0, **room.for_engine(i)).remote() for i in range(3)], timeout=120)
+    resource_request = ResourceRequest(ranks=6, rank_group=2, engines=3, engine_size=1)
+    with ReservedPlacement(resource_request, limit_s=60) as room:
+        canary = ray.remote(node_of_this_process)
+        ranks = ray.get([canary.options(num_cpus=0, **room.for_rank(i)).remote() for i in range(6)], timeout=120)
+        engines = ray.get([canary.options(num_cpus=0, **room.for_engine(i)).remote() for i in range(3)], timeout=120)
         assert (tuple(ranks), tuple(engines)) == (room.placement.ranks, room.placement.engines)
         assert Counter(ranks) == dict.fromkeys(set(engines), 2)
         assert ranks[0] == ranks[1] == node_of_this_process()
@@ -155,15 +155,15 @@ def two_hosts() -> Iterator[TwoHosts]:
 
 @pytest.mark.slow
 def test_a_run_over_two_hosts_is_the_run_on_one(two_hosts: TwoHosts, on_one_node: Path, task: Task) -> None:
-    config = make_config(task, "two_hosts", "sync.hashes=true")
+    config = make_config(task, "two_hosts", "sync.checksums=true")
     recipe = task.folder / "two_hosts.yaml"
     recipe.write_text(dump_config(config))
     two_hosts.environment["RAY_ADDRESS"] = f"{two_hosts.ADDRESSES[0]}:{two_hosts.PORT}"
-    probe = (
-        "from megatron_coreward.trainer.placement import living_nodes; from megatron_coreward.trainer import cluster; "
+    canary = (
+        "from megatron_coreward.cluster.placement import living_nodes; from megatron_coreward.cluster import groups; "
     )
-    probe += "cluster.start_ray(); print(sorted(node.address for node in living_nodes()))"
-    assert str(list(two_hosts.ADDRESSES)) in two_hosts.run(0, sys.executable, "-c", probe)
+    canary += "cluster.start_ray(); print(sorted(node.address for node in living_nodes()))"
+    assert str(list(two_hosts.ADDRESSES)) in two_hosts.run(0, sys.executable, "-c", canary)
     two_hosts.run(0, sys.executable, "-m", "megatron_coreward", "train", str(recipe), timeout=600)
     assert digest(config.run_dir) == digest(on_one_node)
     assert comparable_rows(config.run_dir) == comparable_rows(on_one_node)

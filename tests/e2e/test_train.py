@@ -10,9 +10,9 @@ import pytest
 from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
 from megatron_coreward.cli import main
 from megatron_coreward.config.load import dump_config, load_config
+from megatron_coreward.preflight.machine import OWN_NAMES
 from megatron_coreward.telemetry.jsonl import Row, read_rows
 from megatron_coreward.telemetry.rollout_dump import read_rollouts, rollouts_path
-from megatron_coreward.trainer.preflight.machine import OWN_NAMES
 from tests.e2e.conftest import Task
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(600)]
@@ -56,7 +56,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
 def test_every_step_is_synchronised_with_the_engines(finished: Path) -> None:
     for row in read_rows(finished / "metrics.jsonl")[1:]:
         assert float(row["sync/logprob_gap_max"]) < 1e-3
-        assert float(row["sync/probe_gap"]) < 1e-3
+        assert float(row["sync/canary_gap"]) < 1e-3
 
 
 def test_rollouts_carry_the_version_of_their_weights(finished: Path) -> None:

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.e2e, pytest.mark.
 def test_a_run_over_gloo_is_the_run_through_shared_memory(task: Task) -> None:
     weights = {}
     for transport in ("shared_memory", "gloo"):
-        changes = [f"run_dir={task.folder / transport}", f"sync.transport={transport}", "sync.hashes=true"]
+        changes = [f"run_dir={task.folder / transport}", f"sync.transport={transport}", "sync.checksums=true"]
         small = ["steps=2", "rollout.num_engines=2", "sync.bucket_mib=0.1", "validation.at_start=false"]
         weights[transport] = digest(run(task, *changes, *small))
     assert weights["gloo"] == weights["shared_memory"]
@@ -37,7 +37,7 @@ def test_context_parallel_ranks_publish_every_block_once_over_either_way(task: T
     weights = {}
     for transport in ("shared_memory", "gloo"):
         layout = ["actor.tensor_parallel=1", "actor.context_parallel=2", f"sync.transport={transport}"]
-        changes = [f"run_dir={task.folder / f'context_{transport}'}", "sync.hashes=true", "sync.bucket_mib=0.1"]
+        changes = [f"run_dir={task.folder / f'context_{transport}'}", "sync.checksums=true", "sync.bucket_mib=0.1"]
         weights[transport] = digest(run(task, *changes, *layout, "steps=2", "validation.at_start=false"))
     assert weights["gloo"] == weights["shared_memory"]
 

@@ -35,11 +35,11 @@ def compute(rank: int, path: Path, layout: dict[str, Any], dtype: str, port: int
     import torch
 
     actor = start(rank, make_setup(path, {"tokens_per_microbatch": 512, "lr": 1e-9, **layout}, dtype=dtype), port)
-    share = share_of(actor, batch.sequences)
+    micro_batches = share_of(actor, batch.sequences)
     if layout.get("fp8") == "delayed":
-        actor.update(batch, share)
-    stats = actor.token_stats(batch.sequences, share, "policy", 1.0)
-    sums = actor.accumulate(batch, share)
+        actor.update(batch, micro_batches)
+    stats = actor.token_stats(batch.sequences, micro_batches, "policy", 1.0)
+    sums = actor.accumulate(batch, micro_batches)
     found = {
         "logprobs": np.concatenate(stats.logprobs),
         "loss": float(sum(s["loss/total"] for s in sums)),
@@ -57,14 +57,14 @@ def take_turns(rank: int, path: Path, port: int, batch: TrainBatch) -> dict[str,
     import torch
 
     actor = start(rank, make_setup(path, {"tokens_per_microbatch": 512}, dtype="bfloat16"), port)
-    share = share_of(actor, batch.sequences)
-    reports = [actor.update(batch, share)]
+    micro_batches = share_of(actor, batch.sequences)
+    reports = [actor.update(batch, micro_batches)]
     held = [torch.cuda.memory_allocated()]
     given = actor.offload()
     held.append(torch.cuda.memory_allocated())
     actor.onload()
     held.append(torch.cuda.memory_allocated())
-    reports.append(actor.update(batch, share))
+    reports.append(actor.update(batch, micro_batches))
     state = sum(s.value.nbytes * 3 for s in _shards(actor)) + sum(v.nbytes * 2 for v in actor.teacher.values)
     actor.shutdown()
     return {"held": held, "given": given.given, "state": state, "reports": reports}

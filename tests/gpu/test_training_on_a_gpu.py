@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_coreward.config.accelerator import FP8_LOGPROB_GAP
-from tests.gpu.test_turns_on_a_gpu import settings
+from tests.gpu.test_colocation_on_a_gpu import settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.e2e]
 
@@ -23,8 +23,8 @@ PRECISIONS = {
 @pytest.mark.parametrize("method", ["co_rewarding_i", "co_rewarding_ii"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_twenty_steps(model: Path, tmp_path: Path, method: str, precision: str) -> None:
+    from megatron_coreward.cluster.groups import stop_ray
     from megatron_coreward.telemetry.jsonl import read_rows
-    from megatron_coreward.trainer.cluster import stop_ray
     from megatron_coreward.trainer.run import train
 
     overrides, gap = PRECISIONS[precision]
@@ -37,15 +37,15 @@ def test_twenty_steps(model: Path, tmp_path: Path, method: str, precision: str) 
     assert [row["step"] for row in rows] == list(range(1, 21))
     for row in rows:
         assert all(math.isfinite(float(row[key])) for key in ("loss/total", "optim/grad_norm"))
-        assert float(row["sync/probe_gap"]) < gap
+        assert float(row["sync/canary_gap"]) < gap
         assert float(row["time/switch_s"]) > 0
     assert (config.run_dir / "hf" / "config.json").is_file()
 
 
 def test_a_resumed_fp8_run_goes_on(model: Path, tmp_path: Path) -> None:
     """Its checkpoint holds no pickle of Transformer Engine, and the scales are found anew."""
+    from megatron_coreward.cluster.groups import stop_ray
     from megatron_coreward.telemetry.jsonl import read_rows
-    from megatron_coreward.trainer.cluster import stop_ray
     from megatron_coreward.trainer.run import train
 
     for recipe in ("tensorwise", "delayed"):

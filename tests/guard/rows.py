@@ -38,11 +38,11 @@ CHANGE = ("consensus", "entropy_fall", "kl")  # learning shows them too
 DAMAGE = tuple(name for name in SIGNS if name not in CHANGE)
 
 
-def row(step: int, *signs: str) -> Row:
+def row(step: int, *indicators: str) -> Row:
     """A step of the steady policy with some signs of collapse."""
     values: Row = {"step": step, **STEADY}
-    for sign in signs:
-        values |= SIGNS[sign]
+    for indicator in indicators:
+        values |= SIGNS[indicator]
     return values
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from megatron_coreward.config.guard import GuardAction, GuardSettings
 from megatron_coreward.guard import Decision, Guard, replay_rows
-from megatron_coreward.guard.signs import METRICS
+from megatron_coreward.guard.indicators import METRICS
 from megatron_coreward.telemetry.jsonl import Row
 from tests.guard.rows import CHANGE, DAMAGE, SIGNS, row
 
@@ -34,8 +34,8 @@ def run(settings: GuardSettings, rows: list[Row], rollbacks: int = 0) -> list[De
     return [guard.observe(int(r["step"] or 0), r) for r in rows]
 
 
-def rows_with(signs: tuple[str, ...], steps: int, steady: int = 3) -> list[Row]:
-    return [row(step, *(signs if step > steady else ())) for step in range(1, steady + steps + 1)]
+def rows_with(indicators: tuple[str, ...], steps: int, steady: int = 3) -> list[Row]:
+    return [row(step, *(indicators if step > steady else ())) for step in range(1, steady + steps + 1)]
 
 
 def levels(decisions: list[Decision]) -> list[str]:
@@ -59,7 +59,7 @@ def test_two_signs_with_damage_warn_when_they_last_and_act_when_they_go_on() -> 
 def test_one_sign_alone_is_no_alarm(name: str) -> None:
     decisions = run(GuardSettings(**QUICK), rows_with((name,), 20))
     assert set(levels(decisions)) == {"none"}
-    assert [sign.name for sign in decisions[-1].signs] == [name]
+    assert [indicator.name for indicator in decisions[-1].indicators] == [name]
 
 
 def test_certainty_and_distance_together_are_no_alarm_for_learning_shows_them_too() -> None:
@@ -67,8 +67,8 @@ def test_certainty_and_distance_together_are_no_alarm_for_learning_shows_them_to
 
 
 @given(st.sets(st.sampled_from([name for name in DAMAGE if name != "entropy_rise"]), min_size=2), st.integers(1, 9))
-def test_signs_that_do_not_last_are_no_alarm(signs: set[str], pause: int) -> None:
-    rows = [row(step, *(sorted(signs) if step % 2 and step > 3 + pause else ())) for step in range(1, 40)]
+def test_signs_that_do_not_last_are_no_alarm(indicators: set[str], pause: int) -> None:
+    rows = [row(step, *(sorted(indicators) if step % 2 and step > 3 + pause else ())) for step in range(1, 40)]
     assert set(levels(run(GuardSettings(**QUICK), rows))) == {"none"}
 
 
@@ -79,8 +79,8 @@ def test_no_alarm_in_the_warm_up_nor_sooner_than_patience(settings: GuardSetting
     assert set(levels(decisions[: settings.warmup + settings.warn_after - 1])) <= {"none"}
     for decision in decisions:
         if decision.level != "none":
-            assert len(decision.signs) >= settings.min_signs
-            assert any(sign.damage for sign in decision.signs)
+            assert len(decision.indicators) >= settings.min_indicators
+            assert any(indicator.damage for indicator in decision.indicators)
             assert 0 <= decision.good_step < decision.step - decision.lasted + 1
 
 
@@ -158,7 +158,14 @@ def test_a_run_that_went_back_often_enough_is_stopped(rollbacks: int, action: Gu
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"action": "panic"}, {"min_signs": 1}, {"kl_factor": 1.0}, {"warn_after": 12}, {"length_fall": 1.5}, {"pace": 1}],
+    [
+        {"action": "panic"},
+        {"min_indicators": 1},
+        {"kl_factor": 1.0},
+        {"warn_after": 12},
+        {"length_fall": 1.5},
+        {"pace": 1},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

@@ -20,7 +20,7 @@ def test_no_sign_at_all_in_runs_that_learn(name: str) -> None:
     assert accuracy[-1] is not None
     assert accuracy[0] is not None
     assert accuracy[-1] > accuracy[0]
-    assert [decision.signs for _, decision in replay_rows(GuardSettings(), rows) if decision.signs] == []
+    assert [decision.indicators for _, decision in replay_rows(GuardSettings(), rows) if decision.indicators] == []
 
 
 @pytest.mark.parametrize("name", HEALTHY)
@@ -43,19 +43,21 @@ def test_runs_that_learn_stay_silent_with_every_limit_a_fifth_tighter(name: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "warned", "acted", "signs"),
+    ("name", "warned", "acted", "indicators"),
     [
         ("collapse_slow", 34, 39, {"kl", "label_flips"}),  # avg@8: 51% at the start, 22% after 60 steps
         ("collapse_fast", 23, 28, {"kl", "label_flips"}),  # every question is answered with 70 after 50 steps
     ],
 )
-def test_an_alarm_where_majority_voting_loses_accuracy(name: str, warned: int, acted: int, signs: set[str]) -> None:
+def test_an_alarm_where_majority_voting_loses_accuracy(
+    name: str, warned: int, acted: int, indicators: set[str]
+) -> None:
     _, rows = recorded(name)
     decisions = [decision for _, decision in replay_rows(GuardSettings(), rows)]
     assert next(decision.step for decision in decisions if decision.level == "warn") == warned
     first = next(decision for decision in decisions if decision.level == "act")
     assert first.step == acted
-    assert {sign.name for sign in first.signs} >= signs
+    assert {indicator.name for indicator in first.indicators} >= indicators
     assert decisions[-1].level == "act"
 
 
@@ -65,7 +67,7 @@ def test_a_collapse_to_one_answer_is_seen_without_a_second_epoch() -> None:
     single = [{key: value for key, value in row.items() if key != "label/flip_rate"} for row in rows]
     first = next(decision for _, decision in replay_rows(GuardSettings(), single) if decision.level == "act")
     assert first.step < 40
-    assert {sign.name for sign in first.signs} >= {"kl", "variety"}
+    assert {indicator.name for indicator in first.indicators} >= {"kl", "variety"}
 
 
 def test_every_recording_is_tested() -> None:

@@ -10,18 +10,16 @@ import pytest
 from megatron_coreward.config.load import load_config
 from megatron_coreward.errors import RunError
 from megatron_coreward.launch.job import make_job
+from megatron_coreward.launch.kubernetes import Kubernetes, _outcome, _volume_names
 from megatron_coreward.launch.settings import KubernetesCluster
 from tests.launch.arguments import write_recipe
-
-pytest.importorskip("kubernetes", reason="the Python package kubernetes is not installed")
-
-from megatron_coreward.launch.kubernetes import Kubernetes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
 def kubernetes(tmp_path: Path) -> Kubernetes:
+    pytest.importorskip("kubernetes", reason="the Python package kubernetes is not installed")
     job = make_job(load_config(write_recipe(tmp_path), ["run_dir=/runs/one"]), None, 2, 8, None)
     return Kubernetes(job, KubernetesCluster(kind="kubernetes", image="image", claims={"runs": "/runs"}))
 
@@ -41,14 +39,48 @@ def kubernetes(tmp_path: Path) -> Kubernetes:
         ({"jobStatus": "FAILED", "message": "Job entrypoint command failed with exit code 1, ..."}, "failed"),
         ({"jobStatus": "FAILED", "message": "Job entrypoint command failed with exit code 2, ..."}, "failed"),
         ({"jobStatus": "RUNNING", "jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}, "stopped"),
+        ({"jobDeploymentStatus": "Suspended"}, None),
+        ({"jobStatus": "FAILED", "jobDeploymentStatus": "Retrying", "message": "exit code 1"}, "failed"),
+        ({"jobStatus": None, "jobDeploymentStatus": "Waiting"}, None),
+        ({"jobDeploymentStatus": "ValidationFailed"}, "failed"),
+        ({"jobStatus": "RUNNING", "jobDeploymentStatus": "Complete"}, "failed"),
+        ({"jobStatus": "LOST", "jobDeploymentStatus": "Running"}, "failed"),
+        ({"jobStatus": "", "jobDeploymentStatus": "SomethingNew"}, "failed"),
     ],
 )
-def test_a_status(
-    kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch, status: dict[str, str], kind: str | None
-) -> None:
-    monkeypatch.setattr(kubernetes, "_get", lambda: {"status": status})
-    outcome = kubernetes.poll("one-coreward")
+def test_a_status(status: dict[str, Any], kind: str | None) -> None:
+    outcome = _outcome(status)
     assert (None if outcome is None else outcome.kind) == kind
+
+
+def test_a_refused_ray_job_ends_the_wait_with_kuberays_words() -> None:
+    outcome = _outcome(
+        {
+            "jobDeploymentStatus": "ValidationFailed",
+            "reason": "ValidationFailed",
+            "message": "The RayJob metadata is invalid: RayJob name should be no more than 47 characters",
+        }
+    )
+    assert outcome is not None
+    assert outcome.detail.startswith("state ValidationFailed: ")
+    assert outcome.detail.endswith("RayJob name should be no more than 47 characters")
+
+
+def test_a_poll_reads_the_status(kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes, "_get", lambda: {"status": {"jobStatus": "SUCCEEDED"}})
+    outcome = kubernetes.poll("one-coreward")
+    assert outcome is not None
+    assert outcome.kind == "finished"
+
+
+def test_every_claim_has_a_volume_whose_name_a_pod_takes() -> None:
+    claims = ["runs", "models.v2", "shared-memory", "claim-0", "c" * 80]
+    names = _volume_names(claims)
+    assert names["runs"] == "runs"
+    assert names["claim-0"] == "claim-0"
+    assert len(set(names.values())) == len(claims)
+    assert "shared-memory" not in names.values()  # which the pod's own volume has
+    assert all("." not in name and len(name) <= 63 for name in names.values())
 
 
 def test_a_deleted_ray_job_was_cancelled(kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:

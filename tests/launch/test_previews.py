@@ -1,6 +1,10 @@
 """`launch ... --dry-run`: what each executor would submit, line by line where it matters; and bad input."""
 
 import importlib.util
+import json
+import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +96,40 @@ class TestSlurmWithoutContainers:
         text = files_of(preview(capsys, "slurm", str(recipe), "actor.lr=1e-5"))["config.yaml"]
         assert parse_config(yaml.safe_load(text)) == load_config(recipe, ["actor.lr=1e-5"])
 
+    def test_other_options_are_handed_on(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        cluster = slurm_file(tmp_path, "sbatch: {reservation: maintenance, mail_user: me, exclude: 'n[1-3]'}\n")
+        script = files_of(preview(capsys, "slurm", str(write_recipe(tmp_path)), "--cluster", cluster))["job.sbatch"]
+        for line in ("--reservation=maintenance", "--mail-user=me", "--exclude='n[1-3]'"):
+            assert f"#SBATCH {line}" in script.splitlines()
+
+    @pytest.mark.parametrize("folder", ["a b", "it's", "a \"b\" 'c'", "50%/$HOME", "nemo_run/x", "é"])
+    def test_paths_reach_every_command_as_one_word(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
+    ) -> None:
+        recipe = write_recipe(tmp_path)
+        directory = tmp_path / folder / "run" / "launch"
+        text = preview(capsys, "slurm", str(recipe), f"run_dir={json.dumps(str(directory.parent))}")
+        script = files_of(text)["job.sbatch"].splitlines()
+        (srun,) = (line for line in script if line.startswith("srun --output"))
+        words, logs = shlex.split(srun), str(directory / "logs").replace("%", "%%")
+        assert words[:5] == [
+            "srun",
+            "--output",
+            f"{logs}/log-run_%j_${{SLURM_RESTART_COUNT:-0}}.out",
+            "--chdir",
+            str(directory / "code"),
+        ]
+        assert words[-2:] == ["bash", str(directory / "node.sh")]
+        (output,) = (line for line in script if line.startswith("#SBATCH --output="))
+        assert shlex.split(output.removeprefix("#SBATCH ")) == [f"--output={logs}/sbatch_run_%j.out"]
+        assert shlex.split(text.rstrip().splitlines()[-1])[-1] == str(directory / "job.sbatch")
+        assert "COREWARD_PARENT" not in text
+        for name in ("job.sbatch", "node.sh", "driver.sh"):
+            done = subprocess.run(
+                ["bash", "-n"], input=files_of(text)[name], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+
     def test_without_gpus_none_are_asked_for(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         files = files_of(preview(capsys, "slurm", str(recipe)))
         assert "--gpus" not in files["job.sbatch"]
@@ -118,6 +156,15 @@ class TestSlurmWithContainers:
             assert "/lustre/runs:/lustre/runs,/lustre/models:/lustre/models" in line
             assert "--gres=gpu:8" in line
         assert 'COMMAND="${COMMAND:-bash /lustre/runs/launch/long-run/driver.sh}"' in files["job.sbatch"]
+
+    def test_steps_have_account_and_partition_from_their_job(
+        self, tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert "#SBATCH --account=research" in files["job.sbatch"].splitlines()
+        cluster = slurm_file(tmp_path, f"image: x.sqsh\nmounts: ['{tmp_path}:{tmp_path}']\n")
+        neither = files_of(preview(capsys, "slurm", str(write_recipe(tmp_path)), "--cluster", cluster))
+        for script in (files["job.sbatch"], neither["job.sbatch"]):
+            assert not re.search(r"srun .*container-image.* (-A|-p)=", script)
 
     def test_a_signal_reaches_the_training_and_not_ray(self, files: dict[str, str]) -> None:
         script = files["job.sbatch"]
@@ -174,6 +221,31 @@ class TestKubernetes:
         with pytest.raises(InputError, match="run_dir: .* is in no claim, .* under /runs, /models"):
             launch_command("kubernetes", str(recipe), "--cluster", str(CLUSTERS / "kubernetes.yaml"), "--dry-run")
 
+    def test_a_claim_with_dots_and_a_python_with_spaces(
+        self, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cluster = tmp_path / "k8s.yaml"
+        cluster.write_text("kind: kubernetes\nimage: x\nclaims: {runs.v1: /runs}\npython: /opt/my env/python\n")
+        words = ("kubernetes", str(recipe), "run_dir=/runs/one", "--cluster", str(cluster))
+        body = yaml.safe_load(preview(capsys, *words))
+        pod = body["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        claim = {"name": "claim-0", "persistentVolumeClaim": {"claimName": "runs.v1"}}
+        assert claim in pod["volumes"]
+        assert {"name": "claim-0", "mountPath": "/runs"} in pod["containers"][0]["volumeMounts"]
+        assert body["spec"]["entrypoint"].startswith("'/opt/my env/python' -m ")
+
+    @pytest.mark.parametrize("run_dir", ["/runs/../tmp/one", "../etc/one", "/runs2/one"])
+    def test_a_run_directory_that_leaves_its_claim_by_dots(self, recipe: Path, run_dir: str) -> None:
+        cluster = str(CLUSTERS / "kubernetes.yaml")
+        with pytest.raises(InputError, match="run_dir: .* is in no claim"):
+            launch_command("kubernetes", str(recipe), f"run_dir={run_dir}", "--cluster", cluster, "--dry-run")
+
+    def test_two_claims_in_one_place(self, tmp_path: Path, recipe: Path) -> None:
+        cluster = tmp_path / "k8s.yaml"
+        cluster.write_text("kind: kubernetes\nimage: x\nclaims: {a: /runs, b: /runs}\n")
+        with pytest.raises(InputError, match="claims: two are mounted in one place"):
+            launch_command("kubernetes", str(recipe), "run_dir=/runs/1", "--cluster", str(cluster), "--dry-run")
+
 
 @needs_skypilot
 def test_skypilot(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +277,20 @@ def test_skypilot_where_it_is_not_installed(recipe: Path) -> None:
         (("slurm", "--name", "Not/this"), "--name: 'Not/this'; allowed"),
         (("slurm", "--cluster", "absent.yaml"), "--cluster: absent.yaml does not exist"),
         (("slurm", "--time", "soon"), "--time: 'soon'; expected .days-.hours:minutes:seconds"),
+        (("slurm", "--time", "00:00:00"), "--time: '00:00:00'; a limit of 0 is none"),
+        (
+            ("slurm", "--time", "00:05:30"),
+            "--time: 00:05:30 is no longer than stop_before_s, 300 s, .* again and again",
+        ),
+        (("slurm", "--name", "9lives"), "--name: '9lives'; allowed: up to 38 .* the first one a letter"),
+        (("slurm", "--name", "a" * 39), "--name: 'a+'; allowed: up to 38 "),
+        (("slurm", "--name", ""), "--name: ''; allowed"),
+        (
+            ("slurm", "rollout.tensor_parallel=8", "--nodes", "4", "--gpus-per-node", "4"),
+            "rollout.tensor_parallel: an engine of 8 GPUs, and a node has 4 .--gpus-per-node.; .* one node",
+        ),
+        (("slurm", "actor.fp8_params=true"), "actor.fp8_params: true needs actor.fp8, found null"),
+        (("slurm", 'run_dir="runs/a\\nb"'), "run_dir: 'runs/a.*b' has control characters"),
         (("slurm", "stepz=1"), "unknown key 'stepz'; did you mean 'steps'"),
         (("local", "--nodes", "2"), "launch local runs on 1 node"),
         (("local", "--time", "01:00:00"), "launch local has no time limit"),
@@ -225,6 +311,24 @@ def test_bad_input_is_one_message(recipe: Path, words: tuple[str, ...], message:
         ("mounts: [/a:/b]\n", "mounts: there is no image"),
         ("image: x.sqsh\nmounts: [/a:/b:ro]\n", "run_dir: .*/Run_1 is in no mount, .* under /b"),
         ("image: x.sqsh\n", "run_dir: .*/Run_1 is in no mount, .* of which there is none"),
+        ("image: x.sqsh\nmounts: [/a:/b]\nworkdir: /b/../c\n", "run_dir: .* is in no mount"),
+        ("image: my image.sqsh\nmounts: [/tmp:/tmp]\n", "image: 'my image.sqsh' has ' ', .* quotes no path"),
+        ("image: x.sqsh\nmounts: ['/my tmp:/tmp']\n", "mounts: '/my tmp:/tmp' has ' '"),
+        ('image: x.sqsh\nmounts: [/tmp:/tmp]\njob_dir: "/tmp/a\'b"\n', 'job_dir: "/tmp/a\'b/run-1" has "\'"'),
+        ("time: '00:05:00'\n", "time: 00:05:00 is no longer than stop_before_s, 300 s"),
+        ("stop_before_s: 14400\n", "time: 04:00:00 is no longer than stop_before_s, 14400 s"),
+        ("sbatch: {array: 0-3}\n", "sbatch.array: not to be set: each of its jobs would train in the same run dir"),
+        ("sbatch: {nodes: '2'}\n", "sbatch.nodes: the launch command has an option for it: --nodes"),
+        ("sbatch: {signal: USR1@60}\n", "sbatch.signal: not to be set: training would not be told to save"),
+        ("sbatch: {output: x.log}\n", "sbatch.output: not to be set: the job's output is read"),
+        ("sbatch: {ntasks_per_node: '8'}\n", "sbatch.ntasks_per_node: not to be set: a node runs one task"),
+        ("sbatch: {no-requeue: ''}\n", "sbatch.no-requeue: not to be set: a preempted job could not go on"),
+        ("sbatch: {account: a}\n", "sbatch.account: the file has a key of its own for it: account"),
+        ("sbatch: {cpus_per_task: '4'}\n", "sbatch.cpus_per_task: .*: cpus_per_task"),
+        ("sbatch: {arr: 0-3}\n", "sbatch.arr: short for array; not to be set"),
+        ("sbatch: {N: '2'}\n", "sbatch.N: expected the long name of an option"),
+        ("sbatch: {--nodes: '2'}\n", "sbatch.--nodes: expected the long name of an option"),
+        ('sbatch: {comment: "a\\n#SBATCH --array=0-3"}\n', "sbatch.comment: found .* no control characters"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path: Path, text: str, message: str) -> None:

@@ -41,6 +41,6 @@ def allocated(
         for name, frozen in actor.frozen.items():
             parts[f"{name}_model"] = _bytes(p for chunk in frozen.chunks for p in chunk.parameters())
         assert all(torch.is_tensor(b.param_data) for b in buffers)
-        found.append((actor.at.pp_rank, actor.at.dp_rank, actor.at.expert_dp_rank, parts))
+        found.append((actor.ranks.pp_rank, actor.ranks.dp_rank, actor.ranks.expert_dp_rank, parts))
         actor.shutdown()
     return found

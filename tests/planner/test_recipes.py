@@ -90,13 +90,13 @@ def test_layouts_go_from_8_to_256_gpus_of_either_size() -> None:
 def test_no_part_lies_unused() -> None:
     used: set[Path] = set()
 
-    def follow(path: Path) -> None:
+    def supervise(path: Path) -> None:
         bases = yaml.safe_load(path.read_text()).get("base", [])
         for base in bases if isinstance(bases, list) else [bases]:
             part = (path.parent / base).resolve()
             used.add(part)
-            follow(part)
+            supervise(part)
 
     for recipe in RECIPES:
-        follow(recipe)
+        supervise(recipe)
     assert {part.resolve() for part in CONFIGS_DIR.glob("parts/**/*.yaml")} == used

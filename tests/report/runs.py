@@ -12,11 +12,11 @@ from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.config.schema import RewardSettings
 from megatron_coreward.guard import Guard
 from megatron_coreward.report.recompute import recompute_step
-from megatron_coreward.rewards.equivalence import Judge
-from megatron_coreward.rewards.evidence import BatchEvidence
+from megatron_coreward.rewards.context import BatchRewardContext
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.jsonl import JsonlSink
-from megatron_coreward.telemetry.rollout_dump import JudgedGroup, dump_rollouts
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup, dump_rollouts
 from megatron_coreward.types import Completion, Prompt, Role, RolloutGroup, TokenStats, View
 
 QUESTIONS = 4
@@ -59,7 +59,7 @@ def write_run(
     steps: int = 3,
     texts: Callable[[int, int, View, Role], list[str]] = default_texts,
     config: Mapping[str, Any] | None = None,
-    gold: str | None = None,
+    ground_truth: str | None = None,
 ) -> Path:
     """A run directory with dumps, rows that follow from them, and decisions of the guard."""
     run_dir.mkdir(parents=True)
@@ -75,11 +75,11 @@ def write_run(
     guard = Guard(GuardSettings.model_validate(tree.get("guard") or {}))
     sink = JsonlSink(run_dir / "metrics.jsonl")
     sink.write(0, {"step_time_s": 1.0, "val/pass@1": 0.5, "val/avg@8": 0.4})
-    with Judge(settings.equivalence) as judge:
+    with AnswerEquivalence(settings.equivalence) as equivalence:
         for step in range(1, steps + 1):
-            judged = judged_step(method, step, texts, settings, judge, gold)
-            dump_rollouts(run_dir, step, judged)
-            row = dict(recompute_step(judged, METHODS[method], settings, judge).metrics)
+            scored = judged_step(method, step, texts, settings, equivalence, ground_truth)
+            dump_rollouts(run_dir, step, scored)
+            row = dict(recompute_step(scored, METHODS[method], settings, equivalence).metrics)
             row |= {"rollout/entropy": 0.5, "loss/kl": 0.01 * step, "teacher/decay": 0.99}
             row |= guard.observe(step, row).metrics()
             row |= {"time/rollout_s": 1.0, "time/update_s": 2.0, "time/outside_s": 0.1, "step_time_s": 3.1}
@@ -93,9 +93,9 @@ def judged_step(
     step: int,
     texts: Callable[[int, int, View, Role], list[str]],
     settings: RewardSettings,
-    judge: Judge,
-    gold: str | None = None,
-) -> list[JudgedGroup]:
+    equivalence: AnswerEquivalence,
+    ground_truth: str | None = None,
+) -> list[ScoredGroup]:
     """A step's groups with what the method makes of them."""
     needs = METHODS[method].needs
     roles: tuple[Role, ...] = ("policy", "teacher") if needs.teacher else ("policy",)
@@ -109,18 +109,18 @@ def judged_step(
     }
     lengths = [len(c.token_ids) for group in groups["policy"] for c in group.completions]
     values = [np.full(length, place % 3, dtype=np.float32) for place, length in enumerate(lengths)]
-    evidence = BatchEvidence(
+    context = BatchRewardContext(
         needs,
-        judge,
+        equivalence,
         policy_groups=groups["policy"],
         teacher_groups=groups.get("teacher", []),
         token_stats=TokenStats(values, values, values) if needs.token_stats else None,
-        golds={f"set/{question}": str(question + step) for question in range(QUESTIONS)},
+        ground_truths={f"set/{question}": str(question + step) for question in range(QUESTIONS)},
         min_margin=settings.min_margin,
     )
-    judged = []
+    scored = []
     for group in groups["policy"]:
-        judgement = METHODS[method].judge(group, evidence)
-        advantages = group_advantages(judgement.rewards).astype(np.float32)
-        judged.append(JudgedGroup(group, judgement.label, judgement.rewards, advantages, gold))
-    return judged + [JudgedGroup(group, None, None, None, gold) for group in groups.get("teacher", [])]
+        group_reward = METHODS[method].score(group, context)
+        advantages = group_advantages(group_reward.rewards).astype(np.float32)
+        scored.append(ScoredGroup(group, group_reward.label, group_reward.rewards, advantages, ground_truth))
+    return scored + [ScoredGroup(group, None, None, None, ground_truth) for group in groups.get("teacher", [])]

@@ -18,7 +18,7 @@ from megatron_coreward.report import html_page, panels
 from megatron_coreward.report.compare import write_comparison
 from megatron_coreward.report.report import write_report
 from megatron_coreward.report.samples import HEAD_CHARACTERS, Limits, collect_samples, shorten, spread
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.rollout_dump import dump_rollouts, dumped_steps
 from megatron_coreward.types import Role, View
@@ -164,11 +164,11 @@ def test_long_texts_keep_their_ends_and_a_budget_holds_however_long_they_are(tmp
     def long(step: int, question: int, view: View, role: Role) -> list[str]:
         return [f"{step}{question}" + "x" * 10_000 + f"\\boxed{{{n}}}" for n in range(4)]
 
-    with Judge("exact") as judge:
+    with AnswerEquivalence("exact") as equivalence:
         for step in range(1, 5):
-            dump_rollouts(tmp_path, step, judged_step("co_rewarding_i", step, long, RewardSettings(), judge))
+            dump_rollouts(tmp_path, step, judged_step("co_rewarding_i", step, long, RewardSettings(), equivalence))
         limits = Limits(steps=4, questions=4, characters=100_000)
-        samples = collect_samples(dumped_steps(tmp_path), judge, 0.0, limits)
+        samples = collect_samples(dumped_steps(tmp_path), equivalence, 0.0, limits)
     texts = [
         rollout["text"]
         for entry in samples.steps

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from megatron_coreward.errors import InputError
+from megatron_coreward.report.counterfactual import counterfactual, counterfactual_summary
 from megatron_coreward.report.replay import replay, summary
 from megatron_coreward.report.run_record import load_record
-from megatron_coreward.report.what_if import what_if, what_if_summary
 from megatron_coreward.rewards.methods import METHODS
-from megatron_coreward.telemetry.rollout_dump import JudgedGroup, dump_rollouts, read_rollouts, rollouts_path
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup, dump_rollouts, read_rollouts, rollouts_path
 from megatron_coreward.types import Role, View
 from tests.report.runs import write_run
 
-Change = Callable[[JudgedGroup], JudgedGroup]
+Change = Callable[[ScoredGroup], ScoredGroup]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -32,7 +32,7 @@ def test_an_honest_run_comes_out_as_recorded(tmp_path: Path, method: str) -> Non
     assert set(result.compared) == {"answer", "label", "reward", "advantage", "metric", "guard"}
     assert all("all as recorded" in line for line in summary(record, result)[1:7])
     needs = METHODS[method].needs
-    assert bool(result.notes) == (needs.token_stats or needs.gold)
+    assert bool(result.notes) == (needs.token_stats or needs.ground_truth)
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_answers_are_read_in_the_forms_of_the_run(tmp_path: Path, forms: list[st
     def texts(step: int, question: int, view: View, role: Role) -> list[str]:
         return [f"so it is #### {question + step}", f"#### {question + step}", f"or #### {step}", "who knows"]
 
-    record = load_record(write_run(tmp_path / "run", texts=texts, config={"rewards": {"answer_forms": forms}}))
+    record = load_record(write_run(tmp_path / "run", texts=texts, config={"rewards": {"answer_formats": forms}}))
     answers = [difference for difference in replay(record).differences if difference.what == "answer"]
     assert (answers == []) is as_recorded
 
 
 def test_label_quality_is_recomputed_where_the_answers_of_the_data_set_were_kept(tmp_path: Path) -> None:
-    record = load_record(write_run(tmp_path / "run", "majority_voting", gold="2"))
+    record = load_record(write_run(tmp_path / "run", "majority_voting", ground_truth="2"))
     assert {"label/accuracy", "rollout/accuracy"} <= set(record.steps[0])
     assert replay(record).equal
     record.steps[0]["label/accuracy"] = 0.99
@@ -68,7 +68,7 @@ def edit(run_dir: Path, step: int, change: Change) -> None:
     dump_rollouts(run_dir, step, [change(first), *others])
 
 
-def with_answer(item: JudgedGroup) -> JudgedGroup:
+def with_answer(item: ScoredGroup) -> ScoredGroup:
     first, *others = item.group.completions
     changed = replace(first, answer="999")
     return replace(item, group=replace(item.group, completions=(changed, *others)))
@@ -155,23 +155,23 @@ def halves(step: int, question: int, view: View, role: Role) -> list[str]:
 
 
 def test_another_relation_shows_what_it_would_have_changed(tmp_path: Path) -> None:
-    record = load_record(write_run(tmp_path / "run", "majority_voting", steps=2, texts=halves, gold="0.5"))
-    result = what_if(record, "math")
+    record = load_record(write_run(tmp_path / "run", "majority_voting", steps=2, texts=halves, ground_truth="0.5"))
+    result = counterfactual(record, "math")
     assert (result.groups, result.rollouts) == (8, 40)
     assert result.labels_changed == 8
     assert result.rewards_changed == 40
     assert (result.labels_right_recorded, result.labels_right_now) == (0, 8)
-    lines = what_if_summary(record, "math", result)
+    lines = counterfactual_summary(record, "math", result)
     assert lines[3] == "  mean reward 0.4000, then 0.6000"
     assert lines[4] == "  label accuracy 0.0%, then 100.0%, both by math"
     assert "label '7', now '1/2'; 5 rewards change" in lines[6]
-    same = what_if(record, "exact")
+    same = counterfactual(record, "exact")
     assert (same.labels_changed, same.rewards_changed) == (0, 0)
 
 
 def test_another_relation_means_nothing_to_rewards_without_answers(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="do not depend on which answers are equivalent"):
-        what_if(load_record(write_run(tmp_path / "run", "entropy")), "math")
+        counterfactual(load_record(write_run(tmp_path / "run", "entropy")), "math")
 
 
 def test_the_commands_answer_with_their_statuses_without_engine_megatron_or_torch(tmp_path: Path) -> None:

@@ -5,18 +5,18 @@ import pytest
 
 from megatron_coreward.rewards.agreement import (
     agreement_metrics,
-    gold_metrics,
+    ground_truth_metrics,
     relation_metrics,
     reward_metrics,
     vote_metrics,
 )
-from megatron_coreward.rewards.equivalence import Judge
-from megatron_coreward.rewards.evidence import GroupKey
-from megatron_coreward.rewards.methods.base import Judgement
+from megatron_coreward.rewards.context import GroupKey
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
+from megatron_coreward.rewards.methods.base import GroupReward
 from megatron_coreward.rewards.voting import Vote, majority_vote
 from tests.rewards.groups import group
 
-EXACT, MATH = Judge("exact"), Judge("math")
+EXACT, MATH = AnswerEquivalence("exact"), AnswerEquivalence("math")
 
 ANSWERS: dict[GroupKey, list[str | None]] = {
     ("a", "original", "policy"): ["1", "1", "1", "2"],  # share 3/4, margin 1/2
@@ -28,8 +28,8 @@ ANSWERS: dict[GroupKey, list[str | None]] = {
 }
 
 
-def votes(judge: Judge = EXACT, min_margin: float = 0.0) -> dict[GroupKey, Vote]:
-    return {key: majority_vote(answers, judge, min_margin) for key, answers in ANSWERS.items()}
+def votes(equivalence: AnswerEquivalence = EXACT, min_margin: float = 0.0) -> dict[GroupKey, Vote]:
+    return {key: majority_vote(answers, equivalence, min_margin) for key, answers in ANSWERS.items()}
 
 
 def test_vote_metrics_are_means_over_the_votes_of_a_role() -> None:
@@ -75,8 +75,8 @@ def test_metrics_without_anything_to_count_are_absent() -> None:
     assert set(vote_metrics(only_policy)) == {key for key in vote_metrics(votes()) if key.startswith("vote/")}
     assert agreement_metrics(only_policy, EXACT) == {}
     assert vote_metrics({}) == agreement_metrics({}, EXACT) == relation_metrics({}, {}, MATH) == {}
-    assert reward_metrics([], []) == gold_metrics([], [], {}, EXACT) == {}
-    unknown = gold_metrics([group(["1"])], [Judgement("1", np.float32([1]))], {"q": None}, EXACT)
+    assert reward_metrics([], []) == ground_truth_metrics([], [], {}, EXACT) == {}
+    unknown = ground_truth_metrics([group(["1"])], [GroupReward("1", np.float32([1]))], {"q": None}, EXACT)
     assert unknown == {}
 
 
@@ -98,9 +98,9 @@ def test_relation_metrics_tell_changed_labels_from_changed_company() -> None:
 
 
 def test_reward_metrics_count_groups_that_teach_nothing() -> None:
-    judgements = [Judgement("1", np.float32([1, 1, 0, 0])), Judgement(None, np.float32([0, 0, 0, 0]))]
+    group_rewards = [GroupReward("1", np.float32([1, 1, 0, 0])), GroupReward(None, np.float32([0, 0, 0, 0]))]
     advantages = [np.float32([0.8, 0.8, -0.8, -0.8]), np.float32([0, 0, 0, 0])]
-    assert reward_metrics(judgements, advantages) == {
+    assert reward_metrics(group_rewards, advantages) == {
         "reward/mean": 0.25,
         "reward/std": pytest.approx(np.sqrt(3) / 4),
         "advantage/zero_variance_share": 0.5,
@@ -110,17 +110,17 @@ def test_reward_metrics_count_groups_that_teach_nothing() -> None:
 
 def test_gold_metrics_score_labels_and_rollouts_where_gold_is_known() -> None:
     groups = [group(["1", "2"], uid="a"), group(["0.5", None], uid="b"), group(["9", "9"], uid="unknown")]
-    judgements = [
-        Judgement("2", np.float32([0, 1])),
-        Judgement("1/2", np.float32([1, 0])),
-        Judgement("9", np.float32([1, 1])),
+    group_rewards = [
+        GroupReward("2", np.float32([0, 1])),
+        GroupReward("1/2", np.float32([1, 0])),
+        GroupReward("9", np.float32([1, 1])),
     ]
-    golds = {"a": "1", "b": ".5", "unknown": None}
-    metrics = gold_metrics(groups, judgements, golds, MATH)
+    ground_truths = {"a": "1", "b": ".5", "unknown": None}
+    metrics = ground_truth_metrics(groups, group_rewards, ground_truths, MATH)
     assert metrics.pop("label/accuracy_low") == pytest.approx(0.0945, abs=1e-4)  # Wilson, 1 of 2
     assert metrics.pop("label/accuracy_high") == pytest.approx(0.9055, abs=1e-4)
     assert metrics == {"label/accuracy": 1 / 2, "rollout/accuracy": 2 / 4}
-    missing = [Judgement(None, judgements[0].rewards), judgements[1], judgements[2]]
-    assert gold_metrics(groups, missing, golds, MATH)["label/accuracy"] == 1 / 2
-    without = [Judgement(None, judgement.rewards) for judgement in judgements]
-    assert gold_metrics(groups, without, golds, MATH) == {"rollout/accuracy": 2 / 4}
+    missing = [GroupReward(None, group_rewards[0].rewards), group_rewards[1], group_rewards[2]]
+    assert ground_truth_metrics(groups, missing, ground_truths, MATH)["label/accuracy"] == 1 / 2
+    without = [GroupReward(None, group_reward.rewards) for group_reward in group_rewards]
+    assert ground_truth_metrics(groups, without, ground_truths, MATH) == {"rollout/accuracy": 2 / 4}

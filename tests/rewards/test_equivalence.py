@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_coreward.rewards import equivalence
-from megatron_coreward.rewards.equivalence import Judge, equivalent
+from megatron_coreward.rewards import equivalence as module
+from megatron_coreward.rewards.equivalence import AnswerEquivalence, equivalent
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -17,9 +17,9 @@ START_S = 60.0  # for the start of a process on a crowded machine
 
 
 @pytest.fixture(scope="module")
-def math() -> Iterator[Judge]:
-    with Judge("math", timeout_s=60.0) as judge:
-        yield judge
+def math() -> Iterator[AnswerEquivalence]:
+    with AnswerEquivalence("math", timeout_s=60.0) as equivalence:
+        yield equivalence
 
 
 @pytest.mark.parametrize(
@@ -44,64 +44,64 @@ def math() -> Iterator[Judge]:
         ("A", "B", False),
     ],
 )
-def test_math_relates_values_and_not_spellings(math: Judge, a: str, b: str, same: bool) -> None:
+def test_math_relates_values_and_not_spellings(math: AnswerEquivalence, a: str, b: str, same: bool) -> None:
     assert math.equivalent(a, b) is same
     assert math.equivalent(b, a) is same
 
 
 def test_exact_relates_equal_strings_only() -> None:
-    judge = Judge("exact")
-    assert judge.equivalent("0.5", "0.5")
-    assert not judge.equivalent("0.5", ".5")
-    assert not judge.equivalent("0.5", "0.50")
+    equivalence = AnswerEquivalence("exact")
+    assert equivalence.equivalent("0.5", "0.5")
+    assert not equivalence.equivalent("0.5", ".5")
+    assert not equivalence.equivalent("0.5", "0.50")
 
 
 @pytest.mark.parametrize("relation", ["exact", "math"])
 @pytest.mark.parametrize("nothing", [None, "", "  ", "\n"])
-def test_no_answer_is_equivalent_to_nothing(relation: equivalence.Relation, nothing: str | None) -> None:
-    judge = Judge(relation)
-    assert not judge.equivalent(nothing, nothing)
-    assert not judge.equivalent(nothing, "1")
-    assert not judge.equivalent("1", nothing)
+def test_no_answer_is_equivalent_to_nothing(relation: module.Relation, nothing: str | None) -> None:
+    equivalence = AnswerEquivalence(relation)
+    assert not equivalence.equivalent(nothing, nothing)
+    assert not equivalence.equivalent(nothing, "1")
+    assert not equivalence.equivalent("1", nothing)
 
 
-def test_classes_are_numbered_by_first_sight_and_skip_missing_answers(math: Judge) -> None:
+def test_classes_are_numbered_by_first_sight_and_skip_missing_answers(math: AnswerEquivalence) -> None:
     answers = ["2", None, r"\sqrt{2}", "2.0", "", r"\frac{2}{\sqrt{2}}", r"\frac{4}{2}", "3"]
     assert math.classes(answers) == [0, None, 1, 0, None, 1, 0, 2]
-    assert Judge("exact").classes(answers) == [0, None, 1, 2, None, 3, 4, 5]
+    assert AnswerEquivalence("exact").classes(answers) == [0, None, 1, 2, None, 3, 4, 5]
 
 
 @given(st.lists(st.none() | st.sampled_from(["1", "1.0", "2", "4/2", "(1,2)", "(1, 2)", r"\text{yes}", "Yes", " "])))
 def test_classes_agree_with_the_relation_on_every_pair(answers: list[str | None]) -> None:
-    judge = Judge("math")
-    classes = judge.classes(answers)
+    equivalence = AnswerEquivalence("math")
+    classes = equivalence.classes(answers)
     for a, class_a in zip(answers, classes, strict=True):
         for b, class_b in zip(answers, classes, strict=True):
-            assert judge.equivalent(a, b) == (class_a is not None and class_a == class_b)
-    assert judge.comparisons == 0
+            assert equivalence.equivalent(a, b) == (class_a is not None and class_a == class_b)
+    assert equivalence.comparisons == 0
 
 
 def test_forms_that_settle_the_question_start_no_process() -> None:
-    judge = Judge("math")
+    equivalence = AnswerEquivalence("math")
     answers = ["1", "1.0", "2", "(1,2)", "(1,3)", "even", r"\text{odd}", "A", r"\sqrt{2}", r"\sqrt2", "x=1", "1" * 2000]
-    judge.classes([answer for answer in answers if "sqrt" not in answer])
-    assert judge.equivalent(r"\sqrt{2}", r"\sqrt2")
-    assert judge.comparisons == 0
+    equivalence.classes([answer for answer in answers if "sqrt" not in answer])
+    assert equivalence.equivalent(r"\sqrt{2}", r"\sqrt2")
+    assert equivalence.comparisons == 0
 
 
 def test_a_pair_is_compared_once_in_whatever_order_and_spelling() -> None:
-    with Judge("math", timeout_s=60.0) as judge:
+    with AnswerEquivalence("math", timeout_s=60.0) as equivalence:
         for a, b in [(r"\sqrt{8}", r"2\sqrt{2}"), (r"2\sqrt2", r"\sqrt8"), (r"$2\sqrt{2}$", r"x = \sqrt{8}")]:
-            assert judge.equivalent(a, b)
-        assert judge.comparisons == 1
+            assert equivalence.equivalent(a, b)
+        assert equivalence.comparisons == 1
 
 
 def test_the_cache_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equivalence, "CACHE_SIZE", 2)
-    with Judge("math", timeout_s=60.0) as judge:
+    monkeypatch.setattr(module, "CACHE_SIZE", 2)
+    with AnswerEquivalence("math", timeout_s=60.0) as equivalence:
         for other in ("1", "2", "3", "3", "1"):
-            judge.equivalent(r"\sqrt{2}", other)
-        assert judge.comparisons == 4  # the second 3 was remembered, the 1 was not
+            equivalence.equivalent(r"\sqrt{2}", other)
+        assert equivalence.comparisons == 4  # the second 3 was remembered, the 1 was not
 
 
 HOSTILE = {
@@ -123,13 +123,13 @@ HOSTILE = {
 
 
 @pytest.fixture(scope="module")
-def strict() -> Iterator[Judge]:
-    with Judge("math", timeout_s=0.5) as judge:
-        yield judge
+def strict() -> Iterator[AnswerEquivalence]:
+    with AnswerEquivalence("math", timeout_s=0.5) as equivalence:
+        yield equivalence
 
 
 @pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_answers_cost_at_most_the_limit(strict: Judge, answer: str) -> None:
+def test_hostile_answers_cost_at_most_the_limit(strict: AnswerEquivalence, answer: str) -> None:
     start = time.monotonic()
     assert not strict.equivalent(answer, r"y+\sqrt{2}")
     assert time.monotonic() - start < 0.5 + START_S
@@ -137,24 +137,24 @@ def test_hostile_answers_cost_at_most_the_limit(strict: Judge, answer: str) -> N
 
 
 def test_a_timeout_is_counted_remembered_and_survived() -> None:
-    with Judge("math", timeout_s=1.0) as judge:
-        assert not judge.equivalent(TOWER, "1")
-        assert (judge.timeouts, judge.comparisons) == (1, 1)
+    with AnswerEquivalence("math", timeout_s=1.0) as equivalence:
+        assert not equivalence.equivalent(TOWER, "1")
+        assert (equivalence.timeouts, equivalence.comparisons) == (1, 1)
         start = time.monotonic()
-        assert not judge.equivalent("1", TOWER)
+        assert not equivalence.equivalent("1", TOWER)
         assert time.monotonic() - start < 1.0
-        assert (judge.timeouts, judge.comparisons) == (1, 1)
-        judge._pool._timeout_s = 60.0  # for an honest pair on a crowded machine
-        assert judge.equivalent(r"\sqrt{8}", r"2\sqrt{2}")
-        assert (judge.timeouts, judge.comparisons) == (1, 2)
+        assert (equivalence.timeouts, equivalence.comparisons) == (1, 1)
+        equivalence._pool._timeout_s = 60.0  # for an honest pair on a crowded machine
+        assert equivalence.equivalent(r"\sqrt{8}", r"2\sqrt{2}")
+        assert (equivalence.timeouts, equivalence.comparisons) == (1, 2)
 
 
 def test_a_closed_judge_can_be_used_again() -> None:
-    judge = Judge("math", timeout_s=60.0)
-    assert judge.equivalent(r"\sqrt{8}", r"2\sqrt{2}")
-    judge.close()
-    assert judge.equivalent(r"\sqrt{18}", r"3\sqrt{2}")
-    judge.close()
+    equivalence = AnswerEquivalence("math", timeout_s=60.0)
+    assert equivalence.equivalent(r"\sqrt{8}", r"2\sqrt{2}")
+    equivalence.close()
+    assert equivalence.equivalent(r"\sqrt{18}", r"3\sqrt{2}")
+    equivalence.close()
 
 
 def test_the_convenience_function_is_the_math_relation() -> None:
@@ -162,4 +162,4 @@ def test_the_convenience_function_is_the_math_relation() -> None:
     assert equivalent(r"\sqrt{8}", r"2\sqrt{2}")
     assert not equivalent("1", "2")
     assert not equivalent("", "")
-    equivalence._shared_judge().close()
+    module._shared_equivalence().close()

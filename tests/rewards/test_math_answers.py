@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.answer_cases import variants
 from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.latex import canonical
 
 TEST_FILE = Path(__file__).parents[2] / "../shared/data/math/test.parquet"
@@ -27,32 +27,34 @@ def answers() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Iterator[Judge]:
-    with Judge("math", timeout_s=60.0) as judge:
-        yield judge
+def equivalence() -> Iterator[AnswerEquivalence]:
+    with AnswerEquivalence("math", timeout_s=60.0) as equivalence:
+        yield equivalence
 
 
 def test_every_answer_comes_back_out_of_its_box(answers: list[str]) -> None:
     assert [extract_answer(rf"so it is \boxed{{{answer}}}.") for answer in answers] == [a.strip() for a in answers]
 
 
-def test_every_answer_equals_its_own_spellings_nearly_always_without_algebra(answers: list[str], judge: Judge) -> None:
-    compared = judge.comparisons
+def test_every_answer_equals_its_own_spellings_nearly_always_without_algebra(
+    answers: list[str], equivalence: AnswerEquivalence
+) -> None:
+    compared = equivalence.comparisons
     pairs = [(answer, name, respelt) for answer in sorted(set(answers)) for name, respelt in variants(answer)]
-    missed = [pair for pair in pairs if not judge.equivalent(pair[2], pair[0])]
+    missed = [pair for pair in pairs if not equivalence.equivalent(pair[2], pair[0])]
     assert missed == []
     assert len(pairs) > 30_000
-    assert judge.comparisons - compared < 0.01 * len(pairs)
+    assert equivalence.comparisons - compared < 0.01 * len(pairs)
 
 
 def test_four_fifths_of_the_answers_are_plain_numbers(answers: list[str]) -> None:
     assert sum(canonical(answer).kind == "number" for answer in answers) > 0.8 * len(answers)
 
 
-def test_different_answers_are_hardly_ever_equated(answers: list[str], judge: Judge) -> None:
+def test_different_answers_are_hardly_ever_equated(answers: list[str], equivalence: AnswerEquivalence) -> None:
     distinct = sorted({canonical(answer).text for answer in answers})
     rng = random.Random(0)
     pairs = [rng.sample(distinct, 2) for _ in range(1000)]
-    equated = [pair for pair in pairs if judge.equivalent(*pair)]
+    equated = [pair for pair in pairs if equivalence.equivalent(*pair)]
     assert equated == []
-    assert judge.timeouts == 0
+    assert equivalence.timeouts == 0

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from megatron_coreward.config.schema import MethodName
-from megatron_coreward.rewards.equivalence import Judge
-from megatron_coreward.rewards.evidence import BatchEvidence
+from megatron_coreward.rewards.context import BatchRewardContext
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
-from megatron_coreward.rewards.methods.base import Judgement, Needs
+from megatron_coreward.rewards.methods.base import GroupReward, Needs
 from megatron_coreward.types import RolloutGroup, TokenStats, View
 from tests.rewards.groups import group
 
@@ -21,21 +21,21 @@ POLICY: dict[View, RolloutGroup] = {
 TEACHER = [group(["3", "3", "1"], role="teacher"), group(["4", "4", "2"], view="rephrased", role="teacher")]
 
 
-def judge(name: str, view: View = "original", **replaced: list[RolloutGroup]) -> Judgement:
+def score(name: str, view: View = "original", **replaced: list[RolloutGroup]) -> GroupReward:
     method = METHODS[name]
     policy_groups = replaced.get("policy_groups", [POLICY[view] for view in method.needs.views])
     teacher_groups = replaced.get("teacher_groups", TEACHER)
     count = sum(len(group.completions) for group in policy_groups)
     ramp = [np.array([i, i + 1], dtype=np.float32) for i in range(count)]
-    evidence = BatchEvidence(
+    context = BatchRewardContext(
         method.needs,
-        Judge("exact"),
+        AnswerEquivalence("exact"),
         policy_groups=policy_groups,
         teacher_groups=teacher_groups,
         token_stats=TokenStats(logprobs=ramp, entropy=ramp, self_certainty=[2 * values for values in ramp]),
-        golds={"q": "5"},
+        ground_truths={"q": "5"},
     )
-    return method.judge(next(group for group in policy_groups if group.view == view), evidence)
+    return method.score(next(group for group in policy_groups if group.view == view), context)
 
 
 def test_the_table_holds_exactly_the_methods_of_the_configuration() -> None:
@@ -50,7 +50,7 @@ def test_the_table_holds_exactly_the_methods_of_the_configuration() -> None:
         ("co_rewarding_ii", Needs(teacher=True)),
         ("co_rewarding_i+ii", Needs(views=("original", "rephrased"), teacher=True)),
         ("majority_voting", Needs()),
-        ("ground_truth", Needs(gold=True)),
+        ("ground_truth", Needs(ground_truth=True)),
         ("self_certainty", Needs(token_stats=True)),
         ("entropy", Needs(token_stats=True)),
     ],
@@ -72,33 +72,33 @@ def test_a_method_needs_what_its_rule_reads_and_no_more(name: str, needs: Needs)
     ],
 )
 def test_labels_come_from_the_source_the_method_names(name: str, view: View, label: str, rewards: list[int]) -> None:
-    judgement = judge(name, view)
-    assert judgement.label == label
-    assert judgement.rewards.dtype == np.float32
-    np.testing.assert_array_equal(judgement.rewards, rewards)
+    group_reward = score(name, view)
+    assert group_reward.label == label
+    assert group_reward.rewards.dtype == np.float32
+    np.testing.assert_array_equal(group_reward.rewards, rewards)
 
 
 def test_self_certainty_rewards_the_mean_distance_from_uniform() -> None:
-    judgement = judge("self_certainty")
-    assert judgement.label is None
-    np.testing.assert_array_equal(judgement.rewards, np.float32([1, 3, 5, 7, 9, 11, 13, 15]))
+    group_reward = score("self_certainty")
+    assert group_reward.label is None
+    np.testing.assert_array_equal(group_reward.rewards, np.float32([1, 3, 5, 7, 9, 11, 13, 15]))
 
 
 def test_entropy_rewards_minus_the_mean_entropy() -> None:
-    judgement = judge("entropy")
-    assert judgement.label is None
-    np.testing.assert_array_equal(judgement.rewards, -np.float32([0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]))
+    group_reward = score("entropy")
+    assert group_reward.label is None
+    np.testing.assert_array_equal(group_reward.rewards, -np.float32([0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]))
 
 
 @pytest.mark.parametrize("name", ["co_rewarding_i", "co_rewarding_ii", "co_rewarding_i+ii", "majority_voting"])
 def test_a_source_without_answers_gives_no_label_and_no_reward(name: str) -> None:
     silent = [group([None, ""], view=view) for view in METHODS[name].needs.views]
     teacher = [group([None], view=view, role="teacher") for view in METHODS[name].needs.views]
-    judgement = judge(name, policy_groups=silent, teacher_groups=teacher)
-    assert judgement.label is None
-    np.testing.assert_array_equal(judgement.rewards, [0, 0])
+    group_reward = score(name, policy_groups=silent, teacher_groups=teacher)
+    assert group_reward.label is None
+    np.testing.assert_array_equal(group_reward.rewards, [0, 0])
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_only_ground_truth_ever_reads_a_gold_answer(name: str) -> None:
-    assert METHODS[name].needs.gold is (name == "ground_truth")
+    assert METHODS[name].needs.ground_truth is (name == "ground_truth")

@@ -155,12 +155,12 @@ def test_answers_stay_with_their_pairs_whatever_dies_when(pool: SymbolicPool) ->
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        verdicts = [(n % 2 == 0, pool.equivalent(rf"\sqrt{{{n * n}}}", str(n + n % 2))) for n in range(2, 300)]
+        graded_answers = [(n % 2 == 0, pool.equivalent(rf"\sqrt{{{n * n}}}", str(n + n % 2))) for n in range(2, 300)]
     finally:
         done.set()
         killer.join()
-    assert {verdict for right, verdict in verdicts if right} == {True, None}
-    assert {verdict for right, verdict in verdicts if not right} <= {False, None}
+    assert {graded for right, graded in graded_answers if right} == {True, None}
+    assert {graded for right, graded in graded_answers if not right} <= {False, None}
 
 
 def test_memory_is_limited(pool: SymbolicPool) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import Vote, majority_vote
 
 ANSWERS = st.lists(st.sampled_from(["1", "2", "3", "1.0", None, ""]), max_size=12)
@@ -66,7 +66,7 @@ def test_a_margin_outside_of_its_range_is_refused(min_margin: float) -> None:
 def test_the_relation_decides_what_counts_together() -> None:
     answers = ["0.25", "1/3", r"\frac{1}{4}", "1/3", ".250"]
     assert majority_vote(answers).label == "1/3"
-    vote = majority_vote(answers, Judge("math"))
+    vote = majority_vote(answers, AnswerEquivalence("math"))
     assert (vote.label, vote.share, vote.winners) == ("0.25", 0.6, (0, 2, 4))  # the first spelling stands for all
 
 
@@ -74,17 +74,17 @@ def test_the_relation_decides_what_counts_together() -> None:
 def test_order_changes_the_label_only_in_a_tie_or_among_spellings(
     answers: list[str | None], rng: random.Random
 ) -> None:
-    judge = Judge("math")
+    equivalence = AnswerEquivalence("math")
     shuffled = list(answers)
     rng.shuffle(shuffled)
-    one, other = majority_vote(answers, judge), majority_vote(shuffled, judge)
+    one, other = majority_vote(answers, equivalence), majority_vote(shuffled, equivalence)
     assert (one.share, one.margin, one.tie) == (other.share, other.margin, other.tie)
     assert (one.num_answers, one.num_classes, len(one.winners)) == (
         other.num_answers,
         other.num_classes,
         len(other.winners),
     )
-    assert one.tie or one.label is None or judge.equivalent(one.label, other.label)
+    assert one.tie or one.label is None or equivalence.equivalent(one.label, other.label)
 
 
 @given(ANSWERS, st.floats(0, 1))

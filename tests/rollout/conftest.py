@@ -84,10 +84,10 @@ def start_engine(engine_of: Engines) -> Iterator[Callable[[str], EngineProcess]]
 def published(engine_of: Engines, checkpoint: Callable[[str, int], Path]) -> Callable[[str, int], Any]:
     """The engine of a kind, holding the weights of a seed as version seed."""
 
-    def publish(kind: str, seed: int) -> Any:
+    def sync_weights(kind: str, seed: int) -> Any:
         engine = engine_of(kind)
         if engine.version() != seed:
             send(engine, *two_ranks(checkpoint(kind, seed)), seed)
         return engine
 
-    return publish
+    return sync_weights

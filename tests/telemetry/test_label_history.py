@@ -6,48 +6,48 @@ import numpy as np
 import pytest
 
 from megatron_coreward.errors import RunError
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.telemetry.label_history import LabelHistory
-from megatron_coreward.telemetry.rollout_dump import JudgedGroup
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.types import Completion, Prompt, Role, RolloutGroup, View
 
 
-def judged(uid: str, label: str | None, view: View = "original", role: Role = "policy") -> JudgedGroup:
+def scored(uid: str, label: str | None, view: View = "original", role: Role = "policy") -> ScoredGroup:
     tokens = np.zeros(1, dtype=np.int32)
     completion = Completion(tokens, np.zeros(1, dtype=np.float32), "", None, "stop", 0)
     values = np.zeros(1, dtype=np.float32) if role == "policy" else None
-    return JudgedGroup(RolloutGroup(uid, view, role, Prompt("", tokens), (completion,)), label, values, values)
+    return ScoredGroup(RolloutGroup(uid, view, role, Prompt("", tokens), (completion,)), label, values, values)
 
 
 def open_history(path: Path, first_step: int = 0) -> LabelHistory:
-    return LabelHistory(path, Judge("math", symbolic=False).equivalent, first_step)
+    return LabelHistory(path, AnswerEquivalence("math", symbolic=False).equivalent, first_step)
 
 
 def test_a_flip_is_another_answer_than_the_last_one_in_the_same_view(tmp_path: Path) -> None:
     with open_history(tmp_path / "labels.jsonl") as history:
-        assert history.observe(1, [judged("a", "1"), judged("b", "2")]) == {"label/seen_before_share": 0}
+        assert history.observe(1, [scored("a", "1"), scored("b", "2")]) == {"label/seen_before_share": 0}
         metrics = history.observe(
-            2, [judged("a", "1.0"), judged("b", "3"), judged("c", "4"), judged("b", "2", "rephrased")]
+            2, [scored("a", "1.0"), scored("b", "3"), scored("c", "4"), scored("b", "2", "rephrased")]
         )
         assert metrics == {"label/seen_before_share": 2 / 4, "label/flip_rate": 1 / 2}
-        assert history.observe(3, [judged("b", "3")])["label/flip_rate"] == 0
+        assert history.observe(3, [scored("b", "3")])["label/flip_rate"] == 0
 
 
 def test_missing_labels_and_the_teacher_s_groups_do_not_count(tmp_path: Path) -> None:
     with open_history(tmp_path / "labels.jsonl") as history:
-        history.observe(1, [judged("a", "1")])
-        assert history.observe(2, [judged("a", None), judged("a", "9", role="teacher")]) == {}
-        assert history.observe(3, [judged("a", "2")]) == {"label/seen_before_share": 1, "label/flip_rate": 1}
+        history.observe(1, [scored("a", "1")])
+        assert history.observe(2, [scored("a", None), scored("a", "9", role="teacher")]) == {}
+        assert history.observe(3, [scored("a", "2")]) == {"label/seen_before_share": 1, "label/flip_rate": 1}
 
 
 def test_a_resumed_run_counts_what_an_uninterrupted_one_would(tmp_path: Path) -> None:
-    steps = {1: [judged("a", "1"), judged("b", "1")], 2: [judged("a", "2")], 3: [judged("a", "2"), judged("b", "5")]}
+    steps = {1: [scored("a", "1"), scored("b", "1")], 2: [scored("a", "2")], 3: [scored("a", "2"), scored("b", "5")]}
     with open_history(tmp_path / "whole.jsonl") as history:
         expected = {step: history.observe(step, groups) for step, groups in steps.items()}
     path = tmp_path / "cut.jsonl"
     with open_history(path) as history:
         history.observe(1, steps[1])
-        history.observe(2, [judged("a", "7")])  # of an attempt that was killed after this
+        history.observe(2, [scored("a", "7")])  # of an attempt that was killed after this
     with path.open("ab") as file:
         file.write(b'{"step": 3, "lab')
     with open_history(path, first_step=2) as history:
@@ -58,9 +58,9 @@ def test_a_resumed_run_counts_what_an_uninterrupted_one_would(tmp_path: Path) ->
 def test_a_new_run_forgets_the_former_one(tmp_path: Path) -> None:
     path = tmp_path / "labels.jsonl"
     with open_history(path) as history:
-        history.observe(1, [judged("a", "1")])
+        history.observe(1, [scored("a", "1")])
     with open_history(path, first_step=0) as history:
-        assert history.observe(1, [judged("a", "2")]) == {"label/seen_before_share": 0}
+        assert history.observe(1, [scored("a", "2")]) == {"label/seen_before_share": 0}
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 def test_a_snapshot_is_a_history_that_goes_on_alike(tmp_path: Path) -> None:
     with open_history(tmp_path / "labels.jsonl") as history:
-        history.observe(1, [judged("a", "1"), judged("b", "2")])
-        history.observe(2, [judged("a", "3")])
+        history.observe(1, [scored("a", "1"), scored("b", "2")])
+        history.observe(2, [scored("a", "3")])
         snapshot = history.snapshot(2)
-        expected = history.observe(3, [judged("a", "3"), judged("b", "4")])
+        expected = history.observe(3, [scored("a", "3"), scored("b", "4")])
     (tmp_path / "restored.jsonl").write_bytes(snapshot)
     with open_history(tmp_path / "restored.jsonl", first_step=3) as restored:
-        assert restored.observe(3, [judged("a", "3"), judged("b", "4")]) == expected
+        assert restored.observe(3, [scored("a", "3"), scored("b", "4")]) == expected

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry.rollout_dump import (
     SCHEMA,
-    JudgedGroup,
+    ScoredGroup,
     discard_rollouts,
     dump_rollouts,
     dumped_steps,
@@ -36,25 +36,25 @@ def group(*completions: Completion, uid: str = "math/1", role: Role = "policy") 
     return RolloutGroup(uid, "original", role, Prompt("2 + 2?", np.array([5, 6], dtype=np.int32)), completions)
 
 
-def policy_group(uid: str = "math/1", label: str | None = "4") -> JudgedGroup:
+def policy_group(uid: str = "math/1", label: str | None = "4") -> ScoredGroup:
     rewards, advantages = np.array([1.0, 0.0], dtype=np.float32), np.array([0.7, -0.7], dtype=np.float32)
     members = group(completion(), completion("I do not know", None, tokens=1), uid=uid)
-    return JudgedGroup(members, label, rewards, advantages, gold="4")
+    return ScoredGroup(members, label, rewards, advantages, ground_truth="4")
 
 
-def teacher_group() -> JudgedGroup:
-    return JudgedGroup(group(completion(), role="teacher"), None, None, None)
+def teacher_group() -> ScoredGroup:
+    return ScoredGroup(group(completion(), role="teacher"), None, None, None)
 
 
-def assert_same(read: list[JudgedGroup], written: list[JudgedGroup]) -> None:
+def assert_same(read: list[ScoredGroup], written: list[ScoredGroup]) -> None:
     assert len(read) == len(written)
     for a, b in zip(read, written, strict=True):
-        assert (a.group.uid, a.group.view, a.group.role, a.label, a.gold) == (
+        assert (a.group.uid, a.group.view, a.group.role, a.label, a.ground_truth) == (
             b.group.uid,
             b.group.view,
             b.group.role,
             b.label,
-            b.gold,
+            b.ground_truth,
         )
         assert a.group.prompt.text == b.group.prompt.text
         np.testing.assert_array_equal(a.group.prompt.token_ids, b.group.prompt.token_ids)
@@ -111,7 +111,7 @@ texts = st.text(max_size=8)
 
 
 @st.composite
-def judged_groups(draw: st.DrawFn) -> JudgedGroup:
+def judged_groups(draw: st.DrawFn) -> ScoredGroup:
     role: Role = draw(st.sampled_from(("policy", "teacher")))
     lengths = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
     completions = tuple(
@@ -131,12 +131,12 @@ def judged_groups(draw: st.DrawFn) -> JudgedGroup:
     numbers = values if role == "policy" else None
     prompt = Prompt(draw(texts), np.array(draw(st.lists(st.integers(0, 99), max_size=3)), dtype=np.int32))
     members = RolloutGroup(draw(texts), draw(st.sampled_from(("original", "rephrased"))), role, prompt, completions)
-    return JudgedGroup(members, draw(st.none() | texts), numbers, numbers, draw(st.none() | texts))
+    return ScoredGroup(members, draw(st.none() | texts), numbers, numbers, draw(st.none() | texts))
 
 
 @settings(max_examples=30)
 @given(written=st.lists(judged_groups(), max_size=4))
-def test_any_step_survives_the_file(written: list[JudgedGroup], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_step_survives_the_file(written: list[ScoredGroup], tmp_path_factory: pytest.TempPathFactory) -> None:
     assert_same(read_rollouts(dump_rollouts(tmp_path_factory.mktemp("run"), 1, written)), written)
 
 
@@ -153,12 +153,12 @@ def test_numbers_that_do_not_fit_the_group_are_refused(
     role: Role, rewards: np.ndarray | None, advantages: np.ndarray | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"group math/1 \(original, {role}\): {message}"):
-        JudgedGroup(group(completion(), role=role), "4", rewards, advantages)
+        ScoredGroup(group(completion(), role=role), "4", rewards, advantages)
 
 
 def test_a_group_without_completions_is_refused() -> None:
     with pytest.raises(ValueError, match="no completions"):
-        JudgedGroup(group(), None, np.zeros(0, np.float32), np.zeros(0, np.float32))
+        ScoredGroup(group(), None, np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
 def test_a_dump_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,9 @@ def test_a_dry_run_names_every_run_and_needs_no_gpu(tool: Any) -> None:
 
 
 def test_a_dry_run_says_what_does_not_fit(tool: Any) -> None:
-    verdicts = dict(line.split("  ", 1) for line in tool.dry_run("Qwen3-14B"))
-    assert "248 GiB without activations; the card has 140" in verdicts["actor bf16"]
-    assert "fits" in verdicts["rollout bf16"]
+    graded_answers = dict(line.split("  ", 1) for line in tool.dry_run("Qwen3-14B"))
+    assert "248 GiB without activations; the card has 140" in graded_answers["actor bf16"]
+    assert "fits" in graded_answers["rollout bf16"]
 
 
 def test_flops_of_an_update_are_six_a_weight_and_token_and_the_attention(tool: Any) -> None:
@@ -49,7 +49,7 @@ def test_flops_of_an_update_are_six_a_weight_and_token_and_the_attention(tool: A
 def test_the_model_is_loadable_and_has_the_published_shape(tool: Any, tmp_path: Path, monkeypatch: Any) -> None:
     from megatron_coreward.checkpoint.safetensors_files import HfWeights
     from megatron_coreward.config.architecture import read_architecture
-    from megatron_coreward.trainer.preflight.tokenizer import FileTokenizer
+    from megatron_coreward.preflight.tokenizer import FileTokenizer
 
     small = {**tool.CONFIGS["Qwen3-1.7B-Base"], "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 512}
     small |= {"intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}

@@ -5,14 +5,15 @@ from typing import Any
 
 import numpy as np
 
+from megatron_coreward.cluster.weight_sync import WeightSync
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rollout.engine import Sample, SamplingRequest
-from megatron_coreward.types import FloatArray, IntArray, Problem, Prompt, Sequences, TokenStats, TrainBatch, View
-from megatron_coreward.weights.layouts import EngineLayout
-from megatron_coreward.weights.route import Route
+from megatron_coreward.types import FloatArray, IntArray, Problem, Prompt, Role, Sequences, TokenStats, TrainBatch, View
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
+from megatron_coreward.weights.spec import TransferSpec
 
-ROUTE = Route("shared_memory", "test", 256, EngineLayout(), 60.0)
+SPEC = TransferSpec("shared_memory", "test", ActorLayout(), EngineLayout(), "float32", 256, 60.0)
 
 VIEWS: tuple[View, ...] = ("original", "rephrased")
 
@@ -35,7 +36,17 @@ def make_problem(number: int) -> Problem:
         view: Prompt(f"{view} {number}", np.asarray([10 + number, place + 1], dtype=np.int32))
         for place, view in enumerate(VIEWS)
     }
-    return Problem(f"fake/{number}", prompts, gold=str(number), source="fake")
+    return Problem(f"fake/{number}", prompts, ground_truth=str(number), source="fake")
+
+
+def make_sync(
+    actors: "FakeActors", engines: Any, *, canary: int = 4, given_up: list[str] | None = None, **options: Any
+) -> WeightSync:
+    """A weight sync whose calls are done when they are made."""
+    told = given_up if given_up is not None else []
+    tokens = np.arange(canary, dtype=np.int32)
+    settings = {"spec": SPEC, "canary": tokens, "max_gap": 1e-3} | options
+    return WeightSync(actors, engines, list, lambda spec, reason: told.append(f"{spec.name}: {reason}"), **settings)
 
 
 class FakeActors:
@@ -44,7 +55,7 @@ class FakeActors:
         self.score = score
         self.batches: list[TrainBatch] = []
 
-    def move_teacher(self, decay: float) -> None:
+    def update_ema_teacher(self, decay: float) -> None:
         self.events.append(f"teacher {decay:.4f}")
 
     def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats:
@@ -59,13 +70,13 @@ class FakeActors:
         names = ["tokens", "clipped", "entropy", "self_certainty", "logprob_gap", "loss/policy", "loss/total"]
         return dict.fromkeys([*names, "max:logprob_gap", "lr", "grad_norm"], 1.0)
 
-    def open_sender(self, weights: Any, route: Route) -> dict[str, Any]:
-        self.events.append(f"open {weights}")
-        return {}
+    def open_sender(self, spec: TransferSpec) -> TransferSpec:
+        self.events.append("open")
+        return spec.at("here", len(self.events))
 
-    def write_bucket(self, weights: Any, bucket: int, version: int, hashes: bool) -> list[Any]:
-        self.events.append(f"write {weights} {bucket}")
-        return [f"written {bucket}"]
+    def send_weights(self, role: Role, version: int) -> list[Any]:
+        self.events.append(f"send {role}")
+        return [f"sent {version}"]
 
 
 class FakeEngines:
@@ -77,20 +88,13 @@ class FakeEngines:
         self.requests: list[SamplingRequest] = []
         self.version: int | None = None
 
-    def start_update(self, init_info: dict[str, Any]) -> None:
-        self.events.append("start")
-        self.version = None
-
-    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any]) -> list[Any]:
-        self.events.append(f"load {bucket}")
-        return [f"loaded {bucket}"]
-
-    def finish_update(self, version: int) -> None:
-        self.events.append(f"finish {version}")
+    def receive_weights(self, spec: dict[str, Any], version: int) -> list[Any]:
+        self.events.append(f"receive {version}")
         self.version = version
+        return [f"received {version}"]
 
     def score(self, token_ids: IntArray) -> list[FloatArray]:
-        self.events.append("probe")
+        self.events.append("canary")
         return [np.full(len(token_ids) - 1, self.held, dtype=np.float32)]
 
     def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:

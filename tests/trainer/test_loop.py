@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, MethodName
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.sync import WeightSync
-from tests.trainer.fakes import ROUTE, FakeActors, FakeEngines, make_config, make_problem
+from tests.trainer.fakes import FakeActors, FakeEngines, make_config, make_problem, make_sync
 
 PROBE = np.arange(4, dtype=np.int32)
 
@@ -19,9 +18,7 @@ PROBE = np.arange(4, dtype=np.int32)
 def make_trainer(method: str, **changes: Any) -> tuple[Trainer, list[str], FakeActors, FakeEngines]:
     events: list[str] = []
     actors, engines = FakeActors(events), FakeEngines(events)
-    sync = WeightSync(
-        actors, engines, lambda refs: [[] for _ in refs], route=ROUTE, num_buckets=3, probe=PROBE, max_gap=1e-3
-    )
+    sync = make_sync(actors, engines)
     problems = [make_problem(0), make_problem(1)]
     trainer = Trainer(
         config=make_config(method, **changes),
@@ -29,23 +26,23 @@ def make_trainer(method: str, **changes: Any) -> tuple[Trainer, list[str], FakeA
         actors=actors,
         engines=engines,
         sync=sync,
-        judge=Judge("exact"),
+        equivalence=AnswerEquivalence("exact"),
         problems_of=lambda step: problems,
     )
     return trainer, events, actors, engines
 
 
 def story(events: list[str]) -> list[str]:
-    """The events without the details of a publication."""
+    """The events without the details of a weight sync."""
     return [
-        e for e in events if e.split()[0] in ("teacher", "finish", "sample", "stats", "update") and e != "stats policy"
+        e for e in events if e.split()[0] in ("teacher", "receive", "sample", "stats", "update") and e != "stats policy"
     ]
 
 
 def test_co_rewarding_i_publishes_samples_both_views_and_updates() -> None:
     trainer, events, actors, engines = make_trainer("co_rewarding_i")
     trainer.step(1, PhaseTimer())
-    assert story(events) == ["finish 0", "sample 0", "stats reference", "update"]
+    assert story(events) == ["receive 0", "sample 0", "stats reference", "update"]
     assert [tuple(r.prompt) for r in engines.requests] == [(10, 1), (10, 2), (11, 1), (11, 2)]
     assert [r.n for r in engines.requests] == [4] * 4
     assert len(actors.batches[0]) == 16
@@ -56,10 +53,10 @@ def test_co_rewarding_ii_moves_the_teacher_first_and_samples_it_before_the_polic
     trainer.step(1, PhaseTimer())
     assert story(events) == [
         "teacher 0.9900",
-        "finish 1",
-        "stats teacher",  # the probe of the publication
+        "receive 1",
+        "stats teacher",  # the canary of the weight sync
         "sample 1",
-        "finish 0",
+        "receive 0",
         "sample 0",
         "stats teacher",  # the KL reference
         "update",
@@ -73,7 +70,7 @@ def test_later_steps_publish_the_weights_of_later_updates() -> None:
     trainer.step(1, PhaseTimer())
     events.clear()
     trainer.step(2, PhaseTimer())
-    assert [e for e in events if e.startswith("finish")] == ["finish 3", "finish 2"]
+    assert [e for e in events if e.startswith("receive")] == ["receive 3", "receive 2"]
 
 
 @pytest.mark.parametrize("method", get_args(MethodName))
@@ -83,19 +80,21 @@ def test_every_method_runs_and_gets_what_it_needs(method: MethodName) -> None:
     needs = METHODS[method].needs
     assert any(e.startswith("teacher") for e in events) == needs.teacher == (method in TEACHER_METHODS)
     assert (len(needs.views) == 2) == (method in REPHRASED_METHODS)
-    assert {g.group.view for g in result.judged} == set(needs.views)
-    golds = {problem.uid: problem.gold for problem in trainer.problems_of(0)}
-    assert [g.gold for g in result.judged] == [golds[g.group.uid] for g in result.judged]  # for people, in the dump
+    assert {g.group.view for g in result.scored} == set(needs.views)
+    ground_truths = {problem.uid: problem.ground_truth for problem in trainer.problems_of(0)}
+    assert [g.ground_truth for g in result.scored] == [
+        ground_truths[g.group.uid] for g in result.scored
+    ]  # for people, in the dump
     assert np.isfinite(actors.batches[0].advantages).all()
     assert result.metrics["reward/mean"] == pytest.approx(
-        np.mean([r for g in result.judged if g.rewards is not None for r in g.rewards])
+        np.mean([r for g in result.scored if g.rewards is not None for r in g.rewards])
     )
 
 
 def test_rewards_become_advantages_of_the_batch_in_order() -> None:
     trainer, _, actors, _ = make_trainer("majority_voting")
     result = trainer.step(1, PhaseTimer())
-    groups = [g for g in result.judged if g.advantages is not None]
+    groups = [g for g in result.scored if g.advantages is not None]
     expected = np.concatenate([g.advantages for g in groups if g.advantages is not None])
     np.testing.assert_array_equal(actors.batches[0].advantages, expected)
     # answers 0, 1, 2, 0: the vote is 0, so rewards are 1, 0, 0, 1
@@ -109,7 +108,7 @@ def test_rewards_become_advantages_of_the_batch_in_order() -> None:
 def test_one_update_a_batch_reads_no_old_log_probs() -> None:
     trainer, events, actors, _ = make_trainer("majority_voting", **{"loss.kl_coef": 0})
     trainer.step(1, PhaseTimer())
-    assert story(events) == ["finish 0", "sample 0", "update"]
+    assert story(events) == ["receive 0", "sample 0", "update"]
     assert actors.batches[0].old_logprobs is None
     assert actors.batches[0].reference_logprobs is None
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from megatron_coreward.config.schema import AnswerForm, ValidationSettings
-from megatron_coreward.rewards.equivalence import Judge
+from megatron_coreward.cluster.watchdog import WorkerDied
+from megatron_coreward.config.schema import AnswerFormat, ValidationSettings
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.trainer.evaluate import evaluate
-from megatron_coreward.trainer.journal import RolloutJournal
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.watchdog import WorkerDied
+from megatron_coreward.trainer.rollout_log import RolloutLog
+from megatron_coreward.trainer.validation import evaluate
 from tests.trainer.fakes import FakeEngines, make_problem
 from tests.trainer.test_loop import make_trainer
 
-LAGGING = {"rollout.lag": 1, "loss.mismatch_correction": "tis", "steps": 4}
+LAGGING = {"rollout.max_staleness": 1, "loss.mismatch_correction": "tis", "steps": 4}
 
 
 def drawn(engines: FakeEngines) -> list[tuple[Any, ...]]:
@@ -30,13 +30,13 @@ def told(events: list[str], *words: str) -> list[str]:
 def test_rollouts_are_under_way_while_the_actors_learn_from_those_before() -> None:
     trainer, events, _, _ = make_trainer("majority_voting", **LAGGING)
     rows = [trainer.step(step, PhaseTimer()).metrics for step in (1, 2, 3, 4)]
-    assert told(events, "finish", "sample", "took", "update") == [
-        *("finish 0", "sample 0", "took 0", "sample 0", "update"),  # the second step's rollouts begin before the update
-        *("took 0", "finish 2", "sample 2", "update"),
-        *("took 2", "finish 4", "sample 4", "update"),
+    assert told(events, "receive", "sample", "took", "update") == [
+        *("receive 0", "sample 0", "took 0", "sample 0", "update"),  # the second step's rollouts begin early
+        *("took 0", "receive 2", "sample 2", "update"),
+        *("took 2", "receive 4", "sample 4", "update"),
         *("took 4", "update"),  # nothing comes after the last step
     ]
-    assert [row["rollout/lag"] for row in rows] == [0, 1, 1, 1]
+    assert [row["rollout/staleness"] for row in rows] == [0, 1, 1, 1]
 
 
 def test_the_same_questions_and_seeds_are_drawn_ahead_as_in_time() -> None:
@@ -49,9 +49,9 @@ def test_the_same_questions_and_seeds_are_drawn_ahead_as_in_time() -> None:
 
 def test_answers_are_read_in_the_forms_that_are_asked_for() -> None:
     def answers(*forms: str) -> set[str | None]:
-        trainer, _, _, engines = make_trainer("co_rewarding_ii", **{"rewards.answer_forms": list(forms)})
+        trainer, _, _, engines = make_trainer("co_rewarding_ii", **{"rewards.answer_formats": list(forms)})
         engines._sample = lambda i, version: replace(FakeEngines._sample(i, version), text="thus #### 7")  # type: ignore[method-assign]
-        return {answer for item in trainer.step(1, PhaseTimer()).judged for answer in item.group.answers}
+        return {answer for item in trainer.step(1, PhaseTimer()).scored for answer in item.group.answers}
 
     assert answers("boxed", "hashes") == {"7"}  # of the policy and of the teacher
     assert answers("boxed") == {None}
@@ -61,11 +61,11 @@ def test_validation_reads_answers_in_the_forms_that_are_asked_for() -> None:
     _, _, _, engines = make_trainer("majority_voting")
     engines._sample = lambda i, version: replace(FakeEngines._sample(i, version), text="thus #### 7")  # type: ignore[method-assign]
     engines.version = 0
-    problems, settings = [replace(make_problem(0), gold="7")], ValidationSettings(n=4)
+    problems, settings = [replace(make_problem(0), ground_truth="7")], ValidationSettings(n=4)
 
-    def accuracy(*forms: AnswerForm) -> float:
+    def accuracy(*forms: AnswerFormat) -> float:
         how = {"max_tokens": 8, "version": 0, "seed": 1}
-        return evaluate(engines, problems, settings, Judge("exact"), **how, answer_forms=forms).avg_at_k
+        return evaluate(engines, problems, settings, AnswerEquivalence("exact"), **how, answer_formats=forms).avg_at_k
 
     assert (accuracy("hashes"), accuracy("boxed")) == (1.0, 0.0)
 
@@ -73,21 +73,21 @@ def test_validation_reads_answers_in_the_forms_that_are_asked_for() -> None:
 def test_nothing_goes_ahead_across_a_checkpoint() -> None:
     trainer, events, _, _ = make_trainer("majority_voting", **LAGGING, **{"checkpoint.every": 2})
     rows = [trainer.step(step, PhaseTimer()).metrics for step in (1, 2, 3, 4)]
-    assert [row["rollout/lag"] for row in rows] == [0, 1, 0, 1]
+    assert [row["rollout/staleness"] for row in rows] == [0, 1, 0, 1]
     assert told(events, "sample") == ["sample 0", "sample 0", "sample 4", "sample 4"]
 
 
 def test_an_engine_that_dies_with_rollouts_under_way_costs_the_lead_alone() -> None:
     trainer, events, _, engines = make_trainer("majority_voting", **LAGGING)
 
-    def surviving(ask: Any) -> Any:
+    def with_recovery(ask: Any) -> Any:
         try:
             return ask()
         except WorkerDied:
-            trainer.sync.forget()
+            trainer.sync.reset()
             return ask()
 
-    trainer.schedule.surviving = surviving
+    trainer.schedule.with_recovery = with_recovery
     begin = engines.begin
 
     def begin_and_die(requests: Any, version: int) -> Any:
@@ -102,19 +102,19 @@ def test_an_engine_that_dies_with_rollouts_under_way_costs_the_lead_alone() -> N
     trainer.schedule.begin(2, 0, PhaseTimer())
     events.clear()
     engines.begin = begin_and_die  # type: ignore[method-assign]
-    trainer.schedule._under_way = None
+    trainer.schedule._in_flight = None
     row = trainer.step(1, PhaseTimer()).metrics
-    assert row["rollout/lag"] == 0
+    assert row["rollout/staleness"] == 0
     assert told(events, "sample", "took", "update") == ["sample 0", "sample 0", "took 0", "sample 0", "update"]
 
 
 def test_rollouts_of_engines_that_were_started_anew_are_drawn_again() -> None:
     trainer, events, _, _ = make_trainer("majority_voting", **LAGGING)
     trainer.step(1, PhaseTimer())
-    trainer.sync.forget()  # an engine died in a validation, say
+    trainer.sync.reset()  # an engine died in a validation, say
     events.clear()
     row = trainer.step(2, PhaseTimer()).metrics
-    assert row["rollout/lag"] == 0
+    assert row["rollout/staleness"] == 0
     assert told(events, "sample", "took")[:2] == ["sample 2", "took 2"]
 
 
@@ -123,22 +123,22 @@ def test_rollouts_of_engines_that_were_started_anew_are_drawn_again() -> None:
     [(0, [[1, 2, 3], [4, 5, 6], [7]]), (5, [[1, 2, 3], [4, 5], [6, 7]]), (2, [[1, 2], [3, 4], [5, 6], [7]])],
 )
 def test_a_lagging_teacher_labels_windows_of_steps_between_checkpoints(every: int, windows: list[list[int]]) -> None:
-    changes = {"teacher.lag": 2, "steps": 7, "checkpoint.every": every}
+    changes = {"teacher.lookahead": 2, "steps": 7, "checkpoint.every": every}
     trainer, events, _, engines = make_trainer("co_rewarding_ii", **changes)
     results = [trainer.step(step, PhaseTimer()) for step in range(1, 8)]
-    teachers = [[i.group for i in result.judged if i.rewards is None] for result in results]
+    teachers = [[i.group for i in result.scored if i.rewards is None] for result in results]
     assert [len(groups) for groups in teachers] == [2] * 7
     for window in windows:
         versions = {c.weight_version for step in window for g in teachers[step - 1] for c in g.completions}
         assert versions == {2 * (window[0] - 1) + 1}
-    assert len(told(events, "finish")) == 7 + len(windows)
+    assert len(told(events, "receive")) == 7 + len(windows)
     in_time = make_trainer("co_rewarding_ii", steps=7)
     for step in range(1, 8):
         in_time[0].step(step, PhaseTimer())
     assert sorted(drawn(engines)) == sorted(drawn(in_time[3]))
 
 
-@pytest.mark.parametrize("changes", [{"teacher.lag": 2}, LAGGING, LAGGING | {"teacher.lag": 1}])
+@pytest.mark.parametrize("changes", [{"teacher.lookahead": 2}, LAGGING, LAGGING | {"teacher.lookahead": 1}])
 @pytest.mark.parametrize("died_in", [1, 2, 3, 4, 5])
 def test_a_run_that_goes_on_from_its_journal_draws_what_was_not_drawn_from_the_same_weights(
     tmp_path: Path, changes: dict[str, Any], died_in: int
@@ -147,14 +147,14 @@ def test_a_run_that_goes_on_from_its_journal_draws_what_was_not_drawn_from_the_s
 
     def attempt() -> tuple[Trainer, FakeEngines]:
         trainer, _, _, engines = make_trainer("co_rewarding_ii", **{**changes, "steps": 6, "run_dir": tmp_path})
-        trainer.journal = RolloutJournal(tmp_path, "the same", first_step=1, keep=True)
+        trainer.rollout_log = RolloutLog(tmp_path, "the same", first_step=1, keep=True)
         return trainer, engines
 
     def outcome(trainer: Trainer, steps: range) -> list[list[tuple[Any, ...]]]:
         return [
             [
                 (i.group.uid, i.group.role, {c.weight_version for c in i.group.completions})
-                for i in trainer.step(step, PhaseTimer()).judged
+                for i in trainer.step(step, PhaseTimer()).scored
             ]
             for step in steps
         ]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_coreward.checkpoint.store import Hashes, Position, check_checkpoint, checkpoint_path, saved_steps
+from megatron_coreward.checkpoint.store import Hashes, TrainerState, check_checkpoint, checkpoint_path, saved_steps
+from megatron_coreward.cluster.preemption import Preempted, StopRequest
 from megatron_coreward.config.guard import GuardAction, GuardSettings
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import RunError
@@ -16,7 +17,6 @@ from megatron_coreward.guard import Decision, Guard
 from megatron_coreward.rollout.engine import Sample
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
-from megatron_coreward.trainer.preemption import Preempted, StopRequest
 from megatron_coreward.trainer.rollback import Collapsing
 from megatron_coreward.trainer.session import FIRST_ACCURACY, GUARD, UNFINISHED, Session
 from megatron_coreward.types import TrainBatch
@@ -76,10 +76,10 @@ def world(tmp_path: Path) -> Callable[..., World]:
             checkpoints=CheckpointWriter(config, saving, lambda step: events.append(f"published {step}")),
             stop=stop,
             validate=validate,
-            observe=lambda step, judged: {},
+            observe=lambda step, scored: {},
             record=record,
             new_timer=PhaseTimer,
-            tell=lambda text: events.append(f"told {text}"),
+            notify=lambda text: events.append(f"told {text}"),
         )
         return World(session, events, actors, engines, saving, rows, stop)
 
@@ -155,11 +155,11 @@ def test_a_stop_in_the_rollouts_saves_the_step_before_and_the_teacher_does_not_m
     with pytest.raises(Preempted):
         w.session.train()
     assert [step for step, _ in w.rows] == [1, 2]
-    position = check_checkpoint(checkpoint_path(tmp_path, 2))
-    assert (position.step, position.num_updates, position.teacher_moves) == (2, 2, 3)
+    trainer_state = check_checkpoint(checkpoint_path(tmp_path, 2))
+    assert (trainer_state.step, trainer_state.num_updates, trainer_state.teacher_updates) == (2, 2, 3)
 
     again = world()
-    again.session.resume(position)
+    again.session.resume(trainer_state)
     again.session.train()
     assert [step for step, _ in again.rows] == [3, 4]
     assert len(told(w.events, "teacher")) + len(told(again.events, "teacher")) == 4
@@ -180,16 +180,16 @@ def test_a_stop_in_the_validation_keeps_the_step_and_the_row_is_finished_later(
     with pytest.raises(Preempted):
         w.session.train()
     assert [step for step, _ in w.rows] == [1]
-    position = check_checkpoint(checkpoint_path(tmp_path, 2))
-    assert (position.step, position.num_updates) == (2, 2)
-    assert position.extra[UNFINISHED]["optim/lr"] == 1.0
+    trainer_state = check_checkpoint(checkpoint_path(tmp_path, 2))
+    assert (trainer_state.step, trainer_state.num_updates) == (2, 2)
+    assert trainer_state.extra[UNFINISHED]["optim/lr"] == 1.0
 
     again = world(validate=lambda timer: {"val/avg@8": 0.5}, **options)
-    again.session.resume(position)
+    again.session.resume(trainer_state)
     again.session.train()
     assert [step for step, _ in again.rows] == [2, 3, 4]
     assert again.rows[0][1]["val/avg@8"] == 0.5
-    assert again.rows[0][1]["reward/mean"] == position.extra[UNFINISHED]["reward/mean"]
+    assert again.rows[0][1]["reward/mean"] == trainer_state.extra[UNFINISHED]["reward/mean"]
     assert len(told(again.events, "update")) == 2
     assert check_checkpoint(checkpoint_path(tmp_path, 4)).score == 0.5
 
@@ -328,4 +328,4 @@ def test_a_position_survives_json(world: Callable[..., World], tmp_path: Path) -
     w = world(steps=1)
     w.session.train()
     extra = {GUARD: w.session.run.guard.state_dict(), FIRST_ACCURACY: None}
-    assert check_checkpoint(checkpoint_path(tmp_path, 1)) == Position(1, 1, 1, None, extra)
+    assert check_checkpoint(checkpoint_path(tmp_path, 1)) == TrainerState(1, 1, 1, None, extra)

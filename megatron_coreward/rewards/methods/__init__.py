@@ -6,6 +6,7 @@ from types import MappingProxyType
 from megatron_coreward.rewards.methods.base import Method
 from megatron_coreward.rewards.methods.co_rewarding_i import CoRewardingI
 from megatron_coreward.rewards.methods.co_rewarding_i_and_ii import CoRewardingIAndII
+from megatron_coreward.rewards.methods.co_rewarding_i_and_ii_original import CoRewardingIAndIIOriginal
 from megatron_coreward.rewards.methods.co_rewarding_ii import CoRewardingII
 from megatron_coreward.rewards.methods.entropy import Entropy
 from megatron_coreward.rewards.methods.ground_truth import GroundTruth
@@ -17,6 +18,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "co_rewarding_i": CoRewardingI(),
         "co_rewarding_ii": CoRewardingII(),
         "co_rewarding_i+ii": CoRewardingIAndII(),
+        "co_rewarding_i+ii_original": CoRewardingIAndIIOriginal(),
         "majority_voting": MajorityVoting(),
         "ground_truth": GroundTruth(),
         "self_certainty": SelfCertainty(),

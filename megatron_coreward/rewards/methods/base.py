@@ -17,13 +17,25 @@ class Needs:
     """What the loop must provide before a method can judge."""
 
     views: tuple[View, ...] = ("original",)  # sampled from the policy and trained on
-    teacher: bool = False  # the EMA teacher samples every view as well
+    teacher: bool = False  # the EMA teacher samples as well
+    teacher_views: tuple[View, ...] = ()  # what the teacher samples; none: the same views as the policy
     token_stats: bool = False  # full-vocabulary statistics of the policy on its own rollouts
-    gold: bool = False  # the data set's answers
+    ground_truth: bool = False  # the data set's answers
+
+    def sampled_views(self, role: Role) -> tuple[View, ...]:
+        """The views that a role samples."""
+        if role == "policy":
+            return self.views
+        return (self.teacher_views or self.views) if self.teacher else ()
+
+    @property
+    def all_views(self) -> frozenset[View]:
+        """The views that a question must have."""
+        return frozenset(self.views + self.teacher_views)
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class GroupReward:
     """The outcome for one group: its label (None: none was used or the vote abstained) and a reward a rollout."""
 
     label: str | None
@@ -35,13 +47,13 @@ def other_view(view: View) -> View:
     return "rephrased" if view == "original" else "original"
 
 
-class Evidence(Protocol):
+class RewardContext(Protocol):
     """What a method may look at. Asking for something it did not declare in its needs raises PermissionError."""
 
     def label_from_vote(self, uid: str, view: View, role: Role) -> str | None:
         """Majority answer of the group that `role` sampled for `view`; None where the vote abstains."""
 
-    def gold(self, uid: str) -> str | None:
+    def ground_truth(self, uid: str) -> str | None:
         """The data set's answer."""
 
     def sequence_means(self, group: RolloutGroup, statistic: Statistic) -> FloatArray:
@@ -55,5 +67,5 @@ class Method(Protocol):
     name: str
     needs: Needs
 
-    def judge(self, group: RolloutGroup, evidence: Evidence) -> Judgement:
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
         """Rewards for one group of policy rollouts."""

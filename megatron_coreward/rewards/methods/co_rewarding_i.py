@@ -4,7 +4,7 @@ Rollouts of a question are judged against the policy's vote on its rephrasing, r
 vote on the question. A policy that agrees with itself on one wording alone earns nothing by it.
 """
 
-from megatron_coreward.rewards.methods.base import Evidence, Judgement, Needs, other_view
+from megatron_coreward.rewards.methods.base import GroupReward, Needs, RewardContext, other_view
 from megatron_coreward.types import RolloutGroup
 
 
@@ -12,6 +12,6 @@ class CoRewardingI:
     name = "co_rewarding_i"
     needs = Needs(views=("original", "rephrased"))
 
-    def judge(self, group: RolloutGroup, evidence: Evidence) -> Judgement:
-        label = evidence.label_from_vote(group.uid, other_view(group.view), "policy")
-        return Judgement(label, evidence.matches(group, label))
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        label = context.label_from_vote(group.uid, other_view(group.view), "policy")
+        return GroupReward(label, context.matches(group, label))

@@ -3,7 +3,7 @@
 Reward: minus the mean over the response tokens of the entropy of the next-token distribution, in nats.
 """
 
-from megatron_coreward.rewards.methods.base import Evidence, Judgement, Needs
+from megatron_coreward.rewards.methods.base import GroupReward, Needs, RewardContext
 from megatron_coreward.types import RolloutGroup
 
 
@@ -11,5 +11,5 @@ class Entropy:
     name = "entropy"
     needs = Needs(token_stats=True)
 
-    def judge(self, group: RolloutGroup, evidence: Evidence) -> Judgement:
-        return Judgement(None, -evidence.sequence_means(group, "entropy"))
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        return GroupReward(None, -context.sequence_means(group, "entropy"))

@@ -1,13 +1,13 @@
 """Ground truth, a baseline with labels (GT-GRPO): the data set's answer is the label."""
 
-from megatron_coreward.rewards.methods.base import Evidence, Judgement, Needs
+from megatron_coreward.rewards.methods.base import GroupReward, Needs, RewardContext
 from megatron_coreward.types import RolloutGroup
 
 
 class GroundTruth:
     name = "ground_truth"
-    needs = Needs(gold=True)
+    needs = Needs(ground_truth=True)
 
-    def judge(self, group: RolloutGroup, evidence: Evidence) -> Judgement:
-        label = evidence.gold(group.uid)
-        return Judgement(label, evidence.matches(group, label))
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        label = context.ground_truth(group.uid)
+        return GroupReward(label, context.matches(group, label))

@@ -1,6 +1,6 @@
 """Majority voting, a baseline: the policy's own vote on the same group is the label (arXiv 2508.00410)."""
 
-from megatron_coreward.rewards.methods.base import Evidence, Judgement, Needs
+from megatron_coreward.rewards.methods.base import GroupReward, Needs, RewardContext
 from megatron_coreward.types import RolloutGroup
 
 
@@ -8,6 +8,6 @@ class MajorityVoting:
     name = "majority_voting"
     needs = Needs()
 
-    def judge(self, group: RolloutGroup, evidence: Evidence) -> Judgement:
-        label = evidence.label_from_vote(group.uid, group.view, "policy")
-        return Judgement(label, evidence.matches(group, label))
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        label = context.label_from_vote(group.uid, group.view, "policy")
+        return GroupReward(label, context.matches(group, label))

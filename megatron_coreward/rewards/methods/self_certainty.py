@@ -3,7 +3,7 @@
 Reward: the mean over the response tokens of KL(uniform || p), in nats (Intuitor, arXiv 2505.19590).
 """
 
-from megatron_coreward.rewards.methods.base import Evidence, Judgement, Needs
+from megatron_coreward.rewards.methods.base import GroupReward, Needs, RewardContext
 from megatron_coreward.types import RolloutGroup
 
 
@@ -11,5 +11,5 @@ class SelfCertainty:
     name = "self_certainty"
     needs = Needs(token_stats=True)
 
-    def judge(self, group: RolloutGroup, evidence: Evidence) -> Judgement:
-        return Judgement(None, evidence.sequence_means(group, "self_certainty"))
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        return GroupReward(None, context.sequence_means(group, "self_certainty"))

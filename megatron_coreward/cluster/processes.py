@@ -1,0 +1,105 @@
+"""The processes of a run, started side by side and ended in any case."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from megatron_coreward.actor.setup import ActorSetup
+from megatron_coreward.checkpoint.convert import megatron_directory
+from megatron_coreward.cluster.groups import ActorGroup, EngineGroup, start_ray
+from megatron_coreward.cluster.placement import ReservedPlacement, ResourceRequest
+from megatron_coreward.cluster.watchdog import Watchdog
+from megatron_coreward.cluster.weight_sync import CANARY_TOKENS
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.rollout import orphans
+from megatron_coreward.weights import mailbox
+from megatron_coreward.weights.spec import Transport, choose_transport
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's, of which either may be set
+LOGS = "logs"  # in the run directory: what the processes print
+
+
+@contextmanager
+def processes(
+    config: RunConfig, watchdog: Watchdog | None = None
+) -> Iterator[tuple[ActorGroup, EngineGroup, Transport]]:
+    """The actors and engines of a run, and how weights travel between them; started side by side, ended in any case.
+
+    After an error nobody waits for them: they may hang in a collective whose partner is gone, or in rollouts.
+    """
+    start_ray(config.watchdog.start_limit_s)
+    watchdog = watchdog or Watchdog(config.watchdog, logs=config.run_dir / LOGS)
+    colocated = config.rollout.placement == "colocated"
+    resource_request = ResourceRequest(
+        ranks=config.actor.world_size,
+        rank_group=config.actor.tensor_parallel,
+        engines=config.rollout.num_engines,
+        engine_size=config.rollout.tensor_parallel,
+        colocated=colocated,
+    )
+    max_sequence = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    with ExitStack() as stack:
+        placement = stack.enter_context(ReservedPlacement(resource_request, config.watchdog.start_limit_s))
+        transport = choose_transport(
+            config.sync.transport,
+            gpus=placement.on_gpus,
+            colocated=colocated,
+            num_hosts=placement.num_hosts,
+            allocator_settings=",".join(os.environ.get(name, "") for name in ALLOCATOR_VARIABLES),
+        )
+
+        def start_actors() -> ActorGroup:
+            actors = ActorGroup(actor_setup(config, max_sequence), placement, watchdog)
+            stack.push(partial(_leave, actors))
+            return actors
+
+        actors = None if colocated else start_actors()
+        engines = EngineGroup(
+            config.model.hf_path.resolve(),
+            config.rollout,
+            placement,
+            config.model.dtype,
+            max(max_sequence, CANARY_TOKENS + 1),
+            config.seed,
+            watchdog=watchdog,
+        )
+        stack.push(partial(_leave, engines))
+        if actors is None:  # an engine plans its memory by what is free when it starts; actors come when it is asleep
+            engines.wait()
+            engines.sleep()
+            actors = start_actors()
+        actors.wait()
+        engines.wait()
+        yield actors, engines, transport
+
+
+def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: object) -> None:
+    if kind is None:
+        group.shutdown()
+    else:
+        group.shutdown(patience_s=0.5)
+        for _ in range(5):  # those who were killed need a moment to be gone, and hold their mailboxes until then
+            mailbox.remove_orphans()
+            orphans.remove_orphans()
+            time.sleep(0.2)
+
+
+def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
+    """What the ranks of a run are built from."""
+    return ActorSetup(
+        settings=config.actor,
+        loss=config.loss,
+        hf_path=config.model.hf_path.resolve(),
+        megatron_path=config.model.megatron_path and megatron_directory(config.model.megatron_path).resolve(),
+        dtype=config.model.dtype,
+        temperature=config.rollout.temperature,
+        max_sequence_length=max_sequence,
+        total_updates=config.steps * config.loss.updates_per_batch,
+        seed=config.seed,
+        teacher=METHODS[config.method].needs.teacher,
+        frozen_reference=bool(config.loss.kl_coef) and config.loss.kl_reference == "frozen",
+        skip_nonfinite_gradients=config.faults.nonfinite_gradients == "skip",
+    )

@@ -1,0 +1,168 @@
+"""Waiting for workers: says what is awaited, of whom and for how long, and ends a wait that has become a stall.
+
+Every result of a worker passes here. A worker that died is one clear error that names it, even when others report first
+that their peer has gone.
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from itertools import dropwhile
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import torch
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
+
+from megatron_coreward.cluster.preemption import StopRequest
+from megatron_coreward.config.schema import WatchdogSettings
+from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.telemetry.process_log import ProcessLog
+
+Kind = Literal["actor rank", "engine", "worker"]
+
+LOOK_EVERY_S = 0.5  # how soon a request to stop is seen
+PEERS_S = 5.0  # a peer's death may be known a little later than the error that it caused elsewhere
+STACKS_AT = 0.9  # of the limit of a wait, a worker writes where it stands: it is ended when the limit has passed
+LESS_MEMORY = (
+    "(less: actor.tokens_per_microbatch, rollout.gpu_memory_utilization; more: actor.recompute, "
+    "actor.offload_optimizer, or another layout: `megatron-coreward plan` tells the bytes)"
+)
+_DEATHS = (RayActorError, ActorDiedError, ActorUnavailableError, WorkerCrashedError)
+
+
+class WorkerDied(RunError):
+    """A process of the run is gone, or could not start."""
+
+    def __init__(self, kind: Kind, index: int, awaited: str, cause: Exception, output: object = "Ray's logs") -> None:
+        """Args:
+        output: where what it printed is found.
+        """
+        lines = str(cause).strip().splitlines() or ["no reason given"]
+        in_its_start = [number for number, line in enumerate(lines) if re.match(r'  File ".*, in ', line)]
+        if in_its_start:  # Ray gives the error of a constructor as the text of its traceback
+            error = dropwhile(lambda line: line.startswith("  "), lines[in_its_start[-1] :])
+            what = f"could not start: {' '.join(line.strip() for line in error)}"
+        else:
+            what = f"died while {awaited} was awaited of it ({type(cause).__name__}: {lines[0]})"
+        super().__init__(f"{kind} {index} {what}; what it printed is in {output}")
+        self.kind, self.index = kind, index
+
+
+class Watchdog:
+    """Waits for results of workers that it knows by name."""
+
+    def __init__(
+        self,
+        settings: WatchdogSettings | None = None,
+        notify: Callable[[str], None] = lambda text: None,
+        stop: StopRequest | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        logs: Path | None = None,
+    ) -> None:
+        """Args:
+        tell: takes a line for people about a wait that is long.
+        stop: ends an interruptible wait.
+        logs: a folder for the output of the workers; None: it stays in Ray's logs.
+        """
+        self.settings = settings or WatchdogSettings()
+        self.notify = notify
+        self._stop = stop
+        self._clock = clock
+        self._logs = logs
+        self._names: dict[Any, tuple[Kind, int]] = {}  # of Ray actors, by id
+
+    def name(self, worker: Any, kind: Kind, index: int) -> None:
+        """Makes a worker known."""
+        self._names[worker._actor_id] = (kind, index)
+
+    def log_of(self, kind: Kind, index: int) -> ProcessLog | None:
+        """What a worker should do with its output."""
+        if self._logs is None:
+            return None
+        path = self._logs.resolve() / f"{kind.replace(' ', '_')}_{index}.log"
+        return ProcessLog(path, STACKS_AT * self.settings.limit_s)
+
+    def get(
+        self,
+        calls: Sequence[Any],
+        awaited: str,
+        *,
+        limit_s: float | None = None,
+        interruptible: bool = False,
+        on_result: Callable[[int], None] | None = None,
+    ) -> list[Any]:
+        """The results of calls, in their order.
+
+        Args:
+            awaited: what it is, for messages.
+            limit_s: seconds after which the wait is a stall; None: `watchdog.limit_s`.
+            interruptible: whether a request to stop the run ends the wait (the workers go on with it).
+            on_result: hears the place of each call whose result has come.
+
+        Raises:
+            WorkerDied: a worker is gone.
+            RunError: the limit has passed; a worker met an error of the machine or of the numbers.
+            Preempted: the run was asked to stop.
+        """
+        begin = self._clock()
+        limit = self.settings.limit_s if limit_s is None else limit_s
+        warn_at = min(self.settings.warn_after_s, limit)
+        places = {call: place for place, call in enumerate(calls)}
+        results: list[Any] = [None] * len(calls)
+        pending = list(calls)
+        while pending:
+            if interruptible and self._stop is not None:
+                self._stop.check()
+            ready, pending = ray.wait(pending, num_returns=1, timeout=LOOK_EVERY_S)
+            if ready and pending:  # whatever else has come: one look at thousands of calls for each would cost seconds
+                more, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
+                ready = ready + more
+            others = [*ready, *pending]
+            for call in ready:
+                results[places[call]] = self._result(call, others, awaited)
+                if on_result is not None:
+                    on_result(places[call])
+            waited = self._clock() - begin
+            if pending and waited >= limit:
+                raise RunError(
+                    f"stalled: {awaited} was awaited of {self._who(pending)} for {waited:.0f} s "
+                    f"(limit: {limit:.0f} s, watchdog.{'limit_s' if limit_s is None else 'start_limit_s'})"
+                )
+            if pending and waited >= warn_at:
+                self.notify(f"still waiting for {awaited} of {self._who(pending)} after {waited:.0f} s")
+                warn_at = waited + self.settings.warn_after_s
+        return results
+
+    def _who(self, calls: Sequence[Any]) -> str:
+        return ", ".join(f"{kind} {index}" for kind, index in sorted(map(self._name_of, calls)))
+
+    def _name_of(self, call: Any) -> tuple[Kind, int]:
+        return self._names.get(call.task_id().actor_id(), ("worker", 0))
+
+    def _result(self, call: Any, others: Sequence[Any], awaited: str) -> Any:
+        try:
+            return ray.get(call)
+        except _DEATHS as error:
+            raise self._death(call, awaited, error) from error
+        except RayTaskError as error:
+            ready: list[Any] = ray.wait(list(others), num_returns=len(others), timeout=PEERS_S)[0]
+            for other in ready:
+                try:
+                    ray.get(other)
+                except _DEATHS as death:
+                    raise self._death(other, awaited, death) from error
+                except Exception:  # an error of its own, as when a partner fails: the first one is raised below
+                    continue
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, (OSError, FloatingPointError)) and not isinstance(error, (InputError, RunError)):
+                raise RunError(f"{awaited}: {self._who([call])}: {cause}") from error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise RunError(f"{awaited}: {self._who([call])}: {cause} {LESS_MEMORY}") from error
+            raise
+
+    def _death(self, call: Any, awaited: str, error: Exception) -> WorkerDied:
+        name = self._name_of(call)
+        log = self.log_of(*name)
+        return WorkerDied(*name, awaited, error, log.path if log is not None else "Ray's logs")

@@ -1,0 +1,184 @@
+"""Weight sync: bringing weights to the rollout engines, and proving that they arrived.
+
+One call to the actors and one to every engine. Ranks and workers go through the buckets by themselves
+(`weights.senders`, `weights.receivers`); what the driver does depends neither on the model's size nor on the buckets.
+Every version of weights has a number (`types.WeightVersion`). It is stamped on every completion, and an engine that
+holds another version refuses to sample.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.config.validate import LEAST_LOGPROB_GAP
+from megatron_coreward.errors import RunError
+from megatron_coreward.planner.parameters import actor_layout
+from megatron_coreward.types import FloatArray, IntArray, Role, Sequences, TokenStats, WeightVersion
+from megatron_coreward.weights.layouts import EngineLayout
+from megatron_coreward.weights.spec import TransferSpec, Transport
+
+CANARY_TOKENS = 64  # an engine reads them and writes one more
+CALIBRATED = 5.0  # times the first weight sync's gap: what later ones may show
+
+
+class SendingActors(Protocol):
+    """What a weight sync needs of the actors (`cluster.groups.ActorGroup`)."""
+
+    def open_sender(self, spec: TransferSpec) -> TransferSpec: ...
+    def send_weights(self, role: Role, version: int) -> list[Any]: ...
+    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
+
+
+class ReceivingEngines(Protocol):
+    """What a weight sync needs of the engines (`cluster.groups.EngineGroup`)."""
+
+    def receive_weights(self, spec: dict[str, Any], version: int) -> list[Any]: ...
+    def score(self, token_ids: IntArray) -> list[FloatArray]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What one weight sync took and how far the engines are from the actors."""
+
+    seconds: float
+    canary_gap: float  # nats, mean over the canary's tokens, the worst engine's
+    limit: float | None = None  # nats; a larger gap ends the run
+
+
+class WeightSync:
+    """Brings one role's weights at a time to the engines; the same version is never sent twice in a row."""
+
+    def __init__(
+        self,
+        actors: SendingActors,
+        engines: ReceivingEngines,
+        wait: Callable[[Sequence[Any]], Any],
+        give_up: Callable[[TransferSpec, str], None],
+        *,
+        spec: TransferSpec,
+        canary: IntArray,
+        max_gap: float,
+        calibrate_above: float | None = None,
+    ) -> None:
+        """`wait` resolves what `send_weights` and `receive_weights` return (`ray.get`).
+
+        Args:
+            give_up: tells all parties of a transfer that it is over (`weights.meeting`).
+            spec: without the place where everybody meets.
+            canary: [P] tokens of a real text, whose log-probs must agree after every weight sync.
+            max_gap: mean absolute difference in nats that is still taken for arithmetic.
+            calibrate_above: let the first weight sync's gap lower the limit, to `CALIBRATED` times itself but not below
+                this; None: the limit stays.
+        """
+        self._actors, self._engines, self._wait, self._give_up = actors, engines, wait, give_up
+        self._spec, self._run_name = spec, spec.name
+        self._canary = Sequences([canary], np.asarray([1], dtype=np.int32))
+        self._limit, self._calibrate_above = max_gap, calibrate_above
+        self._opened: TransferSpec | None = None
+        self._synced: WeightVersion | None = None
+        self.engine_epoch = 0  # grows when an engine was replaced
+
+    def sync_weights(self, role: Role, update: int) -> SyncReport | None:
+        """Brings the role's weights after so many updates to every engine, and checks them; None if they are there.
+
+        Raises:
+            RunError: an engine's log-probs of the canary differ from the actors' by more than arithmetic.
+        """
+        version = WeightVersion(role, update)
+        if version == self._synced:
+            return None
+        begin = time.perf_counter()
+        self._synced = None
+        spec = self.open()
+        try:
+            receiving = self._engines.receive_weights(spec.to_json(), version.number)
+            self._wait([*self._actors.send_weights(role, version.number), *receiving])
+        except BaseException as error:
+            self._give_up(spec, str(error))
+            self._opened = None  # everybody has left; the next time all meet again
+            raise
+        gap = self._canary_gap(role)
+        if not gap <= self._limit:
+            raise RunError(
+                f"weight sync: after syncing the {role} of update {update}, the engines' log-probs of the canary "
+                f"differ from the actors' by {gap:.2e} nats on average; allowed: {self._limit:.0e} "
+                "(sync.max_logprob_gap)"
+            )
+        if self._calibrate_above is not None:
+            self._limit = min(self._limit, max(self._calibrate_above, CALIBRATED * gap))
+            self._calibrate_above = None
+        self._synced = version
+        return SyncReport(time.perf_counter() - begin, gap, self._limit)
+
+    def open(self) -> TransferSpec:
+        """Makes the actors ready to send, with the memory that it takes; `sync_weights` does so itself."""
+        if self._opened is None:
+            name = f"{self._run_name}-{self.engine_epoch}-{secrets.token_hex(3)}"
+            self._opened = self._actors.open_sender(replace(self._spec, name=name))
+        return self._opened
+
+    def invalidate(self) -> None:
+        """The engines have dropped their weights to sleep: the next sync sends them, whatever their version."""
+        self._synced = None
+
+    def reset(self) -> None:
+        """An engine was replaced: the next sync reaches all of them, and everybody meets again."""
+        self._synced = None
+        self._opened = None
+        self.engine_epoch += 1
+
+    def _canary_gap(self, role: Role) -> float:
+        expected = self._actors.token_stats(self._canary, role, 1.0).logprobs[0]
+        scores: Sequence[FloatArray] = self._engines.score(self._canary.token_ids[0])
+        return max(float(np.abs(score - expected).mean()) for score in scores)
+
+
+def open_sync(
+    config: RunConfig,
+    transport: Transport,
+    actors: SendingActors,
+    engines: ReceivingEngines,
+    wait: Callable[[Sequence[Any]], Any],
+    canary: IntArray,
+) -> WeightSync:
+    """The weight sync that a run is configured for."""
+    from megatron_coreward.weights.meeting import give_up
+
+    spec = TransferSpec(
+        transport=transport,
+        name=f"coreward-{secrets.token_hex(6)}",
+        actor=actor_layout(config.actor),
+        engines=EngineLayout(config.rollout.num_engines, config.rollout.tensor_parallel),
+        dtype=config.model.dtype,
+        bucket_bytes=int(config.sync.bucket_mib * 2**20),
+        timeout_s=config.sync.timeout_s,
+        checksums=config.sync.checksums,
+    )
+    rounded = config.model.dtype != "float32"
+    return WeightSync(
+        actors,
+        engines,
+        wait,
+        give_up,
+        spec=spec,
+        canary=canary,
+        max_gap=config.sync.max_logprob_gap or 0.0,
+        calibrate_above=LEAST_LOGPROB_GAP[config.model.dtype] if rounded else None,
+    )
+
+
+def canary_tokens(prompts: Sequence[IntArray], count: int = CANARY_TOKENS) -> IntArray:
+    """[at most count] tokens of the first prompts, one after the other: text as the run samples it.
+
+    Raises:
+        ValueError: they have fewer than 2 tokens together.
+    """
+    tokens = np.concatenate([*prompts, np.empty(0, dtype=np.int32)])[:count].astype(np.int32)
+    if len(tokens) < 2:
+        raise ValueError(f"the canary has {len(tokens)} tokens; it needs 2 at least")
+    return tokens

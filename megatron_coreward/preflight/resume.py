@@ -1,0 +1,93 @@
+"""A run directory with checkpoints is the run that made them: what was learned must go on under the same rules.
+
+`FIXED` decides what is learned, and from what. All other keys (layout, engines, transport, validation, checkpoints,
+telemetry, limits) say how it is carried out, and may change from one attempt to the next. So may `steps`: the
+schedules of learning rate and teacher then have the new horizon.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from megatron_coreward.config.schema import RunConfig
+
+FIXED = (
+    "method",
+    "seed",
+    "model",
+    "data.train_files",
+    "data.rephrased_files",
+    "data.batch_size",
+    "data.max_prompt_tokens",
+    "data.over_length",
+    "data.system_prompt",
+    "data.thinking",
+    "data.shuffle",
+    "actor.lr",
+    "actor.min_lr",
+    "actor.lr_schedule",
+    "actor.lr_warmup",
+    "actor.weight_decay",
+    "actor.adam_beta1",
+    "actor.adam_beta2",
+    "actor.adam_eps",
+    "actor.clip_grad",
+    "rollout.n",
+    "rollout.max_staleness",
+    "rollout.temperature",
+    "rollout.max_response_tokens",
+    "teacher",
+    "rewards.answer_formats",
+    "rewards.equivalence",
+    "rewards.min_margin",
+    "loss",
+)
+_PATHS = ("model.hf_path", "model.megatron_path", "data.train_files", "data.rephrased_files")
+_STEP = re.compile(r"step_\d+")
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """What differs from the run that the run directory holds."""
+    run_dir, saved = config.run_dir, config.run_dir / "checkpoints"
+    if not saved.is_dir() or not any(_STEP.fullmatch(path.name) for path in saved.iterdir()):
+        return
+    if config.checkpoint.resume == "never":
+        yield f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir"
+        return
+    file = run_dir / "config.yaml"
+    try:
+        before = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        yield f"run_dir: {file} is damaged ({str(error).splitlines()[0]}); bring it back or choose another run_dir"
+        return
+    if not isinstance(before, Mapping):
+        yield f"run_dir: {file} is damaged (no keys and values); bring it back or choose another run_dir"
+        return
+    old, new = (dict(_flat(tree)) for tree in (before, config.model_dump(mode="json")))
+    for key in sorted(old.keys() & new.keys()):
+        is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
+        if is_fixed and _meant(key, old[key]) != _meant(key, new[key]):
+            yield (
+                f"{key}: {new[key]!r}, but the run in {run_dir} was made with {old[key]!r}; set it back to resume, or "
+                "choose another run_dir"
+            )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _meant(key: str, value: Any) -> Any:
+    """Paths are the same however they are spelled."""
+    if key not in _PATHS or value is None:
+        return value
+    return [os.path.abspath(path) for path in value] if isinstance(value, list) else os.path.abspath(value)

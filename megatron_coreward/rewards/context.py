@@ -1,0 +1,130 @@
+"""The evidence of one step: everything that was gathered, and to each method only what it declared.
+
+Invariants: each vote is computed once, when it is first asked for; a method cannot read what its needs do not name, so
+a label-free method cannot see a gold answer even by mistake.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
+from megatron_coreward.rewards.methods.base import Needs, Statistic
+from megatron_coreward.rewards.voting import Vote, majority_vote
+from megatron_coreward.types import FloatArray, Role, RolloutGroup, TokenStats, View
+
+GroupKey = tuple[str, View, Role]
+
+
+class BatchRewardContext:
+    """`RewardContext` over the groups of one step.
+
+    policy_groups, teacher_groups: what either role sampled; token_stats: of the sequences of `policy_groups`, group
+    after group and completion after completion; golds: the data set's answers by uid. Raises ValueError where something
+    that `needs` declares is missing, where a group stands in the wrong list or twice, and where the statistics do not
+    fit the completions.
+    """
+
+    def __init__(
+        self,
+        needs: Needs,
+        equivalence: AnswerEquivalence,
+        *,
+        policy_groups: Sequence[RolloutGroup],
+        teacher_groups: Sequence[RolloutGroup] = (),
+        token_stats: TokenStats | None = None,
+        ground_truths: Mapping[str, str | None] | None = None,
+        min_margin: float = 0.0,
+    ) -> None:
+        self._needs = needs
+        self._equivalence = equivalence
+        self._min_margin = min_margin
+        self._ground_truths = ground_truths or {}
+        self._groups: dict[GroupKey, RolloutGroup] = {}
+        self._votes: dict[GroupKey, Vote] = {}
+        for role, groups in (("policy", policy_groups), ("teacher", teacher_groups)):
+            for group in groups:
+                if group.role != role:
+                    raise ValueError(
+                        f"the group of {group.uid} ({group.view}) among those of the {role} is {group.role}'s"
+                    )
+                if _key(group) in self._groups:
+                    raise ValueError(f"two groups of {group.uid} ({group.view}, {role})")
+                self._groups[_key(group)] = group
+        if needs.teacher and policy_groups and not teacher_groups:
+            raise ValueError("the method needs votes of the teacher, but there are no groups of the teacher")
+        if needs.token_stats and token_stats is None:
+            raise ValueError("the method needs token statistics, but there are none")
+        if needs.ground_truth and ground_truths is None:
+            raise ValueError("the method needs the data set's answers, but there are none")
+        self._means = _means_by_group(policy_groups, token_stats) if needs.token_stats and token_stats else {}
+
+    def label_from_vote(self, uid: str, view: View, role: Role) -> str | None:
+        """Majority answer of a group; None where the vote abstains. PermissionError: the needs do not name it."""
+        if role == "teacher" and not self._needs.teacher:
+            raise PermissionError("the method asks for a vote of the teacher, but does not declare it in its needs")
+        if view not in self._needs.sampled_views(role):
+            raise PermissionError(
+                f"the method asks for a vote of the {role} on the {view} view, but does not declare it in its needs"
+            )
+        return self.vote(uid, view, role).label
+
+    def ground_truth(self, uid: str) -> str | None:
+        """The data set's answer. PermissionError: the needs do not name it. KeyError: the question is unknown."""
+        if not self._needs.ground_truth:
+            raise PermissionError("the method asks for the data set's answer, but does not declare it in its needs")
+        if uid not in self._ground_truths:
+            raise KeyError(f"no data set answer for {uid}")
+        return self._ground_truths[uid]
+
+    def sequence_means(self, group: RolloutGroup, statistic: Statistic) -> FloatArray:
+        """[G] mean of a statistic over each response. PermissionError: the needs do not name it."""
+        if not self._needs.token_stats:
+            raise PermissionError("the method asks for token statistics, but does not declare them in its needs")
+        if _key(group) not in self._means:
+            raise KeyError(f"no token statistics for {group.uid} ({group.view}, {group.role})")
+        return self._means[_key(group)][statistic]
+
+    def matches(self, group: RolloutGroup, label: str | None) -> FloatArray:
+        """[G] 1.0 where the rollout's answer is equivalent to the label, else 0.0; all 0.0 without a label."""
+        answers = group.answers
+        same = {answer: self._equivalence.equivalent(answer, label) for answer in dict.fromkeys(answers)}
+        return np.array([same[answer] for answer in answers], dtype=np.float32)
+
+    def vote(self, uid: str, view: View, role: Role) -> Vote:
+        """The whole vote, for telemetry: not part of what a method sees. KeyError: there is no such group."""
+        key = (uid, view, role)
+        if key not in self._groups:
+            raise KeyError(f"the {role} has no rollouts of {uid} ({view})")
+        if key not in self._votes:
+            self._votes[key] = majority_vote(self._groups[key].answers, self._equivalence, self._min_margin)
+        return self._votes[key]
+
+    def votes(self) -> dict[GroupKey, Vote]:
+        """All votes of the step, for telemetry."""
+        return {key: self.vote(*key) for key in self._groups}
+
+
+def _key(group: RolloutGroup) -> GroupKey:
+    return (group.uid, group.view, group.role)
+
+
+def _means_by_group(groups: Sequence[RolloutGroup], stats: TokenStats) -> dict[GroupKey, dict[Statistic, FloatArray]]:
+    """[G] means per group and statistic; ValueError where the statistics are not those of the completions."""
+    owners = [(group, index) for group in groups for index in range(len(group.completions))]
+    lengths = [len(group.completions[index].token_ids) for group, index in owners]
+    if 0 in lengths:
+        group, index = owners[lengths.index(0)]
+        raise ValueError(
+            f"rollout {index} of {group.uid} ({group.view}) has no tokens, so a mean over them is undefined"
+        )
+    means: dict[GroupKey, dict[Statistic, FloatArray]] = {_key(group): {} for group in groups}
+    sources: dict[Statistic, Sequence[FloatArray]] = {"entropy": stats.entropy, "self_certainty": stats.self_certainty}
+    for statistic, values in sources.items():
+        if [len(value) for value in values] != lengths:
+            raise ValueError(f"{statistic} does not have one entry for each token of the {len(lengths)} rollouts")
+        flat = np.array([np.mean(value, dtype=np.float64) for value in values], dtype=np.float32)
+        ends = np.cumsum([len(group.completions) for group in groups])
+        for group, part in zip(groups, np.split(flat, ends[:-1]), strict=True):
+            means[_key(group)][statistic] = part
+    return means

@@ -1,0 +1,426 @@
+"""Whether two readings say the same, kind by kind.
+
+Two of one kind are compared by that kind's rule, two of different kinds by a rule of the table `_ACROSS`, and without a
+rule they are different. Scalars are compared by what the caller gives: exact arithmetic alone in the asking process,
+everything in a comparison process.
+
+Invariants: symmetric; no rule looks at how an answer is spelled, save for words.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cmp_to_key
+from typing import Protocol, TypeVar
+
+from megatron_coreward.rewards.expression import Node, difference, number, quotient
+from megatron_coreward.rewards.reading import (
+    Alternatives,
+    Assignments,
+    Choice,
+    Clock,
+    Equation,
+    Foreign,
+    Items,
+    Matrix,
+    Named,
+    Numeral,
+    Phrase,
+    Piece,
+    Ratio,
+    Reading,
+    Region,
+    Scalar,
+    half_line,
+    region_of,
+    zero_form,
+)
+
+
+T = TypeVar("T")
+
+
+class Undecided(Exception):
+    """The arithmetic at hand does not decide."""
+
+
+class Arithmetic(Protocol):
+    """How scalars are compared."""
+
+    def step(self) -> None:
+        """Two readings are compared. Raises Undecided if there were too many already."""
+
+    def same(self, a: Node, b: Node) -> bool:
+        """Whether two expressions have one value. Raises Undecided."""
+
+    def order(self, a: Node, b: Node) -> int | None:
+        """-1, 0 or 1 for less, equal or greater; None if one is no real number. Raises Undecided."""
+
+    def proportional(self, a: Node, b: Node) -> int | None:
+        """The sign of a constant c that is not 0 with a = c b; None if there is none. Raises Undecided."""
+
+    def same_curve(self, a: Node, b: Node) -> bool:
+        """Whether a = 0 and b = 0 have the same solutions. Raises Undecided."""
+
+    def root(self, a: Node) -> Node | None:
+        """The solution of a = 0 in its only variable, if a is linear in it; None if not. Raises Undecided."""
+
+    def foreign(self, a: str, b: str) -> bool:
+        """Whether the computer algebra system finds two LaTeX texts equivalent. Raises Undecided."""
+
+
+def same(a: Reading, b: Reading, arithmetic: Arithmetic) -> bool:
+    """Whether two readings say the same. Raises Undecided."""
+    arithmetic.step()
+    if a == b:
+        return True
+    if isinstance(a, Alternatives) or isinstance(b, Alternatives):
+        readings = [x.readings if isinstance(x, Alternatives) else (x,) for x in (a, b)]
+        return _any(lambda pair: same(*pair, arithmetic), [(x, y) for x in readings[0] for y in readings[1]])
+    if type(a) is type(b):
+        return _WITHIN[type(a)](a, b, arithmetic)
+    for (first, second), rule in _ACROSS.items():
+        for x, y in ((a, b), (b, a)):
+            if isinstance(x, first) and isinstance(y, second):
+                return rule(x, y, arithmetic)
+    return False
+
+
+# --- of one kind ------------------------------------------------------------------------------------------------------
+
+
+def _scalars(a: Scalar, b: Scalar, arithmetic: Arithmetic) -> bool:
+    return a.unit.agrees(b.unit) and arithmetic.same(a.node, b.node)
+
+
+def _clocks(a: Clock, b: Clock, arithmetic: Arithmetic) -> bool:
+    return a.parts == b.parts and (a.half == b.half or not a.half or not b.half)
+
+
+def _ratios(a: Ratio, b: Ratio, arithmetic: Arithmetic) -> bool:
+    """3 : 6 is 1 : 2; every term in proportion to the first."""
+    if len(a.terms) != len(b.terms):
+        return False
+    return _all(
+        lambda pair: arithmetic.same(
+            Node("multiply", args=(pair[0], b.terms[0])), Node("multiply", args=(pair[1], a.terms[0]))
+        ),
+        list(zip(a.terms, b.terms, strict=True))[1:],
+    )
+
+
+def _item_lists(a: Items, b: Items, arithmetic: Arithmetic) -> bool:
+    """Sets and lists in any order; tuples and intervals in theirs; a list may be a set or a tuple without brackets."""
+    if "{}" in (a.brackets, b.brackets) or a.brackets == b.brackets == "":
+        if not {a.brackets, b.brackets} <= {"{}", ""}:
+            return False
+        return _in_any_order(a.items, b.items, arithmetic)
+    if a.brackets != b.brackets and {a.brackets, b.brackets} != {"()", ""}:
+        return False
+    return _in_order(a.items, b.items, arithmetic)
+
+
+def _regions(a: Region, b: Region, arithmetic: Arithmetic) -> bool:
+    if a.name and b.name and a.name != b.name:
+        return False
+    x, y = _pieces(a, arithmetic), _pieces(b, arithmetic)
+    if x is None or y is None:
+        return False
+    return len(x) == len(y) and all(
+        (p.low_closed, p.high_closed) == (q.low_closed, q.high_closed)
+        and arithmetic.order(p.low, q.low) == arithmetic.order(p.high, q.high) == 0
+        for p, q in zip(x, y, strict=True)
+    )
+
+
+def _matrices(a: Matrix, b: Matrix, arithmetic: Arithmetic) -> bool:
+    if [len(row) for row in a.rows] != [len(row) for row in b.rows]:
+        return False
+    cells = [[cell for row in matrix.rows for cell in row] for matrix in (a, b)]
+    return _in_order(cells[0], cells[1], arithmetic)
+
+
+def _equations(a: Equation, b: Equation, arithmetic: Arithmetic) -> bool:
+    if a.operator != b.operator:
+        return False
+    x, y = zero_form(a), zero_form(b)
+    sign = arithmetic.proportional(x, y)
+    if sign is not None:
+        return a.operator in ("=", r"\ne") or sign > 0
+    return a.operator == "=" and arithmetic.same_curve(x, y)
+
+
+def _named(a: Named, b: Named, arithmetic: Arithmetic) -> bool:
+    """Two equations by their solutions; other values by name and value."""
+    if a.equation and b.equation and a.name and b.name:
+        return _equations(a.equation, b.equation, arithmetic)
+    return (not a.name or not b.name or a.name == b.name) and same(a.value, b.value, arithmetic)
+
+
+def _assigned(a: Assignments, b: Assignments, arithmetic: Arithmetic) -> bool:
+    return a.names == b.names and _in_order(a.values, b.values, arithmetic)
+
+
+def _foreigners(a: Foreign, b: Foreign, arithmetic: Arithmetic) -> bool:
+    return arithmetic.foreign(a.text, b.text)
+
+
+def _never(a: Reading, b: Reading, arithmetic: Arithmetic) -> bool:
+    return False
+
+
+_WITHIN: dict[type, Callable[..., bool]] = {
+    Scalar: _scalars,
+    Clock: _clocks,
+    Ratio: _ratios,
+    Items: _item_lists,
+    Region: _regions,
+    Matrix: _matrices,
+    Equation: _equations,
+    Named: _named,
+    Assignments: _assigned,
+    Foreign: _foreigners,
+    **dict.fromkeys((Numeral, Choice, Phrase), _never),  # the same only where they are equal
+}
+
+
+# --- of different kinds -----------------------------------------------------------------------------------------------
+
+
+def _name_and_equation(a: Named, b: Equation, arithmetic: Arithmetic) -> bool:
+    return a.equation is not None and bool(a.name) and _equations(a.equation, b, arithmetic)
+
+
+def _name_and_value(a: Named, b: Reading, arithmetic: Arithmetic) -> bool:
+    """The question fixes the name: `x = 4` is 4."""
+    return same(a.value, b, arithmetic)
+
+
+def _solution(a: Equation, b: Scalar, arithmetic: Arithmetic) -> bool:
+    """`2x = 10` is 5."""
+    if a.operator != "=":
+        return False
+    form = zero_form(a)
+    root = arithmetic.root(form) if len(form.symbols()) == 1 and not b.node.symbols() else None
+    return root is not None and arithmetic.same(root, b.node)
+
+
+def _linear_inequality(a: Equation, b: Region, arithmetic: Arithmetic) -> bool:
+    """`2x < 6` is `x < 3`."""
+    form = zero_form(a)
+    names = form.symbols()
+    if a.operator not in (">", r"\ge") or len(names) != 1:
+        return False
+    (name,) = names
+    root = arithmetic.root(form)
+    sign = root and arithmetic.proportional(form, difference(Node("symbol", name), root))
+    if not root or not sign:
+        return False
+    operator = a.operator if sign > 0 else {">": "<", r"\ge": r"\le"}[a.operator]
+    return _regions(Region("union", (half_line(operator, root),), name), b, arithmetic)
+
+
+def _values_in_order(a: Assignments, b: Items, arithmetic: Arithmetic) -> bool:
+    """`x = 1, y = 2` is `(1, 2)`."""
+    return b.brackets in ("()", "") and _in_order(a.values, b.items, arithmetic)
+
+
+def _one_value(a: Assignments, b: Scalar, arithmetic: Arithmetic) -> bool:
+    """`x = y = 0` is 0."""
+    return _all(lambda value: same(value, b, arithmetic), a.values)
+
+
+def _vector(a: Matrix, b: Items, arithmetic: Arithmetic) -> bool:
+    """A matrix of one row or one column is a tuple."""
+    if b.brackets != "()" or not (len(a.rows) == 1 or all(len(row) == 1 for row in a.rows)):
+        return False
+    return _in_order([cell for row in a.rows for cell in row], b.items, arithmetic)
+
+
+def _interval(a: Region, b: Items, arithmetic: Arithmetic) -> bool:
+    other = region_of(b)
+    return other is not None and _regions(a, other, arithmetic)
+
+
+def _only_member(a: Items, b: Scalar, arithmetic: Arithmetic) -> bool:
+    """`\\{5\\}` is 5."""
+    return a.brackets in ("{}", "") and len(a.items) == 1 and same(a.items[0], b, arithmetic)
+
+
+def _quotient(a: Ratio, b: Scalar, arithmetic: Arithmetic) -> bool:
+    """3 : 4 is 3/4, but no ratio of three is a number."""
+    return len(a.terms) == 2 and not b.unit.dimension and arithmetic.same(quotient(*a.terms), b.node)
+
+
+def _ratio_and_clock(a: Ratio, b: Clock, arithmetic: Arithmetic) -> bool:
+    """2 : 3 is 10:15, which looks like a time."""
+    hours, minutes, seconds = b.parts
+    clock = Ratio((number(hours), number(minutes)))
+    if b.half or seconds or minutes < 10 or _all_digits(a):
+        return False
+    return _ratios(a, clock, arithmetic)
+
+
+def _all_digits(ratio: Ratio) -> bool:
+    """Whether the second term has two digits, as minutes have: `2:60` is no other way to write `1:30`."""
+    return ratio.terms[-1].op == "number" and ratio.terms[-1].number >= 10
+
+
+def _digits(a: Numeral, b: Scalar, arithmetic: Arithmetic) -> bool:
+    """The question fixes the base."""
+    return a.digits.isdigit() and arithmetic.same(number(int(a.digits)), b.node) and b.node.op == "number"
+
+
+def _foreign_and_scalar(a: Foreign, b: Scalar, arithmetic: Arithmetic) -> bool:
+    return arithmetic.foreign(a.text, b.text)
+
+
+_ACROSS: dict[tuple[type, type], Callable[..., bool]] = {
+    (Named, Equation): _name_and_equation,
+    (Named, object): _name_and_value,
+    (Equation, Scalar): _solution,
+    (Equation, Region): _linear_inequality,
+    (Assignments, Items): _values_in_order,
+    (Assignments, Scalar): _one_value,
+    (Matrix, Items): _vector,
+    (Region, Items): _interval,
+    (Items, Scalar): _only_member,
+    (Ratio, Scalar): _quotient,
+    (Ratio, Clock): _ratio_and_clock,
+    (Numeral, Scalar): _digits,
+    (Foreign, Scalar): _foreign_and_scalar,
+}
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _any(holds: Callable[[T], bool], cases: Sequence[T]) -> bool:
+    """Whether one case holds; undecided only if that matters."""
+    undecided: Undecided | None = None
+    for case in cases:
+        try:
+            if holds(case):
+                return True
+        except Undecided as error:
+            undecided = error
+    if undecided:
+        raise undecided
+    return False
+
+
+def _all(holds: Callable[[T], bool], cases: Sequence[T]) -> bool:
+    """Whether all cases hold; undecided only if that matters."""
+    return not _any(lambda case: not holds(case), cases)
+
+
+def _in_order(a: Sequence[Reading], b: Sequence[Reading], arithmetic: Arithmetic) -> bool:
+    return len(a) == len(b) and _all(lambda pair: same(*pair, arithmetic), list(zip(a, b, strict=True)))
+
+
+def _in_any_order(a: Sequence[Reading], b: Sequence[Reading], arithmetic: Arithmetic) -> bool:
+    """Whether the items can be paired: what is equal already goes first, a matching is found for the others."""
+    if len(a) != len(b):
+        return False
+    left, right = list(a), list(b)
+    for item in a:
+        if item in right:
+            right.remove(item)
+            left.remove(item)
+    partner: dict[int, int] = {}  # of right by left
+
+    def paired(i: int, tried: set[int]) -> bool:
+        for j, other in enumerate(right):
+            if j not in tried and fits[i][j]:
+                tried.add(j)
+                if j not in partner or paired(partner[j], tried):
+                    partner[j] = i
+                    return True
+        return False
+
+    fits = []
+    for item in left:
+        fits.append([same(item, other, arithmetic) for other in right])
+        if not any(fits[-1]):
+            return False
+    return all(paired(i, set()) for i in range(len(left)))
+
+
+def _pieces(region: Region, arithmetic: Arithmetic) -> list[Piece] | None:
+    """The intervals of a region from left to right, none of them touching; None if an end is no real number."""
+    parts: list[list[Piece]] = []
+    for piece in region.pieces:
+        part = [piece] if isinstance(piece, Piece) else _pieces(piece, arithmetic)
+        if part is None or not all(_is_proper(p, arithmetic) for p in part):
+            return None
+        parts.append(part)
+    order = _Order(arithmetic)
+    match region.operation:
+        case "union":
+            return order.union([piece for part in parts for piece in part])
+        case "intersection":
+            result = parts[0]
+            for part in parts[1:]:
+                result = order.union([c for p in result for q in part if (c := order.overlap(p, q)) is not None])
+            return order.union(result)
+        case _:
+            result = parts[0]
+            for part in parts[1:]:
+                for q in part:
+                    result = [left for p in result for left in order.without(p, q)]
+            return order.union(result)
+
+
+def _is_proper(piece: Piece, arithmetic: Arithmetic) -> bool:
+    order = arithmetic.order(piece.low, piece.high)
+    return order is not None and (order < 0 or (order == 0 and piece.low_closed and piece.high_closed))
+
+
+class _Order:
+    """Set operations on intervals whose ends can be ordered."""
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self._order = arithmetic.order
+
+    def _compare(self, a: Node, b: Node) -> int:
+        return self._order(a, b) or 0
+
+    def _starts_before(self, p: Piece, q: Piece) -> int:
+        return self._compare(p.low, q.low) or q.low_closed - p.low_closed
+
+    def union(self, pieces: list[Piece]) -> list[Piece]:
+        merged: list[Piece] = []
+        for piece in self._sorted(pieces):
+            if merged and self._touches(merged[-1], piece):
+                last = merged[-1]
+                further = self._compare(piece.high, last.high)
+                closed = {1: piece.high_closed, -1: last.high_closed}.get(further, piece.high_closed or last.high_closed)
+                high = piece.high if further > 0 else last.high
+                merged[-1] = Piece(last.low, last.low_closed, high, closed)
+            else:
+                merged.append(piece)
+        return merged
+
+    def _sorted(self, pieces: list[Piece]) -> list[Piece]:
+        return sorted(pieces, key=cmp_to_key(self._starts_before))
+
+    def _touches(self, left: Piece, right: Piece) -> bool:
+        gap = self._compare(right.low, left.high)
+        return gap < 0 or (gap == 0 and (right.low_closed or left.high_closed))
+
+    def overlap(self, p: Piece, q: Piece) -> Piece | None:
+        low, high = self._compare(p.low, q.low), self._compare(p.high, q.high)
+        start, end = (p if low > 0 else q), (p if high < 0 else q)
+        low_closed = p.low_closed and q.low_closed if low == 0 else start.low_closed
+        high_closed = p.high_closed and q.high_closed if high == 0 else end.high_closed
+        size = self._compare(start.low, end.high)
+        if size > 0 or (size == 0 and not (low_closed and high_closed)):
+            return None
+        return Piece(start.low, low_closed, end.high, high_closed)
+
+    def without(self, p: Piece, q: Piece) -> list[Piece]:
+        infinity = Node("constant", "infinity")
+        outside = [
+            Piece(Node("multiply", args=(number(-1), infinity)), False, q.low, not q.low_closed),
+            Piece(q.high, not q.high_closed, infinity, False),
+        ]
+        return [left for side in outside if (left := self.overlap(p, side)) is not None]
+

@@ -1,0 +1,127 @@
+"""The journal of a run: what a step has sampled and concluded, on disk before its update begins.
+
+A step that died in its update, or after the newest checkpoint, is done again from here without asking an engine: the
+rollouts, votes and rewards are read, and only the update is computed. The journal is the dump of rollouts itself
+(rollouts/step_000001.parquet) with a note of what it was drawn under.
+
+Invariants (tests/trainer/test_rollout_log.py):
+  1. A step is read only if it was drawn under the same settings, model and data, from weights of the same version, for
+     the same questions, and if all steps between the checkpoint and it are there too.
+  2. What is read gives the same update as what was sampled.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_coreward.cluster.weight_sync import SyncReport
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import InputError
+from megatron_coreward.rewards.methods.base import GroupReward
+from megatron_coreward.telemetry.rollout_dump import (
+    ScoredGroup,
+    discard_rollouts,
+    dump_rollouts,
+    dumped_steps,
+    read_notes,
+    read_rollouts,
+    rollouts_path,
+)
+from megatron_coreward.types import Problem, Role, RolloutGroup, View
+
+# What has no part in what is sampled from given weights, and none in the weights.
+_WITHOUT_EFFECT = ("run_dir", "telemetry", "checkpoint", "faults", "watchdog", "validation", "sync")
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedStep:
+    """A step up to its update."""
+
+    rollouts: dict[Role, list[RolloutGroup]]
+    group_rewards: list[GroupReward]  # of the policy's groups
+    syncs: list[SyncReport]
+
+
+class RolloutLog:
+    """The steps of one run."""
+
+    def __init__(self, run_dir: Path, fingerprint: str, first_step: int, keep: bool) -> None:
+        """Drops what cannot be gone on from.
+
+        Args:
+            fingerprint: of everything that decides what is sampled (`fingerprint_of`).
+            first_step: the step that the run does next.
+            keep: let steps stay that a checkpoint covers (they are the run's dump of rollouts).
+        """
+        self._run_dir, self._fingerprint, self._keep = run_dir, fingerprint, keep
+        step = first_step
+        while self._usable(step):
+            step += 1
+        discard_rollouts(run_dir, step)
+        self.num_recorded = step - first_step  # steps that will be read
+
+    def has(self, step: int) -> bool:
+        """Whether a step is recorded."""
+        return self._usable(step)
+
+    def read(
+        self, step: int, problems: Sequence[Problem], views: Sequence[View], versions: Collection[int]
+    ) -> LoggedStep | None:
+        """A step as it was recorded; None where it has to be sampled. `versions`: that it may be sampled from."""
+        if not self._usable(step):
+            return None
+        path = rollouts_path(self._run_dir, step)
+        scored = read_rollouts(path)
+        policy = [item for item in scored if item.rewards is not None]
+        asked = [(problem.uid, view) for problem in problems for view in views]
+        sampled_from = {c.weight_version for item in policy for c in item.group.completions}
+        if (
+            [(item.group.uid, item.group.view) for item in policy] != asked
+            or len(sampled_from) != 1
+            or not sampled_from <= set(versions)
+        ):
+            discard_rollouts(self._run_dir, step)
+            return None
+        rollouts: dict[Role, list[RolloutGroup]] = {
+            "policy": [item.group for item in policy],
+            "teacher": [item.group for item in scored if item.rewards is None],
+        }
+        group_rewards = [GroupReward(item.label, item.rewards) for item in policy if item.rewards is not None]
+        syncs = [SyncReport(*report) for report in json.loads(read_notes(path)["syncs"])]
+        return LoggedStep(rollouts, group_rewards, syncs)
+
+    def write(self, step: int, scored: Sequence[ScoredGroup], syncs: Sequence[SyncReport]) -> None:
+        """Records a step; it is on disk on return."""
+        notes = {
+            "fingerprint": self._fingerprint,
+            "syncs": json.dumps([[report.seconds, report.canary_gap, report.limit] for report in syncs]),
+        }
+        dump_rollouts(self._run_dir, step, scored, notes)
+
+    def covered(self, step: int) -> None:
+        """A checkpoint holds everything up to this step."""
+        if not self._keep:
+            for number, path in dumped_steps(self._run_dir).items():
+                if number <= step:
+                    path.unlink()
+
+    def _usable(self, step: int) -> bool:
+        path = rollouts_path(self._run_dir, step)
+        try:
+            return path.is_file() and read_notes(path).get("fingerprint") == self._fingerprint
+        except InputError:
+            return False
+
+
+def fingerprint_of(config: RunConfig) -> str:
+    """Changes with every setting, model file or data file that has a part in what a step samples and learns."""
+    tree = config.model_dump(mode="json")
+    for name in _WITHOUT_EFFECT:
+        del tree[name]
+    model = [p for p in (config.model.hf_path, config.model.megatron_path) if p is not None]
+    files = [path for folder in model for path in sorted(folder.rglob("*")) if path.is_file()]
+    files += [*config.data.train_files, *config.data.rephrased_files]
+    tree["files"] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

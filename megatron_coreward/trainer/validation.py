@@ -1,0 +1,81 @@
+"""Validation on held-out questions with ground truths: pass@1, avg@n, pass@n, maj@n, over all and for each data set."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+
+from megatron_coreward.algorithms.accuracy import sampled_scores
+from megatron_coreward.config.schema import AnswerFormat, ValidationSettings
+from megatron_coreward.config.validate import score_names
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
+from megatron_coreward.rewards.scoring import score_answers
+from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
+from megatron_coreward.types import Problem, RolloutGroup
+
+GREEDY = 0.0
+
+
+def evaluate(
+    engines: SamplingEngines,
+    held_out: Mapping[str, Sequence[Problem]],
+    settings: ValidationSettings,
+    equivalence: AnswerEquivalence,
+    *,
+    max_tokens: int,
+    version: int,
+    seed: int,
+    answer_formats: Sequence[AnswerFormat] = ("boxed",),
+) -> dict[str, float]:
+    """Samples every problem as `settings.samples` says: once greedily, `settings.n` times at `settings.temperature`.
+
+    The seeds are the same at every call, so that two evaluations differ by the weights alone. A problem without a
+    ground truth counts, and no answer to it is right.
+
+    Args:
+        held_out: data sets by their names.
+
+    Returns:
+        `val/<score>` over all questions and, where there are several data sets, `val/<name>/<score>` of each, for the
+        scores of `score_names`.
+    """
+    problems = list(chain.from_iterable(held_out.values()))
+
+    def draw(n: int, temperature: float) -> list[RolloutGroup]:
+        return sample_groups(
+            engines,
+            problems,
+            ("original",),
+            "policy",
+            n=n,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            version=version,
+            step=0,
+            seed=seed,
+            answer_formats=answer_formats,
+        )
+
+    likeliest = None
+    if settings.samples != "random":
+        likeliest = [
+            equivalence.equivalent(group.answers[0], problem.ground_truth)
+            for problem, group in zip(problems, draw(1, GREEDY), strict=True)
+        ]
+    if settings.samples == "greedy":
+        scores = {"pass@1": np.asarray(likeliest, dtype=np.float64)}
+    else:
+        graded = [
+            score_answers(group.answers, problem.ground_truth, equivalence)
+            for problem, group in zip(problems, draw(settings.n, settings.temperature), strict=True)
+        ]
+        right, majority_right = [g.right for g in graded], [g.majority_right for g in graded]
+        scores = sampled_scores(right, majority_right, likeliest)
+        scores = {name: scores[name] for name in score_names(settings)}
+    metrics = {f"val/{name}": float(values.mean()) for name, values in scores.items()}
+    if len(held_out) > 1:
+        ends = np.cumsum([len(part) for part in held_out.values()])[:-1]
+        for name, values in scores.items():
+            for source, own in zip(held_out, np.split(values, ends), strict=True):
+                metrics[f"val/{source}/{name}"] = float(own.mean())
+    return metrics
