@@ -8,7 +8,8 @@ import pytest
 
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
-from tests.rollout.engine_process import EngineProcess
+from megatron_coreward.weights.layouts import EngineLayout
+from tests.rollout.engine_process import EngineProcess, sync
 
 # Name of an engine -> (how its model is written, how it is started). 259 tokens: vLLM pads the vocabulary to 320 rows.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -16,7 +17,13 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({"pad_vocab_to": 1, "tie": True}, {}),
     "tied, TP 2": ({"tie": True}, {"tensor_parallel": 2}),
     "experts": ({"family": "qwen3_moe"}, {}),
+    "experts, TP 2": ({"family": "qwen3_moe"}, {"tensor_parallel": 2}),
 }
+
+
+def tensor_parallel(kind: str) -> int:
+    """Of the engine of a kind."""
+    return int(KINDS[kind][1].get("tensor_parallel", 1))
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +94,7 @@ def published(engine_of: Engines, checkpoint: Callable[[str, int], Path]) -> Cal
     def sync_weights(kind: str, seed: int) -> Any:
         engine = engine_of(kind)
         if engine.version() != seed:
-            send(engine, *two_ranks(checkpoint(kind, seed)), seed)
+            sync(engine, checkpoint(kind, seed), seed, engines=EngineLayout(1, tensor_parallel(kind)))
         return engine
 
     return sync_weights

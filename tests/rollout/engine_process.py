@@ -9,12 +9,19 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
+from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.rollout.engine import Sample
 from megatron_coreward.rollout.packed import PackedSamples
 from megatron_coreward.rollout.worker import RolloutWorker
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
+from megatron_coreward.weights.spec import Transport
+from tests.weights.ranks import Ranks
 
 START_TIMEOUT_S = 240  # on a machine that is busy with other things
 CALL_TIMEOUT_S = 60
+TWO_RANKS, ONE_ENGINE = ActorLayout(tensor_parallel=2), EngineLayout()
 
 _worker: RolloutWorker
 
@@ -63,3 +70,34 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def sync(
+    engine: Any,
+    checkpoint: Path,
+    version: int,
+    *,
+    transport: Transport = "shared_memory",
+    actor: ActorLayout = TWO_RANKS,
+    engines: EngineLayout = ONE_ENGINE,
+    expected: int | None = None,
+    lacking: str | None = None,
+) -> None:
+    """Sends the tensors of a checkpoint to an engine, from ranks in threads of this process.
+
+    Args:
+        expected: the version that the engine waits for, if it is another one.
+        lacking: a tensor of which the ranks have no values.
+    """
+    tensors = load_file(checkpoint / "model.safetensors")
+    if lacking is not None:
+        tensors[lacking] = tensors[lacking].int()
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    ranks = Ranks(read_architecture(checkpoint), tensors, transport, actor, engines, dtype=dtype)
+    try:
+        sending = ranks.start(version)
+        engine.receive_weights(ranks.init_info(0), version if expected is None else expected)
+        for future in sending:
+            future.result(timeout=60)
+    finally:
+        ranks.close()

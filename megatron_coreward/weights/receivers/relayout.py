@@ -125,6 +125,11 @@ class Scratch:
         self._lent.clear()
 
 
+def packs_copies(module: torch.nn.Module) -> bool:
+    """Whether a layer may compute with packed copies, beside parameters that look as they were loaded: on CPU."""
+    return any(p.device.type == "cpu" for p in module.parameters(recurse=False))
+
+
 def keeps_layout(name: str, module: torch.nn.Module, model_config: Any) -> bool:
     """Whether a layer computes with its weights as they were loaded, found out by loading others.
 
@@ -133,8 +138,8 @@ def keeps_layout(name: str, module: torch.nn.Module, model_config: Any) -> bool:
     method: Any = getattr(module, "quant_method", None)
     if method is None:
         return True
-    if any(p.device.type == "cpu" for p in module.parameters(recurse=False)):
-        return False  # packed copies, beside parameters that look as they were loaded
+    if packs_copies(module):
+        return False
     scratch, relayout = Scratch(next(module.parameters(recurse=False)).device), Relayout(name, module, model_config)
     relayout.begin(scratch)
     try:
