@@ -19,7 +19,6 @@ from megatron_coreward.planner.hardware import GIB, Assumptions, Gpu
 from megatron_coreward.planner.parameters import actor_layout, stage_parameters
 from megatron_coreward.weights.buckets import ITEM_BYTES
 from megatron_coreward.weights.layouts import VLLM_VOCAB_MULTIPLE, EngineLayout
-from megatron_coreward.weights.mapping import hf_tensors
 
 MOMENT_BYTES, MAIN_BYTES, TEACHER_BYTES, GRADIENT_BYTES = 8, 4, 8, 4  # an element
 SCORING_BYTES = 3 * 64 * 2**20  # fp32 chunks of logits that are scored at once (actor.token_stats)
@@ -112,7 +111,7 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
                 static=static,
                 update=update,
                 checkpoint=checkpoint,
-                buckets=bucket_bytes(config, arch),
+                buckets=bucket_bytes(config, assumptions),
                 runtime=assumptions.runtime_bytes,
                 fragmentation=int(assumptions.fragmentation * total),
             )
@@ -185,15 +184,15 @@ def logits_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int) ->
     return 2 * item * microbatch_tokens(a) * columns + SCORING_BYTES
 
 
-def bucket_bytes(config: RunConfig, arch: Architecture) -> int:
-    """Two buckets of the weight sync, each as large as the setting or the model's largest tensor."""
-    largest = ITEM_BYTES[config.model.dtype] * max(prod(shape) for shape in _few_tensors(arch))
-    return 2 * max(int(config.sync.bucket_mib * 2**20), largest)
+def bucket_bytes(config: RunConfig, assumptions: Assumptions) -> int:
+    """Of the weight sync: two buckets, whatever the model's largest tensor, and connections to those who take part."""
+    return int(2 * config.sync.bucket_mib * 2**20 + sync_peers(config) * assumptions.connection_mib * 2**20)
 
 
-@cache
-def _few_tensors(arch: Architecture) -> tuple[tuple[int, ...], ...]:
-    return tuple(hf_tensors(replace(arch, num_layers=1)).values())
+def sync_peers(config: RunConfig) -> int:
+    """Ranks that an engine's worker receives from, about: one of each group that holds a part of the model."""
+    a, r = config.actor, config.rollout
+    return a.pipeline_parallel * a.expert_parallel * max(1, a.tensor_parallel // r.tensor_parallel)
 
 
 def engine_memory(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: Assumptions) -> EngineMemory:

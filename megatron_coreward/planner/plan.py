@@ -157,7 +157,7 @@ def make_plan(config: RunConfig, arch: Architecture, machine: Machine, busiest_b
         engine=engine,
         actor=actor_times(config, arch, gpu, assumptions),
         rollout=rollout_time(config, arch, gpu, engine, assumptions),
-        sync=sync_time(busiest_bytes, work(config, assumptions).publications, gpu, assumptions),
+        sync=sync_time(busiest_bytes, config, arch, gpu, assumptions),
         problems=(*actor_problems(stages, engine, machine), *engine_problems(config, stages, engine, machine)),
     )
 

@@ -74,7 +74,13 @@ def test_the_sync_moves_what_the_transfer_plan_says() -> None:
     moved = transfers(c, EIGHT)
     busiest = float(max(moved.bytes_sent.max(), moved.bytes_received.max()))
     planned = make_plan(c, EIGHT, machine(), busiest)
-    assert planned.sync.seconds == pytest.approx(busiest / (0.7 * find_gpu("h100").network_bytes_s))
+    network = busiest / (0.7 * find_gpu("h100").network_bytes_s)
+    assert planned.sync.seconds_by["network"] == pytest.approx(network)
+    coarse = make_plan(
+        c.model_copy(update={"sync": c.sync.model_copy(update={"bucket_mib": 1024.0})}), EIGHT, machine()
+    )
+    few, many = (p.sync.seconds_by["messages"] for p in (coarse, planned))
+    assert few == pytest.approx(many / 4, rel=0.1)
     assert make_plan(c, EIGHT, machine()).sync.seconds == pytest.approx(planned.sync.seconds, rel=0.02)  # the estimate
 
 
