@@ -1,4 +1,4 @@
-r"""Answers that the judge of answers is tried on: spellings of one value, and strings that want to break it.
+r"""Answers that the comparison of answers is tried on: spellings of one value, and strings that want to break it.
 
 `variants` respells a real answer without changing what it says; `hostile` draws pairs without end. Both are functions
 of their arguments alone (a case is the same in every run), and neither imports the code that they try.

@@ -3,7 +3,7 @@
     python benchmarks/bench_ahead.py [--steps 12] [--rounds 2]
 
 Real runs of Co-rewarding-II on a tiny Qwen3 (4 layers of 128, random weights; 32 prompts x 8 rollouts of 64 tokens by
-the policy and as many by the teacher), one actor rank and one engine, a core each. Settings take turns, `rounds` times.
+the policy and as many by the teacher), one actor rank and one engine, a core each. Settings alternate, `rounds` times.
 A figure is the mean time of a step after the first two, over whole windows of labels. Ratios are to a run in which
 nothing goes ahead, of the same round; medians over rounds are printed.
 """
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_coreward.cluster.groups import stop_ray
+from megatron_coreward.cluster.ray_start import stop_ray
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer

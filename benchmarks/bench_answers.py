@@ -1,4 +1,4 @@
-r"""How well and how fast answers are judged: spellings, differences, groups, and strings that want to break the judge.
+r"""How well and how fast answers are compared: spellings, differences, groups, and strings that want to break it.
 
     python benchmarks/bench_answers.py [--answers FILE] [--pairs 20000] [--hostile 100000]
 
@@ -38,7 +38,7 @@ from megatron_coreward.rewards.equivalence import AnswerEquivalence, _math_form,
 MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
 QUESTIONS, SAMPLES = 128, 16
 HOSTILE_TIMEOUT_S = 0.5
-START_SLACK_S = 60.0  # a new process on a crowded machine; the judge's own promise is its limit plus this
+START_SLACK_S = 60.0  # a new process on a crowded machine; the comparison's own promise is its limit plus this
 
 
 def spellings(answers: Sequence[str]) -> dict[str, Any]:
@@ -100,13 +100,7 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
     With `right_share` 0 every answer of a group is another question's.
     """
     rng = random.Random(1)
-    pool = sorted(
-        {
-            answer
-            for answer in answers
-            if not algebra_only or not _math_form(answer).plain
-        }
-    )
+    pool = sorted({answer for answer in answers if not algebra_only or not _math_form(answer).plain})
     groups = []
     for right in rng.sample(pool, QUESTIONS):
         spelt = [right, *(respelt for _, respelt in variants(right))]
@@ -134,7 +128,7 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
 def hostile_run(count: int, workers: int = 2, seed: int = 0, timeout_s: float = HOSTILE_TIMEOUT_S) -> dict[str, Any]:
     """Extraction and comparison of `count` hostile pairs, by as many threads as there are worker processes.
 
-    Raises AssertionError where a comparison takes longer than it may, where an answer was executed, and where honest
+    Raises AssertionError if a comparison takes longer than it may, if an answer was executed, and if honest
     pairs are no longer answered.
     """
     here = getcwd()

@@ -5,11 +5,11 @@
 The driver is the real one: `Trainer.step` over `ActorGroup`, `EngineGroup` and `WeightSync`. Ranks and engines are not:
 a call serialises its arguments and results as Ray does (pickle; arrays are copied once, beside it, and read where they
 lie), and costs no time otherwise. What the stand-ins take to make up their answers is left out. Time is that of the
-driver's CPU, so that a busy machine tells the same; the driver is one thread. Every row is a process of its own, and
-memory is its peak resident set.
+driver's CPU, so that a busy machine gives the same figures; the driver is one thread. Every row is a process of its
+own, and memory is its peak resident set.
 
-With --ray, what a call to an actor costs the driver is measured on a real Ray, and times the calls of a step it is told
-beside the table: the stand-ins leave it out.
+With --ray, what a call to an actor costs the driver is measured on a real Ray, and its product with
+the calls of a step is printed below the table: the stand-ins leave it out.
 """
 
 import argparse
@@ -26,18 +26,22 @@ from typing import Any
 
 import numpy as np
 
-from megatron_coreward.cluster import groups
+from megatron_coreward.cluster import engine_group, worker_group
+from megatron_coreward.cluster.actor_group import ActorGroup
+from megatron_coreward.cluster.engine_group import EngineGroup
+from megatron_coreward.cluster.rollout_engines import RolloutEngines
 from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.cluster.weight_sync import WeightSync
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
-from megatron_coreward.rollout.engine import Sample
-from megatron_coreward.rollout.packed import pack
 from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.checkpoints import CheckpointWriter
+from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.types import Problem, Prompt, TokenStats
+from megatron_coreward.trainer.schedule import RolloutSchedule
+from megatron_coreward.types import Completion, Completions, Problem, Prompt, TokenStats
 from megatron_coreward.weights.layouts import EngineLayout
 from megatron_coreward.weights.route import Route
 
@@ -89,28 +93,28 @@ class World:
 
 @dataclass
 class Worker:
-    """An actor rank or an engine: every attribute is a remote method."""
+    """An actor rank or an engine: `worker.run.remote(method, *arguments)`."""
 
     world: World
     answer: Any  # (method, arguments) -> the serialised result
 
-    def __getattr__(self, method: str) -> "Remote":
-        return Remote(self, method)
+    @property
+    def run(self) -> "Remote":
+        return Remote(self)
 
 
 @dataclass
 class Remote:
     worker: Worker
-    method: str
 
-    def remote(self, *arguments: Any) -> Sent:
+    def remote(self, method: str, *arguments: Any) -> Sent:
         world = self.worker.world
         world.calls += 1
-        world.by_method[self.method] += 1
+        world.by_method[method] += 1
         # What was put is sent as a reference.
         world.put([a for a in arguments if not isinstance(a, Sent)])
         begin = time.process_time()
-        result: Sent = self.worker.answer(self.method, arguments)
+        result: Sent = self.worker.answer(method, arguments)
         world.away_s += time.process_time() - begin
         return result
 
@@ -124,11 +128,11 @@ class Answers:
         self.kept: dict[Any, Sent] = {}
         self.nothing = dump(None)
 
-    def sample(self, i: int, version: int) -> Sample:
+    def completion(self, i: int, version: int) -> Completion:
         length = int(self.lengths[i % len(self.lengths)])
         ids = np.full(length, i % 1000, dtype=np.int32)
         text = "so it is " * (length // 3) + f"\\boxed{{{i % 3}}}"
-        return Sample(ids, np.full(length, -1.0, dtype=np.float32), text, "stop", version)
+        return Completion(ids, np.full(length, -1.0, dtype=np.float32), text, str(i % 3), "stop", version)
 
     def engine(self, method: str, arguments: tuple[Any, ...]) -> Sent:
         if method == "score":
@@ -137,11 +141,11 @@ class Answers:
             return self.nothing
         requests, version = arguments
         if not requests:
-            return dump(pack([]))
+            return dump(Completions())
         key = ("sample", len(requests), requests[0].n, version)
         if key not in self.kept:
-            made = [[self.sample(7 * q + i, version) for i in range(r.n)] for q, r in enumerate(requests)]
-            self.kept[key] = dump(pack(made))
+            made = [[self.completion(7 * q + i, version) for i in range(r.n)] for q, r in enumerate(requests)]
+            self.kept[key] = dump(Completions(made))
         return self.kept[key]
 
     def rank(self, last_stage: bool) -> Any:
@@ -195,22 +199,24 @@ class _Setup:
         self.settings = config.actor
 
 
-def make_actors(config: RunConfig, world: World, answers: Answers) -> groups.ActorGroup:
+def make_actors(config: RunConfig, world: World, answers: Answers) -> ActorGroup:
     """The real group over stand-ins, in the order of Megatron's ranks: tensor, data, pipeline."""
-    group = object.__new__(groups.ActorGroup)
+    group = object.__new__(ActorGroup)
     dp, stages = config.actor.data_parallel, PIPELINE_PARALLEL
     places = [(d, p, t) for p in range(stages) for d in range(dp) for t in range(TENSOR_PARALLEL)]
     group.setup = _Setup(config)  # type: ignore[assignment]
-    group._watchdog = world  # type: ignore[assignment]
-    group._ranks = [Worker(world, answers.rank(p == stages - 1 and t == 0)) for _, p, t in places]
-    group._dp_ranks = [d for d, _, _ in places]
+    group.watchdog = world  # type: ignore[assignment]
+    group.workers = [Worker(world, answers.rank(p == stages - 1 and t == 0)) for _, p, t in places]
+    group.part_of = [d for d, _, _ in places]
+    group.output_ranks = tuple(i for i, (_, p, t) in enumerate(places) if p == stages - 1 and t == 0)
     return group
 
 
-def make_engines(config: RunConfig, world: World, answers: Answers) -> groups.EngineGroup:
-    group = object.__new__(groups.EngineGroup)
-    group._watchdog = world  # type: ignore[assignment]
-    group._engines = [Worker(world, answers.engine) for _ in range(config.rollout.num_engines)]
+def make_engines(config: RunConfig, world: World, answers: Answers) -> EngineGroup:
+    group = object.__new__(EngineGroup)
+    group.watchdog = world  # type: ignore[assignment]
+    group.workers = [Worker(world, answers.engine) for _ in range(config.rollout.num_engines)]
+    group.part_of = range(config.rollout.num_engines)
     group.sampling_seconds = []
     return group
 
@@ -218,7 +224,8 @@ def make_engines(config: RunConfig, world: World, answers: Answers) -> groups.En
 def measure(ranks: int, questions: int, n: int, tokens: int, buckets: int) -> dict[str, Any]:
     """One row: the last of `STEPS` steps."""
     world, answers = World(), Answers(tokens)
-    groups.ray = world  # type: ignore[assignment]  # it is this process's own: `ray.put` of arguments
+    for module in (engine_group, worker_group):  # they are this process's own: `ray.put` of arguments
+        module.ray = world  # type: ignore[attr-defined]
     config = make_config(ranks, questions, n)
     actors, engines = make_actors(config, world, answers), make_engines(config, world, answers)
     route = Route("shared_memory", "bench", 256 * MIB, EngineLayout(), 60.0)
@@ -228,7 +235,16 @@ def measure(ranks: int, questions: int, n: int, tokens: int, buckets: int) -> di
     prompt = Prompt("a question " * 40, np.arange(PROMPT_TOKENS, dtype=np.int32))
     problems = [Problem(f"fake/{i}", {"original": prompt}, ground_truth=None, source="fake") for i in range(questions)]
     with AnswerEquivalence("exact") as equivalence:
-        trainer = Trainer(config, METHODS[config.method], actors, engines, sync, equivalence, lambda step: problems)
+        method = METHODS[config.method]
+        schedule = RolloutSchedule(config, method.needs, RolloutEngines(engines, sync), lambda step: problems)
+        collector = Collector(config, method, actors, schedule, equivalence, lambda step: problems)
+        trainer = Trainer(
+            config=config,
+            needs=method.needs,
+            actors=actors,
+            collect=collector.collect,
+            checkpoints=CheckpointWriter(config, actors),
+        )
         for step in range(1, STEPS + 1):
             world.calls, world.sent_bytes, world.away_s = 0, 0, 0.0
             world.by_method.clear()

@@ -8,8 +8,8 @@ process of its own, which measures its work once everything is imported, and its
 the start of Python and the import of torch with it. (The copy starts the same way: a virtual machine may take freed
 memory back within seconds, and then the first to touch it again pays several seconds a gigabyte.)
 
-The order changes from turn to turn; the source is in the page cache throughout. Figures are medians of as many turns as
-asked for, after one that does not count. Everything that was written is removed in the end.
+The order changes from round to round; the source is in the page cache throughout. Figures are medians of the
+rounds that were asked for, after one that does not count. Everything that was written is removed in the end.
 """
 
 import argparse
@@ -113,11 +113,11 @@ def measure(folder: Path, gigabytes: float, repeat: int, options: list[str]) -> 
         "to-hf": ["convert", "to-hf", megatron, target, *options],
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
-    for turn in range(-1, repeat):  # the first turn does not count: it touches memory that nobody has used before
-        names = list(cases)[turn % 3 :] + list(cases)[: turn % 3]
+    for number in range(-1, repeat):  # the first round does not count: it touches memory that nobody has used before
+        names = list(cases)[number % 3 :] + list(cases)[: number % 3]
         for name in names:
             run = child(report, *cases[name])
-            if turn >= 0:
+            if number >= 0:
                 runs[name].append(run)
             shutil.rmtree(target)
             os.sync()

@@ -20,17 +20,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_coreward.cluster.groups import start_ray, stop_ray
 from megatron_coreward.cluster.processes import processes
-from megatron_coreward.cluster.weight_sync import open_sync
-from megatron_coreward.config.architecture import read_architecture
+from megatron_coreward.cluster.ray_start import start_ray, stop_ray
+from megatron_coreward.cluster.rollout_engines import open_rollout_engines
+from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.checkpoints import CheckpointWriter
+from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.schedule import RolloutSchedule
 from megatron_coreward.types import Problem, Prompt
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 32, 8, 32, 64
@@ -178,21 +181,23 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     )
     problems = make_problems(len(tokenizer))
     rows = []
-    with processes(config) as (actors, engines, transport), AnswerEquivalence("exact") as equivalence:
+    method = METHODS[config.method]
+    with processes(config) as running, AnswerEquivalence("exact") as equivalence:
+        engines = open_rollout_engines(config, running, canary_tokens(problems))
+        schedule = RolloutSchedule(config, method.needs, engines, lambda step: problems)
+        collector = Collector(config, method, running.actors, schedule, equivalence, lambda step: problems)
         trainer = Trainer(
             config=config,
-            method=METHODS[config.method],
-            actors=actors,
-            engines=engines,
-            sync=open_sync(config, read_architecture(config.model.hf_path), transport, actors, engines, ray.get),
-            equivalence=equivalence,
-            problems_of=lambda step: problems,
+            needs=method.needs,
+            actors=running.actors,
+            collect=collector.collect,
+            checkpoints=CheckpointWriter(config, running.actors),
         )
         for step in range(1, options.steps + 2):
             timer = PhaseTimer()
             result = trainer.step(step, timer)
             rows.append(result.metrics | timer.metrics())
-        setup = actors.setup
+        setup = running.actors.setup
     rows = rows[1:]  # the first step warms up
     median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     response_tokens = median["rollout/response_tokens_mean"] * PROMPTS * SAMPLES

@@ -29,6 +29,7 @@ import torch
 from megatron_coreward.config.architecture import Architecture, Experts, read_architecture
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.meeting import serve_store
@@ -113,14 +114,14 @@ def counted(what: str) -> tuple[int, int]:
     return group.bytes_sent, group.bytes_received
 
 
-def start_engine(folder: Path, dtype: str, tensor_parallel: int) -> None:
+def start_engine(folder: Path, dtype: Any, tensor_parallel: int) -> None:
     global _engine
-    sizes = {"max_model_len": 128, "max_num_seqs": 4, "kv_cache_gib": 0.125}
-    _engine = RolloutWorker(folder, dtype=dtype, tensor_parallel=tensor_parallel, **sizes)
+    sizes: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 4, "kv_cache_gib": 0.125}
+    _engine = RolloutWorker(EngineSetup(folder, dtype, tensor_parallel=tensor_parallel, **sizes))
 
 
 def engine_call(method: str, *args: Any) -> Any:
-    return getattr(_engine, method)(*args)
+    return _engine.shutdown() if method == "shutdown" else _engine.run(method, *args)
 
 
 def make_ready(worker: Any, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
@@ -225,10 +226,9 @@ def measure_sync(folder: Path, arch: Architecture, case: str, options: Any, port
         (engine,) = processes.start(1)
         engine.submit(start_engine, folder, options.dtype, engines.tensor_parallel).result(LIMIT_S)
         ranks = open_ranks(processes, spec, arch)
-        told = {"spec": spec.to_json(), "engine": 0}
 
         def sync(version: int) -> None:
-            receiving = engine.submit(engine_call, "receive_weights", told, version)
+            receiving = engine.submit(engine_call, "receive_weights", spec.to_json(), 0, version)
             finish([*(pool.submit(send, version) for pool in ranks), receiving])
 
         seconds = timed(sync, options.repeats)

@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as e:
         traceback.print_exc()
         last_line = (str(e).strip().splitlines() or [""])[-1]
-        told = "; ".join([f"{type(e).__name__}: {last_line}", *getattr(e, "__notes__", [])])
-        print(f"the run failed: {told}", file=sys.stderr)
+        message = "; ".join([f"{type(e).__name__}: {last_line}", *getattr(e, "__notes__", [])])
+        print(f"the run failed: {message}", file=sys.stderr)
         return 1
     return 0
 

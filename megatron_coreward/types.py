@@ -1,8 +1,8 @@
 """One noun per stage of a training step, complete when it is built.
 
-The way of a rollout: `Problem` -> `RolloutGroup` (of `Completion`s) -> `TokenStats` -> rewards and advantages ->
-`TrainBatch`. Shapes are given with letters: G rollouts a question, S sequences of a batch, P prompt tokens, L response
-tokens. Everything here is plain data: numpy arrays, strings, numbers.
+The way of a rollout: `Problem` -> `Completion`s, as an engine makes them -> `RolloutGroup` -> `TokenStats` -> rewards
+and advantages -> `TrainBatch`. Shapes are given with letters: G rollouts a question, S sequences of a batch, P prompt
+tokens, L response tokens. Everything here is plain data: numpy arrays, strings, numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question of the data set in one or two views. `gold` is never read by a label-free method."""
+    """A question of the data set in one or two views. `ground_truth` is never read by a label-free method."""
 
     uid: str  # stable over runs: "<data_source>/<extra_info.index>"
     prompts: Mapping[View, Prompt]
@@ -63,9 +63,9 @@ class Completion:
     token_ids: IntArray  # [L], the end-of-sequence token included when the model wrote it
     logprobs: FloatArray  # [L], of the sampled tokens, as the rollout engine computed them
     text: str
-    answer: str | None  # extracted final answer; None where there is none
+    answer: str | None  # the extracted final answer; None: there is none, or none was looked for
     finish_reason: Literal["stop", "length"]
-    weight_version: int  # the published weights that sampled it
+    weight_version: int  # of the weights that sampled it
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,31 @@ def cut(joined: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
 
 
 Joined = tuple[NDArray[Any], NDArray[np.int64]]
+
+
+class Completions(list[list[Completion]]):
+    """The completions of R requests, request after request. Sent between processes as a few large arrays."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        every = [completion for of_request in self for completion in of_request]
+        token_ids, lengths = join([c.token_ids for c in every])
+        logprobs, _ = join([c.logprobs for c in every])
+        columns = [tuple(getattr(c, name) for c in every) for name in _PLAIN_COLUMNS]
+        return _completions, (tuple(map(len, self)), lengths, token_ids, logprobs, columns)
+
+
+_PLAIN_COLUMNS = ("text", "answer", "finish_reason", "weight_version")
+
+
+def _completions(
+    counts: tuple[int, ...],
+    lengths: NDArray[np.int64],
+    token_ids: IntArray,
+    logprobs: FloatArray,
+    columns: list[tuple[Any, ...]],
+) -> Completions:
+    every = map(Completion, cut(token_ids, lengths), cut(logprobs, lengths), *columns)
+    return Completions([next(every) for _ in range(count)] for count in counts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,3 +96,11 @@ def test_a_signal_after_the_work_is_done_does_not_change_the_exit_status(sent: s
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["MODEL", "ifeval", "--out", "out"], ["--limit", "3", "MODEL", "ifeval"]])
+def test_a_command_under_its_former_name_says_the_new_one(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "harness", *arguments]) == 2
+    assert "error: evaluate harness: this command is called `evaluate lm-eval` now" in capsys.readouterr().err

@@ -11,22 +11,26 @@ import pytest
 PACKAGE = "megatron_coreward"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
+# Modules of `weights` that send or receive.
+MOVES_WEIGHTS = ("send", "receive", "segment", "gloo", "device", "device_receive", "device_source")
+
 # From the bottom up. A room is a module or a package right under ours, or one module of `weights`: what moves weights
 # is on a higher layer than what plans their moves. The empty name is our package itself, which every import runs.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"", "errors", "types", "config", "weights"}),
     frozenset({"data", "rewards", "algorithms", "telemetry", "weights.*", "planner", "guard", "report"}),
     frozenset({"actor", "rollout", "checkpoint"})
-    | {
-        f"weights.{name}"
-        for name in ("message", "meeting", "groups", "mailbox", "cuda_ipc", "senders", "receivers")
-    },
+    | {f"weights.{name}" for name in ("message", "meeting", "groups", "mailbox", "cuda_ipc", "senders", "receivers")},
     frozenset({"preflight"}),
     frozenset({"cluster"}),
     frozenset({"trainer"}),
     frozenset({"evaluation"}),
-    frozenset({"cli", "commands", "demo", "launch", "__main__"}),
+    frozenset({"demo", "launch"}),
+    frozenset({"commands"}),
+    frozenset({"cli"}),
+    frozenset({"attempt", "__main__"}),
 )
+LIGHT = 4  # layers that import without Megatron, vLLM and Ray
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -80,7 +84,8 @@ def layer(module: str) -> int | None:
 
 
 def is_low(module: str) -> bool:
-    return layer(module) in (0, 1)
+    height = layer(module)
+    return height is not None and height < LIGHT
 
 
 def upward_imports(root: Path) -> list[str]:
@@ -103,12 +108,37 @@ def mutual_rooms(root: Path) -> list[str]:
     return sorted(f"{a} and {b} import each other" for a, b in edges if a < b and (b, a) in edges)
 
 
+def cycles(root: Path) -> list[list[str]]:
+    """Groups of modules that import each other, directly or over others; imports in functions and for types count."""
+    graph: dict[str, set[str]] = {module: set() for module in modules(root)}
+    for module, target in own_imports(root):
+        if module != target:
+            graph[module].add(target)
+    reached = {module: _reachable(graph, module) for module in graph}
+    groups = {frozenset({module, *(m for m in reached[module] if module in reached[m])}) for module in graph}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    found: set[str] = set()
+    to_do = [start]
+    while to_do:
+        new = graph[to_do.pop()] - found
+        found |= new
+        to_do += new
+    return found
+
+
 def test_every_module_has_a_layer() -> None:
     assert [module for module in modules(ROOT) if layer(module) is None] == []
 
 
 def test_imports_point_downward_only() -> None:
     assert upward_imports(ROOT) == []
+
+
+def test_no_modules_import_in_a_circle() -> None:
+    assert cycles(ROOT) == []
 
 
 def test_no_two_rooms_import_each_other() -> None:
@@ -125,14 +155,14 @@ def test_ray_appears_only_in_worker_shells_and_in_the_cluster() -> None:
     assert [name for name in users if room(name) != "cluster" and not name.endswith(".worker")] == []
 
 
-def test_the_two_lowest_layers_never_name_megatron_vllm_or_ray_and_torch_only_in_algorithms() -> None:
+def test_the_light_layers_never_name_megatron_vllm_or_ray_and_torch_only_in_algorithms() -> None:
     heavy = third_party(ROOT, "megatron", "vllm", "ray")
     assert [name for name in heavy if is_low(name)] == []
     torch_users = third_party(ROOT, "torch")
     assert [name for name in torch_users if is_low(name) and room(name) != "algorithms"] == []
 
 
-def test_the_two_lowest_layers_import_where_megatron_vllm_and_ray_are_missing() -> None:
+def test_the_light_layers_import_where_megatron_vllm_and_ray_are_missing() -> None:
     low = [f"{PACKAGE}.{name}".removesuffix(".") for name in modules(ROOT) if is_low(name)]
     program = (
         "import importlib, sys\n"
@@ -174,6 +204,22 @@ class TestTheRulesThemselves:
 
     def test_mutual_imports_are_found_inside_functions_and_through_relative_names(self, root: Path) -> None:
         assert mutual_rooms(root) == ["actor and rollout import each other", "rewards and types import each other"]
+
+    def test_circles_are_found_over_several_modules_and_inside_functions(self, root: Path) -> None:
+        for name, text in {
+            "cli.py": "from megatron_coreward.commands import launch\n",
+            "commands/launch.py": "from megatron_coreward.launch.attempt import attempt\n",
+            "launch/attempt.py": "def attempt():\n    from megatron_coreward import cli\n",
+            "report/page.py": "from megatron_coreward import cli\n",
+        }.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert cycles(root) == [
+            ["actor.worker", "rollout.engine"],
+            ["cli", "commands.launch", "launch.attempt"],
+            ["rewards.voting", "types"],
+        ]
 
     def test_third_parties_are_found_by_module(self, root: Path) -> None:
         assert third_party(root, "ray") == {"rewards.voting": {"ray"}, "actor.worker": {"ray"}}

@@ -138,9 +138,9 @@ def write_random_model(directory: Path, shape: str, device: str = "cuda") -> Pat
     arch, tokenizer = published_architecture(shape), word_level_tokenizer()
     class_names = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    told = {**CONFIGS[shape], **ends, "architectures": [class_names[arch.family]]}
-    told |= {"hidden_act": "silu", "torch_dtype": "bfloat16", "attention_bias": False}
-    (directory / "config.json").write_text(json.dumps(told, indent=2))
+    content = {**CONFIGS[shape], **ends, "architectures": [class_names[arch.family]]}
+    content |= {"hidden_act": "silu", "torch_dtype": "bfloat16", "attention_bias": False}
+    (directory / "config.json").write_text(json.dumps(content, indent=2))
     (directory / "generation_config.json").write_text(json.dumps(ends))
     tokenizer.save_pretrained(directory)
     generator = torch.Generator(device).manual_seed(0)
@@ -207,7 +207,7 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
     from megatron_coreward.cluster.processes import actor_setup
     from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
     from megatron_coreward.types import Sequences, TrainBatch
-    from megatron_coreward.weights.device import free_port
+    from megatron_coreward.weights.ports import free_port
 
     length = PROMPT + RESPONSE
     actor = MegatronActor(actor_setup(config, length), 0, "127.0.0.1", free_port())
@@ -233,7 +233,7 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
     scoring = statistics.median(timed(lambda: actor.token_stats(sequences, share, "policy", 1.0), 3, 1))
     tokens = SEQUENCES * length
     rate = update_flops(arch, length, tokens) / update
-    told = actor.describe()
+    computes = actor.describe()
     actor.shutdown()
     return {
         "update_tokens_s": tokens / update,
@@ -241,7 +241,7 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
         "scoring_tokens_s": tokens / scoring,
         "peak_gib": peak / 2**30,
         "packs": plan.num_packs,
-        **told,
+        **computes,
     }
 
 
@@ -271,8 +271,9 @@ def bench_rollout(run: Run, config: RunConfig, arch: Architecture) -> dict[str, 
             return sum(len(one.token_ids) for output in outputs for one in output.outputs)
     else:
         from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+        from megatron_coreward.rollout.setup import EngineSetup
 
-        engine = RolloutEngine(
+        setup = EngineSetup(
             config.model.hf_path,
             dtype=config.model.dtype,
             max_model_len=limit,
@@ -281,6 +282,7 @@ def bench_rollout(run: Run, config: RunConfig, arch: Architecture) -> dict[str, 
             quantization=r.quantization,
             own_weights=0,
         )
+        engine = RolloutEngine(setup)
 
         def sample(seed: int) -> int:
             requests = [
@@ -309,8 +311,8 @@ def bench_train(config: RunConfig, arch: Architecture) -> dict[str, Any]:
 
     def watch() -> None:
         while not done.wait(1.0):
-            told = _nvidia_smi("memory.used")
-            used.extend(int(line) for line in told.splitlines() if line.strip().isdigit())
+            output = _nvidia_smi("memory.used")
+            used.extend(int(line) for line in output.splitlines() if line.strip().isdigit())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -331,8 +333,8 @@ def figures_of_run(rows: Sequence[Mapping[str, Any]], arch: Architecture, config
     def median(key: str) -> float:
         return statistics.median(float(row.get(key) or 0.0) for row in counted)
 
-    publications = 2 if config.method in ("co_rewarding_ii", "co_rewarding_i+ii") else 1
-    sync = median("time/sync_s") / publications
+    syncs = 2 if config.method in ("co_rewarding_ii", "co_rewarding_i+ii") else 1
+    sync = median("time/sync_s") / syncs
     step = median("step_time_s")
     phases = [key for key in counted[0] if key.startswith("time/") and key.endswith("_s") and "." not in key]
     return {
@@ -448,7 +450,7 @@ def aims() -> list[Aim]:
         most = 0.3 if run.endswith("bf16") else None
         table += [
             Aim(f"{run}: step, s", _of(run, "step_s"), "{:.2f}"),
-            Aim(f"{run}: sync, s a publication", _of(run, "sync_s"), "{:.3f}", most=most),
+            Aim(f"{run}: sync, s each", _of(run, "sync_s"), "{:.3f}", most=most),
             Aim(f"{run}: sync, GB/s", _of(run, "sync_gb_s"), "{:.1f}"),
             Aim(f"{run}: both switches, s", _of(run, "switch_s"), "{:.2f}"),
             Aim(f"{run}: outside of all phases, share", _of(run, "outside_share"), "{:.3f}", most=0.03),
@@ -485,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=("actor", "rollout", "train"), help="one group of runs")
     parser.add_argument("--run", choices=[run.name for run in runs()], help="one run, in this process")
     parser.add_argument("--out", type=Path, help="file to which each run appends its JSON object")
-    parser.add_argument("--work", type=Path, help="folder for model and runs; a temporary one where none is given")
+    parser.add_argument("--work", type=Path, help="folder for model and runs; a temporary one if none is given")
     parser.add_argument("--limit", type=int, default=540, help="seconds that a run may take")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and whether it fits")
     parser.add_argument("--table", type=Path, metavar="OUT", help="print the table of such a file")

@@ -83,7 +83,7 @@ class Attempt:
         return [p for p in self.processes() if TITLES[kind] in " ".join(_command(p)) and p.pid != self.process.pid]
 
     def kill(self, kind: str, chance: random.Random) -> bool:
-        """Ends a process of a kind, the driver with its whole group; False where there is none."""
+        """Ends a process of a kind, the driver with its whole group; False if there is none."""
         if kind == "driver":
             os.killpg(self.process.pid, signal.SIGKILL)
             return True
@@ -188,7 +188,7 @@ def last_step(run_dir: Path) -> int:
 
 def make_task(folder: Path) -> None:
     """A tiny model that answers some questions, and the questions."""
-    from megatron_coreward.cluster.groups import stop_ray
+    from megatron_coreward.cluster.ray_start import stop_ray
     from megatron_coreward.demo.model import write_model
     from megatron_coreward.demo.task import make_splits, write_parquet
     from megatron_coreward.demo.tokenizer import word_level_tokenizer

@@ -1,8 +1,8 @@
 """A Megatron actor rank: the policy with its optimizer, the teacher and the frozen reference, under one layout.
 
-Every method is called on all ranks with the same arguments, but for shares of a batch, which differ by data-parallel
-rank. Results come from the ranks that have them (`reports`: last pipeline stage, first tensor-parallel rank); the
-others return None.
+Every method is called on all ranks with the same arguments, but for the sequences of a batch, which differ by
+data-parallel rank. Results come from the output ranks (last pipeline stage, first tensor-parallel rank); the others
+return None.
 """
 
 from collections.abc import Iterator
@@ -119,8 +119,8 @@ class MegatronActor:
         }
 
     def offload(self) -> DeviceMemory | None:
-        """Gives away the memory of all that neither publishing nor a probe needs: the optimizer's state, gradients, the
-        EMA's state, the frozen reference. Weights of policy and teacher stay. Returns None without a GPU."""
+        """Frees the memory of all that neither a weight sync nor its canary needs: the optimizer's state, gradients,
+        the EMA's state, the frozen reference. Weights of policy and teacher stay. Returns None without a GPU."""
         before = free_memory(cached=True)  # what only torch still holds is not asked back
         for model in ([c.module for c in self.policy], *(frozen.chunks for frozen in self.frozen.values())):
             forget_quantised_weights(model)
@@ -131,7 +131,7 @@ class MegatronActor:
         return None if before is None or after is None else DeviceMemory(after, after - before)
 
     def onload(self) -> DeviceMemory | None:
-        """Takes the memory back. Gradients come back as zeros."""
+        """Allocates the memory again. Gradients come back as zeros."""
         before = free_memory()
         for chunk in self.policy:
             chunk.restore_grad_buffers()
@@ -180,7 +180,7 @@ class MegatronActor:
     @contextmanager
     def _bf16_under_delayed_scaling(self, weights: Weights) -> Iterator[None]:
         """Passes without a gradient never update the scales of this recipe: before the first update they would compute
-        with scale 1, where most weights are below what E4M3 can tell from zero."""
+        with scale 1, where most weights are below what E4M3 distinguishes from zero."""
         config = self.policy[0].module.config
         fp8, keeps_state = config.fp8, bool(config.fp8) and RECIPES[config.fp8_recipe].keeps_state
         if weights == "policy" and keeps_state:

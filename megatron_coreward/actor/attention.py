@@ -66,7 +66,7 @@ class PackedAttention(MegatronModule):
     def _over_ranks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
-        """The same where each context-parallel rank has a part of every sequence: keys and values of all ranks are
+        """The same if each context-parallel rank has a part of every sequence: keys and values of all ranks are
         gathered, and all pairs of a pack's tokens are masked. Transformer Engine passes keys and values in a ring."""
         group = parallel_state.get_context_parallel_group()
         bounds, size, rank = cu_seqlens.tolist(), group.size(), group.rank()

@@ -1,6 +1,6 @@
 """What megatron-core 0.16 needs in order to run without CUDA: the one place where a dependency is patched.
 
-Call `install()` before `megatron` is first imported, in a process that has no GPU; it does nothing where CUDA is
+Call `install()` before `megatron` is first imported, in a process that has no GPU; it does nothing if CUDA is
 available. Every replacement names its cause. All of it can go when megatron-core takes its device from
 `torch.accelerator` instead of naming CUDA.
 """
@@ -83,7 +83,7 @@ def install() -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
 
-    # DistributedOptimizer and gradient clipping tell dtypes apart by the name of the CUDA tensor type.
+    # DistributedOptimizer and gradient clipping distinguish dtypes by the name of the CUDA tensor type.
     plain_type = torch.Tensor.type
 
     def type_with_cuda_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

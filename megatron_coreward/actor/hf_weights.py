@@ -104,10 +104,10 @@ def local_blocks(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRank
 def owned_blocks(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks) -> list[LocalBlock]:
     """What this rank hands out; over all ranks, every element of every HF tensor exactly once.
 
-    Copies of a shard (data-parallel replicas; for norms, tensor-parallel ranks too) take turns, parameter by parameter.
+    Copies of a shard (data-parallel replicas; for norms, tensor-parallel ranks too) alternate, parameter by parameter.
     """
     owned = []
-    for turn, (name, param) in enumerate(global_parameters(chunks, arch, ranks)):
+    for number, (name, param) in enumerate(global_parameters(chunks, arch, ranks)):
         if name == "output_layer.weight" and arch.tied:
             continue  # the copy of the embedding that the last pipeline stage keeps
         tp_rank, tp_size = _tensor_parallel(name, ranks)
@@ -116,7 +116,7 @@ def owned_blocks(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRank
         )
         if is_replicated(name):
             replica, replicas = replica * tp_size + tp_rank, replicas * tp_size
-        if turn % replicas != replica:
+        if number % replicas != replica:
             continue
         for block in blocks(name, arch, tp_rank, tp_size):
             owned.append(LocalBlock(block.hf_name, block.hf_index, _reader(param, block.shard_index)))
@@ -128,5 +128,5 @@ def _reader(param: torch.nn.Parameter, index: Index) -> Callable[[], torch.Tenso
 
 
 def full_precision(param: torch.Tensor) -> torch.Tensor:
-    """The values that a parameter computes with; a copy where it is kept in FP8."""
+    """The values that a parameter computes with; a copy if it is kept in FP8."""
     return dequantize_fp8_tensor(param) if is_float8tensor(param) else param.detach()

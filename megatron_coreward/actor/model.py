@@ -59,7 +59,7 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 
 
 def fp8_config(settings: ActorSettings, frozen: bool) -> dict[str, Any]:
-    """What Megatron is told of FP8; empty for BF16.
+    """What Megatron is given of FP8; empty for BF16.
 
     Only the inputs of the layers' linear products are FP8; attention, norms, embedding and output layer are not. A
     frozen model is never trained, so delayed scaling would leave it with the scales that it starts with: it computes in
@@ -70,14 +70,18 @@ def fp8_config(settings: ActorSettings, frozen: bool) -> dict[str, Any]:
     recipe, ends = RECIPES[settings.fp8], settings.fp8_bf16_layers
     if frozen and recipe.keeps_state:
         return {}
-    told: dict[str, Any] = {"fp8": recipe.format, "fp8_recipe": settings.fp8}
+    given: dict[str, Any] = {"fp8": recipe.format, "fp8_recipe": settings.fp8}
     if recipe.keeps_state:  # Transformer Engine's defaults; Megatron's would look one micro-batch back
-        told |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+        given |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     if settings.fp8_params and not frozen:
-        told["fp8_param"] = True
+        given["fp8_param"] = True
     if ends:
-        told |= {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": ends, "num_layers_at_end_in_bf16": ends}
-    return told
+        given |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": ends,
+            "num_layers_at_end_in_bf16": ends,
+        }
+    return given
 
 
 def recompute_config(settings: ActorSettings, experts: bool) -> dict[str, Any]:
@@ -256,7 +260,7 @@ def forget_quantised_weights(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:
-    """Marks parameters that are cut over tensor-parallel ranks. Megatron does so only where it initialises weights; an
+    """Marks parameters that are cut over tensor-parallel ranks. Megatron does so only if it initialises weights; an
     unmarked one counts as a copy, and the global gradient norm leaves out every rank's part but the first's."""
     for name, param in model.named_parameters():
         if not is_replicated(name) and not getattr(param, "tensor_model_parallel", False):

@@ -56,7 +56,7 @@ def build_optimizer(
 
 
 def adam_name(optimizer: MegatronOptimizer) -> str:
-    """Whose Adam this is: Transformer Engine's or apex's fused one where they are installed, else torch's."""
+    """Whose Adam this is: Transformer Engine's or apex's fused one if they are installed, else torch's."""
     for part in optimizer_parts(optimizer):
         kind = type(part.optimizer)
         return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"

@@ -38,7 +38,7 @@ class Saving:
             live: tensors that training writes in place: what shares their memory is copied first.
             target: directory that exists and is empty.
         """
-        # megatron-core 0.16.1: the writer takes its queue from here, and starts a manager process where there is none.
+        # megatron-core 0.16.1: the writer takes its queue from here, and starts a manager process if there is none.
         filesystem_async._results_queue = queue.SimpleQueue()
         self._request = dist_checkpointing.save(state, str(target), async_sharded_save=True)
         self._hashes: FileHashes = {}

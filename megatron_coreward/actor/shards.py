@@ -45,7 +45,7 @@ class FlatWeights:
     def __init__(
         self, policy: list[DistributedDataParallel], dtype: torch.dtype | None = None, device: str | None = None
     ) -> None:
-        """Zeros; of the policy's dtype and device unless others are given (where weights are FP8: of the dtype that it
+        """Zeros; of the policy's dtype and device unless others are given (if weights are FP8: of the dtype that it
         computes in)."""
         self._flats: list[tuple[Any, torch.Tensor]] = []  # (policy buffer, our flat tensor of the same geometry)
         self._place: dict[torch.nn.Parameter, tuple[torch.Tensor, int]] = {}

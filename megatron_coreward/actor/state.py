@@ -95,7 +95,7 @@ def _fp32(entry: Any) -> dict[str, Any]:
 
 
 def _to_write(weights: FlatWeights, entry: Any, param: torch.nn.Parameter) -> torch.Tensor:
-    """The values on the host, or where another rank writes them, their shape alone."""
+    """The values on the host, or, if another rank writes them, their shape alone."""
     values = weights.of(param)
     if is_main_replica(entry.replica_id):
         return values.cpu()

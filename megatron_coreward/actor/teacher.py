@@ -6,7 +6,7 @@ At 1 - d = 1e-4 a BF16 teacher does not move and a plain fp32 one loses a third 
 teacher is kept as fp32 value plus fp32 compensation (Kahan), cut over ranks just like the optimizer's main parameters.
 
 Bytes per parameter: 8 for value and compensation, divided by the data-parallel size; plus, for the copy that answers
-and is published, 2 (BF16) or 4 (fp32) on every data-parallel rank.
+and is sent to the engines, 2 (BF16) or 4 (fp32) on every data-parallel rank.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from megatron_coreward.actor.shards import FlatWeights, MainShard, main_shards
 
 
 class FrozenModel:
-    """A second model under the policy's layout, to be run and published: no gradients, no optimizer."""
+    """A second model under the policy's layout, to be run and sent to the engines: no gradients, no optimizer."""
 
     def __init__(self, chunks: list[GPTModel], policy: list[DistributedDataParallel]) -> None:
         self.chunks = chunks

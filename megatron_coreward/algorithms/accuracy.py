@@ -63,7 +63,7 @@ def sampled_scores(
         majority_right: [Q] whether the majority answer of the samples is.
         greedy_right: [Q] whether the most likely answer is; None: it was not drawn.
 
-    Raises ValueError where the sizes differ or there is no sample.
+    Raises ValueError if the sizes differ or there is no sample.
     """
     table = np.asarray(right, dtype=bool)
     if table.ndim != 2 or table.shape[1] == 0 or len(majority_right) != len(table):

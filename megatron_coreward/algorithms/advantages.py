@@ -1,7 +1,7 @@
 """Group-relative advantages (GRPO, arXiv 2402.03300), as the published implementation computes them.
 
 Invariants: the advantages of a group sum to zero; shifting all rewards changes nothing; a group without variance gets
-exact zeros, also where its rewards differ by rounding alone.
+exact zeros, also if its rewards differ by rounding alone.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def group_advantages(rewards: ArrayLike) -> NDArray[np.floating]:
     """[G] rewards of one group -> [G] advantages `(r - mean) / (std + 1e-6)`, std with ddof=1.
 
     Computed in double precision, returned in the dtype of the rewards (float64 for anything that is not floating).
-    Zeros where all rewards are equal up to single-precision rounding, and for a group of one. Raises ValueError for
+    Zeros if all rewards are equal up to single-precision rounding, and for a group of one. Raises ValueError for
     rewards that are not one-dimensional or not finite.
     """
     given = np.asarray(rewards)

@@ -180,7 +180,7 @@ def describing_directory(source: Path, hf_path: Path | None) -> Path:
 
 
 def _stored_dtype(tensor: CheckpointTensor, dtypes: dict[str, torch.dtype]) -> torch.dtype:
-    """The dtype of a Megatron tensor. Raises InputError where the HF tensors that it fuses have several."""
+    """The dtype of a Megatron tensor. Raises InputError if the HF tensors that it fuses have several."""
     names = {run.hf_name for run in tensor.runs}
     dtype = _only(dtypes[name] for name in names)
     if dtype is None:

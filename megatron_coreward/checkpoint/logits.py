@@ -20,7 +20,7 @@ from megatron_coreward.types import FloatArray
 from megatron_coreward.weights.mapping import hf_tensors
 
 TOKENS = 64
-TOLERANCE = 1e-4  # on logits, relative to the largest one where that is above 1
+TOLERANCE = 1e-4  # on logits, relative to the largest one if that is above 1
 BYTES_PER_PARAMETER = 4.5  # fp32, and one layer's tensors twice while they are loaded
 BYTES_BESIDE = 1.5e9  # libraries, activations and logits
 _PROGRAMS = {True: "megatron_coreward.actor.write_logits", False: "megatron_coreward.checkpoint.write_logits"}

@@ -31,7 +31,7 @@ def write_manifest(folder: Path, tensors: Mapping[str, TensorHash], ignored: lis
 
 
 def read_manifest(folder: Path) -> dict[str, TensorHash] | None:
-    """The hashes beside a model; None where there are none."""
+    """The hashes beside a model; None if there are none."""
     path = folder / MANIFEST
     if not path.is_file():
         return None

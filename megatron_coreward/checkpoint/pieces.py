@@ -67,7 +67,7 @@ def cast(name: str, piece: torch.Tensor, dtype: torch.dtype, scratch: Scratch) -
 
 
 def cast_into(name: str, piece: torch.Tensor, out: torch.Tensor) -> None:
-    """Fills `out`, of another dtype. Raises InputError where a finite value would become infinite."""
+    """Fills `out`, of another dtype. Raises InputError if a finite value would become infinite."""
     out.copy_(piece)
     narrower = torch.finfo(out.dtype).max < torch.finfo(piece.dtype).max
     if narrower and bool(out.isinf().logical_and_(piece.isfinite()).any()):
@@ -87,7 +87,7 @@ class OpenFiles:
         self._files: dict[Path, int] = {}
 
     def read(self, path: Path, start: int, out: torch.Tensor) -> None:
-        """Fills a contiguous tensor from a byte on. Raises InputError where the file ends before or is unreadable."""
+        """Fills a contiguous tensor from a byte on. Raises InputError if the file ends before or is unreadable."""
         rest = bytes_of(out)
         try:
             with self._lock:

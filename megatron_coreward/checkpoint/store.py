@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +44,11 @@ class TrainerState:
     step: int  # steps done; also the batches taken from the data
     num_updates: int  # optimizer steps done
     teacher_updates: int = 0  # the last step whose EMA the teacher has taken; the step after `step` may be begun
+    skipped_steps: int = 0  # in a row, without an update
     score: float | None = None  # of the metric by which the best checkpoint is kept
-    extra: dict[str, Any] = field(default_factory=dict)  # JSON: the states of what else has one, by name
+    first_accuracy: float | None = None  # avg@n of the run's first validation (pass@1 without random samples)
+    guard: dict[str, Any] | None = None  # the guard's state
+    unfinished_row: dict[str, float | None] | None = None  # of a step whose validation was interrupted; null: NaN
 
 
 class DamagedCheckpoint(InputError):
@@ -130,9 +133,10 @@ def discard_unfinished(run_dir: Path) -> None:
 
 
 def read_trainer_state(path: Path) -> TrainerState:
-    """Where the run stood. Raises DamagedCheckpoint where the description is missing or damaged."""
+    """Where the run stood. Raises DamagedCheckpoint if the description is missing or damaged."""
     try:
-        return TrainerState(**json.loads((path / TRAINER).read_text()))
+        tree = json.loads((path / TRAINER).read_text())
+        return TrainerState(**(tree | tree.pop("extra", {})))  # the former form had some under "extra"
     except (OSError, ValueError, TypeError) as e:
         raise DamagedCheckpoint(f"{path / TRAINER}: damaged ({e})") from None
 

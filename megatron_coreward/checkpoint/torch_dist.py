@@ -2,7 +2,7 @@
 
 The format is PyTorch's distributed checkpoint: `.metadata` says which chunk of which global tensor lies where, and a
 chunk is what `torch.save` wrote for it, at an offset of a `.distcp` file. Reading takes rows out of the middle of a
-chunk: `torch.save` stores a tensor's bytes as they are, and PyTorch tells where.
+chunk: `torch.save` stores a tensor's bytes as they are, and PyTorch says where.
 
 Invariants (tests/checkpoint/test_torch_dist.py):
   1. Nothing that could run code is unpickled: metadata by an allowlist, chunks with `weights_only`.

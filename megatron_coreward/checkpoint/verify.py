@@ -76,7 +76,7 @@ def open_checkpoint(path: Path, hf_path: Path | None = None, weights: str = "pol
 
 
 def verify(one: Opened, other: Opened | None, progress: Progress = lambda done, total: None) -> Verification:
-    """Compares every tensor and the config of two checkpoints, and each with its manifest where it has one.
+    """Compares every tensor and the config of two checkpoints, and each with its manifest if it has one.
 
     Tensors of different dtypes are the same if every value is. Raises InputError if the shapes of the models differ.
     """

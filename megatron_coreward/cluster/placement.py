@@ -2,7 +2,7 @@
 
 Rules, in order:
   1. An engine is on one node: its tensor-parallel ranks talk in every layer of every token.
-  2. So is a tensor-parallel group of the actor, where a node has room for one.
+  2. So is a tensor-parallel group of the actor, if a node has room for one.
   3. Neighbouring ranks are close: pipeline and data parallelism cross nodes last.
   4. Colocated, engine e shares the GPUs of actor ranks e t, ..., e t + t - 1.
 
@@ -19,12 +19,12 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megatron_coreward.config.schema import ActorSettings, RolloutSettings
+from megatron_coreward.config.schema import ActorSettings
 from megatron_coreward.errors import InputError, RunError
 
 NODE_LABEL = "ray.io/node-id"
-START_LIMIT_S = 600.0  # until there is room, where nothing else is configured
-CPU_SHARE = 0.001  # of a core, for Ray, where a process takes no GPU: it only has to be placed
+START_LIMIT_S = 600.0  # until there is room, if nothing else is configured
+CPU_SHARE = 0.001  # of a core, for Ray, if a process takes no GPU: it only has to be placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class ResourceRequest:
         return ResourceRequest(actor.world_size, actor.tensor_parallel, 0, 1)
 
     @staticmethod
-    def of_engines(rollout: RolloutSettings) -> "ResourceRequest":
-        """Engines alone."""
-        return ResourceRequest(0, 1, rollout.num_engines, rollout.tensor_parallel)
+    def of_engines(engines: int, engine_size: int) -> "ResourceRequest":
+        """Engines alone, of `engine_size` GPUs each."""
+        return ResourceRequest(0, 1, engines, engine_size)
 
     @property
     def gpus(self) -> int:
@@ -70,7 +70,7 @@ class Placement:
 
 
 def place(nodes: Sequence[Node], resource_request: ResourceRequest) -> Placement:
-    """Places ranks and engines on nodes with GPUs, or evenly over all nodes where none has any.
+    """Places ranks and engines on nodes with GPUs, or evenly over all nodes if none has any.
 
     Raises:
         InputError: there is not enough room, or not enough on one node.
@@ -198,7 +198,7 @@ class ReservedPlacement:
         self.release()
 
     def release(self) -> None:
-        """Gives the room back; what still runs in it is killed."""
+        """Frees the room; what still runs in it is killed."""
         if ray.is_initialized():
             remove_placement_group(self._group)
 
@@ -216,7 +216,7 @@ class ReservedPlacement:
         return {"num_gpus": size, "scheduling_strategy": self._at(self._first_engine + engine)}
 
     def variables_for_engine(self, engine: int) -> dict[str, str]:
-        """Environment of an engine. Ray gives a GPU to one process; a second one has to be told which it is."""
+        """Environment of an engine. Ray gives a GPU to one process; a second one has to be given its number."""
         if not (self.resource_request.colocated and self.on_gpus):
             return {}
         bundles = range(engine * self.resource_request.engine_size, (engine + 1) * self.resource_request.engine_size)

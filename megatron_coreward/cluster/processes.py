@@ -4,29 +4,43 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 from megatron_coreward.actor.setup import ActorSetup
 from megatron_coreward.checkpoint.convert import megatron_directory
-from megatron_coreward.cluster.groups import ActorGroup, EngineGroup, start_ray
+from megatron_coreward.cluster.actor_group import ActorGroup
+from megatron_coreward.cluster.colocation import Colocation
+from megatron_coreward.cluster.engine_group import EngineGroup
 from megatron_coreward.cluster.placement import ReservedPlacement, ResourceRequest
+from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.watchdog import Watchdog
-from megatron_coreward.cluster.weight_sync import CANARY_TOKENS
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout import orphans
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.weights import mailbox
 from megatron_coreward.weights.spec import Transport, choose_transport
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's, of which either may be set
 LOGS = "logs"  # in the run directory: what the processes print
+CANARY_TOKENS = 64  # whose log-probs check a weight sync: an engine reads them and writes one more
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """The processes of a run, and how weights travel between them."""
+
+    actors: ActorGroup
+    engines: EngineGroup
+    transport: Transport
+    colocation: Colocation | None  # None: the engines have GPUs of their own
+    watchdog: Watchdog
 
 
 @contextmanager
-def processes(
-    config: RunConfig, watchdog: Watchdog | None = None
-) -> Iterator[tuple[ActorGroup, EngineGroup, Transport]]:
-    """The actors and engines of a run, and how weights travel between them; started side by side, ended in any case.
+def processes(config: RunConfig, watchdog: Watchdog | None = None) -> Iterator[Processes]:
+    """The actors and engines of a run, started side by side, ended in any case.
 
     After an error nobody waits for them: they may hang in a collective whose partner is gone, or in rollouts.
     """
@@ -57,23 +71,18 @@ def processes(
             return actors
 
         actors = None if colocated else start_actors()
-        engines = EngineGroup(
-            config.model.hf_path.resolve(),
-            config.rollout,
-            placement,
-            config.model.dtype,
-            max(max_sequence, CANARY_TOKENS + 1),
-            config.seed,
-            watchdog=watchdog,
-        )
+        setup = engine_setup(config, max(max_sequence, CANARY_TOKENS + 1))
+        engines = EngineGroup(setup, config.rollout.num_engines, placement, watchdog)
         stack.push(partial(_leave, engines))
+        colocation = None
         if actors is None:  # an engine plans its memory by what is free when it starts; actors come when it is asleep
             engines.wait()
-            engines.sleep()
+            slept = engines.call("sleep")
             actors = start_actors()
+            colocation = Colocation(actors, engines, slept)
         actors.wait()
         engines.wait()
-        yield actors, engines, transport
+        yield Processes(actors, engines, transport, colocation, watchdog)
 
 
 def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: object) -> None:
@@ -102,4 +111,22 @@ def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
         teacher=METHODS[config.method].needs.teacher,
         frozen_reference=bool(config.loss.kl_coef) and config.loss.kl_reference == "frozen",
         skip_nonfinite_gradients=config.faults.nonfinite_gradients == "skip",
+    )
+
+
+def engine_setup(config: RunConfig, max_model_len: int) -> EngineSetup:
+    """What the engines of a run are built from."""
+    settings = config.rollout
+    return EngineSetup(
+        config.model.hf_path.resolve(),
+        config.model.dtype,
+        max_model_len,
+        tensor_parallel=settings.tensor_parallel,
+        max_num_seqs=settings.max_num_seqs,
+        kv_cache_gib=settings.kv_cache_gib,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        cpu_threads=settings.cpu_threads,
+        seed=config.seed,
+        quantization=settings.quantization,
+        cuda_graphs=settings.cuda_graphs,
     )

@@ -28,7 +28,7 @@ def keep_to_this_host() -> None:
 
 
 def check_token_needed() -> None:
-    """To be called after `ray.init`. Raises RunError where Ray asks for no token although nobody turned that off."""
+    """To be called after `ray.init`. Raises RunError if Ray asks for no token although nobody turned that off."""
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode == "token" and get_authentication_mode() != AuthenticationMode.TOKEN:
         raise RunError("Ray has started without token authentication; set RAY_AUTH_MODE=token before this command")

@@ -2,27 +2,26 @@
 
 Starts the actors and engines of the config, syncs the weights of every role that the method has, with checksums, and
 compares the engines' log-probs of the canary with the actors'. In the end it asks for samples of weights that were
-never sent, which the engines must refuse.
+never synced, which the engines must refuse.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import ray
 from transformers import AutoTokenizer
 
-from megatron_coreward.cluster.colocation import no_handoff, open_colocation
+from megatron_coreward.cluster.colocation import no_handoff
 from megatron_coreward.cluster.processes import processes
 from megatron_coreward.cluster.weight_sync import canary_tokens, open_sync
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import validate
-from megatron_coreward.data.dataset import load_problems
+from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.errors import RunError
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.types import IntArray, Role, WeightVersion
+from megatron_coreward.types import Role, WeightVersion
 from megatron_coreward.weights.layouts import EngineLayout
 from megatron_coreward.weights.spec import tensors_to_send
 
@@ -39,7 +38,7 @@ class SyncCheck:
 
 
 def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
-    """Syncs each role `rounds` times and yields what each weight sync took.
+    """Syncs the weights of each role `rounds` times and yields what each sync took.
 
     Raises:
         InputError: before any process starts, if config or model cannot work.
@@ -50,11 +49,9 @@ def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
     config = config.model_copy(update={"sync": config.sync.model_copy(update={"checksums": True})})
     roles: tuple[Role, ...] = ("policy", "teacher") if METHODS[config.method].needs.teacher else ("policy",)
     gigabytes = sum(meta.nbytes for meta in tensors_to_send(arch, config.model.dtype)) / 1e9
-    with processes(config) as (actors, engines, transport), ExitStack() as stack:
-        colocation = open_colocation(config.rollout.placement, actors, engines, engines.slept)
-        receiving = engines if colocation is None else colocation.engines
-        sync = open_sync(config, transport, actors, receiving, ray.get, _canary(config))
-        stack.enter_context((colocation or no_handoff)(PhaseTimer()))
+    with processes(config) as running, ExitStack() as stack:
+        sync = open_sync(config, running, canary_tokens(_problems(config)))
+        stack.enter_context((running.colocation or no_handoff)(PhaseTimer()))
         for number in range(rounds):
             for role in roles:
                 report = sync.sync_weights(role, number)
@@ -63,21 +60,19 @@ def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
                 yield SyncCheck(role, version, report.seconds, gigabytes, report.canary_gap)
         request = SamplingRequest([1], n=1, seed=0, temperature=1.0, top_p=1.0, max_tokens=1)
         try:
-            engines.sample([request], version + 2)
+            running.engines.sample([request], version + 2)
         except RunError:
             return
-        raise RunError(f"an engine sampled with weights of version {version + 2}, which were never sent")
+        raise RunError(f"an engine sampled with weights of version {version + 2}, which were never synced")
 
 
-def _canary(config: RunConfig) -> IntArray:
-    """Of the data set's first questions, as a run renders them."""
-    data = config.data
-    problems = load_problems(
-        data.train_files,
+def _problems(config: RunConfig) -> ProblemSet:
+    """The questions that the run reads, as it renders them."""
+    return load_problems(
+        config.data.train_files,
         (),
         AutoTokenizer.from_pretrained(config.model.hf_path),
-        system_prompt=data.system_prompt,
-        max_prompt_tokens=data.max_prompt_tokens,
+        system_prompt=config.data.system_prompt,
+        max_prompt_tokens=config.data.max_prompt_tokens,
         over_length="drop",
     )
-    return canary_tokens([problem.prompts["original"].token_ids for problem in problems])

@@ -27,7 +27,7 @@ PEERS_S = 5.0  # a peer's death may be known a little later than the error that 
 STACKS_AT = 0.9  # of the limit of a wait, a worker writes where it stands: it is ended when the limit has passed
 LESS_MEMORY = (
     "(less: actor.tokens_per_microbatch, rollout.gpu_memory_utilization; more: actor.recompute, "
-    "actor.offload_optimizer, or another layout: `megatron-coreward plan` tells the bytes)"
+    "actor.offload_optimizer, or another layout: `megatron-coreward plan` shows the bytes)"
 )
 _DEATHS = (RayActorError, ActorDiedError, ActorUnavailableError, WorkerCrashedError)
 
@@ -62,7 +62,7 @@ class Watchdog:
         logs: Path | None = None,
     ) -> None:
         """Args:
-        tell: takes a line for people about a wait that is long.
+        notify: takes a line for people about a wait that is long.
         stop: ends an interruptible wait.
         logs: a folder for the output of the workers; None: it stays in Ray's logs.
         """

@@ -8,37 +8,38 @@ holds another version refuses to sample.
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_coreward.cluster.processes import CANARY_TOKENS, Processes
+from megatron_coreward.cluster.worker_group import Outstanding, Workers
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import LEAST_LOGPROB_GAP
 from megatron_coreward.errors import RunError
 from megatron_coreward.planner.parameters import actor_layout
-from megatron_coreward.types import FloatArray, IntArray, Role, Sequences, TokenStats, WeightVersion
+from megatron_coreward.types import FloatArray, IntArray, Problem, Role, Sequences, TokenStats, WeightVersion
 from megatron_coreward.weights.layouts import EngineLayout
-from megatron_coreward.weights.spec import TransferSpec, Transport
+from megatron_coreward.weights.meeting import give_up
+from megatron_coreward.weights.spec import TransferSpec
 
-CANARY_TOKENS = 64  # an engine reads them and writes one more
 CALIBRATED = 5.0  # times the first weight sync's gap: what later ones may show
 
 
-class SendingActors(Protocol):
-    """What a weight sync needs of the actors (`cluster.groups.ActorGroup`)."""
+class SendingActors(Workers, Protocol):
+    """What a weight sync needs of the actors (`cluster.actor_group.ActorGroup`)."""
 
-    def open_sender(self, spec: TransferSpec) -> TransferSpec: ...
-    def send_weights(self, role: Role, version: int) -> list[Any]: ...
     def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
 
 
-class ReceivingEngines(Protocol):
-    """What a weight sync needs of the engines (`cluster.groups.EngineGroup`)."""
+class ReceivingEngines(Workers, Protocol):
+    """What a weight sync needs of the engines (`cluster.engine_group.EngineGroup`)."""
 
-    def receive_weights(self, spec: dict[str, Any], version: int) -> list[Any]: ...
-    def score(self, token_ids: IntArray) -> list[FloatArray]: ...
+    def receive_weights(self, spec: dict[str, Any], version: int) -> Outstanding: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,9 @@ class WeightSync:
         canary: IntArray,
         max_gap: float,
         calibrate_above: float | None = None,
+        on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
-        """`wait` resolves what `send_weights` and `receive_weights` return (`ray.get`).
+        """`wait` resolves the calls of commands (`ray.get`).
 
         Args:
             give_up: tells all parties of a transfer that it is over (`weights.meeting`).
@@ -74,11 +76,12 @@ class WeightSync:
             max_gap: mean absolute difference in nats that is still taken for arithmetic.
             calibrate_above: let the first weight sync's gap lower the limit, to `CALIBRATED` times itself but not below
                 this; None: the limit stays.
+            on_loaded: called when the engines hold the weights, before they are asked for the canary's log-probs.
         """
         self._actors, self._engines, self._wait, self._give_up = actors, engines, wait, give_up
         self._spec, self._run_name = spec, spec.name
         self._canary = Sequences([canary], np.asarray([1], dtype=np.int32))
-        self._limit, self._calibrate_above = max_gap, calibrate_above
+        self._limit, self._calibrate_above, self._on_loaded = max_gap, calibrate_above, on_loaded
         self._opened: TransferSpec | None = None
         self._synced: WeightVersion | None = None
         self.engine_epoch = 0  # grows when an engine was replaced
@@ -97,11 +100,13 @@ class WeightSync:
         spec = self.open()
         try:
             receiving = self._engines.receive_weights(spec.to_json(), version.number)
-            self._wait([*self._actors.send_weights(role, version.number), *receiving])
+            sending = self._actors.begin("send_weights", role, version.number)
+            self._wait([*sending.calls, *receiving.calls])
         except BaseException as error:
             self._give_up(spec, str(error))
             self._opened = None  # everybody has left; the next time all meet again
             raise
+        self._on_loaded()
         gap = self._canary_gap(role)
         if not gap <= self._limit:
             raise RunError(
@@ -119,7 +124,8 @@ class WeightSync:
         """Makes the actors ready to send, with the memory that it takes; `sync_weights` does so itself."""
         if self._opened is None:
             name = f"{self._run_name}-{self.engine_epoch}-{secrets.token_hex(3)}"
-            self._opened = self._actors.open_sender(replace(self._spec, name=name))
+            spec = replace(self._spec, name=name)
+            self._opened = self._actors.call("open_sender", spec, results_of=(0,))[0]
         return self._opened
 
     def invalidate(self) -> None:
@@ -134,23 +140,14 @@ class WeightSync:
 
     def _canary_gap(self, role: Role) -> float:
         expected = self._actors.token_stats(self._canary, role, 1.0).logprobs[0]
-        scores: Sequence[FloatArray] = self._engines.score(self._canary.token_ids[0])
+        scores: Sequence[FloatArray] = self._engines.call("score", self._canary.token_ids[0])
         return max(float(np.abs(score - expected).mean()) for score in scores)
 
 
-def open_sync(
-    config: RunConfig,
-    transport: Transport,
-    actors: SendingActors,
-    engines: ReceivingEngines,
-    wait: Callable[[Sequence[Any]], Any],
-    canary: IntArray,
-) -> WeightSync:
+def open_sync(config: RunConfig, processes: Processes, canary: IntArray) -> WeightSync:
     """The weight sync that a run is configured for."""
-    from megatron_coreward.weights.meeting import give_up
-
     spec = TransferSpec(
-        transport=transport,
+        transport=processes.transport,
         name=f"coreward-{secrets.token_hex(6)}",
         actor=actor_layout(config.actor),
         engines=EngineLayout(config.rollout.num_engines, config.rollout.tensor_parallel),
@@ -159,25 +156,27 @@ def open_sync(
         timeout_s=config.sync.timeout_s,
         checksums=config.sync.checksums,
     )
-    rounded = config.model.dtype != "float32"
+    colocation, rounded = processes.colocation, config.model.dtype != "float32"
     return WeightSync(
-        actors,
-        engines,
-        wait,
+        processes.actors,
+        processes.engines,
+        partial(processes.watchdog.get, awaited="weights"),
         give_up,
         spec=spec,
         canary=canary,
         max_gap=config.sync.max_logprob_gap or 0.0,
         calibrate_above=LEAST_LOGPROB_GAP[config.model.dtype] if rounded else None,
+        on_loaded=(lambda: None) if colocation is None else colocation.wake_caches,
     )
 
 
-def canary_tokens(prompts: Sequence[IntArray], count: int = CANARY_TOKENS) -> IntArray:
-    """[at most count] tokens of the first prompts, one after the other: text as the run samples it.
+def canary_tokens(problems: Iterable[Problem], count: int = CANARY_TOKENS) -> IntArray:
+    """[at most count] tokens of the first questions, one after the other: text as the run samples it.
 
     Raises:
         ValueError: they have fewer than 2 tokens together.
     """
+    prompts = [problem.prompts["original"].token_ids for problem in islice(problems, count)]
     tokens = np.concatenate([*prompts, np.empty(0, dtype=np.int32)])[:count].astype(np.int32)
     if len(tokens) < 2:
         raise ValueError(f"the canary has {len(tokens)} tokens; it needs 2 at least")

@@ -47,7 +47,7 @@ def answering(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar, which the yielded function moves to (done, total). Ray ends with it."""
     from tqdm import tqdm
 
-    from megatron_coreward.cluster.groups import stop_ray
+    from megatron_coreward.cluster.ray_start import stop_ray
 
     with tqdm(desc=what, disable=None) as bar:
 

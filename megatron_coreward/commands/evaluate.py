@@ -1,4 +1,4 @@
-"""`evaluate run | compare | harness`: how good a model is, whether one beats another, and the harness of the field."""
+"""`evaluate run | compare | lm-eval`: how good a model is, whether one beats another, and the harness of the field."""
 
 import argparse
 from pathlib import Path
@@ -15,10 +15,10 @@ def add(commands: Any) -> None:
     )
     actions = evaluate.add_subparsers(required=True, metavar="ACTION")
 
-    run = actions.add_parser("run", help="sample answers and judge them; goes on where it was interrupted")
+    run = actions.add_parser("run", help="sample answers and grade them; goes on where it was interrupted")
     run.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     run.add_argument("files", type=Path, nargs="+", metavar="FILE", help="parquet, as prepare-data writes it")
-    run.add_argument("--out", type=Path, required=True, help="directory for journal, result.json and page.html")
+    run.add_argument("--out", type=Path, required=True, help="directory for samples.jsonl, result.json and page.html")
     run.add_argument("--name", help="of the model in tables; default: its path")
     run.add_argument("--n", type=whole(1), default=8, help="samples a question")
     run.add_argument("--temperature", type=number(above=0), default=1.0, help="of samples")
@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     )
     add_engine_options(run)
     run.add_argument("--batch-questions", type=whole(1), default=64, help="what an interruption can lose")
-    run.add_argument("--max-problems", type=whole(1), help="the first so many questions only")
+    run.add_argument("--max-problems", type=whole(1), help="only the first questions, as many as this")
     prompt = run.add_mutually_exclusive_group()
     prompt.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="default: that of training")
     prompt.add_argument("--keep-system-prompt", action="store_true", help="use the files' own")
@@ -51,12 +51,12 @@ def add(commands: Any) -> None:
     compare.add_argument("--out", type=Path, help="directory for the comparison as JSON and a page")
     compare.set_defaults(run=_compare)
 
-    lm_eval = actions.add_parser("harness", help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM")
+    lm_eval = actions.add_parser("lm-eval", help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM")
     lm_eval.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     lm_eval.add_argument("benchmarks", nargs="+", metavar="BENCHMARK")
     lm_eval.add_argument("--out", type=Path, required=True)
     lm_eval.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
-    lm_eval.add_argument("--limit", type=whole(1), help="the first so many questions of each task")
+    lm_eval.add_argument("--limit", type=whole(1), help="only the first questions of each task, as many as this")
     lm_eval.add_argument("--tensor-parallel", type=whole(1), default=1, help="GPUs of the engine")
     lm_eval.add_argument(
         "--max-model-len", type=whole(1), help="tokens of prompt and answer together; default: the model's"
@@ -67,13 +67,23 @@ def add(commands: Any) -> None:
     lm_eval.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
     lm_eval.set_defaults(run=_lm_eval)
 
+    former = actions.add_parser("harness", add_help=False, prefix_chars="\0")  # takes anything, is not listed
+    former.add_argument("anything", nargs="*")
+    former.set_defaults(run=_renamed)
+
+
+def _renamed(options: argparse.Namespace) -> None:
+    from megatron_coreward.errors import InputError
+
+    raise InputError("evaluate harness: this command is called `evaluate lm-eval` now")
+
 
 def _converter(hf_path: Path | None) -> Any:
     """Writes a Megatron checkpoint into an empty folder as a Hugging Face model."""
     from megatron_coreward.checkpoint.convert import to_hf
 
     def convert(source: Path, folder: Path) -> None:
-        folder.rmdir()  # the converter makes it anew, whole or not at all
+        folder.rmdir()  # the converter makes it again, whole or not at all
         to_hf(source, folder, hf_path=hf_path)
 
     return convert

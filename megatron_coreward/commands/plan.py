@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     plan.add_argument(
         "--placement",
         choices=("disaggregated", "colocated"),
-        help="engines on GPUs of their own, or on those of the actor, in turn (default: rollout.placement)",
+        help="engines on GPUs of their own, or on those of the actor, alternating (default: rollout.placement)",
     )
     plan.add_argument("--search", action="store_true", help="propose layouts for --gpus GPUs, fastest first")
     plan.add_argument("--top", type=int, default=5, metavar="K", help="layouts to propose")

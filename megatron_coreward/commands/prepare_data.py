@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
     prepare.add_argument(
         "--view", choices=VIEWS, default="original", help="the question to take from a file that holds pairs"
     )
-    prepare.add_argument("--limit", type=whole(1), help="the first so many rows only")
+    prepare.add_argument("--limit", type=whole(1), help="only the first rows, as many as this")
     prepare.add_argument("--json", action="store_true", help="the summary as JSON")
     prepare.set_defaults(run=_prepare)
 

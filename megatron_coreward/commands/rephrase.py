@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     rephrase = commands.add_parser("rephrase", help="rewrite questions with a model, and keep what passes the checks")
     rephrase.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory")
     rephrase.add_argument("file", type=Path, metavar="FILE", help="parquet, as prepare-data writes it")
-    rephrase.add_argument("--out", type=Path, required=True, help="parquet; journal and report are written beside it")
+    rephrase.add_argument("--out", type=Path, required=True, help="parquet; replies and report are written beside it")
     rephrase.add_argument("--attempts", type=whole(1), default=3, help="for a question whose rewriting was refused")
     rephrase.add_argument(
         "--prompt", choices=tuple(PROMPTS), default="own", help="`paper`: that of the paper, with its sampling"

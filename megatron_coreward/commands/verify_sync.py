@@ -1,4 +1,4 @@
-"""`verify-sync CONFIG [key=value ...]`: publish a config's weights and prove that they arrive."""
+"""`verify-sync CONFIG [key=value ...]`: sync a config's weights and prove that they arrive."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 def add(commands: Any) -> None:
     verify = commands.add_parser(
-        "verify-sync", help="start a config's actors and engines, publish the weights and prove that they arrive"
+        "verify-sync", help="start a config's actors and engines, sync the weights and prove that they arrive"
     )
     verify.add_argument("config", type=Path, metavar="CONFIG")
     verify.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")

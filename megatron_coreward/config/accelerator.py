@@ -48,7 +48,7 @@ FP8_LOGPROB_GAP = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class GpuSupport:
     """What the GPU machine offers; None where it could not be told, and nothing is refused for it then."""
 
     num_gpus: int
@@ -138,7 +138,7 @@ def model_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
         yield f"actor.fp8_bf16_layers: {a.fp8_bf16_layers}; a pipeline rank has {most} layers, which is the most"
 
 
-def machine_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
+def machine_problems(config: RunConfig, machine: GpuSupport) -> Iterator[str]:
     """What the config asks of GPUs and packages, and this machine lacks."""
     a, r = config.actor, config.rollout
     if not machine.num_gpus:
@@ -171,7 +171,7 @@ def machine_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
         )
 
 
-def _recipe_problems(name: str, machine: Machine, engine: Version | None) -> Iterator[str]:
+def _recipe_problems(name: str, machine: GpuSupport, engine: Version | None) -> Iterator[str]:
     recipe = RECIPES[name]
     if engine is None:
         yield f"actor.fp8: {name} needs the package transformer-engine, which is not installed"

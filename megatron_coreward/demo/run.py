@@ -14,7 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from megatron_coreward.cluster.groups import stop_ray
+from megatron_coreward.cluster.ray_start import stop_ray
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import TWO_VIEW_METHODS, MethodName, RunConfig
 from megatron_coreward.demo.model import write_model
@@ -40,7 +40,7 @@ LEARNING_RATE_TWO_VIEWS = 5e-5
 
 
 def demo(method: MethodName, run_dir: Path, seed: int, overrides: Sequence[str] = ()) -> Path:
-    """Prepares the task and the model where they are missing, trains with one method, shows before and after.
+    """Prepares the task and the model if they are missing, trains with one method, shows before and after.
 
     Returns:
         The run directory of the method.

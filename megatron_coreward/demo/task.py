@@ -1,11 +1,11 @@
-"""The embedded task: two-step sums told as stories, each with a rephrasing and a written-out answer.
+"""The embedded task: two-step sums in stories, each with a rephrasing and a written-out answer.
 
     Tom has 23 apples. Tom finds 8, then loses 4. How many now?
     A bus starts with 23 riders; first 8 get on, later 4 leave. How full is it?
     23+8=31, 31-4=27. \\boxed{27}
 
 Invariants:
-1. A question's two texts tell the same sum in other scenarios and share no sentence.
+1. A question's two texts pose the same sum in other scenarios and share no sentence.
 2. The first operand has two digits, the others have one; no result along the way is negative.
 3. No (operands, operations) of one split is in another, so no question text is either.
 4. Everything is a function of the seed and the sizes.
@@ -64,7 +64,7 @@ class Scenario:
     what: tuple[str, ...]
     phrases: Mapping[Operation, tuple[str, ...]]  # each with {n}
 
-    def notify(self, who: str, what: str, phrases: tuple[str, str], numbers: tuple[object, object, object]) -> str:
+    def word(self, who: str, what: str, phrases: tuple[str, str], numbers: tuple[object, object, object]) -> str:
         a, b, c = numbers
         first, second = phrases[0].format(n=b), phrases[1].format(n=c)
         return self.story.format(who=who, what=what, a=a, first=first, second=second)
@@ -116,7 +116,7 @@ SCENARIOS: Mapping[View, tuple[Scenario, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A sum and how each view tells it."""
+    """A sum and how each view words it."""
 
     sum: Sum
     texts: Mapping[View, str]
@@ -126,7 +126,7 @@ class Question:
 class Splits:
     train: tuple[Question, ...]
     heldout: tuple[Question, ...]
-    sft: tuple[tuple[str, str], ...]  # (question text, response text), the views taking turns
+    sft: tuple[tuple[str, str], ...]  # (question text, response text), the views alternating
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ def template_texts() -> Iterator[str]:
         for scenario in SCENARIOS[view]:
             phrases = [phrase for operation in OPERATIONS for phrase in scenario.phrases[operation]]
             for who, what, first, second in product(scenario.who, scenario.what, phrases, phrases):
-                yield scenario.notify(who, what, (first, second), (0, 0, 0))
+                yield scenario.word(who, what, (first, second), (0, 0, 0))
 
 
 def _draw_questions(generator: random.Random) -> Iterator[Question]:
@@ -195,14 +195,14 @@ def _draw_questions(generator: random.Random) -> Iterator[Question]:
             if drawn.subtotal >= 0 and drawn.result >= 0 and drawn not in seen:
                 break
         seen.add(drawn)
-        yield Question(drawn, {view: _notify(generator, view, drawn) for view in VIEWS})
+        yield Question(drawn, {view: _word(generator, view, drawn) for view in VIEWS})
 
 
-def _notify(generator: random.Random, view: View, told: Sum) -> str:
+def _word(generator: random.Random, view: View, posed: Sum) -> str:
     scenario = generator.choice(SCENARIOS[view])
     who, what = generator.choice(scenario.who), generator.choice(scenario.what)
-    first, second = (generator.choice(scenario.phrases[operation]) for operation in told.operations)
-    return scenario.notify(who, what, (first, second), told.operands)
+    first, second = (generator.choice(scenario.phrases[operation]) for operation in posed.operations)
+    return scenario.word(who, what, (first, second), posed.operands)
 
 
 def _rows(questions: tuple[Question, ...], view: View) -> Iterator[Row]:

@@ -14,8 +14,9 @@ import numpy as np
 
 from megatron_coreward.actor.setup import ActorSetup
 from megatron_coreward.algorithms.aggregation import token_weights
-from megatron_coreward.cluster.groups import ActorGroup, start_ray
+from megatron_coreward.cluster.actor_group import ActorGroup
 from megatron_coreward.cluster.placement import START_LIMIT_S, ReservedPlacement, ResourceRequest
+from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.config.schema import ActorSettings, LossSettings
 from megatron_coreward.data.prompts import build_prompts
 from megatron_coreward.types import Sequences, TrainBatch
@@ -86,7 +87,7 @@ def warm_start(
             on_step(step, fmean(losses))
             if len(losses) == SMOOTHING and fmean(losses) < target_loss:
                 break
-        actors.export_hf("policy", target.resolve())
+        actors.call("export_hf", "policy", target.resolve())
         return step
     finally:
         actors.shutdown()

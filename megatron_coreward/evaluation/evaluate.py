@@ -1,6 +1,6 @@
 """Evaluation of a finished model: prepared questions through vLLM, resumable, with a result file, a table and a page.
 
-OUT/journal.jsonl   what was sampled, question by question; a killed evaluation goes on from it
+OUT/samples.jsonl   what was sampled, question by question; a killed evaluation goes on from it
 OUT/result.json     metrics with intervals, and every question (see `evaluation.results`)
 OUT/page.html       the same for people
 
@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
-from megatron_coreward.cluster.groups import EngineGroup, start_ray
+from megatron_coreward.cluster.engine_group import EngineGroup
 from megatron_coreward.cluster.placement import START_LIMIT_S, ReservedPlacement, ResourceRequest
+from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.watchdog import Watchdog
-from megatron_coreward.config.schema import AnswerFormat, RolloutSettings
+from megatron_coreward.config.schema import AnswerFormat
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.errors import InputError
 from megatron_coreward.evaluation.page import write_comparison_page, write_evaluation_page
@@ -41,12 +42,13 @@ from megatron_coreward.evaluation.results import (
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, Relation
 from megatron_coreward.rewards.scoring import score_answers
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.telemetry.files import replaced_whole
-from megatron_coreward.telemetry.job_log import Item, JobLog
+from megatron_coreward.telemetry.job_log import Item, JobLog, refuse_former_name
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
 from megatron_coreward.types import Problem, RolloutGroup
 
-SAMPLES_LOG = "journal.jsonl"
+SAMPLES_LOG = "samples.jsonl"
 PAGE = "page.html"
 VERSION = 0  # of the only weights that the engines ever hold
 GREEDY = 0.0
@@ -59,7 +61,7 @@ Progress = Callable[[int, int], None]  # (questions done, questions in all)
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What is drawn for each question; together with model and data it decides the journal's content."""
+    """What is drawn for each question; together with model and data it decides the log's content."""
 
     n: int = 8
     temperature: float = 1.0
@@ -99,7 +101,7 @@ class Engines:
     kv_cache_gib: float = 1.0  # per engine rank, without GPUs
     gpu_memory_utilization: float = 0.9
     cpu_threads: int = 1
-    batch_questions: int = 64  # questions between two entries in the journal: what a kill can lose
+    batch_questions: int = 64  # questions between two entries in the log: what a kill can lose
 
 
 def evaluate_files(
@@ -123,11 +125,11 @@ def evaluate_files(
         model: Hugging Face directory or, with `convert`, a Megatron checkpoint.
         system_prompt: replaces the files' own; None keeps theirs.
         thinking: see `data.prompts.build_prompts`.
-        max_problems: the first so many questions only.
+        max_problems: only the first questions, as many as this.
         convert: see `hf_model_dir`.
         name: of the model in tables and pages; its path if None.
 
-    Raises InputError for bad files, questions without a gold answer, and an `out` of another evaluation, all before
+    Raises InputError for bad files, questions without a ground truth, and an `out` of another evaluation, all before
     an engine starts.
     """
     with hf_model_dir(model, convert) as hf_path:
@@ -138,6 +140,7 @@ def evaluate_files(
             "data": {"questions": len(problems), "fingerprint": problems_fingerprint(problems)},
             "sampling": asdict(sampling),
         }
+        refuse_former_name(out / SAMPLES_LOG, out / "journal.jsonl")
         with JobLog(out / SAMPLES_LOG, identity) as job_log:
             todo = [problem for problem in problems if problem.uid not in job_log]
             on_progress(len(problems) - len(todo), len(problems))
@@ -161,7 +164,7 @@ def evaluate_files(
 def compare_files(a: Path, b: Path, out: Path | None = None) -> Comparison:
     """Compares two results (files or evaluation folders); with `out`, leaves comparison.json and comparison.html there.
 
-    Raises InputError where one is no result, or where they share no question or metric.
+    Raises InputError if one is no result, or if they share no question or metric.
     """
     comparison = compare(read_result(a), read_result(b))
     if out is not None:
@@ -176,7 +179,7 @@ def compare_files(a: Path, b: Path, out: Path | None = None) -> Comparison:
 def hf_model_dir(model: Path, convert: Converter | None = None) -> Iterator[Path]:
     """A Hugging Face directory of the model while the block runs: itself, or a temporary one that `convert` writes.
 
-    Raises InputError where the path is neither a Hugging Face directory nor something `convert` may be asked for.
+    Raises InputError if the path is neither a Hugging Face directory nor something `convert` may be asked for.
     """
     if (model / "config.json").is_file():
         yield model.resolve()
@@ -224,27 +227,23 @@ def running_engines(
     hf_path: Path, engines: Engines, sampling: Sampling, max_model_len: int, logs: Path
 ) -> Iterator[EngineGroup]:
     """Engines that hold the model's own weights as `VERSION`; ended in any case. `logs` takes what they print."""
-    settings = RolloutSettings(
-        num_engines=engines.num_engines,
+    setup = EngineSetup(
+        hf_path,
+        sampling.dtype,
+        max_model_len,
         tensor_parallel=engines.tensor_parallel,
         max_num_seqs=engines.max_num_seqs,
         kv_cache_gib=engines.kv_cache_gib,
         gpu_memory_utilization=engines.gpu_memory_utilization,
         cpu_threads=engines.cpu_threads,
+        seed=sampling.seed,
+        own_weights=VERSION,
     )
     start_ray()
+    request = ResourceRequest.of_engines(engines.num_engines, engines.tensor_parallel)
     with ExitStack() as stack:
-        placement = stack.enter_context(ReservedPlacement(ResourceRequest.of_engines(settings), START_LIMIT_S))
-        group = EngineGroup(
-            hf_path,
-            settings,
-            placement,
-            sampling.dtype,
-            max_model_len,
-            sampling.seed,
-            own_weights=VERSION,
-            watchdog=Watchdog(logs=logs),
-        )
+        placement = stack.enter_context(ReservedPlacement(request, START_LIMIT_S))
+        group = EngineGroup(setup, engines.num_engines, placement, Watchdog(logs=logs))
         stack.callback(group.shutdown)
         group.wait()
         yield group
@@ -258,7 +257,7 @@ def sample_into(
     batch_questions: int,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Samples questions batch by batch; each batch is in the journal before the next one starts.
+    """Samples questions batch by batch; each batch is in the log before the next one starts.
 
     What is drawn for a question depends on the seed and the question alone, so batches and restarts change nothing.
     """
@@ -276,6 +275,7 @@ def sample_into(
             version=VERSION,
             step=0,
             seed=sampling.seed,
+            answer_formats=(),  # answers are read when samples are graded
         )
 
     for start in range(0, len(problems), batch_questions):
@@ -294,7 +294,7 @@ def sample_into(
 def grade_samples(
     job_log: JobLog, problems: Sequence[Problem], grading: GradingSettings, name: str, identity: Mapping[str, Any]
 ) -> EvaluationResult:
-    """The result of a journal that has all the questions."""
+    """The result of a log that has all the questions."""
     with AnswerEquivalence(grading.equivalence, grading.timeout_s) as equivalence:
         questions = tuple(_scored(problem, job_log[problem.uid], grading, equivalence) for problem in problems)
     return EvaluationResult(name, identity, asdict(grading), questions)

@@ -1,6 +1,6 @@
 """The paper's other benchmarks (arXiv 2508.00410, table 2), by the harness that the field uses: lm-evaluation-harness.
 
-One command line of `lm_eval` with its vLLM backend; nothing of a benchmark is written anew here. It needs its own
+One command line of `lm_eval` with its vLLM backend; no benchmark is written again here. It needs its own
 installation (`pip install "lm_eval[vllm,ifeval]"`), and it downloads the benchmarks' data.
 """
 
@@ -54,7 +54,7 @@ def lm_eval_command(
 ) -> list[str]:
     """The command line that measures a Hugging Face model on benchmarks and writes its results under `out`.
 
-    Raises InputError for an unknown benchmark, for one that runs code where that is not allowed, and for one that the
+    Raises InputError for an unknown benchmark, for one that runs code if that is not allowed, and for one that the
     harness has no task for and no `include_path` is given.
     """
     if not benchmarks:
@@ -110,7 +110,7 @@ def lm_eval_command(
 def run_lm_eval(model: Path, benchmarks: Sequence[str], out: Path, **options: Any) -> dict[str, dict[str, float]]:
     """Runs the harness with its output on this terminal. Returns the numbers of its result file, by task.
 
-    Raises InputError where it is not installed, and for what `harness_command` refuses; RunError where it fails.
+    Raises InputError if it is not installed, and for what `lm_eval_command` refuses; RunError if it fails.
     """
     command = lm_eval_command(model, benchmarks, out, **options)
     beside = Path(sys.executable).parent / command[0]

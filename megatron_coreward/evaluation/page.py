@@ -53,7 +53,11 @@ def write_evaluation_page(path: Path, result: EvaluationResult) -> None:
     shown = hardest[:: max(1, -(-len(hardest) // SHOWN_QUESTIONS))]
     parts += [
         f"<h2>{len(shown)} of the questions, the hardest first</h2>",
-        _table(("question", "gold", "right", "majority", "other answers"), [_question(q) for q in shown], numeric=(2,)),
+        _table(
+            ("question", "ground truth", "right", "majority", "other answers"),
+            [_question(q) for q in shown],
+            numeric=(2,),
+        ),
     ]
     _write(path, f"Evaluation of {result.model}", parts)
 

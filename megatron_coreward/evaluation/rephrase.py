@@ -2,7 +2,7 @@
 
 OUT.parquet              the rewritings that passed, in the order of the source, with its other columns
 OUT.originals.parquet    the rows that they belong to: the pair to train on, for every question must be paired
-OUT.journal.jsonl        every reply; a job that was killed goes on from it and asks nothing twice
+OUT.replies.jsonl        every reply; a job that was killed goes on from it and asks nothing twice
 OUT.report.{json,html}   rates and examples
 
 Invariants (tests/evaluation/test_rephrase.py): a kill at any point loses at most the batch in flight; what is drawn
@@ -41,7 +41,7 @@ from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import majority_vote
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.telemetry.files import replaced_whole
-from megatron_coreward.telemetry.job_log import Item, JobLog
+from megatron_coreward.telemetry.job_log import Item, JobLog, refuse_former_name
 from megatron_coreward.trainer.sampling import SamplingEngines, request_seed
 
 SHOWN = 30  # examples of each kind on the report's page
@@ -50,10 +50,10 @@ PROVENANCE = pa.struct(  # column `rephrase`
     [
         ("model", pa.string()),
         ("prompt_hash", pa.string()),
-        ("seed", pa.int64()),  # as this and the next four: null where no rewriting passed and the original is kept
+        ("seed", pa.int64()),  # as this and the next four: null if no rewriting passed and the original is kept
         ("attempt", pa.int64()),
         ("similarity", pa.float64()),
-        ("verdicts", pa.string()),  # JSON: check -> passed
+        ("checks", pa.string()),  # JSON: check -> passed
         ("original_majority", pa.string()),  # the solver's; null without one
         ("rewriting_majority", pa.string()),
         ("kept_original", pa.bool_()),
@@ -74,7 +74,7 @@ class Rewriting:
     seed: int = 0
     solver_samples: int = 0  # answers to both versions, whose majorities must agree; 0: no solver
     solver_max_tokens: int = 3072
-    batch_rows: int = 64  # rows between two entries in the journal: what a kill can lose
+    batch_rows: int = 64  # rows between two entries in the log: what a kill can lose
     refused: Literal["leave_out", "keep_original"] = "leave_out"  # a question of which no rewriting passed
     thinking: bool | None = None  # of models that can; None: as their template has it
 
@@ -125,7 +125,7 @@ def rephrase_file(
         system_prompt: of the solver; None keeps the file's own.
 
     Raises:
-        InputError: bad files, or a journal of another job, before an engine starts.
+        InputError: bad files, or a log of another job, before an engine starts.
     """
     if target.suffix != ".parquet":
         raise InputError(f"{target}: the file of rewritings must end with .parquet")
@@ -141,12 +141,13 @@ def rephrase_file(
             "dtype": dtype,
             "solver": [system_prompt, equivalence] if settings.solver_samples else None,
         }
+        refuse_former_name(_beside(target, "replies.jsonl"), _beside(target, "journal.jsonl"))
         with (
-            JobLog(_beside(target, "journal.jsonl"), identity) as job_log,
+            JobLog(_beside(target, "replies.jsonl"), identity) as job_log,
             AnswerEquivalence(equivalence) as equivalence,
         ):
             asking, solving = _prompt_lengths(tokenizer, rows, settings, system_prompt)
-            job = Job(rows, job_log, tokenizer, settings, equivalence, system_prompt, solving)
+            job = RewritingJob(rows, job_log, tokenizer, settings, equivalence, system_prompt, solving)
             if job.pending():
                 sampling = Sampling(seed=settings.seed, dtype=dtype)
                 needed = max(asking + settings.max_tokens, solving + settings.solver_max_tokens if solving else 0)
@@ -176,7 +177,7 @@ def _prompt_lengths(
     return longest, 2 * max(longest, *(len(prompt.token_ids) for prompt in solving)) + 64
 
 
-class Job:
+class RewritingJob:
     """The rows, what is known of them, and what is still to be asked."""
 
     def __init__(
@@ -195,7 +196,7 @@ class Job:
         self._max_solver_prompt = max_solver_prompt
 
     def replies(self, row: Row) -> list[Item]:
-        """What the journal has of a row, attempt by attempt."""
+        """What the log has of a row, attempt by attempt."""
         keys = (f"{row.uid}#{attempt}" for attempt in range(self.settings.attempts))
         return [self.job_log[key] for key in keys if key in self.job_log]
 
@@ -212,7 +213,7 @@ class Job:
         return waiting
 
     def run(self, engines: SamplingEngines, on_progress: Callable[[int, int], None]) -> None:
-        """Asks until every row has passed or has had its attempts; each batch is in the journal before the next."""
+        """Asks until every row has passed or has had its attempts; each batch is in the log before the next."""
         while waiting := self.pending():
             for start in range(0, len(waiting), self.settings.batch_rows):
                 batch = waiting[start : start + self.settings.batch_rows]
@@ -329,8 +330,8 @@ def _fingerprint(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def _write(table: pa.Table, target: Path, job: Job, model: str) -> None:
-    """The pair of files, from the rows of the source; neither, where nothing passed."""
+def _write(table: pa.Table, target: Path, job: RewritingJob, model: str) -> None:
+    """The pair of files, from the rows of the source; neither, if nothing passed."""
     originals = _beside(target, "originals.parquet")
     accepted = [job.accepted(row) for row in job.rows]
     if not any(accepted):
@@ -366,7 +367,7 @@ def _provenance(item: Item | None, model: str, prompt_hash: str) -> dict[str, An
         "seed": item["seed"],
         "attempt": item["attempt"],
         "similarity": item["similarity"],
-        "verdicts": json.dumps(item["checks"]),
+        "checks": json.dumps(item["checks"]),
         "original_majority": original,
         "rewriting_majority": rewriting,
     }
@@ -379,7 +380,7 @@ text-align:left;vertical-align:top;overflow-wrap:anywhere;white-space:pre-wrap}
 """
 
 
-def _write_report(target: Path, report: Report, rows: Sequence[Row], job: Job) -> None:
+def _write_report(target: Path, report: Report, rows: Sequence[Row], job: RewritingJob) -> None:
     with replaced_whole(_beside(target, "report.json")) as temporary:
         temporary.write_text(json.dumps(asdict(report), indent=2) + "\n")
     passed = [(row, item) for row in rows if (item := job.accepted(row)) is not None]

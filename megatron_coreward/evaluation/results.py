@@ -99,7 +99,7 @@ def write_result(path: Path, result: EvaluationResult) -> None:
         },
         "no_answer_share": result.no_answer_share,
         "truncated_share": result.truncated_share,
-        "judging": dict(result.grading),
+        "grading": dict(result.grading),
         "identity": dict(result.identity),
         "questions": [asdict(question) for question in result.questions],
     }
@@ -108,7 +108,7 @@ def write_result(path: Path, result: EvaluationResult) -> None:
 
 
 def read_result(path: Path) -> EvaluationResult:
-    """Reads a result file, or the one in a folder. Raises InputError where it is missing or of another form."""
+    """Reads a result file, or the one in a folder. Raises InputError if it is missing or of another form."""
     file = path / FILE_NAME if path.is_dir() else path
     try:
         content = json.loads(file.read_text())
@@ -118,7 +118,8 @@ def read_result(path: Path) -> EvaluationResult:
             QuestionResult(**{**row, "answers": tuple(row["answers"]), "right": tuple(row["right"])})
             for row in content["questions"]
         )
-        result = EvaluationResult(content["model"], content["identity"], content["judging"], questions)
+        grading = content["grading"] if "grading" in content else content["judging"]  # its name in earlier files
+        result = EvaluationResult(content["model"], content["identity"], grading, questions)
         result.scores()
         return result
     except OSError as error:
@@ -140,7 +141,7 @@ class Comparison:
 
 
 def compare(a: EvaluationResult, b: EvaluationResult) -> Comparison:
-    """Pairs two results by question. Raises InputError where they share no question or no metric."""
+    """Pairs two results by question. Raises InputError if they share no question or no metric."""
     by_uid = [{q.uid: q for q in result.questions} for result in (a, b)]
     shared = [uid for uid in by_uid[0] if uid in by_uid[1]]
     other = [uid for uid in shared if by_uid[0][uid].ground_truth != by_uid[1][uid].ground_truth]
@@ -193,7 +194,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def result_table(result: EvaluationResult) -> Table:
-    """Metrics with intervals, a column a source where there are several."""
+    """Metrics with intervals, a column a source if there are several."""
     table = Table(
         title=f"{result.model}: {len(result.questions)} questions",
         caption=f"95% bootstrap intervals over questions; no answer {result.no_answer_share:.1%}, "

@@ -3,8 +3,8 @@
 Invariants (tests/guard/test_guard.py):
   1. A decision is a function of the settings and of the rows so far: the same rows give the same decisions, in a run,
      in a resumed run (`state_dict`) and in a replay.
-  2. No decision rests on gold answers or on validation.
-  3. Certainty and distance alone never raise an alarm, however large; nor do signs that do not last.
+  2. No decision rests on ground truths or on validation.
+  3. Certainty and distance alone never raise an alarm, however large; nor do indicators that do not last.
 """
 
 import math
@@ -29,20 +29,20 @@ class Decision:
     level: Level
     action: GuardAction | None  # what to do now; None: go on
     indicators: tuple[Indicator, ...]  # those that are there, an alarm or not
-    lasted: int  # steps in a row with enough signs
-    good_step: int  # the last step from before the signs: where to go back to
-    news: bool  # whether to tell: an alarm begins, grows, or is acted on
+    lasted: int  # steps in a row with enough indicators
+    good_step: int  # the last step from before the indicators: where to go back to
+    news: bool  # whether people should know: an alarm begins, grows, or is acted on
 
     @property
     def reason(self) -> str:
         """In words and numbers, against the mean of the first steps."""
         if not self.indicators:
-            return "no signs of collapse"
+            return "no indicators of collapse"
         return f"{'; '.join(indicator.words for indicator in self.indicators)}; for {self.lasted} steps"
 
     def metrics(self) -> dict[str, float]:
         """For the step's row."""
-        return {"guard/level": float(_LEVELS.index(self.level)), "guard/signs": float(len(self.indicators))}
+        return {"guard/level": float(_LEVELS.index(self.level)), "guard/indicators": float(len(self.indicators))}
 
     def __str__(self) -> str:
         if self.level == "none":
@@ -67,7 +67,7 @@ class Guard:
         self._lasted = 0
         self._since = 0  # step of the first of them
         self._level: Level = "none"
-        self._quiet_until = 0  # no sign counts up to this step
+        self._quiet_until = 0  # no indicator counts up to this step
         self._raises = 0
         self._frozen = False
 
@@ -82,7 +82,7 @@ class Guard:
         return self._frozen
 
     def observe(self, step: int, row: Mapping[str, float | None]) -> Decision:
-        """Takes in the metrics of a step (those of `signs.METRICS` that it has; others are not read) and decides.
+        """Takes in the metrics of a step (those of `indicators.METRICS` that it has; others are not read) and decides.
 
         What the decision says is taken as done: `kl_factor` and `teacher_frozen` follow it.
         """
@@ -170,7 +170,7 @@ class Guard:
         return action
 
     def _take(self, action: GuardAction | None, step: int) -> None:
-        """Marks an action in the state; after those that change training, the signs get time to go."""
+        """Notes an action in the state; after those that change training, the indicators get time to go."""
         self._raises += action == "raise_kl"
         self._frozen = self._frozen or action == "freeze_teacher"
         if action in ("raise_kl", "freeze_teacher"):

@@ -1,10 +1,10 @@
-"""The signs of collapse in label telemetry, as pure functions of a baseline and of the recent past.
+"""The indicators of collapse in label telemetry, as pure functions of a baseline and of the recent past.
 
 Majority labels reward agreement, and agreement is cheap: a policy can reach it by answering shorter, by dropping the
 reasoning, or by being wrong in the same way every time. Certainty and distance alone are no
 collapse, learning looks the same; with damage they are.
 
-A sign whose metrics a run does not have stays silent.
+An indicator whose metrics a run does not have stays silent.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from megatron_coreward.config.guard import GuardSettings
 
-Means = Mapping[str, float]  # metric -> mean, where the run has it
+Means = Mapping[str, float]  # metric -> mean, if the run has it
 
-# What the guard reads of a row of metrics; nothing here knows a gold answer.
+# What the guard reads of a row of metrics; nothing here knows a ground truth.
 METRICS = (
     "vote/share",
     "vote/distinct_answers",
@@ -33,7 +33,7 @@ METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class Indicator:
-    """One sign that is there, with the numbers that it rests on."""
+    """One indicator that is there, with the numbers that it rests on."""
 
     name: str
     damage: bool  # False: change, which learning shows as well
@@ -41,7 +41,7 @@ class Indicator:
 
 
 def find_indicators(base: Means, now: Means, settings: GuardSettings) -> tuple[Indicator, ...]:
-    """The signs of collapse in `now`, against `base`; both are means over several steps."""
+    """The indicators of collapse in `now`, against `base`; both are means over several steps."""
     found = (detect(base, now, settings) for detect in _DETECTORS)
     return tuple(indicator for indicator in found if indicator is not None)
 

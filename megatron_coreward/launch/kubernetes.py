@@ -20,7 +20,6 @@ import yaml
 
 from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.launch import scripts
-from megatron_coreward.launch.attempt import CONFIG_VARIABLE
 from megatron_coreward.launch.job import SUFFIX, Job, is_inside
 from megatron_coreward.launch.settings import KubernetesCluster, seconds
 from megatron_coreward.launch.supervise import Outcome, exit_outcome
@@ -183,7 +182,7 @@ class Kubernetes:
                 "entrypoint": attempt,
                 "shutdownAfterJobFinishes": True,
                 **({} if limit is None else {"activeDeadlineSeconds": seconds(limit)}),
-                "runtimeEnvYAML": _yaml({"env_vars": {CONFIG_VARIABLE: self.job.config_text}}),
+                "runtimeEnvYAML": _yaml({"env_vars": {scripts.CONFIG_VARIABLE: self.job.config_text}}),
                 "rayClusterSpec": spec,
             },
         }

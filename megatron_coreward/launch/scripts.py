@@ -25,6 +25,7 @@ CONFIG, DRIVER, NODE, LOG, STATUS, TOKEN = (
 )
 # Where an attempt finds the Ray head. Not RAY_ADDRESS, which `ray start` would read too.
 RAY_HEAD = "COREWARD_RAY_HEAD"
+CONFIG_VARIABLE = "MEGATRON_COREWARD_CONFIG"  # the recipe's text, for an attempt without a file
 
 # For Ray's own processes, as the training sets them for a Ray that it starts itself.
 RAY_ENVIRONMENT = {
@@ -43,7 +44,7 @@ def attempt_command(
     python: str, config: PurePosixPath | None, secrets: Mapping[str, SecretFile], status: PurePosixPath | None
 ) -> list[str]:
     """The words that start an attempt."""
-    words = [python, "-m", "megatron_coreward.launch.attempt"]
+    words = [python, "-m", "megatron_coreward.attempt"]
     words += [] if config is None else [str(config)]
     for name, secret in secrets.items():
         words += ["--secret", f"{name}={secret.file}"]

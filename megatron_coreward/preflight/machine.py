@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_coreward.config.accelerator import Machine, machine_problems, parse_version
+from megatron_coreward.config.accelerator import GpuSupport, machine_problems, parse_version
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.preflight.packages import installed
@@ -60,18 +60,18 @@ def visible_gpus(devices: Path = Path("/dev")) -> int:
     return len([name for name in names[:usable] if name])
 
 
-def describe(gpus: int) -> Machine:
-    """The GPUs and packages of this machine, as far as the driver's own tool and the packages' metadata tell."""
+def describe(gpus: int) -> GpuSupport:
+    """The GPUs and packages of this machine, as far as the driver's own tool and the packages' metadata say."""
     packages = {name: parse_version(found) for name in ("transformer-engine", "apex") if (found := installed(name))}
     build = re.search(r"\+cu(\d+)(\d)$", installed("torch") or "")
     cuda = (int(build[1]), int(build[2])) if build else None
-    return Machine(gpus, _capability() if gpus else None, cuda, packages)
+    return GpuSupport(gpus, _capability() if gpus else None, cuda, packages)
 
 
 def _capability() -> tuple[int, ...] | None:
-    """Compute capability of the weakest GPU; None where `nvidia-smi` does not say."""
+    """Compute capability of the weakest GPU; None if `nvidia-smi` does not say."""
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -80,11 +80,11 @@ def _capability() -> tuple[int, ...] | None:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return min((version for line in told.splitlines() if (version := parse_version(line.strip()))), default=None)
+    return min((version for line in output.splitlines() if (version := parse_version(line.strip()))), default=None)
 
 
 def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, at most the container's limit; None where nobody says."""
+    """Bytes that can be taken without swapping, at most the container's limit; None if nobody says."""
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError:
@@ -99,7 +99,7 @@ def available_memory() -> int | None:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes of a file system that are free; None where there is none."""
+    """Bytes of a file system that are free; None if there is none."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:

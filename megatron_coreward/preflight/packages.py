@@ -11,11 +11,11 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 
 NAME = "megatron-coreward"
-OPTIONAL = {"transformer-engine"}  # of the extra `gpu`: only where actor.backend asks for it
+OPTIONAL = {"transformer-engine"}  # of the extra `gpu`: only if actor.backend asks for it
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, None where it is not there."""
+    """The version of a package, None if it is not there."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -37,7 +37,7 @@ def requirements() -> list[Requirement]:
     try:
         return [Requirement(line) for line in lines]
     except InvalidRequirement as error:
-        raise InputError(f"the metadata of the installed {NAME} is damaged ({error}); install it anew") from None
+        raise InputError(f"the metadata of the installed {NAME} is damaged ({error}); install it again") from None
 
 
 def problems(config: RunConfig) -> Iterator[str]:

@@ -17,7 +17,7 @@ _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks the ass
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file; empty where there is no such file.
+    """An object of a JSON file; empty if there is no such file.
 
     Raises:
         InputError: the file is damaged.
@@ -41,7 +41,7 @@ class FileTokenizer:
     """What `data.prompts.build_prompts` needs of a tokenizer."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError where a file or the chat template is damaged."""
+        """Raises InputError if a file or the chat template is damaged."""
         from tokenizers import Tokenizer
 
         file = folder / "tokenizer.json"

@@ -57,7 +57,7 @@ def line_chart(
 ) -> Chart:
     """Lines over steps, from the first to the last of `steps` or as far as the lines go.
 
-    Raises ValueError where no line has a value.
+    Raises ValueError if no line has a value.
     """
     drawn = [Line(line.name, line.color, thin(line.points), line.dashed) for line in lines]
     values = [value for line in drawn for _, value in line.points if value is not None]
@@ -91,7 +91,7 @@ def line_chart(
 def share_chart(title: str, layers: Sequence[Line]) -> Chart:
     """Layers that are stacked and add up to everything: each point is a layer's share of the whole of its step.
 
-    The layers have the same steps. Raises ValueError where there is nothing to share.
+    The layers have the same steps. Raises ValueError if there is nothing to share.
     """
     thinned = [Line(layer.name, layer.color, thin(layer.points)) for layer in layers]
     steps = [step for step, _ in thinned[0].points] if thinned else []

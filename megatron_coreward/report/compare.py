@@ -27,14 +27,14 @@ METRICS: tuple[tuple[str, str, Scale], ...] = (
     ("teacher/decay", "Teacher decay", "linear"),
     ("sync/logprob_gap", "Gap between engines and actors (nats)", "log"),
     (keys.STEP_TIME, "Time of a step (s)", "linear"),
-    ("guard/signs", "Signs of collapse", "linear"),
+    ("guard/indicators", "Indicators of collapse", "linear"),
 )
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     """Writes the page of several runs. Returns its path.
 
-    Raises InputError for fewer than two runs, or where one of the directories is none.
+    Raises InputError for fewer than two runs, or if one of the directories is none.
     """
     if len(run_dirs) < 2:
         raise InputError(f"a comparison needs at least two run directories, found {len(run_dirs)}")
@@ -135,7 +135,7 @@ def _named(item: Drawn, name: str) -> Drawn:
 
 
 def _names(records: Sequence[RunRecord]) -> list[str]:
-    """The directories' names, with as many of their parents as it takes to tell them apart."""
+    """The directories' names, with as many of their parents as it takes to distinguish them."""
     paths = [record.run_dir.resolve().parts for record in records]
     depth = 1
     while len({path[-depth:] for path in paths}) < len(paths) and depth < max(map(len, paths)):

@@ -19,7 +19,7 @@ class Counterfactual:
 
     groups: int = 0
     rollouts: int = 0
-    labels_changed: int = 0  # another answer under the new relation, or a label where there was none
+    labels_changed: int = 0  # another answer under the new relation, or a label in place of none
     rewards_changed: int = 0
     reward_recorded: float = 0.0  # sums over rollouts
     reward_now: float = 0.0

@@ -7,7 +7,7 @@ from megatron_coreward.report.chart import Chart, Line, Mark, Points, Scale, lin
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.jsonl import Row
 
-# Okabe and Ito's colours, told apart with any colour vision.
+# Okabe and Ito's colours, which every colour vision distinguishes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#B8A800", "#8C8C8C")
 PHASE_COLORS = {
     "teacher_ema": "#CC79A7",
@@ -19,7 +19,7 @@ PHASE_COLORS = {
     "update": "#009E73",
     "validation": "#0072B2",
     "checkpoint": "#44546A",
-    "journal": "#7A5195",
+    "rollout_log": "#7A5195",
     keys.OUTSIDE: "#BDBDBD",
 }
 
@@ -35,7 +35,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A panel with its chart and the legend (name, colour), empty where the title says it all."""
+    """A panel with its chart and the legend (name, colour), empty if the title says it all."""
 
     title: str
     chart: Chart
@@ -91,11 +91,11 @@ PANELS: tuple[Panel, ...] = (
     Panel("Teacher decay", (("teacher/decay", "d(k)"),)),
     Panel(
         "Gap between engines and actors (nats)",
-        (("sync/logprob_gap", "mean"), ("sync/logprob_gap_max", "largest"), ("sync/canary_gap", "probe")),
+        (("sync/logprob_gap", "mean"), ("sync/logprob_gap_max", "largest"), ("sync/canary_gap", "canary")),
         "log",
     ),
     Panel("Time of a step (s)", ((keys.STEP_TIME, "whole step"),)),
-    Panel("Signs of collapse", (("guard/signs", "signs"), ("guard/level", "level"))),
+    Panel("Indicators of collapse", (("guard/indicators", "indicators"), ("guard/level", "level"))),
 )
 
 
@@ -106,7 +106,7 @@ def validation_panel(known: Iterable[str]) -> Panel:
 
 
 def draw(panel: Panel, rows: Sequence[Row], marks: Sequence[Mark] = ()) -> Drawn | None:
-    """A panel of one run; None where the run has none of its metrics."""
+    """A panel of one run; None if the run has none of its metrics."""
     lines = [
         Line(label, COLORS[place % len(COLORS)], points)
         for place, (key, label) in enumerate(panel.lines)
@@ -121,7 +121,7 @@ def draw(panel: Panel, rows: Sequence[Row], marks: Sequence[Mark] = ()) -> Drawn
 
 
 def draw_runs(title: str, key: str, runs: Sequence[tuple[str, Sequence[Row]]], scale: Scale) -> Drawn | None:
-    """One metric of several runs, each in the colour of its place; None where no run has it."""
+    """One metric of several runs, each in the colour of its place; None if no run has it."""
     lines = [
         Line(name, COLORS[place % len(COLORS)], points, dashed=place >= len(COLORS))
         for place, (name, rows) in enumerate(runs)
@@ -134,7 +134,7 @@ def draw_runs(title: str, key: str, runs: Sequence[tuple[str, Sequence[Row]]], s
 
 
 def draw_time(rows: Sequence[Row]) -> Drawn | None:
-    """Where the time of the steps goes, as shares; None where nothing was timed."""
+    """Where the time of the steps goes, as shares; None if nothing was timed."""
     timed = [row for row in rows if row[keys.STEP] != 0 and row.get(keys.STEP_TIME)]
     found = {key for row in timed for key in row if key.startswith("time/") and key.endswith("_s") and "." not in key}
     phases = [key.removeprefix("time/").removesuffix("_s") for key in found]

@@ -80,7 +80,7 @@ def recompute_step(
 def recompute_run(
     record: RunRecord, settings: RewardSettings, equivalence: AnswerEquivalence, steps: range | None = None
 ) -> Iterator[tuple[int, Recomputed]]:
-    """Every dumped step, or those in `steps`. Raises InputError where there are none, or for an unknown method."""
+    """Every dumped step, or those in `steps`. Raises InputError if there are none, or for an unknown method."""
     method = method_of(record)
     wanted = [step for step in record.dumps if steps is None or step in steps]
     if not wanted:

@@ -29,9 +29,9 @@ _FILTERS = {
 
 
 def write_report(run_dir: Path, out: Path | None = None, limits: Limits | None = None) -> Path:
-    """Writes the page of a run, `report.html` in its directory unless told otherwise. Returns its path.
+    """Writes the page of a run, `report.html` in its directory unless another path is given. Returns its path.
 
-    Raises InputError where `run_dir` is no run directory.
+    Raises InputError if `run_dir` is no run directory.
     """
     record = load_record(run_dir)
     rewards = record.settings("rewards", RewardSettings)
@@ -107,13 +107,13 @@ def _guard(record: RunRecord, decisions: list[Decision]) -> str:
         if recorded
         else "The run recorded no decisions; this is what the guard's settings say of its metrics."
     )
-    told = [decision for decision in decisions if decision.news]
+    reported = [decision for decision in decisions if decision.news]
     back = "".join(
         f"<p>Went back from step {text(entry.get('from'))} to step {text(entry.get('to'))}: "
         f"{text(entry.get('reason'))}. The steps in between were done again.</p>"
         for entry in record.rollbacks
     )
-    if not told:
+    if not reported:
         return f"{back}<p>No alarm in {len(decisions)} steps.</p><p class=dim>{source}</p>"
     rows = [
         [
@@ -123,9 +123,9 @@ def _guard(record: RunRecord, decisions: list[Decision]) -> str:
             text(decision.reason),
             str(decision.good_step),
         ]
-        for decision in told
+        for decision in reported
     ]
-    head = ("step", "level", "action", "signs, against the mean of the first steps", "last step before them")
+    head = ("step", "level", "action", "indicators, against the mean of the first steps", "last step before them")
     marked = "Dashed lines in the curves stand at these steps."
     return f"{back}{table(head, rows, numeric=(0, 4))}<p class=dim>{source} {marked}</p>"
 
@@ -149,8 +149,8 @@ def _config(record: RunRecord) -> str:
     if record.config_text:
         parts.append(f"<details><summary>config.yaml</summary><pre>{text(record.config_text)}</pre></details>")
     if record.events:
-        told = "\n".join(record.events[-200:])
+        events = "\n".join(record.events[-200:])
         parts.append(
-            f"<details><summary>events.log, {len(record.events)} lines</summary><pre>{text(told)}</pre></details>"
+            f"<details><summary>events.log, {len(record.events)} lines</summary><pre>{text(events)}</pre></details>"
         )
     return "".join(parts) or '<p class="dim">This run directory has no config.yaml.</p>'

@@ -26,7 +26,7 @@ class RunRecord:
     """One run as it lies on disk."""
 
     run_dir: Path
-    config: Mapping[str, Any]  # config.yaml as it was resolved; empty where there is none
+    config: Mapping[str, Any]  # config.yaml as it was resolved; empty if there is none
     config_text: str
     rows: list[Row]  # of metrics.jsonl, in order
     dumps: Mapping[int, Path]  # step -> its rollouts
@@ -63,7 +63,7 @@ class RunRecord:
 def load_record(run_dir: Path) -> RunRecord:
     """Reads a run directory, which a run may still be writing.
 
-    Raises InputError where it is none: no metrics, or files of another form.
+    Raises InputError if it is none: no metrics, or files of another form.
     """
     metrics = run_dir / FILE_NAME
     if not metrics.is_file():

@@ -61,7 +61,7 @@ def collect_samples(
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of the items, evenly spread, the first and the last among them (the last alone for one)."""
+    """At most `count` of the items, evenly spread, the first and the last among them (the last alone for one)."""
     if len(items) <= most:
         return list(items)
     if most <= 1:
@@ -70,7 +70,7 @@ def spread(items: Sequence[T], most: int) -> list[T]:
 
 
 def shorten(text: str) -> str:
-    """A long text without its middle, which is counted where it was."""
+    """A long text without its middle, with a count in its place."""
     left_out = len(text) - HEAD_CHARACTERS - TAIL_CHARACTERS
     if left_out <= 0:
         return text
@@ -92,7 +92,7 @@ def _entry(
     """A question as the page reads it, its size in characters, and how many texts were shortened."""
     entry = {
         "uid": groups[0].group.uid,
-        "gold": next((item.ground_truth for item in groups if item.ground_truth is not None), None),
+        "ground_truth": next((item.ground_truth for item in groups if item.ground_truth is not None), None),
         "groups": [_group(item, equivalence, min_margin) for item in groups],
     }
     texts = list(_texts(groups))

@@ -37,7 +37,7 @@ class BatchRewardContext:
         min_margin: float = 0.0,
     ) -> None:
         self._needs = needs
-        self._equivalence = equivalence
+        self.equivalence = equivalence
         self._min_margin = min_margin
         self._ground_truths = ground_truths or {}
         self._groups: dict[GroupKey, RolloutGroup] = {}
@@ -88,7 +88,7 @@ class BatchRewardContext:
     def matches(self, group: RolloutGroup, label: str | None) -> FloatArray:
         """[G] 1.0 where the rollout's answer is equivalent to the label, else 0.0; all 0.0 without a label."""
         answers = group.answers
-        same = {answer: self._equivalence.equivalent(answer, label) for answer in dict.fromkeys(answers)}
+        same = {answer: self.equivalence.equivalent(answer, label) for answer in dict.fromkeys(answers)}
         return np.array([same[answer] for answer in answers], dtype=np.float32)
 
     def vote(self, uid: str, view: View, role: Role) -> Vote:
@@ -97,7 +97,7 @@ class BatchRewardContext:
         if key not in self._groups:
             raise KeyError(f"the {role} has no rollouts of {uid} ({view})")
         if key not in self._votes:
-            self._votes[key] = majority_vote(self._groups[key].answers, self._equivalence, self._min_margin)
+            self._votes[key] = majority_vote(self._groups[key].answers, self.equivalence, self._min_margin)
         return self._votes[key]
 
     def votes(self) -> dict[GroupKey, Vote]:

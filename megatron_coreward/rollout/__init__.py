@@ -1,1 +1,1 @@
-"""The vLLM room: engines that sample with published weights."""
+"""The vLLM room: engines that sample with the weights that they were sent."""

@@ -1,26 +1,28 @@
 """A rollout engine: vLLM, as the rest of the system needs it. Prompts in, samples with log-probs out, weights swapped.
 
 Invariants (tests/rollout):
-  1. Samples come from published weights only: none before the first update, none during one, and every token of a
+  1. Samples come from complete weights only: none before the first update, none during one, and every token of a
      sample from the version that the caller asked for.
   2. A sample's log-probs are those of the distribution that it was drawn from (temperature and top-p applied).
   3. The same requests with the same seeds give the same samples, whatever else the engine did before.
-  4. No cached key or value survives an update of the weights.
+  4. No cached key or value outlives an update of the weights.
 """
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 
+from megatron_coreward.config.schema import AnswerFormat
 from megatron_coreward.errors import RunError
+from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rollout import environment
 from megatron_coreward.rollout.orphans import EngineResources
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.telemetry.memory import DeviceMemory
-from megatron_coreward.types import FloatArray, IntArray
+from megatron_coreward.types import Completion, Completions, FloatArray, IntArray
 from megatron_coreward.weights.spec import VLLM_BACKEND
 
 # Without chunked prefill a prompt is read in one step, so this is also the least number of tokens of a step.
@@ -37,56 +39,21 @@ class SamplingRequest:
     temperature: float
     top_p: float
     max_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One answer; the end-of-sequence token is part of it where the model wrote one."""
-
-    token_ids: IntArray  # [L]
-    logprobs: FloatArray  # [L]
-    text: str  # without special tokens
-    finish_reason: Literal["stop", "length"]
-    weight_version: int
+    answer_formats: Sequence[AnswerFormat] = ()  # in which a final answer is looked for; none: not at all
 
 
 class RolloutEngine:
     """One vLLM engine with its tensor-parallel workers. Weights arrive through `receive_weights`."""
 
-    def __init__(
-        self,
-        model_path: Path,
-        *,
-        dtype: Literal["float32", "bfloat16"],
-        max_model_len: int,
-        tensor_parallel: int = 1,
-        max_num_seqs: int = 256,
-        kv_cache_gib: float = 1.0,
-        gpu_memory_utilization: float = 0.5,
-        cpu_threads: int = 1,
-        seed: int = 0,
-        quantization: Literal["fp8"] | None = None,
-        cuda_graphs: bool = True,
-        own_weights: int | None = None,
-        on_worker_death: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Starts the engine with meaningless weights, or with those of the model directory.
+    def __init__(self, setup: EngineSetup, on_worker_death: Callable[[], None] = lambda: None) -> None:
+        """Starts the engine with meaningless weights, or with those of the model directory (`setup.own_weights`).
 
         Args:
-            model_path: directory with config, generation config and tokenizer.
-            max_model_len: tokens of a prompt and its answer together.
-            max_num_seqs: sequences that are decoded at once.
-            kv_cache_gib: key-value cache of each rank, without a GPU.
-            gpu_memory_utilization: share of a GPU's memory that the engine takes.
-            cpu_threads: of each rank, without a GPU.
-            quantization: of the weights, as they are loaded, with a GPU; they travel as the actor has them.
-            cuda_graphs: decode with captured graphs, with a GPU.
-            own_weights: load the directory's weights as this version, to sample without any update; None: wait for one.
             on_worker_death: called, on a thread of its own, when a process of a tensor-parallel engine has died and the
                 others have been ended.
         """
-        on_cpu = environment.prepare(cpu_threads)
-        self._resources = EngineResources() if tensor_parallel > 1 else None
+        on_cpu = environment.prepare(setup.cpu_threads)
+        self._resources = EngineResources() if setup.tensor_parallel > 1 else None
         if self._resources is not None:
             os.environ["VLLM_RPC_BASE_PATH"] = str(self._resources.folder)
 
@@ -95,40 +62,40 @@ class RolloutEngine:
 
         if on_cpu:
             where: dict[str, Any] = {
-                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+                "kv_cache_memory_bytes": int(setup.kv_cache_gib * 2**30),
                 "enforce_eager": True,  # compiling takes 10 s more at start, and gains under a tenth for small models
                 # vLLM 0.32 rewinds the generator of a seeded request whose prompt is read in several steps, which
                 # torch refuses for CPU generators ("CPU Generator does not use offset").
                 "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len),
+                "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, setup.max_model_len),
             }
         else:
             where = {
-                "gpu_memory_utilization": gpu_memory_utilization,
+                "gpu_memory_utilization": setup.gpu_memory_utilization,
                 "enable_sleep_mode": True,
-                "enforce_eager": not cuda_graphs,
-                "quantization": quantization,
+                "enforce_eager": not setup.cuda_graphs,
+                "quantization": setup.quantization,
             }
             from megatron_coreward.weights.receivers.engine import register
 
             register()  # in this process; workers of a tensor-parallel engine find the entry point of the package
         self._on_cpu = on_cpu
-        self._max_model_len = max_model_len
-        self._tensor_parallel = tensor_parallel
+        self._max_model_len = setup.max_model_len
+        self._tensor_parallel = setup.tensor_parallel
         self._init_info: Mapping[str, Any] | None = None
         self._version: int | None = None
         self._llm: Any = LLM(
-            str(model_path),
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel,
+            str(setup.model_path),
+            dtype=setup.dtype,
+            tensor_parallel_size=setup.tensor_parallel,
             # With a GPU, in a Ray placement group, vLLM would ask Ray for GPUs that this process has taken already.
-            distributed_executor_backend="mp" if tensor_parallel > 1 else None,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            seed=seed,
+            distributed_executor_backend="mp" if setup.tensor_parallel > 1 else None,
+            max_model_len=setup.max_model_len,
+            max_num_seqs=setup.max_num_seqs,
+            seed=setup.seed,
             load_format="dummy"
-            if own_weights is None
-            else "auto",  # mostly, weights are published before they are used
+            if setup.own_weights is None
+            else "auto",  # mostly, weights are synced before they are used
             weight_transfer_config=WeightTransferConfig(backend=VLLM_BACKEND),
             enable_prefix_caching=True,  # the n samples of a prompt share its keys and values
             logprobs_mode="processed_logprobs",  # of the distribution sampled from
@@ -140,11 +107,11 @@ class RolloutEngine:
         self._tokenizer: Any = self._llm.get_tokenizer()
         # vLLM marks tokens with the version of the weights from 0.30 on. Before, only this object knows it; nothing can
         # come between: an update and a call of `sample` are calls of one thread.
-        self._versions_told = hasattr(self._llm, "get_weight_version")
-        if own_weights is not None:
-            if self._versions_told:
-                self._llm.llm_engine.set_weight_version(str(own_weights))
-            self._version = own_weights
+        self._versions_known = hasattr(self._llm, "get_weight_version")
+        if setup.own_weights is not None:
+            if self._versions_known:
+                self._llm.llm_engine.set_weight_version(str(setup.own_weights))
+            self._version = setup.own_weights
 
     @property
     def version(self) -> int | None:
@@ -156,7 +123,7 @@ class RolloutEngine:
         """Whether a process of a tensor-parallel engine has died; nothing can be asked of the engine any more."""
         return self._tensor_parallel > 1 and bool(self._llm.llm_engine.model_executor.is_failed)
 
-    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> Completions:
         """Draws `n` samples for each request, in the order of the requests.
 
         Sample i of a request depends on the request and on i alone, as far as the arithmetic does: matrix products
@@ -174,7 +141,7 @@ class RolloutEngine:
                     f"into the engine's {self._max_model_len} tokens"
                 )
         if not requests:
-            return []
+            return Completions()
 
         from vllm import SamplingParams
 
@@ -194,17 +161,20 @@ class RolloutEngine:
         outputs = self._llm.generate([_prompt(r.prompt) for r in requests], params, use_tqdm=False)
         completions = [completion for output in outputs for completion in output.outputs]
         texts = iter(self._tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True))
-        return [[self._to_sample(c, next(texts), expected_version) for c in output.outputs] for output in outputs]
+        return Completions(
+            [self._to_completion(c, next(texts), request, expected_version) for c in output.outputs]
+            for request, output in zip(requests, outputs, strict=True)
+        )
 
     def score(self, token_ids: Sequence[int] | IntArray) -> FloatArray:
         """Log-probs of tokens 2 to P of a sequence, each given the tokens before it, at temperature 1: [P - 1].
 
         Raises:
-            RunError: no weights were published yet.
+            RunError: no weights were synced yet.
             ValueError: fewer than 2 tokens, or as many as the engine's length or more.
         """
         if self._version is None:
-            raise RunError("no weights were published to this rollout engine yet")
+            raise RunError("no weights were synced to this rollout engine yet")
         if not 2 <= len(token_ids) < self._max_model_len:
             raise ValueError(f"cannot score {len(token_ids)} tokens; allowed: 2 to {self._max_model_len - 1}")
 
@@ -219,25 +189,26 @@ class RolloutEngine:
             raise RunError(f"vLLM scored {len(logprobs)} of {len(token_ids) - 1} tokens")
         return cast(FloatArray, logprobs)
 
-    def receive_weights(self, init_info: Mapping[str, Any], version: int) -> None:
+    def receive_weights(self, spec: Mapping[str, Any], engine: int, version: int) -> None:
         """Replaces all weights by those that the actor sends at the same time; there is nothing to sample from until
         then, and after an error until the next time.
 
         Args:
-            init_info: `TransferSpec.to_json()` of the senders, and the number of this engine: {"spec": ..., "engine":
-                ...}. It changes when an engine was replaced: then everybody meets again.
+            spec: `TransferSpec.to_json()` of the senders. It changes when an engine was replaced: then all meet again.
+            engine: the number of this engine.
 
         Raises:
             RunError: the weights did not come, or not as they were sent. The engine can be used again.
         """
         self._version = None
+        init_info = {"spec": dict(spec), "engine": engine}
         if init_info != self._init_info:
-            self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
-            self._init_info = dict(init_info)
+            self._llm.init_weight_transfer_engine({"init_info": init_info})
+            self._init_info = init_info
         self._llm.start_weight_update()
         self._llm.update_weights({"update_info": {"version": version}})
         failures = [failure for failure in self._llm.collective_rpc(_failure_of) if failure is not None]
-        name = {"weight_version": str(version) if not failures else "given up"} if self._versions_told else {}
+        name = {"weight_version": "given up" if failures else str(version)} if self._versions_known else {}
         self._llm.finish_weight_update(**name)
         if failures:
             raise RunError(failures[0])
@@ -246,16 +217,16 @@ class RolloutEngine:
         self._version = version
 
     def sleep(self) -> DeviceMemory | None:
-        """Gives the GPU's memory to a colocated actor: weights and key-value cache are dropped, and the next samples
-        need `wake` and a new update. Without a GPU there is no memory to give, and the engine stays as it is.
+        """Frees the GPU's memory for a colocated actor: weights and key-value cache are dropped, and the next samples
+        need `wake` and a new update. Without a GPU there is no memory to free, and the engine stays as it is.
         """
         if not self._on_cpu:
             self._version = None
         return self._switch(lambda: self._llm.sleep(level=2))
 
     def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> DeviceMemory | None:
-        """Takes the memory back, all of it or first that of the weights, so that they can be updated while the actor
-        still holds the rest. Without a GPU there is nothing to do.
+        """Allocates the memory again, all of it or first that of the weights, so that they can be updated while the
+        actor still holds the rest. Without a GPU there is nothing to do.
         """
         return self._switch(lambda: self._llm.wake_up(tags=None if part is None else [part]))
 
@@ -278,23 +249,24 @@ class RolloutEngine:
 
     def _require(self, expected_version: int) -> None:
         if self._version is None:
-            raise RunError("no weights were published to this rollout engine yet")
-        held = self._llm.get_weight_version() if self._versions_told else str(self._version)
+            raise RunError("no weights were synced to this rollout engine yet")
+        held = self._llm.get_weight_version() if self._versions_known else str(self._version)
         if held != str(expected_version):
             raise RunError(f"this rollout engine holds weights of version {held}, expected version {expected_version}")
 
-    def _to_sample(self, completion: Any, text: str, version: int) -> Sample:
+    def _to_completion(self, completion: Any, text: str, request: SamplingRequest, version: int) -> Completion:
         if completion.finish_reason not in ("stop", "length"):
             raise RunError(f"vLLM ended a request with finish reason {completion.finish_reason!r}")
-        told = completion.weight_versions if self._versions_told else ()
-        sampled_by = {span.version for span in told} or {str(self._version)}
+        spans = completion.weight_versions if self._versions_known else ()
+        sampled_by = {span.version for span in spans} or {str(self._version)}
         if sampled_by != {str(version)}:
             raise RunError(f"a sample has tokens of weight versions {sorted(sampled_by)}, expected only {version}")
         flat = completion.logprobs
-        return Sample(
+        return Completion(
             token_ids=np.asarray(completion.token_ids, dtype=np.int32),
             logprobs=np.asarray(flat.logprobs, dtype=np.float32)[flat.start_indices],
             text=text,
+            answer=extract_answer(text, request.answer_formats),
             finish_reason=completion.finish_reason,
             weight_version=version,
         )
@@ -308,7 +280,7 @@ def _failure_of(worker: object) -> str | None:
 
 
 def _free_bytes(worker: object) -> int:
-    """Of the worker's GPU: the engine's own process has none where workers are processes of their own."""
+    """Of the worker's GPU: the engine's own process has none if workers are processes of their own."""
     import torch
 
     free: int = torch.cuda.mem_get_info()[0]

@@ -39,7 +39,7 @@ REMOVED_ON_CPU = ("VLLM_CPU_KVCACHE_SPACE",)
 
 
 def prepare(cpu_threads: int) -> bool:
-    """Sets the variables for an engine in this process; tells whether it runs without a GPU.
+    """Sets the variables for an engine in this process; returns whether it runs without a GPU.
 
     Args:
         cpu_threads: OpenMP threads of each engine rank without a GPU.

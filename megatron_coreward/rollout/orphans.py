@@ -1,4 +1,4 @@
-"""What vLLM leaves on a host where a tensor-parallel engine is killed, and its removal.
+"""What vLLM leaves on a host when a tensor-parallel engine is killed, and its removal.
 
 Such an engine has sockets in a temporary directory, and segments of shared memory under names of vLLM's and Python's
 making. It lists them in a folder of its own, together with a lock that the kernel drops when the engine is gone,

@@ -1,1 +1,1 @@
-"""What a run tells of itself: metrics, phase times, pictures, and the rollouts it learned from."""
+"""What a run records of itself: metrics, phase times, pictures, and the rollouts it learned from."""

@@ -1,7 +1,7 @@
 """What a person at the terminal sees of a run while it goes on.
 
-`live` draws one panel that stays in place: progress and time left, the phase that runs now, the metrics that tell
-whether training is well, where the last step's time went, and the validation rows. Where the output is no terminal, or
+`live` draws one panel that stays in place: progress and time left, the phase that runs now, the metrics that show
+whether training is well, where the last step's time went, and the validation rows. If the output is no terminal, or
 `plain` is asked for, each step is one line. Both show the same metrics; one that a run does not have is left out.
 """
 
@@ -38,7 +38,7 @@ Mode = Literal["auto", "live", "plain", "off"]
 
 _HISTORY = 24  # steps that a sparkline shows, half of them on a narrow terminal
 _WIDE = 110  # columns
-_ETA_STEPS = 20  # steps whose mean time tells the time left
+_ETA_STEPS = 20  # steps whose mean time predicts the time left
 _VALIDATIONS = 6  # validation rows in the live panel
 _TIME_BAR = 48  # characters
 
@@ -75,7 +75,7 @@ class RunView(Sink, Protocol):
 def open_view(
     mode: Mode, *, title: str, total_steps: int, steps_done: int = 0, stream: TextIO | None = None
 ) -> RunView:
-    """The view of a run. `auto` and `live` fall back to plain lines where the stream is no terminal.
+    """The view of a run. `auto` and `live` fall back to plain lines if the stream is no terminal.
 
     `title` says what runs (method, run directory); `steps_done` is where a resumed run starts. The stream is standard
     output unless another is given.
@@ -170,7 +170,7 @@ class LiveView(_View):
         self._history: dict[str, tuple[float, ...]] = {}
         self._metrics: Mapping[str, float] = {}
         self._validations: list[tuple[int, list[tuple[str, str]]]] = []
-        # The frame is drawn anew on every refresh, by a thread of rich's: it reads what the methods below assign whole.
+        # The frame is drawn on every refresh, by a thread of rich's: it reads what the methods below assign whole.
         self._live = Live(console=console, get_renderable=self.frame, refresh_per_second=4)
         self._live.start()
 

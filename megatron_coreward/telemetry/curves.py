@@ -23,7 +23,7 @@ from megatron_coreward.telemetry.jsonl import FILE_NAME, Row, read_rows
 FloatArray64 = NDArray[np.float64]
 Scale = Literal["linear", "share", "log"]
 
-# Okabe and Ito's colours, told apart with any colour vision.
+# Okabe and Ito's colours, which every colour vision distinguishes.
 _BLUE, _ORANGE, _GREEN, _RED, _PINK, _SKY, _YELLOW, _GRAY = (
     "#0072B2",
     "#E69F00",
@@ -93,7 +93,7 @@ _PANELS = (
 def draw_run(run_dir: Path, out: Path | None = None) -> Path:
     """One picture of a run: validation, reward, labels, lengths, KL, sync and time. Returns its path.
 
-    The default path is `curves.png` in the run's directory. Raises InputError where the run has no metrics yet.
+    The default path is `curves.png` in the run's directory. Raises InputError if the run has no metrics yet.
     """
     rows = _load(run_dir)
     validation = keys.validation_keys(_known(rows))
@@ -124,7 +124,7 @@ def draw_run(run_dir: Path, out: Path | None = None) -> Path:
 def draw_comparison(runs: Mapping[str, Path], out: Path, metric: str | None = None) -> Path:
     """Validation accuracy against steps, one curve a run, named as in `runs`: the paper's Figure 1. Returns `out`.
 
-    `metric` defaults to the `val/avg@k` that every run with validation has, of the largest k. Raises InputError where
+    `metric` defaults to the `val/avg@k` that every run with validation has, of the largest k. Raises InputError if
     there is none; a run that lacks the metric is named in the legend, without a curve.
     """
     if not runs:
@@ -184,7 +184,7 @@ def _common_average(loaded: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[FloatArray64, FloatArray64]:
-    """Steps and values where the metric was written, a null as NaN; empty where it has no finite value at all."""
+    """Steps and values where the metric was written, a null as NaN; empty if it has no finite value at all."""
     pairs = [(row[keys.STEP], row[key]) for row in rows if key in row]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return (table[:, 0], table[:, 1]) if np.isfinite(table[:, 1]).any() else (np.empty(0), np.empty(0))
@@ -231,7 +231,7 @@ def _draw_time(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _dress(axes: Axes, title: str, scale: Scale, legend_columns: int = 0) -> None:
-    """Axes in the house's style; a legend with so many columns between title and plot, none for 0."""
+    """Axes in the house's style; a legend with `columns` columns between title and plot, none for 0."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)

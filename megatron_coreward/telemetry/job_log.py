@@ -3,7 +3,7 @@
 The first line says what the work is (its identity); each further line is one finished item with its key.
 
 Invariants, each held by a test: an item is on disk when `append` returns; a part of a line that a kill left is dropped
-when the journal is opened, as are items that were not finished; a journal of other work is refused, never mixed with.
+when the log is opened, as are items that were not finished; a log of other work is refused, never mixed with.
 """
 
 import fcntl
@@ -24,9 +24,9 @@ class JobLog:
     """The items of one job. `identity` is plain JSON: everything that decides what the items are."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Opens the journal or starts it.
+        """Opens the log or starts it.
 
-        Raises InputError where the file is a journal of other work, naming what differs, is no journal, or is open in
+        Raises InputError if the file is a log of other work, naming what differs, is no log, or is open in
         another process.
         """
         self._path = path
@@ -85,11 +85,11 @@ class JobLog:
             found = head["identity"]
             self._items = {row["key"]: row["item"] for row in rows}
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._path}: not a journal ({error}); remove it to start anew") from None
+            raise InputError(f"{self._path}: not a log of finished work ({error}); remove it to start again") from None
         if found != wanted:
             differs = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-            told = "; ".join(f"{key}: found {found.get(key)!r}, now {wanted.get(key)!r}" for key in differs)
-            raise InputError(f"{self._path}: a journal of other work ({told}); choose another folder or remove it")
+            differences = "; ".join(f"{key}: found {found.get(key)!r}, now {wanted.get(key)!r}" for key in differs)
+            raise InputError(f"{self._path}: a log of other work ({differences}); choose another folder or remove it")
         return sum(len(line) + 1 for line in lines)
 
     def _write(self, rows: Sequence[Item]) -> None:
@@ -103,3 +103,9 @@ class JobLog:
             os.ftruncate(self._descriptor, size)
             raise
         os.fsync(self._descriptor)
+
+
+def refuse_former_name(path: Path, former: Path) -> None:
+    """Raises InputError if work would be repeated that a file under its former name has."""
+    if former.exists() and not path.exists():
+        raise InputError(f"{former}: this file is called {path.name} now; rename it to go on from it, or remove it")

@@ -55,7 +55,7 @@ class JsonlSink:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics file, in order; a part of a line at the end is not read.
 
-    A run may be writing while this reads. Raises RunError where a whole line is not a row, naming the line.
+    A run may be writing while this reads. Raises RunError if a whole line is not a row, naming the line.
     """
     return [_parse(path, number, line)[1] for number, line in enumerate(_whole_lines(path), start=1)]
 

@@ -29,7 +29,7 @@ class LabelHistory:
     def __init__(self, path: Path, same: Callable[[str, str], bool], first_step: int = 0) -> None:
         """`same` says whether two labels are one answer (`AnswerEquivalence.equivalent`); `first_step` comes next.
 
-        Raises RunError where a whole line of the file is not a step's labels.
+        Raises RunError if a whole line of the file is not a step's labels.
         """
         self._same = same
         self._last: dict[Key, str] = {}

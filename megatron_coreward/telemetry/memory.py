@@ -8,4 +8,4 @@ class DeviceMemory:
     """Of the GPU that a process works on, all processes on it counted; in bytes."""
 
     free: int  # after the switch
-    given: int  # by how much the switch has made `free` grow; negative where it took memory
+    freed: int  # by how much the switch has made `free` grow; negative if it took memory

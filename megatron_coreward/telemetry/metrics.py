@@ -3,7 +3,7 @@
 Invariants, each held by a test:
 - a key is `area/name` (see `keys`), and writing it a second time is an error that names it;
 - a value is one number; arrays are reduced first, by `reduce_values`;
-- a value is finite, unless the row was told to keep NaN and infinities (then whoever stores the row shows a gap).
+- a value is finite, unless the row is to keep NaN and infinities (then whoever stores the row shows a gap).
 """
 
 import math
@@ -60,7 +60,7 @@ class StepMetrics:
 
 
 def reduce_values(key: str, values: ArrayLike, *how: Reduction) -> dict[str, float]:
-    """Reduces values (any shape) to one number for each way in `how`; the mean alone where none is given.
+    """Reduces values (any shape) to one number for each way in `how`; the mean alone if none is given.
 
     The names are `reward/mean` for an area (`reward`) and `rollout/response_tokens_mean` for a key
     (`rollout/response_tokens`). No values give no metrics: the mean of nothing is not zero. `std` is that of the values

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ProcessLog:
-    """A file that takes the output of one worker after the other: those that are started anew go on behind it."""
+    """A file that takes the output of one worker after the other: those that are started again append to it."""
 
     path: Path  # on a file system that the worker's host has, too
     stacks_after_s: float  # a call that takes longer has the stacks of all threads written

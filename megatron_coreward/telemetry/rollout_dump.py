@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),  # of token_ids, by the rollout engine
         pa.field("answer", pa.string()),  # null: no final answer was found
-        pa.field("gold", pa.string()),  # the data set's answer, null where it has none
+        pa.field("ground_truth", pa.string()),  # null: the data set has none
         pa.field("pseudo_label", pa.string()),  # what the group was rewarded against; null: nothing, or no vote
         pa.field("reward", pa.float32()),  # null for the teacher's rollouts
         pa.field("advantage", pa.float32()),  # null for the teacher's rollouts
@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
     ]
 )
 
+_FORMER = {"gold": "ground_truth"}  # columns that had another name in earlier files
 _FILE_NAME = re.compile(r"step_(\d{6,})\.parquet")
 
 
@@ -80,7 +81,7 @@ def dumped_steps(run_dir: Path) -> dict[int, Path]:
 
 
 def discard_rollouts(run_dir: Path, first_step: int) -> None:
-    """Removes the files of `first_step` and later: what a run that resumes there will sample anew."""
+    """Removes the files of `first_step` and later: what a run that resumes there will sample again."""
     for step, path in dumped_steps(run_dir).items():
         if step >= first_step:
             path.unlink()
@@ -102,12 +103,13 @@ def dump_rollouts(
 
 
 def read_rollouts(path: Path) -> list[ScoredGroup]:
-    """The groups of a step as they were dumped. Raises InputError where the file is missing or of another form."""
+    """The groups of a step as they were dumped. Raises InputError if the file is missing or of another form."""
     try:
         with pq.ParquetFile(path) as file:
             table = file.read()
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise InputError(f"{path}: not a file of rollouts ({error})") from error
+    table = table.rename_columns([_FORMER.get(name, name) for name in table.schema.names])
     if not table.schema.equals(SCHEMA):
         raise InputError(f"{path}: columns {table.schema.names}; a file of rollouts has {SCHEMA.names}")
     columns = {name: _column_values(table.column(name)) for name in SCHEMA.names}
@@ -141,7 +143,7 @@ def _to_table(scored: Sequence[ScoredGroup]) -> Any:
         "token_ids": _ragged([completion.token_ids for _, _, completion, _ in rows], np.int32),
         "logprobs": _ragged([completion.logprobs for _, _, completion, _ in rows], np.float32),
         "answer": [completion.answer for _, _, completion, _ in rows],
-        "gold": [item.ground_truth for _, item, _, _ in rows],
+        "ground_truth": [item.ground_truth for _, item, _, _ in rows],
         "pseudo_label": [item.label for _, item, _, _ in rows],
         "reward": [None if item.rewards is None else item.rewards[sample] for _, item, _, sample in rows],
         "advantage": [None if item.advantages is None else item.advantages[sample] for _, item, _, sample in rows],
@@ -191,5 +193,5 @@ def _from_rows(rows: Sequence[dict[str, Any]]) -> ScoredGroup:
         label=first["pseudo_label"],
         rewards=np.array([row["reward"] for row in rows], dtype=np.float32) if scored else None,
         advantages=np.array([row["advantage"] for row in rows], dtype=np.float32) if scored else None,
-        ground_truth=first["gold"],
+        ground_truth=first["ground_truth"],
     )

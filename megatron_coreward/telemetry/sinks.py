@@ -1,7 +1,7 @@
 """Where the metrics of a run go: a narrow contract, and what writes to each place.
 
 A resumed run writes its steps from `first_step` on once more. Each sink makes sure that a reader sees one history: the
-metrics file drops the rows from there on, TensorBoard is told to hide them, and Weights & Biases goes on in the same
+metrics file drops the rows from there on, TensorBoard hides them, and Weights & Biases goes on in the same
 run.
 """
 
@@ -84,7 +84,7 @@ class WandbSink:
 
 
 def require_wandb(project: str) -> None:
-    """Raises InputError where the W&B package is missing. It costs nothing: ask before a run starts."""
+    """Raises InputError if the W&B package is missing. It costs nothing: ask before a run starts."""
     if importlib.util.find_spec("wandb") is None:
         raise InputError(
             f"telemetry.wandb_project is {project!r}, but the package wandb is not installed: "
@@ -117,7 +117,7 @@ class SinkGroup:
 def open_sinks(
     run_dir: Path, *, first_step: int, wandb_project: str | None = None, config: Mapping[str, Any] | None = None
 ) -> SinkGroup:
-    """The sinks of a run: metrics.jsonl and tensorboard/ in its directory, and W&B where a project is named.
+    """The sinks of a run: metrics.jsonl and tensorboard/ in its directory, and W&B if a project is named.
 
     `first_step` is the first step that will be written (0 for a new run that validates before training); rows from
     there on that an earlier attempt wrote are replaced. `config` is what W&B shows as the run's configuration.
@@ -136,7 +136,7 @@ def open_sinks(
 
 
 def _close_all(sinks: Sequence[Sink]) -> None:
-    """Closes in order, the next one even where one fails; an error carries those before it as its context."""
+    """Closes in order, the next one even if one fails; an error carries those before it as its context."""
     if sinks:
         try:
             sinks[0].close()

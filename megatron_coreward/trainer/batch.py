@@ -34,7 +34,7 @@ def to_batch(
     Args:
         sequences: those of the groups (`to_sequences`).
         advantages: [G] of each group.
-        old, reference: statistics of the same sequences, where the loss needs them.
+        old, reference: statistics of the same sequences, if the loss needs them.
     """
     completions = [completion for group in groups for completion in group.completions]
     lengths = [len(c.token_ids) for c in completions]

@@ -1,41 +1,37 @@
-"""When a run's state is written: begun at the end of a step, published when all ranks have written their part.
+"""When a run's state is written: begun at the end of a step, given its name when all ranks have written their part.
 
 At most one checkpoint is under way. It holds the values of the moment at which it was begun; training goes on.
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
 
 from megatron_coreward.checkpoint import store
-from megatron_coreward.checkpoint.store import Hashes, TrainerState
+from megatron_coreward.checkpoint.store import TrainerState
+from megatron_coreward.cluster.watchdog import WorkerDied
+from megatron_coreward.cluster.worker_group import Workers
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import RunError
 from megatron_coreward.telemetry import label_history
 
 
-class SavingActors(Protocol):
-    """What a checkpoint needs of the actors (`cluster.groups.ActorGroup`)."""
-
-    def begin_save(self, target: Path) -> None: ...
-    def save_written(self) -> bool: ...
-    def finish_save(self) -> Hashes: ...
-
-
 class CheckpointWriter:
     def __init__(
         self,
         config: RunConfig,
-        actors: SavingActors,
-        published: Callable[[int], None],
+        actors: Workers,
+        *,
+        on_complete: Callable[[int], None] = lambda step: None,
         labels: Callable[[int], bytes] | None = None,
+        last_step: int = 0,
     ) -> None:
         """Args:
-        published: hears the step of every checkpoint that is complete.
+        on_complete: called with the step of every checkpoint that is complete.
         labels: the label history up to a step, to be kept in its checkpoint.
+        last_step: the step of the checkpoint that the run goes on from.
         """
-        self._config, self._actors, self._published, self._labels = config, actors, published, labels
+        self._config, self._actors, self._on_complete, self._labels = config, actors, on_complete, labels
+        self.last_step = last_step  # that a checkpoint covers, or will when it is written
         self._in_flight: int | None = None
 
     def begin(self, trainer_state: TrainerState) -> None:
@@ -50,16 +46,16 @@ class CheckpointWriter:
         if self._labels is not None:
             files[label_history.FILE_NAME] = self._labels(trainer_state.step)
         try:
-            self._actors.begin_save(store.new_checkpoint(run_dir, trainer_state, files))
+            self._actors.call("begin_save", store.new_checkpoint(run_dir, trainer_state, files))
         except (OSError, RunError) as error:
             raise self._failed(trainer_state.step, error) from error
-        self._in_flight = trainer_state.step
+        self._in_flight = self.last_step = trainer_state.step
         if not self._config.checkpoint.asynchronous:
             self.finish()
 
     def poll(self) -> None:
         """Completes the checkpoint under way if its files are written; does not wait for them."""
-        if self._in_flight is not None and self._actors.save_written():
+        if self._in_flight is not None and all(self._actors.call("save_written")):
             self.finish()
 
     def finish(self) -> None:
@@ -69,15 +65,13 @@ class CheckpointWriter:
         step, self._in_flight = self._in_flight, None
         settings = self._config.checkpoint
         try:
-            hashes = self._actors.finish_save()
+            hashes = {name: entry for files in self._actors.call("finish_save") for name, entry in files.items()}
             store.finalize_checkpoint(self._config.run_dir, step, hashes, keep=settings.keep, best=settings.best_is)
         except (OSError, RunError) as error:
             raise self._failed(step, error) from error
-        self._published(step)
+        self._on_complete(step)
 
     def _failed(self, step: int, error: Exception) -> RunError:
-        from megatron_coreward.cluster.watchdog import WorkerDied
-
         if isinstance(error, WorkerDied):
             return error
         store.discard_unfinished(self._config.run_dir)

@@ -1,187 +1,218 @@
-"""One training step of Co-rewarding, in the order of the paper (arXiv 2508.00410, algorithms 1 and 2):
+"""Training by Co-rewarding, in the order of the paper (arXiv 2508.00410, algorithms 1 and 2).
 
-    teacher EMA -> problems -> publish weights -> rollouts -> token statistics -> rewards -> advantages -> update
+A step is the same for every method; it branches on what the method needs, never on what it is called. How rollouts are
+collected is in `trainer.experience`.
 
-The step is the same for every method. It branches on what the method needs, never on what it is called.
+Invariants (tests/trainer/test_train.py, tests/e2e/test_faults.py):
+  1. The row of a step is on disk before the checkpoint that covers it: a resumed run never lacks one.
+  2. A run that is asked to stop saves all that it has done. A step whose update is done is never done again; a step
+     whose update has not begun is begun again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from megatron_coreward.algorithms.advantages import group_advantages
 from megatron_coreward.algorithms.ema_schedule import teacher_decay
-from megatron_coreward.cluster.colocation import GpuHandoff, no_handoff
-from megatron_coreward.cluster.weight_sync import WeightSync
+from megatron_coreward.checkpoint.store import TrainerState
+from megatron_coreward.cluster.preemption import Preempted, StopRequest
+from megatron_coreward.cluster.worker_group import Workers
 from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import RunError
 from megatron_coreward.guard import Guard
-from megatron_coreward.rewards.context import BatchRewardContext
-from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods.base import GroupReward, Method
+from megatron_coreward.rewards.methods.base import Needs
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer import step_metrics
-from megatron_coreward.trainer.batch import mini_batches, to_batch, to_sequences
+from megatron_coreward.trainer.batch import mini_batches, to_batch
+from megatron_coreward.trainer.checkpoints import CheckpointWriter
+from megatron_coreward.trainer.experience import Experience
 from megatron_coreward.trainer.garbage_collection import garbage_collection_paused
-from megatron_coreward.trainer.rollout_log import LoggedStep, RolloutLog
-from megatron_coreward.trainer.schedule import RolloutEngines, RolloutSchedule
-from megatron_coreward.types import FloatArray, Problem, RolloutGroup, Sequences, TokenStats, TrainBatch, WeightVersion
+from megatron_coreward.trainer.rollback import Collapsing
+from megatron_coreward.types import Sequences, TokenStats, TrainBatch
+
+Row = dict[str, float]
 
 
-class TrainingActors(Protocol):
-    """What a step needs of the actors (`cluster.groups.ActorGroup`)."""
+class TrainingActors(Workers, Protocol):
+    """What a step needs of the actors (`cluster.actor_group.ActorGroup`)."""
 
-    def update_ema_teacher(self, decay: float) -> None: ...
     def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
     def update(self, batch: TrainBatch) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step leaves behind: every group with its judgement, and one flat row of metrics."""
+    """What a step leaves behind: every group with its rewards, and one flat row of metrics."""
 
     scored: list[ScoredGroup]
-    metrics: dict[str, float]
+    metrics: Row
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Trainer:
-    """The parts of a run, and the counters that training advances."""
+    """A run: where it stands, its step, and what comes between steps."""
 
     config: RunConfig
-    method: Method
+    needs: Needs  # of the method
     actors: TrainingActors
-    engines: RolloutEngines
-    sync: WeightSync
-    equivalence: AnswerEquivalence
-    problems_of: Callable[[int], Sequence[Problem]]  # the batch of a step, counted from 0
+    collect: Callable[[int, int, PhaseTimer], Experience]  # step, updates so far (`Collector.collect`)
+    checkpoints: CheckpointWriter
+    state: TrainerState = field(default_factory=lambda: TrainerState(0, 0))
     guard: Guard = field(default_factory=lambda: Guard(GuardSettings()))
-    rollout_log: RolloutLog | None = None  # keeps what a step has sampled, and gives it to a run that died in it
-    gpu_handoff: GpuHandoff = no_handoff  # what surrounds publishing and sampling where engines share the actors' GPUs
-    with_recovery: Callable[[Callable[[], Any]], Any] = lambda ask: ask()  # asks engines again after one has died
-    num_updates: int = 0  # optimizer steps so far
-    teacher_updates: int = 0  # the last step whose EMA the teacher has taken
-    schedule: RolloutSchedule = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.schedule = RolloutSchedule(
-            config=self.config,
-            needs=self.method.needs,
-            engines=self.engines,
-            sync=self.sync,
-            problems_of=self.problems_of,
-            recorded=lambda step: self.rollout_log is not None and self.rollout_log.has(step),
-            gpu_handoff=self.gpu_handoff,
-            with_recovery=self.with_recovery,
-        )
+    stop: StopRequest = field(default_factory=StopRequest)
+    validate: Callable[[int, PhaseTimer], Row] | None = None  # updates so far; None: nothing is held out
+    observe: Callable[[int, Sequence[ScoredGroup]], Row] = lambda step, scored: {}  # further metrics of a step
+    record: Callable[[int, Row], None] = lambda step, row: None
+    new_timer: Callable[[], PhaseTimer] = PhaseTimer
+    notify: Callable[[str], None] = lambda text: None  # what people should know, now and afterwards
 
     @garbage_collection_paused()
-    def step(self, number: int, timer: PhaseTimer) -> StepResult:
-        """Step `number` of the run, counted from 1."""
-        config, needs = self.config, self.method.needs
-        decay = teacher_decay(number - 1, config.steps, config.teacher.decay_start, config.teacher.decay_end)
+    def step(self, step: int, timer: PhaseTimer) -> StepResult:
+        """One step of the run, counted from 1."""
+        decay = self._update_ema_teacher(step, timer)
+        experience = self.collect(step, self.state.num_updates, timer)
+        updates, kl_coef = self._update(experience, timer)
+        metrics = step_metrics.of_step(experience, updates, kl_coef, timer.seconds)
+        if decay is not None:
+            metrics["teacher/decay"] = decay
+        if self.config.rollout.max_staleness:
+            metrics |= step_metrics.staleness(
+                experience.rollouts.policy, self.state.num_updates, self.config.loss.updates_per_batch
+            )
+        return StepResult(experience.scored, metrics)
+
+    def _update_ema_teacher(self, step: int, timer: PhaseTimer) -> float | None:
+        """teacher <- decay * teacher + (1 - decay) * policy (Eq. 11); returns the decay, None without a teacher."""
+        if not self.needs.teacher:
+            return None
+        settings = self.config.teacher
+        decay = teacher_decay(step - 1, self.config.steps, settings.decay_start, settings.decay_end)
         if self.guard.teacher_frozen:
             decay = 1.0
-        # It has moved already where a run was stopped within the step.
-        if needs.teacher and self.teacher_updates < number:
+        if self.state.teacher_updates < step:  # else a run was stopped within the step, after its EMA update
             with timer.phase("teacher_ema"):
-                self.actors.update_ema_teacher(decay)
-            self.teacher_updates = number
+                self.actors.call("update_ema_teacher", decay)
+            self.state = replace(self.state, teacher_updates=step)
+        return decay
 
-        problems = self.problems_of(number - 1)
-        recorded = self._recorded(number, problems)
-        rollouts = self.schedule.take(number, self.num_updates, timer)
-        self.schedule.begin(number + 1, self.num_updates, timer)  # where rollouts may go ahead
-        syncs = self.schedule.take_syncs()
-        if recorded is not None:
-            rollouts, syncs = recorded.rollouts, recorded.syncs
-        groups = rollouts["policy"]
-
-        kl_coef = (config.loss.kl_coef or 0.0) * self.guard.kl_factor
+    def _update(self, experience: Experience, timer: PhaseTimer) -> tuple[list[Row], float]:
+        """PPO-clip with KL to the reference: one optimizer step or several. Returns reports and the KL's weight."""
+        loss, max_tokens = self.config.loss, self.config.rollout.max_response_tokens
+        kl_coef = (loss.kl_coef or 0.0) * self.guard.kl_factor
+        reference = old = None
         with timer.phase("token_stats"):
-            sequences = to_sequences(groups)
-            old = self._stats(sequences, "policy") if needs.token_stats or config.loss.updates_per_batch > 1 else None
-            reference = self._stats(sequences, self.reference) if kl_coef else None
-
-        with timer.phase("rewards"):
-            context = BatchRewardContext(
-                needs,
-                self.equivalence,
-                policy_groups=groups,
-                teacher_groups=rollouts["teacher"],
-                token_stats=old,
-                ground_truths=self._ground_truths(problems) if needs.ground_truth else None,
-                min_margin=config.rewards.min_margin,
-            )
-            group_rewards = (
-                recorded.group_rewards if recorded else [self.method.score(group, context) for group in groups]
-            )
-            advantages = [group_advantages(group_reward.rewards) for group_reward in group_rewards]
-
-        scored = _scored(groups, group_rewards, advantages, rollouts["teacher"], self._ground_truths(problems))
-        if self.rollout_log is not None and recorded is None:
-            self.rollout_log.write(number, scored, syncs)
-
+            if loss.updates_per_batch > 1:  # with one update a batch, the current log-probs are the old ones
+                old = experience.token_stats or self._stats(experience.sequences, "policy")
+            if kl_coef:
+                held_to = "teacher" if loss.kl_reference == "teacher" else "reference"
+                reference = self._stats(experience.sequences, held_to)
         with timer.phase("update"):
-            several = config.loss.updates_per_batch > 1
+            groups = experience.rollouts.policy
             batch = to_batch(
-                sequences,
-                groups,
-                advantages,
-                config.loss,
-                config.rollout.max_response_tokens,
-                old=old if several else None,  # with one update a batch, the current log-probs are the old ones
-                reference=reference,
-                kl_coef=kl_coef,
+                experience.sequences, groups, experience.advantages, loss, max_tokens, old, reference, kl_coef
             )
-            updates = []
-            for part in mini_batches(batch, groups, config.loss, config.rollout.max_response_tokens):
-                updates.append(self.actors.update(part))
-                self.num_updates += 1
-
-        metrics = step_metrics.collect(
-            groups, rollouts["teacher"], group_rewards, advantages, updates, kl_coef, syncs, timer.seconds
-        )
-        if config.rollout.max_staleness:
-            metrics |= step_metrics.staleness(groups, self.num_updates, config.loss.updates_per_batch)
-        if needs.teacher:
-            metrics["teacher/decay"] = decay
-        metrics |= step_metrics.label_quality(
-            groups, context.votes(), group_rewards, self._ground_truths(problems), self.equivalence
-        )
-        return StepResult(scored, metrics)
-
-    @property
-    def reference(self) -> str:
-        """Whose weights the KL term holds the policy to."""
-        return "teacher" if self.config.loss.kl_reference == "teacher" else "reference"
-
-    def _recorded(self, step: int, problems: Sequence[Problem]) -> LoggedStep | None:
-        if self.rollout_log is None:
-            return None
-        fresh = WeightVersion("policy", self.num_updates).number
-        lagging = WeightVersion("policy", self.num_updates - self.config.loss.updates_per_batch).number
-        versions = {fresh, lagging} if self.config.rollout.max_staleness else {fresh}
-        return self.rollout_log.read(step, problems, self.method.needs.views, versions)
+            reports = []
+            for part in mini_batches(batch, groups, loss, max_tokens):
+                reports.append(self.actors.update(part))
+                self.state = replace(self.state, num_updates=self.state.num_updates + 1)
+        return reports, kl_coef
 
     def _stats(self, sequences: Sequences, weights: str) -> TokenStats:
         return self.actors.token_stats(sequences, weights, self.config.rollout.temperature)
 
-    @staticmethod
-    def _ground_truths(problems: Sequence[Problem]) -> Mapping[str, str | None]:
-        return {problem.uid: problem.ground_truth for problem in problems}
+    def train(self) -> None:
+        """All steps that are left. Raises Preempted, with everything saved, when the run was asked to stop."""
+        config = self.config
+        try:
+            self._begin()
+            timer = self.new_timer()
+            for step in range(self.state.step + 1, config.steps + 1):
+                self.stop.check()
+                result = self.step(step, timer)
+                self._complete(step, result.metrics | self.observe(step, result.scored), timer)
+                timer = self.new_timer()  # the checkpoint's time belongs to the next row: this one is written before it
+                with timer.phase("checkpoint"):
+                    self.checkpoints.poll()
+                    if due(step, config.checkpoint.every, config.steps):
+                        self._save()
+            self.checkpoints.finish()
+        except Collapsing:
+            self.checkpoints.finish()
+            raise
+        except Preempted:
+            if self.state.step > self.checkpoints.last_step:
+                self._save()
+            self.checkpoints.finish()
+            raise
+
+    def _begin(self) -> None:
+        """The row of step 0, or the one that an attempt before had begun."""
+        timer = self.new_timer()
+        if self.state.unfinished_row is not None:
+            row = {k: math.nan if value is None else value for k, value in self.state.unfinished_row.items()}
+            self._complete(self.state.step, row, timer)
+        elif self.state.step == 0 and self.validate is not None and self.config.validation.at_start:
+            self.record(0, self._validated(timer) | timer.metrics())
+
+    def _complete(self, step: int, row: Row, timer: PhaseTimer) -> None:
+        """Validates if it is time, and records the row of a step whose update is done."""
+        if self.validate is not None and due(step, self.config.validation.every, self.config.steps):
+            try:
+                row = row | self._validated(timer)
+            except Preempted:
+                self.state = replace(self.state, step=step, score=self._score(row), unfinished_row=_to_json(row))
+                self._save()
+                raise
+        decision = self.guard.observe(step, row)
+        row = row | decision.metrics()
+        self.record(step, row | timer.metrics())
+        self.state = replace(
+            self.state,
+            step=step,
+            score=self._score(row),
+            skipped_steps=self.state.skipped_steps + 1 if row.get("optim/skipped_updates") else 0,
+            unfinished_row=None,
+        )
+        if decision.news:
+            self.notify(str(decision))
+        if decision.action in ("rollback", "stop"):
+            raise Collapsing(decision)
+        skipped, limit = self.state.skipped_steps, self.config.faults.max_skipped_updates
+        if skipped > limit:
+            raise RunError(
+                f"the gradient was not finite in {skipped} steps in a row (faults.max_skipped_updates: {limit}); "
+                f"the learning rate (actor.lr: {self.config.actor.lr:g}) may be too high"
+            )
+
+    def _validated(self, timer: PhaseTimer) -> Row:
+        assert self.validate is not None
+        metrics = self.validate(self.state.num_updates, timer)
+        settings = self.config.validation
+        key = "val/pass@1" if settings.samples == "greedy" else f"val/avg@{settings.n}"
+        first = metrics[key] if self.state.first_accuracy is None else self.state.first_accuracy
+        self.state = replace(self.state, first_accuracy=first)
+        if metrics[key] < first - settings.warn_below_start:
+            self.notify(
+                f"{key} is {metrics[key]:.1%}, and was {first:.1%} at first: training makes the model worse on the "
+                "validation questions"
+            )
+        return metrics
+
+    def _score(self, row: Row) -> float | None:
+        score = row.get(self.config.checkpoint.best_metric or "", math.nan)
+        return score if math.isfinite(score) else None
+
+    def _save(self) -> None:
+        self.checkpoints.begin(replace(self.state, guard=self.guard.state_dict()))
 
 
-def _scored(
-    groups: Sequence[RolloutGroup],
-    group_rewards: Sequence[GroupReward],
-    advantages: Sequence[FloatArray],
-    teacher_groups: Sequence[RolloutGroup],
-    ground_truths: Mapping[str, str | None],
-) -> list[ScoredGroup]:
-    policy = [
-        ScoredGroup(group, group_reward.label, group_reward.rewards, advantage, ground_truths.get(group.uid))
-        for group, group_reward, advantage in zip(groups, group_rewards, advantages, strict=True)
-    ]
-    return policy + [ScoredGroup(group, None, None, None, ground_truths.get(group.uid)) for group in teacher_groups]
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every `every` steps, and at the end, happens after this one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _to_json(row: Row) -> dict[str, float | None]:
+    return {key: float(value) if math.isfinite(value) else None for key, value in row.items()}

@@ -1,4 +1,4 @@
-"""Going back: a run that the guard stops in a collapse goes on from a checkpoint that is older than its first signs.
+"""Going back: a run that the guard stops in a collapse goes on from a checkpoint older than its first indicators.
 
 RUN/rollbacks.jsonl holds one line each time, `{"from": 57, "to": 40, "reason": ...}`. How often a run went back is no
 part of its checkpoints: the one that it goes back to must not forget it.
@@ -33,7 +33,7 @@ def count_rollbacks(run_dir: Path) -> int:
 
 
 def roll_back(run_dir: Path, decision: Decision) -> int:
-    """Makes the newest checkpoint from before the signs the newest of all, and forgets what was sampled after it.
+    """Makes the newest checkpoint from before the indicators the newest of all, and forgets what was sampled after it.
 
     Later checkpoints stay as `collapsed_step_000050`, for people to look at. The rollouts of later steps are removed:
     they were drawn from weights that will not come again. It is on disk that the run went back before anything is

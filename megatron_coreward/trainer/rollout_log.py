@@ -1,7 +1,7 @@
-"""The journal of a run: what a step has sampled and concluded, on disk before its update begins.
+"""The rollout log of a run: what a step has sampled and concluded, on disk before its update begins.
 
 A step that died in its update, or after the newest checkpoint, is done again from here without asking an engine: the
-rollouts, votes and rewards are read, and only the update is computed. The journal is the dump of rollouts itself
+rollouts, votes and rewards are read, and only the update is computed. The log is the dump of rollouts itself
 (rollouts/step_000001.parquet) with a note of what it was drawn under.
 
 Invariants (tests/trainer/test_rollout_log.py):
@@ -29,7 +29,9 @@ from megatron_coreward.telemetry.rollout_dump import (
     read_rollouts,
     rollouts_path,
 )
-from megatron_coreward.types import Problem, Role, RolloutGroup, View
+from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.experience import Collector, Experience, Rollouts
+from megatron_coreward.types import Problem, View, WeightVersion
 
 # What has no part in what is sampled from given weights, and none in the weights.
 _WITHOUT_EFFECT = ("run_dir", "telemetry", "checkpoint", "faults", "watchdog", "validation", "sync")
@@ -37,11 +39,10 @@ _WITHOUT_EFFECT = ("run_dir", "telemetry", "checkpoint", "faults", "watchdog", "
 
 @dataclass(frozen=True, slots=True)
 class LoggedStep:
-    """A step up to its update."""
+    """What was sampled for a step, and how the policy's groups were rewarded."""
 
-    rollouts: dict[Role, list[RolloutGroup]]
-    group_rewards: list[GroupReward]  # of the policy's groups
-    syncs: list[SyncReport]
+    rollouts: Rollouts
+    group_rewards: list[GroupReward]
 
 
 class RolloutLog:
@@ -69,7 +70,7 @@ class RolloutLog:
     def read(
         self, step: int, problems: Sequence[Problem], views: Sequence[View], versions: Collection[int]
     ) -> LoggedStep | None:
-        """A step as it was recorded; None where it has to be sampled. `versions`: that it may be sampled from."""
+        """A step as it was recorded; None if it has to be sampled. `versions`: that it may be sampled from."""
         if not self._usable(step):
             return None
         path = rollouts_path(self._run_dir, step)
@@ -84,13 +85,10 @@ class RolloutLog:
         ):
             discard_rollouts(self._run_dir, step)
             return None
-        rollouts: dict[Role, list[RolloutGroup]] = {
-            "policy": [item.group for item in policy],
-            "teacher": [item.group for item in scored if item.rewards is None],
-        }
         group_rewards = [GroupReward(item.label, item.rewards) for item in policy if item.rewards is not None]
         syncs = [SyncReport(*report) for report in json.loads(read_notes(path)["syncs"])]
-        return LoggedStep(rollouts, group_rewards, syncs)
+        teacher = [item.group for item in scored if item.rewards is None]
+        return LoggedStep(Rollouts([item.group for item in policy], teacher, syncs), group_rewards)
 
     def write(self, step: int, scored: Sequence[ScoredGroup], syncs: Sequence[SyncReport]) -> None:
         """Records a step; it is on disk on return."""
@@ -113,6 +111,29 @@ class RolloutLog:
             return path.is_file() and read_notes(path).get("fingerprint") == self._fingerprint
         except InputError:
             return False
+
+
+class LoggedCollector:
+    """A collector whose steps are logged, and read from the log if it has them."""
+
+    def __init__(self, collector: Collector, log: RolloutLog) -> None:
+        self._collector, self._log = collector, log
+
+    def collect(self, step: int, num_updates: int, timer: PhaseTimer) -> Experience:
+        """The experience of a step, as `Collector.collect` has it. The recorded rewards count, whatever the method
+        would make of the rollouts now."""
+        collector, config = self._collector, self._collector.config
+        versions = {WeightVersion("policy", num_updates).number}
+        if config.rollout.max_staleness:
+            versions.add(WeightVersion("policy", num_updates - config.loss.updates_per_batch).number)
+        problems = collector.problems_of(step - 1)
+        logged = self._log.read(step, problems, collector.method.needs.views, versions)
+        sampled = collector.source.sample(step, num_updates, timer)  # of a logged step: what later steps need
+        if logged is not None:
+            return collector.score(step, logged.rollouts, timer, logged.group_rewards)
+        experience = collector.score(step, sampled, timer)
+        self._log.write(step, experience.scored, sampled.syncs)
+        return experience
 
 
 def fingerprint_of(config: RunConfig) -> str:

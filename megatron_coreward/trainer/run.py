@@ -1,25 +1,23 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from megatron_coreward.checkpoint.store import (
-    ACTORS,
-    checkpoint_path,
-)
-from megatron_coreward.cluster.colocation import no_handoff, open_colocation
-from megatron_coreward.cluster.engine_recovery import EngineRecovery
-from megatron_coreward.cluster.groups import start_ray
+from megatron_coreward.checkpoint.store import ACTORS, TrainerState, checkpoint_path
+from megatron_coreward.cluster.actor_group import ActorGroup
 from megatron_coreward.cluster.preemption import Preempted, StopRequest, StopSignals
 from megatron_coreward.cluster.processes import LOGS, processes
+from megatron_coreward.cluster.ray_start import start_ray
+from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollout_engines
 from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
-from megatron_coreward.cluster.weight_sync import CANARY_TOKENS, canary_tokens, open_sync
+from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.dataset import ProblemSet, load_problems
@@ -31,13 +29,16 @@ from megatron_coreward.report.report import write_report
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry import label_history
-from megatron_coreward.telemetry.console import open_view
+from megatron_coreward.telemetry.console import RunView, open_view
+from megatron_coreward.telemetry.label_history import LabelHistory
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
+from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollback import Collapsing, count_rollbacks, roll_back
-from megatron_coreward.trainer.rollout_log import RolloutLog, fingerprint_of
+from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog, fingerprint_of
 from megatron_coreward.trainer.run_directory import (
     OpenedRun,
     lock_run_directory,
@@ -45,9 +46,28 @@ from megatron_coreward.trainer.run_directory import (
     open_run_directory,
     resume_hint,
 )
-from megatron_coreward.trainer.session import UNFINISHED, Session
-from megatron_coreward.trainer.validation import evaluate
-from megatron_coreward.types import WeightVersion
+from megatron_coreward.trainer.schedule import RolloutSchedule
+from megatron_coreward.trainer.validation import validation_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """What a run trains on and what it is validated on."""
+
+    train: ProblemSet
+    held_out: Mapping[str, ProblemSet]  # data sets by their names
+
+    def notes(self, config: RunConfig) -> Iterator[str]:
+        """Questions that are left out."""
+        held_out = ((f"validation ({name})", problems) for name, problems in self.held_out.items())
+        for what, problems in (("training", self.train), *held_out):
+            for count, why in (
+                (problems.num_dropped, f"are longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"),
+                (problems.num_unpaired, "have no rephrasing, or are rephrasings without a question"),
+                (problems.num_unanswered, "have no ground truth"),
+            ):
+                if count:
+                    yield f"{count} {what} questions {why} and are left out; {len(problems)} are used"
 
 
 def train(config: RunConfig) -> Path:
@@ -68,16 +88,16 @@ def train(config: RunConfig) -> Path:
         if config.telemetry.wandb_project is not None:
             require_wandb(config.telemetry.wandb_project)
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
-        problems, held_out = _load_data(config, tokenizer)
+        data = _load_data(config, tokenizer)
         restarts = config.faults.max_restarts
         notes: list[str] = []
         before: Exception | None = None  # what ended the attempt before
         while True:
-            start = open_run_directory(config, notes)
+            opened = open_run_directory(config, notes)
             start_ray(config.watchdog.start_limit_s)
             stop.take()
             try:
-                _run(config, arch, problems, held_out, start, stop)
+                _run(config, arch, data, opened, stop)
                 return config.run_dir
             except Preempted as request:
                 raise Preempted(f"{request}; {resume_hint(config)}") from None
@@ -86,7 +106,7 @@ def train(config: RunConfig) -> Path:
                     raise RunError(f"{death}; {resume_hint(config)}") from death
                 restarts -= 1
                 before = death
-                notes = [f"{death}; all processes are started anew (faults.max_restarts: {restarts} left)"]
+                notes = [f"{death}; all processes are started again (faults.max_restarts: {restarts} left)"]
             except Collapsing as collapse:
                 if collapse.decision.action != "rollback":
                     raise HaltedError(str(collapse)) from None
@@ -99,131 +119,137 @@ def train(config: RunConfig) -> Path:
                 if before is None:
                     raise
                 # The input was good once: it is the cluster that has changed, which has lost a node, say.
-                raise RunError(f"{before}; started anew: {error}; {resume_hint(config)}") from error
+                raise RunError(f"{before}; started again: {error}; {resume_hint(config)}") from error
             except Exception as error:
                 error.add_note(resume_hint(config))
                 raise
 
 
-def _run(
-    config: RunConfig,
-    arch: Architecture,
-    problems: ProblemSet,
-    held_out: Mapping[str, ProblemSet],
-    start: OpenedRun,
-    stop: StopRequest,
-) -> None:
+def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, stop: StopRequest) -> None:
     """One attempt, from the start of the processes to the final model."""
-    sampler = BatchSampler(problems, config.data.batch_size, config.seed, config.data.shuffle)
-    trainer_state, steps_done = start.trainer_state, start.trainer_state.step if start.trainer_state else 0
     with ExitStack() as stack:
         view = stack.enter_context(
             open_view(
                 config.telemetry.console,
                 title=f"{config.method} in {config.run_dir}",
                 total_steps=config.steps,
-                steps_done=steps_done,
+                steps_done=opened.steps_done,
             )
         )
-        for note in start.notes:
+        for note in [*opened.notes, *data.notes(config), "starting Ray, actors and rollout engines"]:
             view.note(note)
-        for what, some in (("training", problems), *((f"validation ({n})", part) for n, part in held_out.items())):
-            for count, why in (
-                (some.num_dropped, f"are longer than data.max_prompt_tokens ({config.data.max_prompt_tokens})"),
-                (some.num_unpaired, "have no rephrasing, or are rephrasings without a question"),
-                (some.num_unanswered, "have no ground truth"),
-            ):
-                if count:
-                    view.note(f"{count} {what} questions {why} and are left out; {len(some)} are used")
-        view.note("starting Ray, actors and rollout engines")
+        attempt = _Attempt(config, data, opened, stop, view, stack)
+        watchdog = Watchdog(config.watchdog, attempt.notify, stop, logs=config.run_dir / LOGS)
+        running = stack.enter_context(processes(config, watchdog))
+        engines = open_rollout_engines(config, running, canary_tokens(data.problems), attempt.notify)
+        computes = running.actors.call("describe", results_of=(0,))[0]
+        attempt.notify("actors compute with " + ", ".join(f"{what}: {how}" for what, how in computes.items()))
+        if opened.trainer_state is not None:
+            running.actors.call("load", (checkpoint_path(config.run_dir, opened.steps_done) / ACTORS).resolve())
+            view.note(f"resumed after step {opened.steps_done}")
+        attempt.trainer(running.actors, engines).train()
+        view.note("writing the final model")
+        running.actors.call("export_hf", "policy", (config.run_dir / "hf").resolve())
+        _write_report(config, attempt.notify)
 
-        def notify(text: str) -> None:
-            view.note(text)
-            log_event(config, text)
 
-        watchdog = Watchdog(config.watchdog, notify, stop, logs=config.run_dir / LOGS)
-        actors, engines, transport = stack.enter_context(processes(config, watchdog))
-        equivalence = stack.enter_context(
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What an attempt is given, before its processes are there."""
+
+    config: RunConfig
+    data: _Data
+    opened: OpenedRun
+    stop: StopRequest
+    view: RunView
+    stack: ExitStack  # closes what the attempt opens
+
+    def notify(self, text: str) -> None:
+        """Shows a line to people, and keeps it in the run directory."""
+        self.view.note(text)
+        log_event(self.config, text)
+
+    def trainer(self, actors: ActorGroup, engines: RolloutEngines) -> Trainer:
+        """The trainer, with all that it writes to."""
+        config, method, state = self.config, METHODS[self.config.method], self.opened.trainer_state
+        equivalence = self.stack.enter_context(
             AnswerEquivalence(config.rewards.equivalence, config.rewards.comparison_timeout_s)
         )
-        validation_equivalence = stack.enter_context(
-            AnswerEquivalence(
-                config.validation.equivalence or config.rewards.equivalence, config.rewards.comparison_timeout_s
-            )
+        problems_of = BatchSampler(self.data.train, config.data.batch_size, config.seed, config.data.shuffle).batch
+        log = RolloutLog(
+            config.run_dir,
+            fingerprint_of(config),
+            first_step=self.opened.steps_done + 1,
+            keep=config.telemetry.dump_rollouts,
         )
-        colocation = open_colocation(config.rollout.placement, actors, engines, engines.slept)
-        receiving = engines if colocation is None else colocation.engines
-        canary = canary_tokens([problem.prompts["original"].token_ids for problem in problems[:CANARY_TOKENS]])
-        sync = open_sync(config, transport, actors, receiving, partial(watchdog.get, awaited="weights"), canary)
-        if colocation is not None:
-            colocation.published = sync
-            sync.open()  # buckets take memory on the GPU, which the first turn has to know of
-        notify("actors compute with " + ", ".join(f"{what}: {how}" for what, how in actors.describe().items()))
-        rollout_log = RolloutLog(
-            config.run_dir, fingerprint_of(config), first_step=steps_done + 1, keep=config.telemetry.dump_rollouts
-        )
-        run = Trainer(
+        if log.num_recorded:
+            self.view.note(f"the rollout log has the rollouts of {log.num_recorded} further steps")
+        schedule = RolloutSchedule(config, method.needs, engines, problems_of, log.has)
+        collector = Collector(config, method, actors, schedule, equivalence, problems_of)
+        guard = Guard(config.guard, rollbacks=count_rollbacks(config.run_dir))
+        if state is not None and state.guard is not None:
+            guard.load_state_dict(state.guard)
+        labels = self._label_history(equivalence)
+
+        def observe(step: int, scored: Sequence[ScoredGroup]) -> dict[str, float]:
+            sampling = {} if config.rollout.max_staleness else engines.take_sampling_metrics()
+            return labels.observe(step, scored) | sampling
+
+        return Trainer(
             config=config,
-            method=METHODS[config.method],
+            needs=method.needs,
             actors=actors,
-            engines=engines,
-            sync=sync,
-            equivalence=equivalence,
-            problems_of=sampler.batch,
-            guard=Guard(config.guard, rollbacks=count_rollbacks(config.run_dir)),
-            rollout_log=rollout_log,
-            gpu_handoff=colocation or no_handoff,
-            with_recovery=EngineRecovery(engines, sync, config.faults.engine_restarts, notify),
+            collect=LoggedCollector(collector, log).collect,
+            checkpoints=CheckpointWriter(
+                config, actors, on_complete=log.covered, labels=labels.snapshot, last_step=self.opened.steps_done
+            ),
+            state=state or TrainerState(0, 0),
+            guard=guard,
+            stop=self.stop,
+            validate=self._validation(engines),
+            observe=observe,
+            record=self._recorder(),
+            new_timer=lambda: PhaseTimer(self.view.phase),
+            notify=self.notify,
         )
-        sinks = stack.enter_context(
+
+    def _label_history(self, equivalence: AnswerEquivalence) -> LabelHistory:
+        first_step = 0 if self.opened.trainer_state is None else self.opened.steps_done + 1
+        path = self.config.run_dir / label_history.FILE_NAME
+        return self.stack.enter_context(LabelHistory(path, equivalence.equivalent, first_step=first_step))
+
+    def _recorder(self) -> Callable[[int, dict[str, float]], None]:
+        """Writes the row of a step to every sink and shows it."""
+        config, state = self.config, self.opened.trainer_state
+        sinks = self.stack.enter_context(
             open_sinks(
                 config.run_dir,
-                first_step=0 if trainer_state is None else steps_done + (UNFINISHED not in trainer_state.extra),
+                first_step=0 if state is None else state.step + (state.unfinished_row is None),
                 wandb_project=config.telemetry.wandb_project,
                 config=config.model_dump(mode="json"),
             )
         )
-        labels = stack.enter_context(
-            label_history.LabelHistory(
-                config.run_dir / label_history.FILE_NAME,
-                equivalence.equivalent,
-                first_step=0 if trainer_state is None else steps_done + 1,
+
+        def record(step: int, row: dict[str, float]) -> None:
+            sinks.write(step, row)
+            self.view.write(step, row)
+
+        return record
+
+    def _validation(self, engines: RolloutEngines) -> Callable[[int, PhaseTimer], dict[str, float]] | None:
+        if not self.data.held_out:
+            return None
+        config = self.config
+        equivalence = self.stack.enter_context(
+            AnswerEquivalence(
+                config.validation.equivalence or config.rewards.equivalence, config.rewards.comparison_timeout_s
             )
         )
-
-        def record(step: int, metrics: dict[str, float]) -> None:
-            sinks.write(step, metrics)
-            view.write(step, metrics)
-
-        session = Session(
-            config=config,
-            run=run,
-            checkpoints=CheckpointWriter(config, actors, rollout_log.covered, labels.snapshot),
-            stop=stop,
-            validate=(lambda timer: _validate(run, held_out, validation_equivalence, timer)) if held_out else None,
-            observe=lambda step, scored: (
-                labels.observe(step, scored) | ({} if config.rollout.max_staleness else engines.take_sampling_metrics())
-            ),
-            record=record,
-            new_timer=lambda: PhaseTimer(view.phase),
-            notify=notify,
-        )
-        if trainer_state is None:
-            session.validate_at_start()
-        else:
-            actors.load((checkpoint_path(config.run_dir, trainer_state.step) / ACTORS).resolve())
-            session.resume(trainer_state)
-            view.note(f"resumed after step {trainer_state.step}")
-        if rollout_log.num_recorded:
-            view.note(f"the journal has the rollouts of {rollout_log.num_recorded} further steps")
-        session.train()
-        view.note("writing the final model")
-        actors.export_hf("policy", (config.run_dir / "hf").resolve())
-        _write_report(config, notify)
+        return partial(validation_metrics, config, self.data.held_out, engines, equivalence)
 
 
 def _write_report(config: RunConfig, notify: Callable[[str], None]) -> None:
-    """The run's page. All that it shows is kept beside it: an error here is told, and takes no finished run away."""
+    """The run's page. All that it shows is kept beside it: an error here is reported, and spoils no finished run."""
     try:
         write_report(config.run_dir)
     except Exception as error:
@@ -231,25 +257,7 @@ def _write_report(config: RunConfig, notify: Callable[[str], None]) -> None:
         notify(f"report.html was not written: {type(error).__name__}: {error}; {again}")
 
 
-def _validate(
-    run: Trainer, held_out: Mapping[str, ProblemSet], equivalence: AnswerEquivalence, timer: PhaseTimer
-) -> dict[str, float]:
-    with run.gpu_handoff(timer):
-        run.schedule.sync_weights("policy", run.num_updates, timer)
-        with timer.phase("validation"):
-            return evaluate(
-                run.engines,
-                held_out,
-                run.config.validation,
-                equivalence,
-                max_tokens=run.config.rollout.max_response_tokens,
-                version=WeightVersion("policy", run.num_updates).number,
-                seed=run.config.seed,
-                answer_formats=run.config.rewards.answer_formats,
-            )
-
-
-def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, dict[str, ProblemSet]]:
+def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     """The questions to train on, and those to validate on: a set for each source, by its name, which two files of one
     source have with their own name behind it."""
     data, needs = config.data, METHODS[config.method].needs
@@ -271,7 +279,10 @@ def _load_data(config: RunConfig, tokenizer: Any) -> tuple[ProblemSet, dict[str,
         held_out += [(source, file, part) for source, part in found.by_source().items()]
     sources = Counter(source for source, _, _ in held_out)
     limit = config.validation.max_problems
-    return problems, {
-        source if sources[source] == 1 else f"{source}/{file.stem}": part.first(limit)
-        for source, file, part in held_out
-    }
+    return _Data(
+        problems,
+        {
+            source if sources[source] == 1 else f"{source}/{file.stem}": part.first(limit)
+            for source, file, part in held_out
+        },
+    )

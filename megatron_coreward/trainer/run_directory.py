@@ -68,12 +68,16 @@ class OpenedRun:
     trainer_state: TrainerState | None  # None: from the beginning
     notes: list[str]
 
+    @property
+    def steps_done(self) -> int:
+        return 0 if self.trainer_state is None else self.trainer_state.step
 
-def open_run_directory(config: RunConfig, told: Sequence[str] = ()) -> OpenedRun:
+
+def open_run_directory(config: RunConfig, news: Sequence[str] = ()) -> OpenedRun:
     """Finds the newest checkpoint that is whole, sets damaged ones aside, and writes the resolved config.
 
     Args:
-        told: what befell the attempt before this one.
+        news: what ended the attempt before this one.
 
     Raises:
         InputError: the directory holds a run that must not be overwritten, or only damaged checkpoints.
@@ -86,7 +90,7 @@ def open_run_directory(config: RunConfig, told: Sequence[str] = ()) -> OpenedRun
         raise InputError(
             f"run_dir: the run in {run_dir} has done its {saved[-1]} steps; raise steps or choose another run_dir"
         )
-    trainer_state, notes = None, [*told]
+    trainer_state, notes = None, [*news]
     damaged: dict[int, DamagedCheckpoint] = {}
     for step in reversed(saved):
         try:
@@ -150,7 +154,7 @@ def _restore_labels(config: RunConfig, trainer_state: TrainerState) -> None:
 
 
 def log_event(config: RunConfig, text: str) -> None:
-    """What befell the run stays in its directory too, whatever the console shows."""
+    """What happened to the run stays in its directory too, whatever the console shows."""
     with (config.run_dir / "events.log").open("a") as file:
         file.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')} {text}\n")
 
@@ -158,7 +162,7 @@ def log_event(config: RunConfig, text: str) -> None:
 def resume_hint(config: RunConfig) -> str:
     """How to go on, in words."""
     saved = saved_steps(config.run_dir)
-    where = f"goes on after step {saved[-1]}" if saved else "starts anew (no checkpoint yet)"
+    where = f"goes on after step {saved[-1]}" if saved else "starts from the beginning (no checkpoint yet)"
     if config.checkpoint.resume == "never":
         return f"with checkpoint.resume=auto the same command {where}"
     return f"the same command {where}, in {config.run_dir}"

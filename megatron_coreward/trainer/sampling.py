@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_coreward.config.schema import AnswerFormat
-from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
+from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.types import Completion, Problem, Role, RolloutGroup, View
 
 
 class SamplingEngines(Protocol):
-    """What sampling needs of the engines (`cluster.groups.EngineGroup`)."""
+    """What sampling needs of the engines (`cluster.engine_group.EngineGroup`, `RolloutEngines`)."""
 
-    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]: ...
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]: ...
 
 
 def request_seed(run_seed: int, step: int, uid: str, view: View, role: Role) -> int:
@@ -39,9 +38,18 @@ def sample_groups(
 ) -> list[RolloutGroup]:
     """`n` completions for every view of every problem: one group each, problem after problem."""
     requests = requests_for(
-        problems, views, role, n=n, temperature=temperature, max_tokens=max_tokens, step=step, seed=seed, top_p=top_p
+        problems,
+        views,
+        role,
+        n=n,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        step=step,
+        seed=seed,
+        top_p=top_p,
+        answer_formats=answer_formats,
     )
-    return to_groups(problems, views, role, engines.sample(requests, version), answer_formats)
+    return to_groups(problems, views, role, engines.sample(requests, version))
 
 
 def requests_for(
@@ -55,6 +63,7 @@ def requests_for(
     step: int,
     seed: int,
     top_p: float = 1.0,
+    answer_formats: Sequence[AnswerFormat] = (),
 ) -> list[SamplingRequest]:
     """One request for every view of every problem, problem after problem."""
     return [
@@ -65,6 +74,7 @@ def requests_for(
             temperature=temperature,
             top_p=top_p,
             max_tokens=max_tokens,
+            answer_formats=answer_formats,
         )
         for problem in problems
         for view in views
@@ -72,28 +82,11 @@ def requests_for(
 
 
 def to_groups(
-    problems: Sequence[Problem],
-    views: Sequence[View],
-    role: Role,
-    answers: Sequence[Sequence[Sample]],
-    answer_formats: Sequence[AnswerFormat] = ("boxed",),
+    problems: Sequence[Problem], views: Sequence[View], role: Role, completions: Sequence[Sequence[Completion]]
 ) -> list[RolloutGroup]:
-    """What the engines answered to `requests_for`, as one group a request."""
+    """What the engines made of the requests of `requests_for`, as one group a request."""
     asked = [(problem, view) for problem in problems for view in views]
     return [
-        RolloutGroup(
-            problem.uid, view, role, problem.prompts[view], tuple(_completion(s, answer_formats) for s in samples)
-        )
-        for (problem, view), samples in zip(asked, answers, strict=True)
+        RolloutGroup(problem.uid, view, role, problem.prompts[view], tuple(of_request))
+        for (problem, view), of_request in zip(asked, completions, strict=True)
     ]
-
-
-def _completion(sample: Sample, answer_formats: Sequence[AnswerFormat]) -> Completion:
-    return Completion(
-        token_ids=sample.token_ids,
-        logprobs=sample.logprobs,
-        text=sample.text,
-        answer=extract_answer(sample.text, answer_formats),
-        finish_reason=sample.finish_reason,
-        weight_version=sample.weight_version,
-    )

@@ -15,33 +15,24 @@ Invariants (tests/trainer/test_schedule.py):
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-from megatron_coreward.cluster.colocation import GpuHandoff
-from megatron_coreward.cluster.weight_sync import SyncReport, WeightSync
+from megatron_coreward.cluster.rollout_engines import RolloutEngines
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.methods.base import Needs
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
+from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.trainer.sampling import SamplingEngines, requests_for, to_groups
-from megatron_coreward.types import Problem, Role, RolloutGroup, WeightVersion
-
-Rollouts = dict[Role, list[RolloutGroup]]
-
-
-class RolloutEngines(SamplingEngines, Protocol):
-    """What a schedule needs of the engines (`cluster.groups.EngineGroup`)."""
-
-    def begin(self, requests: Sequence[SamplingRequest], expected_version: int) -> Callable[[], list[list[Sample]]]: ...
+from megatron_coreward.trainer.experience import Rollouts
+from megatron_coreward.trainer.sampling import requests_for, to_groups
+from megatron_coreward.types import Completion, Problem, Role, RolloutGroup
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _InFlight:
     """The policy's rollouts of a step that engines are drawing."""
 
     step: int
-    engine_epoch: int  # of the engines: those of an engine that has died since will not come
-    finish: Callable[[], list[list[Sample]]]
+    epoch: int  # of the engines: those of an engine that has died since will not come
+    finish: Callable[[], list[list[Completion]]]
 
 
 @dataclass(slots=True)
@@ -51,90 +42,65 @@ class RolloutSchedule:
     config: RunConfig
     needs: Needs
     engines: RolloutEngines
-    sync: WeightSync
     problems_of: Callable[[int], Sequence[Problem]]  # the batch of a step, counted from 0
-    recorded: Callable[[int], bool]  # whether a step's rollouts are in the journal
-    gpu_handoff: GpuHandoff
-    with_recovery: Callable[[Callable[[], Any]], Any]
-    syncs: list[SyncReport] = field(default_factory=list)  # since they were taken last
+    logged: Callable[[int], bool] = lambda step: False  # whether a step's rollouts are in the rollout log
     _labelled: dict[int, list[RolloutGroup]] = field(default_factory=dict)  # the teacher's, of steps to come
     _in_flight: _InFlight | None = None
 
-    def take(self, step: int, num_updates: int, timer: PhaseTimer) -> Rollouts:
-        """The rollouts of a step: those that were begun, or drawn now. Those in the journal are left out.
+    def sample(self, step: int, num_updates: int, timer: PhaseTimer) -> Rollouts:
+        """The rollouts of a step: those that are in flight, or drawn now. Those of the next step begin, if they may.
+
+        A step in the rollout log has its rollouts there. Nothing is drawn for it; what later steps need is.
 
         Args:
             num_updates: optimizer steps that the policy has taken.
         """
         policy: list[RolloutGroup] = []
-        if not self.recorded(step) or self._to_label(step):
-            policy = self.with_recovery(lambda: self._take(step, num_updates, timer))
-        return {"teacher": self._labelled.pop(step, []), "policy": policy}
-
-    def begin(self, step: int, num_updates: int, timer: PhaseTimer) -> None:
-        """Lets the engines begin with a step's rollouts, if they may go ahead; `take` waits for them."""
-        if self.config.rollout.max_staleness and step <= self._ahead_until(step - 1):
-            self.with_recovery(lambda: self._begin(step, num_updates, timer))
-
-    def sync_weights(self, role: Role, num_updates: int, timer: PhaseTimer) -> None:
-        """Brings a role's present weights to the engines, unless they hold them already."""
-        with timer.phase("sync"):
-            report = self.sync.sync_weights(role, num_updates)
-        if report is not None:
-            self.syncs.append(report)
-
-    def take_syncs(self) -> list[SyncReport]:
-        """The publications since this was asked last."""
-        syncs, self.syncs = self.syncs, []
-        return syncs
+        if not self.logged(step) or self._to_label(step):
+            policy = self.engines.run(lambda: self._take(step, num_updates, timer), timer)
+        teacher = self._labelled.pop(step, [])
+        if self.config.rollout.max_staleness and step + 1 <= self._ahead_until(step):
+            self.engines.run(lambda: self._prefetch(step + 1, num_updates, timer), timer)
+        return Rollouts(policy, teacher, self.engines.take_syncs())
 
     def _take(self, step: int, num_updates: int, timer: PhaseTimer) -> list[RolloutGroup]:
         begun, self._in_flight = self._in_flight, None
-        if begun is None or begun.step != step or begun.engine_epoch != self.sync.engine_epoch:
-            with self.gpu_handoff(timer):
-                begun = self._draw(step, num_updates, timer)
-                return self._finish(begun, timer)
-        return self._finish(begun, timer)
-
-    def _begin(self, step: int, num_updates: int, timer: PhaseTimer) -> None:
-        self._in_flight = self._draw(step, num_updates, timer)
-
-    def _finish(self, begun: _InFlight | None, timer: PhaseTimer) -> list[RolloutGroup]:
+        if begun is None or begun.step != step or begun.epoch != self.engines.epoch:
+            begun = self._draw(step, num_updates, timer)
         if begun is None:
             return []
         with timer.phase("rollout"):
-            return self._groups("policy", begun.step, begun.finish())
+            return self._groups("policy", step, begun.finish())
+
+    def _prefetch(self, step: int, num_updates: int, timer: PhaseTimer) -> None:
+        self._in_flight = self._draw(step, num_updates, timer)
 
     def _draw(self, step: int, num_updates: int, timer: PhaseTimer) -> _InFlight | None:
-        """The teacher's rollouts, complete, and the beginning of the policy's; None if these are in the journal."""
+        """The teacher's rollouts, complete, and the beginning of the policy's; None if these are in the rollout log."""
         self._label(step, num_updates, timer)
-        if self.recorded(step):
+        if self.logged(step):
             return None
-        self.sync_weights("policy", num_updates, timer)
-        version = WeightVersion("policy", num_updates).number
-        finish = self.engines.begin(self._requests("policy", step), version)
-        return _InFlight(step, self.sync.engine_epoch, finish)
+        version = self.engines.sync_weights("policy", num_updates, timer)
+        finish = self.engines.begin_sampling(self._requests("policy", step), version)
+        return _InFlight(step, self.engines.epoch, finish)
 
     def _label(self, step: int, num_updates: int, timer: PhaseTimer) -> None:
-        """Draws the teacher's rollouts of the steps that begin with this one, where a window of them begins.
+        """Draws the teacher's rollouts of the steps that begin with this one, if a window of them begins.
 
-        A step in the journal has its own; those behind it in its window are drawn here, as they were before.
+        A step in the rollout log has its own; those after it in its window are drawn here, as they were before.
         """
         steps = self._to_label(step)
         if not steps:
             return
-        self.sync_weights("teacher", num_updates, timer)
-        version = WeightVersion("teacher", num_updates).number
+        version = self.engines.sync_weights("teacher", num_updates, timer)
         asked = {s: self._requests("teacher", s) for s in steps}
         with timer.phase("rollout"):
-            answers = iter(self.engines.begin([r for of_step in asked.values() for r in of_step], version)())
+            answers = iter(self.engines.sample([r for of_step in asked.values() for r in of_step], version))
         for s, requests in asked.items():
-            own = [next(answers) for _ in requests]
-            self._labelled[s] = self._groups("teacher", s, own)
+            self._labelled[s] = self._groups("teacher", s, [next(answers) for _ in requests])
 
-    def _groups(self, role: Role, step: int, answers: Sequence[Sequence[Sample]]) -> list[RolloutGroup]:
-        problems, forms = self.problems_of(step - 1), self.config.rewards.answer_formats
-        return to_groups(problems, self.needs.sampled_views(role), role, answers, forms)
+    def _groups(self, role: Role, step: int, completions: Sequence[Sequence[Completion]]) -> list[RolloutGroup]:
+        return to_groups(self.problems_of(step - 1), self.needs.sampled_views(role), role, completions)
 
     def _to_label(self, step: int) -> list[int]:
         """The steps whose teacher rollouts are drawn when this one's are due."""
@@ -142,7 +108,7 @@ class RolloutSchedule:
             return []
 
         def lacking(s: int) -> bool:
-            return s not in self._labelled and not self.recorded(s)
+            return s not in self._labelled and not self.logged(s)
 
         every, lookahead = self.config.checkpoint.every, self.config.teacher.lookahead
         after_checkpoint = (step - 1) % every if every else step - 1
@@ -167,4 +133,5 @@ class RolloutSchedule:
             max_tokens=config.rollout.max_response_tokens,
             step=step,
             seed=config.seed,
+            answer_formats=config.rewards.answer_formats,
         )

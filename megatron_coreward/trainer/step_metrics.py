@@ -1,10 +1,9 @@
-"""The metrics of a step: what was sampled, how it was judged, what the update did. Read by people, not by training."""
+"""The metrics of a step: what was sampled, how it was rewarded, what the update did. For people, not for training."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_coreward.cluster.weight_sync import SyncReport
 from megatron_coreward.rewards.agreement import (
     agreement_metrics,
     ground_truth_metrics,
@@ -14,37 +13,31 @@ from megatron_coreward.rewards.agreement import (
 )
 from megatron_coreward.rewards.context import GroupKey
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods.base import GroupReward
 from megatron_coreward.rewards.voting import Vote, majority_vote
-from megatron_coreward.types import FloatArray, RolloutGroup, WeightVersion
+from megatron_coreward.trainer.experience import Experience
+from megatron_coreward.types import RolloutGroup, WeightVersion
 
 
-def collect(
-    groups: Sequence[RolloutGroup],
-    teacher_groups: Sequence[RolloutGroup],
-    group_rewards: Sequence[GroupReward],
-    advantages: Sequence[FloatArray],
-    updates: Sequence[Mapping[str, float]],
-    kl_coef: float,
-    syncs: Sequence[SyncReport],
-    seconds: Mapping[str, float],
+def of_step(
+    experience: Experience, updates: Sequence[Mapping[str, float]], kl_coef: float, seconds: Mapping[str, float]
 ) -> dict[str, float]:
-    """Rewards, rollouts, losses and synchronisation of one step.
+    """Rewards, rollouts, losses, weight sync and label quality of one step.
 
     Args:
         updates: what the actors reported of each optimizer step (sums over response tokens).
         seconds: wall time of the step's phases so far.
     """
+    groups, teacher_groups, syncs = experience.rollouts.policy, experience.rollouts.teacher, experience.rollouts.syncs
     lengths = np.asarray([len(c.token_ids) for group in groups for c in group.completions])
     cut_off = [c.finish_reason == "length" for group in groups for c in group.completions]
     sampled = int(lengths.sum()) + sum(len(c.token_ids) for group in teacher_groups for c in group.completions)
-    metrics = reward_metrics(group_rewards, advantages)
+    metrics = reward_metrics(experience.group_rewards, experience.advantages)
     metrics |= {
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
         "rollout/truncated_share": float(np.mean(cut_off)),
     }
-    if "rollout" in seconds:  # else the rollouts are those of the journal, or were drawn meanwhile
+    if "rollout" in seconds:  # else the rollouts are from the rollout log, or were drawn meanwhile
         metrics["rollout/tokens_per_s"] = sampled / seconds["rollout"]
     metrics |= _loss(updates)
     if "loss/kl" in metrics:
@@ -55,7 +48,7 @@ def collect(
         limits = [report.limit for report in syncs if report.limit is not None]
         if limits:
             metrics["sync/canary_limit"] = limits[-1]
-    return metrics
+    return metrics | _label_quality(experience)
 
 
 def _loss(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -92,18 +85,13 @@ def staleness(groups: Sequence[RolloutGroup], num_updates: int, updates_per_batc
     return {"rollout/staleness": behind / WeightVersion("policy", updates_per_batch).number}
 
 
-def label_quality(
-    groups: Sequence[RolloutGroup],
-    votes: Mapping[GroupKey, Vote],
-    group_rewards: Sequence[GroupReward],
-    ground_truths: Mapping[str, str | None],
-    equivalence: AnswerEquivalence,
-) -> dict[str, float]:
-    """Votes and how right they were. Gold answers are read here, after the update, and go nowhere but into the row."""
+def _label_quality(experience: Experience) -> dict[str, float]:
+    """Votes and how right they were. Ground truths are read here, after the update, and go nowhere but into the row."""
+    groups, votes, equivalence = experience.rollouts.policy, experience.context.votes(), experience.context.equivalence
     return (
         vote_metrics(votes)
         | agreement_metrics(votes, equivalence)
-        | ground_truth_metrics(groups, group_rewards, ground_truths, equivalence)
+        | ground_truth_metrics(groups, experience.group_rewards, experience.ground_truths, equivalence)
         | _relations(groups, votes, equivalence)
     )
 

@@ -6,17 +6,46 @@ from itertools import chain
 import numpy as np
 
 from megatron_coreward.algorithms.accuracy import sampled_scores
-from megatron_coreward.config.schema import AnswerFormat, ValidationSettings
+from megatron_coreward.cluster.rollout_engines import RolloutEngines
+from megatron_coreward.config.schema import AnswerFormat, RunConfig, ValidationSettings
 from megatron_coreward.config.validate import score_names
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.scoring import score_answers
+from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
 from megatron_coreward.types import Problem, RolloutGroup
 
 GREEDY = 0.0
 
 
-def evaluate(
+def validation_metrics(
+    config: RunConfig,
+    held_out: Mapping[str, Sequence[Problem]],
+    engines: RolloutEngines,
+    equivalence: AnswerEquivalence,
+    num_updates: int,
+    timer: PhaseTimer,
+) -> dict[str, float]:
+    """`val/...` of the policy after `num_updates` optimizer steps (`measure_accuracy`)."""
+
+    def ask() -> dict[str, float]:
+        version = engines.sync_weights("policy", num_updates, timer)
+        with timer.phase("validation"):
+            return measure_accuracy(
+                engines,
+                held_out,
+                config.validation,
+                equivalence,
+                max_tokens=config.rollout.max_response_tokens,
+                version=version,
+                seed=config.seed,
+                answer_formats=config.rewards.answer_formats,
+            )
+
+    return engines.run(ask, timer)
+
+
+def measure_accuracy(
     engines: SamplingEngines,
     held_out: Mapping[str, Sequence[Problem]],
     settings: ValidationSettings,
@@ -36,7 +65,7 @@ def evaluate(
         held_out: data sets by their names.
 
     Returns:
-        `val/<score>` over all questions and, where there are several data sets, `val/<name>/<score>` of each, for the
+        `val/<score>` over all questions and, if there are several data sets, `val/<name>/<score>` of each, for the
         scores of `score_names`.
     """
     problems = list(chain.from_iterable(held_out.values()))

@@ -17,6 +17,7 @@ from megatron_coreward.checkpoint.store import (
     discard_unfinished,
     finalize_checkpoint,
     new_checkpoint,
+    read_trainer_state,
     saved_steps,
     set_aside,
 )
@@ -31,15 +32,23 @@ def write_actors(folder: Path) -> None:
 
 
 def save(run_dir: Path, step: int, keep: int = 2, score: float | None = None, **options: Any) -> Path:
-    trainer_state = TrainerState(step, 2 * step, step, score, {"guard": {"alarms": step}})
+    trainer_state = TrainerState(step, 2 * step, step, score=score, guard={"alarms": step})
     write_actors(new_checkpoint(run_dir, trainer_state, {"config.yaml": b"steps: 3\n"}))
     return finalize_checkpoint(run_dir, step, {}, keep=keep, **options)
+
+
+def test_a_description_of_the_former_form_is_read(tmp_path: Path) -> None:
+    former = {"step": 3, "num_updates": 3, "teacher_updates": 3, "score": 0.5}
+    extra = {"guard": {"seen": 3}, "first_accuracy": 0.25, "unfinished_row": {"reward/mean": None}}
+    (tmp_path / "trainer.json").write_text(json.dumps(former | {"extra": extra}))
+    expected = TrainerState(**former, **extra)
+    assert read_trainer_state(tmp_path) == expected
 
 
 def test_what_is_saved_is_found_and_read_back(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     assert saved_steps(tmp_path) == [3]
-    assert check_checkpoint(path) == TrainerState(3, 6, 3, None, {"guard": {"alarms": 3}})
+    assert check_checkpoint(path) == TrainerState(3, 6, 3, guard={"alarms": 3})
     assert (path / "config.yaml").read_text() == "steps: 3\n"
 
 

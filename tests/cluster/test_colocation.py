@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
-from megatron_coreward.cluster.colocation import Colocation, no_handoff, open_colocation
+from megatron_coreward.cluster.colocation import Colocation
 from megatron_coreward.cluster.preemption import Preempted
+from megatron_coreward.cluster.rollout_engines import RolloutEngines
 from megatron_coreward.errors import RunError
-from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import Trainer
-from tests.trainer.fakes import FakeActors, FakeEngines, make_config, make_problem, make_sync
+from tests.trainer.fakes import FakeActors, FakeEngines
+from tests.trainer.test_loop import make_sync, make_trainer
 
 GIB = 2**30
 
@@ -42,15 +42,15 @@ class CardActors(FakeActors):
         if card is not None:
             card.change("state of the actor", state)
 
-    def offload(self) -> list[DeviceMemory | None]:
+    def offload(self) -> DeviceMemory | None:
         self.events.append("offload")
         self.whole = False
-        return [self.card.change("state of the actor", 0) if self.card else None]
+        return self.card.change("state of the actor", 0) if self.card else None
 
-    def onload(self) -> list[DeviceMemory | None]:
+    def onload(self) -> DeviceMemory | None:
         self.events.append("onload")
         self.whole = True
-        return [self.card.change("state of the actor", self.state) if self.card else None]
+        return self.card.change("state of the actor", self.state) if self.card else None
 
     def update_ema_teacher(self, decay: float) -> None:
         assert self.whole
@@ -68,34 +68,34 @@ class CardEngines(FakeEngines):
         super().__init__(events)
         self.card, self.awake = card, set[str]()
 
-    def sleep(self) -> list[DeviceMemory | None]:
+    def sleep(self) -> DeviceMemory | None:
         self.events.append("sleep")
         self.awake.clear()
         self.version = None
         if self.card is None:
-            return [None]
-        given = self.card.change("weights of the engine", 0).given
+            return None
+        freed = self.card.change("weights of the engine", 0).freed
         memory = self.card.change("caches of the engine", 0)
-        return [DeviceMemory(memory.free, memory.given + given)]
+        return DeviceMemory(memory.free, memory.freed + freed)
 
-    def start_anew(self) -> None:
+    def start_again(self) -> None:
         """In the place of one that died: awake, with memory for everything."""
         self.awake = {"weights", "kv_cache"}
         if self.card is not None:
             self.card.change("weights of the engine", self.WEIGHTS)
             self.card.change("caches of the engine", self.CACHES)
 
-    def abandon(self) -> None:
-        self.events.append("abandon")
+    def kill(self) -> None:
+        self.events.append("kill")
 
-    def wake(self, part: str) -> list[DeviceMemory | None]:
+    def wake(self, part: str) -> DeviceMemory | None:
         self.events.append(f"wake {part}")
         self.awake.add(part)
         size = {"weights": self.WEIGHTS, "kv_cache": self.CACHES}[part]
         whose = {"weights": "weights of the engine", "kv_cache": "caches of the engine"}[part]
-        return [self.card.change(whose, size) if self.card else None]
+        return self.card.change(whose, size) if self.card else None
 
-    def receive_weights(self, spec: dict[str, Any], version: int) -> list[Any]:
+    def receive_weights(self, spec: dict[str, Any], version: int) -> Any:
         assert "weights" in self.awake
         return super().receive_weights(spec, version)
 
@@ -105,21 +105,13 @@ class CardEngines(FakeEngines):
 
 
 def colocated(card: Card | None, method: str = "co_rewarding_ii") -> tuple[Trainer, list[str], CardActors, Colocation]:
-    events: list[str] = []
-    actors, engines = CardActors(events, card), CardEngines(events, card)
+    actors = CardActors([], card)
+    engines = CardEngines(actors.events, card)
     slept = [None if card is None else DeviceMemory(card.total, engines.WEIGHTS + engines.CACHES)]
     colocation = Colocation(actors, engines, slept)
-    sync = make_sync(actors, colocation.engines)
-    colocation.published = sync
-    trainer = Trainer(
-        config=make_config(method),
-        method=METHODS[method],
-        actors=actors,
-        engines=engines,
-        sync=sync,
-        equivalence=AnswerEquivalence("exact"),
-        problems_of=lambda step: [make_problem(0), make_problem(1)],
-        gpu_handoff=colocation,
+    sync = make_sync(actors, engines, on_loaded=colocation.wake_caches)
+    trainer, events, _, _ = make_trainer(
+        method, actors=actors, engines=engines, sync=sync, more_of_engines={"colocation": colocation}
     )
     return trainer, events, actors, colocation
 
@@ -129,8 +121,8 @@ ORDER = [
     "offload",
     "wake weights",
     "receive 1",
-    "stats teacher",  # the canary
     "wake kv_cache",
+    "stats teacher",  # the canary
     "sample 1",
     "receive 0",
     "stats policy",  # the canary
@@ -147,7 +139,7 @@ def card(request: pytest.FixtureRequest) -> Card | None:
     return Card(80 * GIB) if request.param == "a card" else None
 
 
-def test_a_step_takes_one_turn_of_the_engines_with_and_without_memory_to_move(card: Card | None) -> None:
+def test_a_step_takes_one_handoff_with_and_without_memory_to_move(card: Card | None) -> None:
     trainer, events, _, _ = colocated(card)
     timer = PhaseTimer()
     trainer.step(1, timer)
@@ -156,22 +148,25 @@ def test_a_step_takes_one_turn_of_the_engines_with_and_without_memory_to_move(ca
     assert "time/switch_s" in timer.metrics()
 
 
-def test_weights_that_were_dropped_are_published_again() -> None:
-    trainer, events, _, colocation = colocated(Card(80 * GIB), "co_rewarding_i")
+def test_weights_that_were_lost_in_sleep_are_synced_again() -> None:
+    actors = CardActors([], Card(80 * GIB))
+    engines = CardEngines(actors.events, actors.card)
+    colocation = Colocation(actors, engines)
+    sync = make_sync(actors, engines, on_loaded=colocation.wake_caches)
+    rollout_engines, timer = RolloutEngines(engines, sync, colocation=colocation), PhaseTimer()
     for _ in range(2):  # twice the same version, as in a validation and the step after it
-        with colocation(PhaseTimer()):
-            trainer.schedule.sync_weights("policy", 0, PhaseTimer())
-    assert events.count("receive 0") == 2
+        rollout_engines.run(lambda: rollout_engines.sync_weights("policy", 0, timer), timer)
+    assert actors.events.count("receive 0") == 2
 
 
-def test_the_actors_are_whole_after_a_turn_that_failed() -> None:
+def test_the_actors_are_whole_after_a_handoff_that_failed() -> None:
     _, _, actors, colocation = colocated(Card(80 * GIB))
     with pytest.raises(ZeroDivisionError), colocation(PhaseTimer()):
         _ = 1 / 0
     assert actors.whole
 
 
-def test_a_turn_in_which_an_engine_died_is_taken_again() -> None:
+def test_a_handoff_in_which_an_engine_died_is_repeated() -> None:
     """The engine's death shows once more when it shall sleep; the one in its place is awake from its start."""
     card = Card(80 * GIB)
     _, events, actors, colocation = colocated(card)
@@ -187,7 +182,7 @@ def test_a_turn_in_which_an_engine_died_is_taken_again() -> None:
         raise RunError("engine 0 has died while sampling")
     assert not actors.whole
     engines.sleep = asleep
-    engines.start_anew()
+    engines.start_again()
     with colocation(PhaseTimer()):
         pass
     assert actors.whole
@@ -200,7 +195,7 @@ def test_a_turn_in_which_an_engine_died_is_taken_again() -> None:
         card.change("a leak", 20 * GIB)  # what the actors need is known, though they gave nothing the second time
 
 
-def test_an_error_within_a_turn_is_the_one_that_is_told() -> None:
+def test_an_error_within_a_handoff_is_the_one_that_is_raised() -> None:
     _, _, _, colocation = colocated(None)
     engines: Any = colocation._engines
 
@@ -216,22 +211,22 @@ def test_an_error_within_a_turn_is_the_one_that_is_told() -> None:
 def test_a_request_to_stop_does_not_wait_for_rollouts_that_nobody_will_use(monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(80 * GIB)
     _, events, actors, colocation = colocated(card)
+    engines: Any = colocation._engines
 
     def a_moment(seconds: float) -> None:  # after which the engine's process is gone
         events.append("wait")
         card.change("weights of the engine", 0)
 
     monkeypatch.setattr(time, "sleep", a_moment)
-    colocation._engines.wake = lambda part: [card.change("weights of the engine", 40 * GIB)]  # type: ignore[method-assign]
+    engines.wake = lambda part: card.change("weights of the engine", 40 * GIB)
     with pytest.raises(Preempted), colocation(PhaseTimer()):
         raise Preempted("SIGTERM")
-    assert [e for e in events if e in ("abandon", "wait", "onload", "sleep")] == ["abandon", "wait", "onload"]
+    assert [e for e in events if e in ("kill", "wait", "onload", "sleep")] == ["kill", "wait", "onload"]
     assert actors.whole
 
 
 def test_engines_that_do_not_fit_beside_the_actors_weights_are_told() -> None:
     trainer, events, _, colocation = colocated(Card(90 * GIB))
-    assert trainer.actors is not None
     colocation._engines_need = 85 * GIB
     with pytest.raises(RunError, match=r"the actors left 80.0 GiB .* the engines need 85.0 GiB.*gpu_memory_utiliz"):
         trainer.step(1, PhaseTimer())
@@ -249,7 +244,7 @@ def test_actors_that_do_not_get_their_memory_back_are_told() -> None:
     assert "onload" not in events
 
 
-def test_engines_with_gpus_of_their_own_take_no_turns() -> None:
-    assert open_colocation("disaggregated", CardActors([], None), CardEngines([], None), []) is None
-    with no_handoff(PhaseTimer()):
-        pass
+def test_engines_with_gpus_of_their_own_change_nothing() -> None:
+    trainer, events, _, _ = make_trainer("co_rewarding_ii")
+    trainer.step(1, PhaseTimer())
+    assert not {"offload", "wake weights", "sleep", "onload"} & set(events)

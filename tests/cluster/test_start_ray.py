@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 MARK = "MEGATRON_COREWARD_TEST_START_RAY"
 CHILDREN = """
 import psutil
-from megatron_coreward.cluster.groups import start_ray
+from megatron_coreward.cluster.ray_start import start_ray
 start_ray(120)
 for process in psutil.Process().children(recursive=True):
     print("runs", " ".join(process.cmdline())[:2000])
@@ -22,7 +22,7 @@ for process in psutil.Process().children(recursive=True):
 RAYLET_DIES = """
 import threading, time
 import psutil
-from megatron_coreward.cluster.groups import start_ray
+from megatron_coreward.cluster.ray_start import start_ray
 
 def kill():
     while True:

@@ -40,7 +40,7 @@ class Worker:
 def remote() -> Iterator[Any]:
     import ray
 
-    from megatron_coreward.cluster.groups import start_ray, stop_ray
+    from megatron_coreward.cluster.ray_start import start_ray, stop_ray
 
     started = not ray.is_initialized()
     start_ray()

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_coreward.cluster.weight_sync import CALIBRATED, WeightSync, canary_tokens
 from megatron_coreward.errors import RunError
 from megatron_coreward.types import WeightVersion
-from tests.trainer.fakes import FakeActors, FakeEngines, make_sync
+from tests.trainer.fakes import FakeActors, FakeEngines, make_problem
+from tests.trainer.test_loop import make_sync
 
 
 def sync_of(events: list[str], engine_score: float = -1.0, **options: Any) -> WeightSync:
@@ -103,7 +103,7 @@ def test_a_replaced_engine_makes_all_meet_again_and_gets_the_weights() -> None:
 
 
 def test_the_canary_is_text_of_the_first_questions() -> None:
-    prompts = [np.arange(5, dtype=np.int32), np.arange(10, 90, dtype=np.int32)]
-    assert canary_tokens(prompts, 8).tolist() == [0, 1, 2, 3, 4, 10, 11, 12]
-    with pytest.raises(ValueError, match="1 tokens"):
-        canary_tokens([np.asarray([1], dtype=np.int32)])
+    problems = [make_problem(number) for number in range(9)]  # two tokens each
+    assert canary_tokens(problems, 5).tolist() == [10, 1, 11, 1, 12]
+    with pytest.raises(ValueError, match="0 tokens"):
+        canary_tokens([])

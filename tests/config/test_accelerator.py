@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_coreward.config.accelerator import (
     RECIPES,
-    Machine,
+    GpuSupport,
     machine_problems,
     model_problems,
     parse_version,
@@ -31,7 +31,7 @@ QWEN3_1B7 = {
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
 }
-H200 = Machine(1, (9, 0), (13, 0), {"transformer-engine": (2, 11, 0)})
+H200 = GpuSupport(1, (9, 0), (13, 0), {"transformer-engine": (2, 11, 0)})
 
 
 def config(*overrides: str) -> RunConfig:
@@ -49,7 +49,7 @@ def architecture(**changes: Any) -> Architecture:
     return parse_architecture(QWEN3_1B7 | changes, "test")
 
 
-def found(overrides: list[str], machine: Machine = H200, arch: Architecture | None = None) -> list[str]:
+def found(overrides: list[str], machine: GpuSupport = H200, arch: Architecture | None = None) -> list[str]:
     c = config(*overrides)
     return [*setting_problems(c), *model_problems(c, arch or architecture()), *machine_problems(c, machine)]
 
@@ -76,20 +76,20 @@ def test_what_an_h200_can_do_passes(overrides: list[str]) -> None:
     ("overrides", "machine", "words"),
     [
         (["actor.fp8=mxfp8"], H200, ["actor.fp8: mxfp8", "10.0", "found 9.0", "delayed, tensorwise, blockwise"]),
-        (["actor.fp8=mxfp8"], Machine(1, (12, 0), (13, 0), H200.packages), ["below 12.0"]),
-        (["actor.fp8=tensorwise"], Machine(1, (8, 0), (13, 0), H200.packages), ["8.9", "allowed on this GPU: null"]),
-        (["actor.fp8=blockwise"], Machine(1, (9, 0), (12, 6), H200.packages), ["CUDA 12.9", "12.6"]),
-        (["actor.fp8=blockwise"], Machine(1, (9, 0), (13, 0), {"transformer-engine": (2, 2)}), ["2.3 or later"]),
-        (["actor.fp8=delayed"], Machine(1, (9, 0), (13, 0)), ["transformer-engine", "not installed"]),
-        (["actor.fp8=delayed"], Machine(0), ["actor.fp8: delayed needs a GPU"]),
-        (["actor.backend=te"], Machine(1, (9, 0)), ["actor.backend: te", "not installed"]),
+        (["actor.fp8=mxfp8"], GpuSupport(1, (12, 0), (13, 0), H200.packages), ["below 12.0"]),
+        (["actor.fp8=tensorwise"], GpuSupport(1, (8, 0), (13, 0), H200.packages), ["8.9", "allowed on this GPU: null"]),
+        (["actor.fp8=blockwise"], GpuSupport(1, (9, 0), (12, 6), H200.packages), ["CUDA 12.9", "12.6"]),
+        (["actor.fp8=blockwise"], GpuSupport(1, (9, 0), (13, 0), {"transformer-engine": (2, 2)}), ["2.3 or later"]),
+        (["actor.fp8=delayed"], GpuSupport(1, (9, 0), (13, 0)), ["transformer-engine", "not installed"]),
+        (["actor.fp8=delayed"], GpuSupport(0), ["actor.fp8: delayed needs a GPU"]),
+        (["actor.backend=te"], GpuSupport(1, (9, 0)), ["actor.backend: te", "not installed"]),
         (["actor.gradient_accumulation_fusion=true"], H200, ["apex", "allowed: auto, false"]),
-        (["rollout.quantization=fp8"], Machine(1, (8, 0)), ["rollout.quantization", "8.9"]),
-        (["rollout.quantization=fp8"], Machine(0), ["rollout.quantization: fp8 needs a GPU"]),
-        (["sync.transport=nccl"], Machine(0), ["sync.transport: nccl needs a GPU"]),
+        (["rollout.quantization=fp8"], GpuSupport(1, (8, 0)), ["rollout.quantization", "8.9"]),
+        (["rollout.quantization=fp8"], GpuSupport(0), ["rollout.quantization: fp8 needs a GPU"]),
+        (["sync.transport=nccl"], GpuSupport(0), ["sync.transport: nccl needs a GPU"]),
     ],
 )
-def test_a_machine_that_lacks_something_is_told(overrides: list[str], machine: Machine, words: list[str]) -> None:
+def test_a_machine_that_lacks_something_is_told(overrides: list[str], machine: GpuSupport, words: list[str]) -> None:
     (problem,) = found(overrides, machine)
     assert all(word in problem for word in words), problem
 
@@ -156,5 +156,5 @@ def test_preflight_describes_this_machine(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     told = {"torch": "2.11.0+cu130", "transformer-engine": "2.11.0"}
     monkeypatch.setattr(machine, "installed", told.get)
-    assert machine.describe(2) == Machine(2, (8, 9), (13, 0), {"transformer-engine": (2, 11, 0)})
+    assert machine.describe(2) == GpuSupport(2, (8, 9), (13, 0), {"transformer-engine": (2, 11, 0)})
     assert machine.describe(0).capability is None

@@ -40,7 +40,7 @@ class Task:
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
-    from megatron_coreward.cluster.groups import stop_ray
+    from megatron_coreward.cluster.ray_start import stop_ray
     from megatron_coreward.demo.model import write_model
     from megatron_coreward.demo.task import make_splits, write_parquet
     from megatron_coreward.demo.tokenizer import word_level_tokenizer

@@ -81,7 +81,7 @@ def assert_same(run_dir: Path, expected: Path) -> None:
 
 
 def in_update_of(config: RunConfig, step: int) -> Callable[[], bool]:
-    """The journal of a step appears right before its update."""
+    """The rollout log of a step appears right before its update."""
     return rollouts_path(config.run_dir, step).exists
 
 
@@ -106,7 +106,7 @@ def test_killed_in_an_update_and_with_a_damaged_checkpoint_it_goes_on_without_sa
     assert damaged.name in output
     assert f"resumed after step {newest - 1}" in output
     rows = {row["step"]: row for row in read_rows(config.run_dir / "metrics.jsonl")}
-    for step in range(newest, 5):  # done again, from the journal: no engine was asked
+    for step in range(newest, 5):  # done again, from the rollout log: no engine was asked
         assert "time/rollout_s" not in rows[step]
         assert "rollout/tokens_per_s" not in rows[step]
         assert float(rows[step]["time/update_s"] or 0) > 0

@@ -7,12 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
+from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollout_engines
 from megatron_coreward.config.schema import MethodName
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.checkpoints import CheckpointWriter
+from megatron_coreward.trainer.experience import Collector
+from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.schedule import RolloutSchedule
 from megatron_coreward.types import Problem
 from tests.e2e.conftest import Task
 
@@ -23,58 +29,54 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.engine, pytest.mark.
 
 
 @dataclasses.dataclass
-class Processes:
+class Running:
     """Actors with a teacher and a reference, and an engine; every run starts from the same saved state."""
 
     task: Task
     actors: Any
-    engines: Any
-    sync: Any
+    engines: RolloutEngines
     initial: Path
 
     def weights_after_training(self, method: str, problems: list[Problem], folder: Path) -> str:
-        from megatron_coreward.trainer.loop import Trainer
+        self.actors.call("load", self.initial)
+        config, needs = self.task.config(method, "steps=2", *ONLY_REWARDS), METHODS[method].needs
 
-        self.actors.load(self.initial)
-        config = self.task.config(method, "steps=2", *ONLY_REWARDS)
+        def problems_of(step: int) -> list[Problem]:
+            return problems[8 * step : 8 * step + 8]
+
         with AnswerEquivalence("exact") as equivalence:
+            schedule = RolloutSchedule(config, needs, self.engines, problems_of)
+            collector = Collector(config, METHODS[method], self.actors, schedule, equivalence, problems_of)
             trainer = Trainer(
                 config=config,
-                method=METHODS[method],
+                needs=needs,
                 actors=self.actors,
-                engines=self.engines,
-                sync=self.sync,
-                equivalence=equivalence,
-                problems_of=lambda step: problems[8 * step : 8 * step + 8],
+                collect=collector.collect,
+                checkpoints=CheckpointWriter(config, self.actors),
             )
             for step in (1, 2):
                 trainer.step(step, PhaseTimer())
         return self.export(folder)
 
     def export(self, folder: Path) -> str:
-        self.actors.export_hf("policy", folder)
+        self.actors.call("export_hf", "policy", folder)
         return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
-def running(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    import ray
-
+def running(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     from megatron_coreward.cluster.processes import processes
-    from megatron_coreward.cluster.weight_sync import open_sync
-    from megatron_coreward.config.architecture import read_architecture
 
     config = task.config("co_rewarding_i+ii", *ONLY_REWARDS)
     initial = tmp_path_factory.mktemp("initial")
-    with processes(config) as (actors, engines, transport):
-        actors.save(initial)
-        arch = read_architecture(config.model.hf_path)
-        sync = open_sync(config, arch, transport, actors, engines, ray.get)
-        yield Processes(task, actors, engines, sync, initial)
+    with processes(config) as started:
+        started.actors.call("save", initial)
+        engines = open_rollout_engines(config, started, np.arange(3, 40, dtype=np.int32))
+        yield Running(task, started.actors, engines, initial)
 
 
 @pytest.fixture(scope="module")
-def problems(task: Task, running: Processes) -> list[Problem]:
+def problems(task: Task, running: Running) -> list[Problem]:
     """Two batches of problems. The first batch's gold answers are ones that the model gives in the first step: it is
     too small to be right, and labels that no rollout ever meets would look like noise to any method."""
     from transformers import AutoTokenizer
@@ -85,7 +87,7 @@ def problems(task: Task, running: Processes) -> list[Problem]:
     data = task.config("co_rewarding_i").data
     tokenizer = AutoTokenizer.from_pretrained(task.folder / "start")
     loaded = load_problems(data.train_files, data.rephrased_files, tokenizer, system_prompt=None, max_prompt_tokens=64)
-    running.sync.sync_weights("policy", 0)
+    running.engines.sync_weights("policy", 0, PhaseTimer())
     groups = sample_groups(
         running.engines,
         loaded[:8],
@@ -109,10 +111,10 @@ def problems(task: Task, running: Processes) -> list[Problem]:
 
 @pytest.mark.parametrize("method", get_args(MethodName))
 def test_noise_for_labels_changes_only_methods_that_need_them(
-    running: Processes, problems: list[Problem], tmp_path: Path, method: str
+    running: Running, problems: list[Problem], tmp_path: Path, method: str
 ) -> None:
     noisy = [dataclasses.replace(problem, ground_truth=f"noise {i}") for i, problem in enumerate(problems)]
-    running.actors.load(running.initial)
+    running.actors.call("load", running.initial)
     before = running.export(tmp_path / "before")
     labelled = running.weights_after_training(method, problems, tmp_path / "labelled")
     with_noise = running.weights_after_training(method, noisy, tmp_path / "noisy")

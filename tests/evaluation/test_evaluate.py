@@ -26,7 +26,8 @@ from megatron_coreward.evaluation.evaluate import (
     model_fingerprint,
 )
 from megatron_coreward.evaluation.results import EvaluationResult, read_result
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
+from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.types import Completion
 
 SAMPLING = Sampling(n=4, max_tokens=24, dtype="float32", seed=3)
 ENGINES = Engines(batch_questions=5, kv_cache_gib=0.125, max_num_seqs=64, gpu_memory_utilization=0.3)
@@ -46,7 +47,7 @@ class FakeEngines:
         self.calls = 0
         self._left = batches_until_killed
 
-    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]:
         if self._left is not None and self.calls == 2 * self._left:  # sampled and greedy: two calls a batch
             raise Killed
         self.calls += 1
@@ -54,9 +55,9 @@ class FakeEngines:
         return [[self._sample(r.seed + i) for i in range(r.n)] for r in requests]
 
     @staticmethod
-    def _sample(seed: int) -> Sample:
+    def _sample(seed: int) -> Completion:
         ids = np.zeros(3, dtype=np.int32)
-        return Sample(ids, np.zeros(3, dtype=np.float32), rf"so \boxed{{{seed % 3}}}", "stop", 0)
+        return Completion(ids, np.zeros(3, dtype=np.float32), rf"so \boxed{{{seed % 3}}}", None, "stop", 0)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_a_killed_evaluation_goes_on_and_repeats_nothing(
     killed, resumed = FakeEngines(batches_until_killed=1), FakeEngines()
     with pytest.raises(Killed):
         run(monkeypatch, killed, model, files, tmp_path / "cut")
-    job_log = tmp_path / "cut" / "journal.jsonl"
+    job_log = tmp_path / "cut" / "samples.jsonl"
     with job_log.open("ab") as file:
         file.write(b'{"key": "set-1/5", "it')  # and the machine went down within a line
     result = run(monkeypatch, resumed, model, files, tmp_path / "cut")
@@ -155,7 +156,7 @@ def test_batches_do_not_change_what_is_drawn(
     assert results[0].questions == results[1].questions
 
 
-def test_other_sampling_data_or_weights_do_not_go_on_from_a_journal(
+def test_other_sampling_data_or_weights_do_not_go_on_from_a_log(
     monkeypatch: pytest.MonkeyPatch, model: Path, files: list[Path], tmp_path: Path
 ) -> None:
     run(monkeypatch, FakeEngines(), model, files, tmp_path)
@@ -168,7 +169,7 @@ def test_other_sampling_data_or_weights_do_not_go_on_from_a_journal(
         run(monkeypatch, FakeEngines(), other, files, tmp_path)
 
 
-def test_judging_anew_samples_nothing(
+def test_grading_again_samples_nothing(
     monkeypatch: pytest.MonkeyPatch, model: Path, files: list[Path], tmp_path: Path
 ) -> None:
     run(monkeypatch, FakeEngines(), model, files, tmp_path)
@@ -295,14 +296,14 @@ def test_a_model_is_evaluated_with_its_own_weights_through_vllm(model: Path, fil
     import torch
     from transformers import AutoModelForCausalLM
 
-    from megatron_coreward.cluster.groups import stop_ray
+    from megatron_coreward.cluster.ray_start import stop_ray
 
     try:
         result = evaluate_files(model, files, tmp_path, SAMPLING, GRADING, ENGINES, system_prompt=None)
     finally:
         stop_ray()
     assert len(result.questions) == QUESTIONS
-    rows = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()[1:]]
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()[1:]]
     texts = {row["key"]: row["item"]["greedy"]["text"] for row in rows}
     tokenizer = word_level_tokenizer()
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

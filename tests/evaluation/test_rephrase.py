@@ -16,10 +16,11 @@ from megatron_coreward.data.parquet import Message, Row, read_rows, write_rows
 from megatron_coreward.errors import InputError
 from megatron_coreward.evaluation import rephrase as module
 from megatron_coreward.evaluation.evaluate import Engines
-from megatron_coreward.evaluation.rephrase import Job, Rewriting, rephrase_file
+from megatron_coreward.evaluation.rephrase import Rewriting, RewritingJob, rephrase_file
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
+from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.telemetry.job_log import JobLog
+from megatron_coreward.types import Completion
 
 QUESTIONS = [f"A baker sells {7 + i} loaves a day for {20 + i} days. How many loaves is that?" for i in range(6)]
 
@@ -50,7 +51,7 @@ class FakeEngines:
         self.asked: list[tuple[int, int]] = []  # (question, seed)
         self.solved = 0  # requests to the solver
 
-    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]:
         self.left -= 1
         if self.left < 0:
             raise RuntimeError("killed")
@@ -69,8 +70,8 @@ class FakeEngines:
         return answers
 
     @staticmethod
-    def _sample(text: str) -> Sample:
-        return Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), text, "stop", 0)
+    def _sample(text: str) -> Completion:
+        return Completion(np.zeros(1, np.int32), np.zeros(1, np.float32), text, None, "stop", 0)
 
 
 ALL_GOOD = {i: [good(i)] for i in range(6)}
@@ -88,9 +89,11 @@ def rows(tmp_path: Path) -> list[Row]:
 
 def job(
     rows: list[Row], folder: Path, engines: FakeEngines, *, max_solver_prompt: int = 10**6, **settings: Any
-) -> Iterator[Job]:
-    with JobLog(folder / "journal.jsonl", {"job": 1}) as job_log, AnswerEquivalence("exact") as equivalence:
-        made = Job(rows, job_log, Words(), Rewriting(batch_rows=2, **settings), equivalence, None, max_solver_prompt)
+) -> Iterator[RewritingJob]:
+    with JobLog(folder / "replies.jsonl", {"job": 1}) as job_log, AnswerEquivalence("exact") as equivalence:
+        made = RewritingJob(
+            rows, job_log, Words(), Rewriting(batch_rows=2, **settings), equivalence, None, max_solver_prompt
+        )
         made.run(engines, lambda done, total: None)
         yield made
 
@@ -176,7 +179,7 @@ def test_the_files_pair_and_carry_where_each_row_came_from(rows: list[Row], tmp_
         load_problems([tmp_path / "source.parquet"], [target], Words(), **limits)
     row = pq.read_table(target).to_pylist()[0]["rephrase"]
     assert (row["model"], row["attempt"]) == ("a-model", 0)
-    assert set(json.loads(row["verdicts"]).values()) == {True}
+    assert set(json.loads(row["checks"]).values()) == {True}
     page = (tmp_path / "rewritten.report.html").read_text()
     assert "5 of 6 questions rewritten (83.3%)" in page
     assert "no tags &lt;b&gt;&amp;&lt;/b&gt;" in page
@@ -185,22 +188,22 @@ def test_the_files_pair_and_carry_where_each_row_came_from(rows: list[Row], tmp_
 
 
 @pytest.mark.usefixtures("no_engines")
-def test_another_job_does_not_mix_with_the_journal(rows: list[Row], tmp_path: Path) -> None:
+def test_another_job_does_not_mix_with_the_log(rows: list[Row], tmp_path: Path) -> None:
     arguments = (tmp_path / "m", tmp_path / "source.parquet", tmp_path / "out.parquet")
     rephrase_file(*arguments, Rewriting(), Engines())
-    with pytest.raises(InputError, match="a journal of other work"):
+    with pytest.raises(InputError, match="a log of other work"):
         rephrase_file(*arguments, Rewriting(temperature=0.9), Engines())
     rephrase_file(*arguments, Rewriting(attempts=5, batch_rows=1, refused="keep_original"), Engines())
 
 
 @pytest.mark.usefixtures("no_engines")
-def test_a_journal_is_not_continued_with_other_questions_of_the_same_names(rows: list[Row], tmp_path: Path) -> None:
+def test_a_log_is_not_continued_with_other_questions_of_the_same_names(rows: list[Row], tmp_path: Path) -> None:
     source = tmp_path / "source.parquet"
     arguments = (tmp_path / "m", source, tmp_path / "out.parquet")
     rephrase_file(*arguments, Rewriting(), Engines())
     others = [Row((Message(role="user", content="What is 9 times 9?"),), "81", row.source, row.index) for row in rows]
     write_rows(source, others, split="train")
-    with pytest.raises(InputError, match="a journal of other work .*fingerprint"):
+    with pytest.raises(InputError, match="a log of other work .*fingerprint"):
         rephrase_file(*arguments, Rewriting(), Engines())
 
 
@@ -213,7 +216,7 @@ def test_a_question_without_rewriting_may_stay_as_it_is_and_says_so(rows: list[R
     assert [row.uid for row in read_rows(target)] == [row.uid for row in rows]
     origins = pq.read_table(target)["rephrase"].to_pylist()
     assert [origin["kept_original"] for origin in origins] == [False] * 4 + [True, False]
-    assert (origins[4]["attempt"], origins[4]["verdicts"]) == (None, None)
+    assert (origins[4]["attempt"], origins[4]["checks"]) == (None, None)
     assert read_rows(target)[4] == rows[4]
     problems = load_problems([source], [target], Words(), system_prompt=None, max_prompt_tokens=10**6)
     assert len(problems) == 6
@@ -266,7 +269,7 @@ def test_settings_that_make_no_sense_are_refused(setting: dict[str, Any]) -> Non
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_the_nonsense_of_an_untrained_model_is_refused_and_reported(tmp_path: Path, rows: list[Row]) -> None:
-    from megatron_coreward.cluster.groups import stop_ray
+    from megatron_coreward.cluster.ray_start import stop_ray
     from megatron_coreward.demo.model import write_model
     from megatron_coreward.demo.tokenizer import byte_level_tokenizer
 

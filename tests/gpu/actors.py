@@ -60,14 +60,14 @@ def take_turns(rank: int, path: Path, port: int, batch: TrainBatch) -> dict[str,
     micro_batches = share_of(actor, batch.sequences)
     reports = [actor.update(batch, micro_batches)]
     held = [torch.cuda.memory_allocated()]
-    given = actor.offload()
+    offloaded = actor.offload()
     held.append(torch.cuda.memory_allocated())
     actor.onload()
     held.append(torch.cuda.memory_allocated())
     reports.append(actor.update(batch, micro_batches))
     state = sum(s.value.nbytes * 3 for s in _shards(actor)) + sum(v.nbytes * 2 for v in actor.teacher.values)
     actor.shutdown()
-    return {"held": held, "given": given.given, "state": state, "reports": reports}
+    return {"held": held, "freed": offloaded.freed, "state": state, "reports": reports}
 
 
 def _shards(actor: Any) -> list[Any]:

@@ -15,7 +15,7 @@ def test_an_actor_that_stands_back_holds_less_by_all_of_its_state(model: Path) -
     (found,) = run_ranks(1, take_turns, model, free_port(), make_batch(vocabulary(model)))
     before, away, after = found["held"]
     assert before - away >= found["state"]
-    assert found["given"] >= 0.5 * found["state"]  # only segments in which nothing is left go back to the driver
+    assert found["freed"] >= 0.5 * found["state"]  # only segments in which nothing is left go back to the driver
     assert after == pytest.approx(before, rel=0.01)
     first, second = found["reports"]
     assert second["grad_norm"] != first["grad_norm"]  # the update before the switch was kept
@@ -28,7 +28,7 @@ def test_every_block_arrives_and_the_engine_computes_what_the_actor_computes(
     model: Path, tmp_path: Path, transport: str
 ) -> None:
     """`verify_sync` compares checksums of all blocks, the log-probs of a probe, and asks for unpublished weights."""
-    from megatron_coreward.cluster.groups import stop_ray
+    from megatron_coreward.cluster.ray_start import stop_ray
     from megatron_coreward.cluster.verify_sync import verify_sync
 
     checks = list(verify_sync(settings(model, tmp_path, f"sync.transport={transport}")))
@@ -40,7 +40,7 @@ def test_every_block_arrives_and_the_engine_computes_what_the_actor_computes(
 @pytest.mark.ray
 @pytest.mark.engine
 def test_fp8_rollouts_stay_near_the_actor(model: Path, tmp_path: Path) -> None:
-    from megatron_coreward.cluster.groups import stop_ray
+    from megatron_coreward.cluster.ray_start import stop_ray
     from megatron_coreward.cluster.verify_sync import verify_sync
     from megatron_coreward.config.accelerator import FP8_LOGPROB_GAP
 

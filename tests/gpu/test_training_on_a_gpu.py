@@ -23,7 +23,7 @@ PRECISIONS = {
 @pytest.mark.parametrize("method", ["co_rewarding_i", "co_rewarding_ii"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_twenty_steps(model: Path, tmp_path: Path, method: str, precision: str) -> None:
-    from megatron_coreward.cluster.groups import stop_ray
+    from megatron_coreward.cluster.ray_start import stop_ray
     from megatron_coreward.telemetry.jsonl import read_rows
     from megatron_coreward.trainer.run import train
 
@@ -44,7 +44,7 @@ def test_twenty_steps(model: Path, tmp_path: Path, method: str, precision: str) 
 
 def test_a_resumed_fp8_run_goes_on(model: Path, tmp_path: Path) -> None:
     """Its checkpoint holds no pickle of Transformer Engine, and the scales are found anew."""
-    from megatron_coreward.cluster.groups import stop_ray
+    from megatron_coreward.cluster.ray_start import stop_ray
     from megatron_coreward.telemetry.jsonl import read_rows
     from megatron_coreward.trainer.run import train
 

@@ -52,7 +52,7 @@ def test_two_signs_with_damage_warn_when_they_last_and_act_when_they_go_on() -> 
         "step 7: training may be collapsing: response length 200 -> 20 tokens (limit -25%); "
         "KL to the reference 5 nats a token (limit 0.1); for 4 steps."
     )
-    assert decisions[6].metrics() == {"guard/level": 2.0, "guard/signs": 2.0}
+    assert decisions[6].metrics() == {"guard/level": 2.0, "guard/indicators": 2.0}
 
 
 @pytest.mark.parametrize("name", SIGNS)

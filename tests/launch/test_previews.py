@@ -177,14 +177,14 @@ class TestSlurmWithContainers:
         assert script.index("ip_head=") < script.index('export COREWARD_RAY_HEAD="$ip_head"')
         assert "trap requeue_if_stopped ERR" in script
         assert 'export RAY_ADDRESS="$COREWARD_RAY_HEAD"' in files["driver.sh"]
-        assert "cd /lustre/runs\nexec python -m megatron_coreward.launch.attempt" in files["driver.sh"]
+        assert "cd /lustre/runs\nexec python -m megatron_coreward.attempt" in files["driver.sh"]
 
 
 class TestLocal:
     def test_the_driver(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         files = files_of(preview(capsys, "local", str(recipe), "--cluster", str(CLUSTERS / "local.yaml")))
         assert "export OMP_NUM_THREADS=1\n" in files["driver.sh"]
-        assert "-m megatron_coreward.launch.attempt" in files["driver.sh"]
+        assert "-m megatron_coreward.attempt" in files["driver.sh"]
 
 
 @needs_kubernetes

@@ -12,8 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from megatron_coreward.config.architecture import read_architecture
-from megatron_coreward.rollout.engine import Sample
-from megatron_coreward.rollout.packed import PackedSamples
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.spec import Transport
@@ -28,16 +27,20 @@ _worker: RolloutWorker
 
 def _start(model_path: Path, settings: dict[str, Any]) -> int:
     global _worker
-    _worker = RolloutWorker(model_path, **settings)
+    _worker = RolloutWorker(EngineSetup(model_path, **settings))
     return os.getpid()
 
 
 def _call(method: str, args: Sequence[Any]) -> Any:
-    return getattr(_worker, method)(*args)
+    return _worker.shutdown() if method == "shutdown" else _worker.run(method, *args)
+
+
+def _version() -> int | None:
+    return _worker._engine.version
 
 
 class EngineProcess:
-    """Calls of `RolloutWorker`'s methods, carried out in the other process."""
+    """Calls of `RolloutEngine`'s methods, carried out in the other process."""
 
     def __init__(self, model_path: Path, **settings: Any) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
@@ -54,10 +57,8 @@ class EngineProcess:
     def pid(self) -> int:
         return self._pid
 
-    def sample(self, *args: Any) -> list[list[Sample]]:
-        """As the trainer has them, which unpacks what comes."""
-        packed: PackedSamples = self._pool.submit(_call, "sample", args).result(timeout=CALL_TIMEOUT_S)
-        return packed.unpack()
+    def version(self) -> int | None:
+        return self._pool.submit(_version).result(timeout=CALL_TIMEOUT_S)
 
     def close(self) -> None:
         try:
@@ -96,7 +97,7 @@ def sync(
     ranks = Ranks(read_architecture(checkpoint), tensors, transport, actor, engines, dtype=dtype)
     try:
         sending = ranks.start(version)
-        engine.receive_weights(ranks.init_info(0), version if expected is None else expected)
+        engine.receive_weights(ranks.spec.to_json(), 0, version if expected is None else expected)
         for future in sending:
             future.result(timeout=60)
     finally:

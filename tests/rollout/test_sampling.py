@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_coreward.errors import RunError
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
+from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.types import Completion
 from tests.rollout.engine_process import send, two_ranks
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -32,14 +33,14 @@ def model(checkpoint: Callable[[str, int], Path]) -> Any:
 
 
 @torch.no_grad()
-def logits(model: Any, sample: Sample) -> torch.Tensor:
+def logits(model: Any, sample: Completion) -> torch.Tensor:
     """[L, V] that the tokens of a sample are drawn from, at temperature 1."""
     tokens = torch.tensor([PROMPT + sample.token_ids.tolist()])
     rows: torch.Tensor = model(tokens).logits[0, len(PROMPT) - 1 : -1]
     return rows
 
 
-def tokens(groups: list[list[Sample]]) -> list[list[int]]:
+def tokens(groups: list[list[Completion]]) -> list[list[int]]:
     return [sample.token_ids.tolist() for group in groups for sample in group]
 
 
@@ -162,7 +163,7 @@ def test_there_is_nothing_to_score_or_sample_during_an_update(
 
         def load_bucket(self, bucket: int, *args: Any) -> None:
             for ask in (lambda: engine.sample([REQUEST], VERSION), lambda: engine.score(PROMPT)):
-                with pytest.raises(RunError, match="no weights were published"):
+                with pytest.raises(RunError, match="no weights were synced"):
                     ask()
             engine.load_bucket(bucket, *args)
 

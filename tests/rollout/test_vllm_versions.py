@@ -9,6 +9,7 @@ import pytest
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.telemetry.memory import DeviceMemory
 
 pytest.importorskip("vllm")
@@ -69,7 +70,7 @@ class NewLLM(OldLLM):
 def engine_of(llm: Any) -> RolloutEngine:
     engine = RolloutEngine.__new__(RolloutEngine)
     tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ["text"] * len(ids))
-    held = {"_llm": llm, "_tokenizer": tokenizer, "_versions_told": hasattr(llm, "get_weight_version")}
+    held = {"_llm": llm, "_tokenizer": tokenizer, "_versions_known": hasattr(llm, "get_weight_version")}
     held |= {"_max_model_len": 64, "_tensor_parallel": 1, "_on_cpu": True}
     for name, value in (held | {"_init_info": None, "_version": None}).items():
         setattr(engine, name, value)
@@ -82,10 +83,10 @@ REQUEST = SamplingRequest(np.asarray([1, 2]), n=2, seed=0, temperature=1.0, top_
 @pytest.mark.parametrize("llm", [OldLLM, NewLLM])
 def test_samples_come_from_the_version_that_was_asked_for_with_either(llm: Any) -> None:
     engine = engine_of(llm())
-    with pytest.raises(RunError, match="no weights were published"):
+    with pytest.raises(RunError, match="no weights were synced"):
         engine.sample([REQUEST], 0)
     for version in (2, 4):
-        engine.receive_weights({}, version)
+        engine.receive_weights({}, 0, version)
         samples = engine.sample([REQUEST], version)
         assert [sample.weight_version for sample in samples[0]] == [version] * 2
         with pytest.raises(RunError, match=f"holds weights of version {version}, expected version 9"):
@@ -97,11 +98,11 @@ def test_a_failure_in_any_worker_leaves_no_weights_to_sample_from_with_either(ll
     engine = engine_of(llm())
     engine._llm.failures = [None, "rank 1 sent too little"]
     with pytest.raises(RunError, match="rank 1 sent too little"):
-        engine.receive_weights({"sender": 1}, 2)
-    with pytest.raises(RunError, match="no weights were published"):
+        engine.receive_weights({"sender": 1}, 0, 2)
+    with pytest.raises(RunError, match="no weights were synced"):
         engine.sample([REQUEST], 2)
     engine._llm.failures = [None, None]
-    engine.receive_weights({"sender": 1}, 2)
+    engine.receive_weights({"sender": 1}, 0, 2)
     assert [sample.weight_version for sample in engine.sample([REQUEST], 2)[0]] == [2, 2]
     assert engine._llm.calls == ["init", *["start", "update", "finish"] * 2]
 
@@ -110,18 +111,18 @@ def test_an_engine_on_a_gpu_measures_where_its_workers_are_when_it_sleeps() -> N
     engine = engine_of(NewLLM())
     engine._on_cpu = False
     free = iter([(30, 20), (70, 60)])  # bytes of the two workers' GPUs
-    engine.receive_weights({"sender": 1}, 2)
+    engine.receive_weights({"sender": 1}, 0, 2)
     engine._llm.collective_rpc = lambda what: next(free)
     engine._llm.sleep = lambda level: engine._llm.calls.append(f"sleep {level}")
-    assert engine.sleep() == DeviceMemory(free=60, given=40)
+    assert engine.sleep() == DeviceMemory(free=60, freed=40)
     assert engine._llm.calls == ["init", "start", "update", "finish", "sleep 2"]
-    with pytest.raises(RunError, match="no weights were published"):
+    with pytest.raises(RunError, match="no weights were synced"):
         engine.sample([REQUEST], 2)
 
 
 def test_a_sample_of_other_weights_is_refused_where_vllm_tells() -> None:
     engine = engine_of(NewLLM())
-    engine.receive_weights({}, 2)
+    engine.receive_weights({}, 0, 2)
     generate = engine._llm.generate
 
     def mixed(*args: Any, **kwargs: Any) -> Any:
@@ -174,6 +175,6 @@ def test_the_processes_of_an_engine_are_its_own_even_within_a_placement_group(
     monkeypatch.setattr("megatron_coreward.rollout.environment.prepare", lambda cpu_threads: True)
     monkeypatch.setattr("vllm.LLM", start)
     with pytest.raises(InterruptedError):
-        RolloutEngine(Path("model"), dtype="float32", max_model_len=64, tensor_parallel=tensor_parallel)
+        RolloutEngine(EngineSetup(Path("model"), "float32", 64, tensor_parallel=tensor_parallel))
     assert told["tensor_parallel_size"] == tensor_parallel
     assert told["distributed_executor_backend"] == backend

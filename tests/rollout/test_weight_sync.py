@@ -94,7 +94,7 @@ def test_a_sync_that_failed_half_way_leaves_an_engine_that_takes_the_next(
     ):
         sync(engine, checkpoint(kind, 3), 3, engines=engines, lacking="model.layers.1.post_attention_layernorm.weight")
     assert engine.version() is None
-    with pytest.raises(RunError, match="no weights were published"):
+    with pytest.raises(RunError, match="no weights were synced"):
         engine.sample([greedy([5])], 3)
     sync(engine, path, 4, engines=engines)
     np.testing.assert_allclose(engine.score(PROMPTS[0]), logprobs(reference(path), PROMPTS[0]), atol=1e-4)

@@ -1,4 +1,4 @@
-"""A journal keeps what was finished, drops what was not, and refuses other work."""
+"""A log keeps what was finished, drops what was not, and refuses other work."""
 
 import subprocess
 import sys
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from megatron_coreward.errors import InputError
-from megatron_coreward.telemetry.job_log import JobLog
+from megatron_coreward.telemetry.job_log import JobLog, refuse_former_name
 
 IDENTITY = {"model": "m", "sampling": {"n": 2, "forms": ("boxed",)}}
 
 
-def test_items_are_there_when_the_journal_is_opened_again(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "journal.jsonl"
+def test_items_are_there_when_the_log_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "log.jsonl"
     with JobLog(path, IDENTITY) as job_log:
         job_log.append({"a": {"x": 1}})
         job_log.append({"b": {"x": "\ud800 \n"}})
@@ -30,7 +30,7 @@ def test_items_are_there_when_the_journal_is_opened_again(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_part_of_a_line_is_dropped_and_can_be_written_again(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "journal.jsonl"
+    path = tmp_path / "log.jsonl"
     with JobLog(path, IDENTITY) as job_log:
         job_log.append({"a": {"x": 1}})
         job_log.append({"b": {"x": 2}})
@@ -43,8 +43,8 @@ def test_a_part_of_a_line_is_dropped_and_can_be_written_again(tmp_path: Path, cu
         assert job_log["b"] == {"x": 2}
 
 
-def test_a_journal_that_was_cut_in_its_first_line_starts_anew(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
+def test_a_log_that_was_cut_in_its_first_line_starts_again(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
     path.write_text('{"identity": {"mod')
     with JobLog(path, IDENTITY) as job_log:
         assert len(job_log) == 0
@@ -52,8 +52,8 @@ def test_a_journal_that_was_cut_in_its_first_line_starts_anew(tmp_path: Path) ->
         pass
 
 
-def test_a_journal_of_other_work_is_refused_and_kept(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
+def test_a_log_of_other_work_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
     with JobLog(path, IDENTITY) as job_log:
         job_log.append({"a": {}})
     before = path.read_bytes()
@@ -61,12 +61,22 @@ def test_a_journal_of_other_work_is_refused_and_kept(tmp_path: Path) -> None:
         JobLog(path, IDENTITY | {"model": "other"})
     assert path.read_bytes() == before
     path.write_text("something else\n")
-    with pytest.raises(InputError, match="not a journal"):
+    with pytest.raises(InputError, match="not a log of finished work"):
         JobLog(path, IDENTITY)
 
 
-def test_a_journal_has_one_writer(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
+def test_a_log_under_its_former_name_is_refused_with_the_new_one(tmp_path: Path) -> None:
+    former, path = tmp_path / "journal.jsonl", tmp_path / "samples.jsonl"
+    refuse_former_name(path, former)
+    former.touch()
+    with pytest.raises(InputError, match=r"journal.jsonl: this file is called samples.jsonl now; rename it"):
+        refuse_former_name(path, former)
+    path.touch()
+    refuse_former_name(path, former)
+
+
+def test_a_log_has_one_writer(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
     with JobLog(path, IDENTITY), pytest.raises(InputError, match="another process"):
         JobLog(path, IDENTITY)
     with JobLog(path, IDENTITY):
@@ -75,13 +85,13 @@ def test_a_journal_has_one_writer(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_a_writer_that_is_killed_leaves_whole_items_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
+    path = tmp_path / "log.jsonl"
     program = (
         "import itertools, pathlib, sys\n"
-        "from megatron_coreward.telemetry.job_log import JobLog\n"
-        "journal = JobLog(pathlib.Path(sys.argv[1]), {})\n"
+        "from megatron_coreward.telemetry.job_log import JobLog, refuse_former_name\n"
+        "log = JobLog(pathlib.Path(sys.argv[1]), {})\n"
         "for i in itertools.count():\n"
-        "    journal.append({str(i): {'text': 'x' * 10_000}})\n"
+        "    log.append({str(i): {'text': 'x' * 10_000}})\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=Path(__file__).parents[2]) as writer:
         deadline = time.monotonic() + 40

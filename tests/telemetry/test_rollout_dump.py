@@ -90,7 +90,7 @@ def test_a_file_has_one_row_a_completion_with_the_columns_that_users_read(tmp_pa
         "token_ids": [0, 1, 2],
         "logprobs": None,
         "answer": "4",
-        "gold": "4",
+        "ground_truth": "4",
         "pseudo_label": "4",
         "reward": 1.0,
         "advantage": pytest.approx(0.7),
@@ -107,11 +107,19 @@ def test_groups_come_back_as_they_were_even_when_a_question_is_there_twice(tmp_p
     assert_same(read_rollouts(dump_rollouts(tmp_path, 1, written)), written)
 
 
+def test_a_dump_with_the_former_names_of_columns_is_read(tmp_path: Path) -> None:
+    written = [policy_group(), teacher_group()]
+    path = dump_rollouts(tmp_path, 1, written)
+    table = pq.read_table(path)
+    pq.write_table(table.rename_columns(["gold" if n == "ground_truth" else n for n in table.column_names]), path)
+    assert_same(read_rollouts(path), written)
+
+
 texts = st.text(max_size=8)
 
 
 @st.composite
-def judged_groups(draw: st.DrawFn) -> ScoredGroup:
+def scored_groups(draw: st.DrawFn) -> ScoredGroup:
     role: Role = draw(st.sampled_from(("policy", "teacher")))
     lengths = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
     completions = tuple(
@@ -135,7 +143,7 @@ def judged_groups(draw: st.DrawFn) -> ScoredGroup:
 
 
 @settings(max_examples=30)
-@given(written=st.lists(judged_groups(), max_size=4))
+@given(written=st.lists(scored_groups(), max_size=4))
 def test_any_step_survives_the_file(written: list[ScoredGroup], tmp_path_factory: pytest.TempPathFactory) -> None:
     assert_same(read_rollouts(dump_rollouts(tmp_path_factory.mktemp("run"), 1, written)), written)
 

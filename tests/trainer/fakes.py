@@ -1,15 +1,28 @@
 """Actors and engines behind the loop's narrow contracts: they write down what is asked of them, in order."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from megatron_coreward.cluster.weight_sync import WeightSync
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
-from megatron_coreward.types import FloatArray, IntArray, Problem, Prompt, Role, Sequences, TokenStats, TrainBatch, View
+from megatron_coreward.rewards.answer import extract_answer
+from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.types import (
+    Completion,
+    FloatArray,
+    IntArray,
+    Problem,
+    Prompt,
+    Role,
+    Sequences,
+    TokenStats,
+    TrainBatch,
+    View,
+)
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.spec import TransferSpec
 
@@ -39,17 +52,17 @@ def make_problem(number: int) -> Problem:
     return Problem(f"fake/{number}", prompts, ground_truth=str(number), source="fake")
 
 
-def make_sync(
-    actors: "FakeActors", engines: Any, *, canary: int = 4, given_up: list[str] | None = None, **options: Any
-) -> WeightSync:
-    """A weight sync whose calls are done when they are made."""
-    told = given_up if given_up is not None else []
-    tokens = np.arange(canary, dtype=np.int32)
-    settings = {"spec": SPEC, "canary": tokens, "max_gap": 1e-3} | options
-    return WeightSync(actors, engines, list, lambda spec, reason: told.append(f"{spec.name}: {reason}"), **settings)
+class FakeWorkers:
+    """One worker, which is the whole group: commands are its own methods."""
+
+    def call(self, method: str, *arguments: Any, results_of: tuple[int, ...] | None = None) -> list[Any]:
+        return [getattr(self, method)(*arguments)]
+
+    def begin(self, method: str, *arguments: Any) -> Any:
+        return SimpleNamespace(calls=[getattr(self, method)(*arguments)])
 
 
-class FakeActors:
+class FakeActors(FakeWorkers):
     def __init__(self, events: list[str], score: float = -1.0) -> None:
         self.events = events
         self.score = score
@@ -74,12 +87,12 @@ class FakeActors:
         self.events.append("open")
         return spec.at("here", len(self.events))
 
-    def send_weights(self, role: Role, version: int) -> list[Any]:
+    def send_weights(self, role: Role, version: int) -> str:
         self.events.append(f"send {role}")
-        return [f"sent {version}"]
+        return f"sent {version}"
 
 
-class FakeEngines:
+class FakeEngines(FakeWorkers):
     """Answers `\\boxed{k}` with k the number of the sample modulo 2, so that votes and variance exist."""
 
     def __init__(self, events: list[str], score: float = -1.0) -> None:
@@ -88,32 +101,45 @@ class FakeEngines:
         self.requests: list[SamplingRequest] = []
         self.version: int | None = None
 
-    def receive_weights(self, spec: dict[str, Any], version: int) -> list[Any]:
+    def receive_weights(self, spec: dict[str, Any], version: int) -> Any:
         self.events.append(f"receive {version}")
         self.version = version
-        return [f"received {version}"]
+        return SimpleNamespace(calls=[f"received {version}"])
 
-    def score(self, token_ids: IntArray) -> list[FloatArray]:
+    def score(self, token_ids: IntArray) -> FloatArray:
         self.events.append("canary")
-        return [np.full(len(token_ids) - 1, self.held, dtype=np.float32)]
+        return np.full(len(token_ids) - 1, self.held, dtype=np.float32)
 
-    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Sample]]:
+    def restart(self, index: int) -> None:
+        self.events.append(f"restart {index}")
+        self.version = None
+
+    def take_sampling_metrics(self) -> dict[str, float]:
+        return {}
+
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]:
         assert self.version == expected_version
         self.events.append(f"sample {expected_version}")
         self.requests.extend(requests)
-        return [[self._sample(i, expected_version) for i in range(r.n)] for r in requests]
+        return [[self._read(self._sample(i, expected_version), r) for i in range(r.n)] for r in requests]
 
-    def begin(self, requests: Sequence[SamplingRequest], expected_version: int) -> Callable[[], list[list[Sample]]]:
-        samples = self.sample(requests, expected_version)
+    def begin_sampling(
+        self, requests: Sequence[SamplingRequest], expected_version: int
+    ) -> Callable[[], list[list[Completion]]]:
+        completions = self.sample(requests, expected_version)
 
-        def finish() -> list[list[Sample]]:
+        def finish() -> list[list[Completion]]:
             self.events.append(f"took {expected_version}")
-            return samples
+            return completions
 
         return finish
 
     @staticmethod
-    def _sample(i: int, version: int) -> Sample:
+    def _read(completion: Completion, request: SamplingRequest) -> Completion:
+        return replace(completion, answer=extract_answer(completion.text, request.answer_formats))
+
+    @staticmethod
+    def _sample(i: int, version: int) -> Completion:
         ids = np.arange(1, 4 + i % 2, dtype=np.int32)
         logprobs = np.full(len(ids), -1.0, dtype=np.float32)
-        return Sample(ids, logprobs, f"so \\boxed{{{i % 3}}}", "stop", version)
+        return Completion(ids, logprobs, f"so \\boxed{{{i % 3}}}", None, "stop", version)

@@ -1,35 +1,61 @@
 """The step does what the paper's algorithm says, in its order, for every method by the same code."""
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
+from megatron_coreward.cluster.rollout_engines import RolloutEngines
+from megatron_coreward.cluster.weight_sync import WeightSync
 from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, MethodName
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.checkpoints import CheckpointWriter
+from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
-from tests.trainer.fakes import FakeActors, FakeEngines, make_config, make_problem, make_sync
+from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog
+from megatron_coreward.trainer.schedule import RolloutSchedule
+from tests.trainer.fakes import SPEC, FakeActors, FakeEngines, make_config, make_problem
 
-PROBE = np.arange(4, dtype=np.int32)
+CANARY = np.arange(4, dtype=np.int32)
 
 
-def make_trainer(method: str, **changes: Any) -> tuple[Trainer, list[str], FakeActors, FakeEngines]:
-    events: list[str] = []
-    actors, engines = FakeActors(events), FakeEngines(events)
-    sync = make_sync(actors, engines)
-    problems = [make_problem(0), make_problem(1)]
+def make_sync(actors: FakeActors, engines: FakeEngines, given_up: list[str] | None = None, **more: Any) -> WeightSync:
+    """A weight sync whose calls are done when they are made."""
+    told = given_up if given_up is not None else []
+    settings = {"spec": SPEC, "canary": CANARY, "max_gap": 1e-3} | more
+    return WeightSync(actors, engines, list, lambda spec, reason: told.append(f"{spec.name}: {reason}"), **settings)
+
+
+def make_trainer(
+    method: str,
+    *,
+    actors: FakeActors | None = None,
+    engines: FakeEngines | None = None,
+    sync: WeightSync | None = None,
+    more_of_engines: Mapping[str, Any] | None = None,
+    log: RolloutLog | None = None,
+    more: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> tuple[Trainer, list[str], FakeActors, FakeEngines]:
+    """A trainer over fakes. `more_of_engines` and `more`: further arguments of `RolloutEngines` and of `Trainer`."""
+    actors = actors or FakeActors([])
+    engines = engines or FakeEngines(actors.events)
+    config, problems = make_config(method, **changes), [make_problem(0), make_problem(1)]
+    rollout_engines = RolloutEngines(engines, sync or make_sync(actors, engines), **(more_of_engines or {}))
+    logged = (lambda step: False) if log is None else log.has
+    schedule = RolloutSchedule(config, METHODS[method].needs, rollout_engines, lambda step: problems, logged)
+    collector = Collector(config, METHODS[method], actors, schedule, AnswerEquivalence("exact"), lambda step: problems)
     trainer = Trainer(
-        config=make_config(method, **changes),
-        method=METHODS[method],
+        config=config,
+        needs=METHODS[method].needs,
         actors=actors,
-        engines=engines,
-        sync=sync,
-        equivalence=AnswerEquivalence("exact"),
-        problems_of=lambda step: problems,
+        collect=(collector if log is None else LoggedCollector(collector, log)).collect,
+        **{"checkpoints": CheckpointWriter(config, actors)} | dict(more or {}),
     )
-    return trainer, events, actors, engines
+    return trainer, actors.events, actors, engines
 
 
 def story(events: list[str]) -> list[str]:
@@ -39,7 +65,7 @@ def story(events: list[str]) -> list[str]:
     ]
 
 
-def test_co_rewarding_i_publishes_samples_both_views_and_updates() -> None:
+def test_co_rewarding_i_syncs_samples_both_views_and_updates() -> None:
     trainer, events, actors, engines = make_trainer("co_rewarding_i")
     trainer.step(1, PhaseTimer())
     assert story(events) == ["receive 0", "sample 0", "stats reference", "update"]
@@ -48,13 +74,13 @@ def test_co_rewarding_i_publishes_samples_both_views_and_updates() -> None:
     assert len(actors.batches[0]) == 16
 
 
-def test_co_rewarding_ii_moves_the_teacher_first_and_samples_it_before_the_policy() -> None:
+def test_co_rewarding_ii_updates_the_teacher_first_and_samples_it_before_the_policy() -> None:
     trainer, events, actors, engines = make_trainer("co_rewarding_ii")
     trainer.step(1, PhaseTimer())
     assert story(events) == [
         "teacher 0.9900",
         "receive 1",
-        "stats teacher",  # the canary of the weight sync
+        "stats teacher",  # the canary of the sync
         "sample 1",
         "receive 0",
         "sample 0",
@@ -65,7 +91,7 @@ def test_co_rewarding_ii_moves_the_teacher_first_and_samples_it_before_the_polic
     assert len(actors.batches[0]) == 8  # the teacher's completions are not trained on
 
 
-def test_later_steps_publish_the_weights_of_later_updates() -> None:
+def test_later_steps_sync_the_weights_of_later_updates() -> None:
     trainer, events, _, _ = make_trainer("co_rewarding_ii")
     trainer.step(1, PhaseTimer())
     events.clear()
@@ -79,9 +105,9 @@ def test_every_method_runs_and_gets_what_it_needs(method: MethodName) -> None:
     result = trainer.step(1, PhaseTimer())
     needs = METHODS[method].needs
     assert any(e.startswith("teacher") for e in events) == needs.teacher == (method in TEACHER_METHODS)
-    assert (len(needs.views) == 2) == (method in REPHRASED_METHODS)
-    assert {g.group.view for g in result.scored} == set(needs.views)
-    ground_truths = {problem.uid: problem.ground_truth for problem in trainer.problems_of(0)}
+    assert ("rephrased" in needs.all_views) == (method in REPHRASED_METHODS)
+    assert {g.group.view for g in result.scored} == set(needs.all_views)
+    ground_truths = {problem.uid: problem.ground_truth for problem in (make_problem(0), make_problem(1))}
     assert [g.ground_truth for g in result.scored] == [
         ground_truths[g.group.uid] for g in result.scored
     ]  # for people, in the dump
@@ -118,7 +144,7 @@ def test_several_updates_a_batch_read_old_log_probs_and_cut_whole_groups() -> No
     trainer.step(1, PhaseTimer())
     assert [len(batch) for batch in actors.batches] == [4, 4]
     assert all(batch.old_logprobs is not None for batch in actors.batches)
-    assert trainer.num_updates == 2
+    assert trainer.state.num_updates == 2
     tokens = [sum(n - 2 for n in batch.sequences.lengths) for batch in actors.batches]
     for batch, count in zip(actors.batches, tokens, strict=True):
         np.testing.assert_allclose(batch.token_weights, 1 / count, rtol=1e-6)

@@ -40,7 +40,7 @@ def test_the_newest_checkpoint_from_before_the_signs_is_gone_on_from(tmp_path: P
     assert json.loads((run_dir / FILE_NAME).read_text()) == {
         "from": 57,
         "to": 30,
-        "reason": "no signs of collapse",
+        "reason": "no indicators of collapse",
     }
 
 

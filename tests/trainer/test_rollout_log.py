@@ -1,26 +1,24 @@
-"""A step that died in its update is done again from the journal, without asking an engine, to the same update."""
+"""A step that died in its update is done again from the rollout log, without asking an engine, to the same update."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.rollout_dump import dumped_steps
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import StepResult, Trainer
 from megatron_coreward.trainer.rollout_log import RolloutLog, fingerprint_of
-from tests.trainer.fakes import FakeActors, FakeEngines, make_config
+from tests.trainer.fakes import FakeActors, FakeEngines, make_config, make_problem
 from tests.trainer.test_loop import make_trainer
 
 UNTIMED = ("seconds", "per_s")
 
 
 def trainer_with(rollout_log: RolloutLog, method: str) -> tuple[Trainer, list[str], FakeActors, FakeEngines]:
-    trainer, events, actors, engines = make_trainer(method)
-    trainer.rollout_log = rollout_log
-    return trainer, events, actors, engines
+    return make_trainer(method, log=rollout_log)
 
 
 def untimed(result: StepResult) -> dict[str, float]:
@@ -32,9 +30,9 @@ def test_a_recorded_step_gives_the_same_update_and_metrics_without_engines(tmp_p
     first, _, actors, _ = trainer_with(RolloutLog(tmp_path, "f", 1, keep=True), method)
     expected = first.step(1, PhaseTimer())
 
-    again, events, other, engines = trainer_with(RolloutLog(tmp_path, "f", 1, keep=True), method)
-    assert again.rollout_log is not None
-    assert again.rollout_log.num_recorded == 1
+    log = RolloutLog(tmp_path, "f", 1, keep=True)
+    again, events, other, engines = trainer_with(log, method)
+    assert log.num_recorded == 1
     result = again.step(1, PhaseTimer())
     assert engines.requests == []
     assert not [e for e in events if e.split()[0] in ("sample", "receive", "open", "send")]
@@ -45,16 +43,22 @@ def test_a_recorded_step_gives_the_same_update_and_metrics_without_engines(tmp_p
         np.testing.assert_array_equal(one, two)
 
 
-def test_the_recorded_votes_count_even_where_a_judge_would_now_say_otherwise(tmp_path: Path) -> None:
+def test_the_recorded_rewards_count_even_if_the_method_would_now_give_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, _, actors, _ = trainer_with(RolloutLog(tmp_path, "f", 1, keep=True), "majority_voting")
     first.step(1, PhaseTimer())
     again, _, other, _ = trainer_with(RolloutLog(tmp_path, "f", 1, keep=True), "majority_voting")
-    again.method = dataclasses.make_dataclass("Silent", [("name", str), ("needs", Any)])("x", first.method.needs)
-    again.step(1, PhaseTimer())  # a method that cannot judge at all
+
+    def refuse(*ignored: Any) -> Any:
+        raise AssertionError("a recorded step is not scored")
+
+    monkeypatch.setattr(type(METHODS["majority_voting"]), "score", refuse)
+    again.step(1, PhaseTimer())
     np.testing.assert_array_equal(other.batches[0].advantages, actors.batches[0].advantages)
 
 
-def test_the_journal_is_written_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_is_written_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _, actors, _ = trainer_with(RolloutLog(tmp_path, "f", 1, keep=True), "co_rewarding_i")
 
     def die(batch: Any) -> dict[str, float]:
@@ -80,14 +84,14 @@ def test_what_was_drawn_under_other_settings_is_dropped_with_all_that_follows(tm
 def test_rollouts_of_other_weights_or_questions_are_dropped(tmp_path: Path, version: int, backwards: bool) -> None:
     trainer, _, _, _ = trainer_with(RolloutLog(tmp_path, "f", 1, keep=True), "majority_voting")
     trainer.step(1, PhaseTimer())
-    problems = trainer.problems_of(0)
+    problems = [make_problem(0), make_problem(1)]
     rollout_log = RolloutLog(tmp_path, "f", 1, keep=True)
     assert rollout_log.read(1, problems, ("original",), {0}) is not None
     assert rollout_log.read(1, problems[::-1] if backwards else problems, ("original",), {version}) is None
     assert list(dumped_steps(tmp_path)) == []
 
 
-def test_without_a_dump_the_journal_goes_when_a_checkpoint_covers_it(tmp_path: Path) -> None:
+def test_without_a_dump_the_log_goes_when_a_checkpoint_covers_it(tmp_path: Path) -> None:
     rollout_log = RolloutLog(tmp_path, "f", 1, keep=False)
     trainer, _, _, _ = trainer_with(rollout_log, "majority_voting")
     for step in (1, 2, 3):

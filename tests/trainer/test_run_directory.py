@@ -136,7 +136,7 @@ def test_the_label_history_comes_back_from_the_checkpoint_where_it_is_missing(tm
 
 
 def test_the_hint_says_from_where_and_with_what(tmp_path: Path) -> None:
-    assert resume_hint(config_in(tmp_path)).startswith("the same command starts anew")
+    assert resume_hint(config_in(tmp_path)).startswith("the same command starts from the beginning")
     save(tmp_path, 4)
     assert resume_hint(config_in(tmp_path)) == f"the same command goes on after step 4, in {tmp_path}"
     assert "checkpoint.resume=auto" in resume_hint(config_in(tmp_path, **{"checkpoint.resume": "never"}))

@@ -12,26 +12,32 @@ from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollout_log import RolloutLog
-from megatron_coreward.trainer.validation import evaluate
-from tests.trainer.fakes import FakeEngines, make_problem
-from tests.trainer.test_loop import make_trainer
+from megatron_coreward.trainer.validation import measure_accuracy
+from tests.trainer.fakes import FakeActors, FakeEngines, make_problem
+from tests.trainer.test_loop import make_sync, make_trainer
 
-LAGGING = {"rollout.max_staleness": 1, "loss.mismatch_correction": "tis", "steps": 4}
+STALE = {"rollout.max_staleness": 1, "loss.mismatch_correction": "tis", "steps": 4}
 
 
 def drawn(engines: FakeEngines) -> list[tuple[Any, ...]]:
     return [(tuple(r.prompt), r.seed, r.n) for r in engines.requests]
 
 
-def told(events: list[str], *words: str) -> list[str]:
+def only(events: list[str], *words: str) -> list[str]:
     return [e for e in events if e.split()[0] in words]
 
 
-def test_rollouts_are_under_way_while_the_actors_learn_from_those_before() -> None:
-    trainer, events, _, _ = make_trainer("majority_voting", **LAGGING)
+def test_rollouts_are_in_flight_while_the_actors_learn_from_those_before() -> None:
+    trainer, events, _, _ = make_trainer("majority_voting", **STALE)
     rows = [trainer.step(step, PhaseTimer()).metrics for step in (1, 2, 3, 4)]
-    assert told(events, "receive", "sample", "took", "update") == [
-        *("receive 0", "sample 0", "took 0", "sample 0", "update"),  # the second step's rollouts begin early
+    assert only(events, "receive", "sample", "took", "update") == [
+        *(
+            "receive 0",
+            "sample 0",
+            "took 0",
+            "sample 0",
+            "update",
+        ),  # the second step's rollouts begin early
         *("took 0", "receive 2", "sample 2", "update"),
         *("took 2", "receive 4", "sample 4", "update"),
         *("took 4", "update"),  # nothing comes after the last step
@@ -40,7 +46,7 @@ def test_rollouts_are_under_way_while_the_actors_learn_from_those_before() -> No
 
 
 def test_the_same_questions_and_seeds_are_drawn_ahead_as_in_time() -> None:
-    ahead, in_time = make_trainer("co_rewarding_ii", **LAGGING), make_trainer("co_rewarding_ii", steps=4)
+    ahead, in_time = make_trainer("co_rewarding_ii", **STALE), make_trainer("co_rewarding_ii", steps=4)
     for trainer, *_ in (ahead, in_time):
         for step in (1, 2, 3, 4):
             trainer.step(step, PhaseTimer())
@@ -65,64 +71,66 @@ def test_validation_reads_answers_in_the_forms_that_are_asked_for() -> None:
 
     def accuracy(*forms: AnswerFormat) -> float:
         how = {"max_tokens": 8, "version": 0, "seed": 1}
-        return evaluate(engines, problems, settings, AnswerEquivalence("exact"), **how, answer_formats=forms).avg_at_k
+        equivalence = AnswerEquivalence("exact")
+        scores = measure_accuracy(engines, {"fake": problems}, settings, equivalence, **how, answer_formats=forms)
+        return scores["val/avg@4"]
 
     assert (accuracy("hashes"), accuracy("boxed")) == (1.0, 0.0)
 
 
 def test_nothing_goes_ahead_across_a_checkpoint() -> None:
-    trainer, events, _, _ = make_trainer("majority_voting", **LAGGING, **{"checkpoint.every": 2})
+    trainer, events, _, _ = make_trainer("majority_voting", **STALE, **{"checkpoint.every": 2})
     rows = [trainer.step(step, PhaseTimer()).metrics for step in (1, 2, 3, 4)]
     assert [row["rollout/staleness"] for row in rows] == [0, 1, 0, 1]
-    assert told(events, "sample") == ["sample 0", "sample 0", "sample 4", "sample 4"]
+    assert only(events, "sample") == ["sample 0", "sample 0", "sample 4", "sample 4"]
 
 
-def test_an_engine_that_dies_with_rollouts_under_way_costs_the_lead_alone() -> None:
-    trainer, events, _, engines = make_trainer("majority_voting", **LAGGING)
-
-    def with_recovery(ask: Any) -> Any:
-        try:
-            return ask()
-        except WorkerDied:
-            trainer.sync.reset()
-            return ask()
-
-    trainer.schedule.with_recovery = with_recovery
-    begin = engines.begin
+def test_an_engine_that_dies_with_rollouts_in_flight_costs_the_lead_alone() -> None:
+    engines = FakeEngines([])
+    begin = engines.begin_sampling
 
     def begin_and_die(requests: Any, version: int) -> Any:
         begin(requests, version)
 
         def finish() -> Any:
-            engines.begin = begin  # type: ignore[method-assign]
+            engines.begin_sampling = begin  # type: ignore[method-assign]
             raise WorkerDied("engine", 0, "rollouts", RuntimeError("gone"))
 
         return finish
 
-    trainer.schedule.begin(2, 0, PhaseTimer())
-    events.clear()
-    engines.begin = begin_and_die  # type: ignore[method-assign]
-    trainer.schedule._in_flight = None
-    row = trainer.step(1, PhaseTimer()).metrics
-    assert row["rollout/staleness"] == 0
-    assert told(events, "sample", "took", "update") == ["sample 0", "sample 0", "took 0", "sample 0", "update"]
-
-
-def test_rollouts_of_engines_that_were_started_anew_are_drawn_again() -> None:
-    trainer, events, _, _ = make_trainer("majority_voting", **LAGGING)
+    actors = FakeActors(engines.events)
+    trainer, events, _, _ = make_trainer(
+        "majority_voting", actors=actors, engines=engines, more_of_engines={"max_restarts": 1}, **STALE
+    )
     trainer.step(1, PhaseTimer())
-    trainer.sync.reset()  # an engine died in a validation, say
+    engines.begin_sampling = begin_and_die  # type: ignore[method-assign]
+    trainer.step(2, PhaseTimer())  # begins the third step's rollouts, which will not come
+    events.clear()
+    row = trainer.step(3, PhaseTimer()).metrics
+    assert row["rollout/staleness"] == 0
+    assert only(events, "restart", "sample", "took", "update") == [
+        *("restart 0", "sample 4", "took 4", "sample 4", "update"),
+    ]
+
+
+def test_rollouts_of_engines_that_were_started_again_are_drawn_again() -> None:
+    actors = FakeActors([])
+    engines = FakeEngines(actors.events)
+    sync = make_sync(actors, engines)
+    trainer, events, _, _ = make_trainer("majority_voting", actors=actors, engines=engines, sync=sync, **STALE)
+    trainer.step(1, PhaseTimer())
+    sync.reset()  # an engine died in a validation, say
     events.clear()
     row = trainer.step(2, PhaseTimer()).metrics
     assert row["rollout/staleness"] == 0
-    assert told(events, "sample", "took")[:2] == ["sample 2", "took 2"]
+    assert only(events, "sample", "took")[:2] == ["sample 2", "took 2"]
 
 
 @pytest.mark.parametrize(
     ("every", "windows"),
     [(0, [[1, 2, 3], [4, 5, 6], [7]]), (5, [[1, 2, 3], [4, 5], [6, 7]]), (2, [[1, 2], [3, 4], [5, 6], [7]])],
 )
-def test_a_lagging_teacher_labels_windows_of_steps_between_checkpoints(every: int, windows: list[list[int]]) -> None:
+def test_a_teacher_that_looks_ahead_labels_windows_between_checkpoints(every: int, windows: list[list[int]]) -> None:
     changes = {"teacher.lookahead": 2, "steps": 7, "checkpoint.every": every}
     trainer, events, _, engines = make_trainer("co_rewarding_ii", **changes)
     results = [trainer.step(step, PhaseTimer()) for step in range(1, 8)]
@@ -131,23 +139,23 @@ def test_a_lagging_teacher_labels_windows_of_steps_between_checkpoints(every: in
     for window in windows:
         versions = {c.weight_version for step in window for g in teachers[step - 1] for c in g.completions}
         assert versions == {2 * (window[0] - 1) + 1}
-    assert len(told(events, "receive")) == 7 + len(windows)
+    assert len(only(events, "receive")) == 7 + len(windows)
     in_time = make_trainer("co_rewarding_ii", steps=7)
     for step in range(1, 8):
         in_time[0].step(step, PhaseTimer())
     assert sorted(drawn(engines)) == sorted(drawn(in_time[3]))
 
 
-@pytest.mark.parametrize("changes", [{"teacher.lookahead": 2}, LAGGING, LAGGING | {"teacher.lookahead": 1}])
+@pytest.mark.parametrize("changes", [{"teacher.lookahead": 2}, STALE, STALE | {"teacher.lookahead": 1}])
 @pytest.mark.parametrize("died_in", [1, 2, 3, 4, 5])
-def test_a_run_that_goes_on_from_its_journal_draws_what_was_not_drawn_from_the_same_weights(
+def test_a_run_that_goes_on_from_its_rollout_log_draws_what_was_not_drawn_from_the_same_weights(
     tmp_path: Path, changes: dict[str, Any], died_in: int
 ) -> None:
     """A step whose rollouts are recorded, and whose update is not, is where the run died."""
 
     def attempt() -> tuple[Trainer, FakeEngines]:
-        trainer, _, _, engines = make_trainer("co_rewarding_ii", **{**changes, "steps": 6, "run_dir": tmp_path})
-        trainer.rollout_log = RolloutLog(tmp_path, "the same", first_step=1, keep=True)
+        log = RolloutLog(tmp_path, "the same", first_step=1, keep=True)
+        trainer, _, _, engines = make_trainer("co_rewarding_ii", log=log, **{**changes, "steps": 6})
         return trainer, engines
 
     def outcome(trainer: Trainer, steps: range) -> list[list[tuple[Any, ...]]]:

@@ -72,10 +72,6 @@ class Ranks:
             return [self._pool.submit(send, sender, version) for sender in self.senders]
         return [self._pool.submit(sender.send, "policy", version) for sender in self.senders]
 
-    def init_info(self, engine: int) -> dict[str, object]:
-        """What `RolloutEngine.receive_weights` wants to know."""
-        return {"spec": self.spec.to_json(), "engine": engine}
-
     def close(self) -> None:
         for sender in self.senders:
             sender.close()

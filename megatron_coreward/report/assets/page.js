@@ -79,7 +79,7 @@
     noanswer: some((group) => group.rollouts.some((rollout) => rollout.answer === null)),
     cut: some((group) => group.rollouts.some((rollout) => rollout.cut)),
     other: some((group) => group.label !== null && group.vote !== group.label),
-    wrong: (question) => question.gold !== null && some((group) => group.label !== question.gold)(question),
+    wrong: (question) => question.ground_truth !== null && some((group) => group.label !== question.ground_truth)(question),
   };
 
   const shown = { step: 0, question: 0 };
@@ -159,7 +159,7 @@
       return;
     }
     const head = make("div", "facts", fact("step", String(step)), fact("question", question.uid));
-    if (question.gold !== null) head.append(fact("the data set's answer", question.gold));
+    if (question.ground_truth !== null) head.append(fact("the data set's answer", question.ground_truth));
     detail.replaceChildren(head, ...question.groups.map(drawGroup));
   }
 

@@ -1,4 +1,4 @@
-"""An engine that dies is started anew, gets the weights, and is asked again; anything else ends the run."""
+"""An engine that dies is started again, gets the weights, and is asked again; anything else ends the run."""
 
 from dataclasses import replace
 from typing import Any, get_args
@@ -6,40 +6,44 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from megatron_coreward.cluster.engine_recovery import EngineRecovery
 from megatron_coreward.cluster.watchdog import Kind, WorkerDied
-from megatron_coreward.rollout.engine import Sample, SamplingRequest
+from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.types import Completion
 from megatron_coreward.weights.spec import Transport
-from tests.trainer.fakes import FakeEngines
-from tests.trainer.test_loop import make_trainer, story
+from tests.trainer.fakes import SPEC, FakeActors, FakeEngines
+from tests.trainer.test_loop import make_sync, make_trainer, story
 
 
 class MortalEngines(FakeEngines):
     deaths: list[Kind]
 
-    def sample(self, requests: Any, expected_version: int) -> list[list[Sample]]:
+    def sample(self, requests: Any, expected_version: int) -> list[list[Completion]]:
         if self.deaths:
             raise WorkerDied(self.deaths.pop(0), 1, "rollouts", ConnectionError("gone"))
         return super().sample(requests, expected_version)
 
-    def restart(self, index: int) -> None:
-        self.events.append(f"restart {index}")
-        self.version = None
 
-
-def trainer_with_deaths(deaths: list[Kind], max_restarts: int) -> tuple[Any, list[str], list[str], MortalEngines]:
-    trainer, events, _, _ = make_trainer("co_rewarding_ii")
-    engines = MortalEngines(events)
+def trainer_with_deaths(
+    deaths: list[Kind],
+    max_restarts: int,
+    transport: Transport = "shared_memory",
+    given_up: list[str] | None = None,
+) -> tuple[Trainer, list[str], list[str], MortalEngines]:
+    actors, notes = FakeActors([]), list[str]()
+    engines = MortalEngines(actors.events)
     engines.deaths = deaths
-    trainer.schedule.engines = trainer.sync._engines = engines
-    told: list[str] = []
-    trainer.schedule.with_recovery = EngineRecovery(engines, trainer.sync, max_restarts, told.append)
-    return trainer, events, told, engines
+    sync = make_sync(actors, engines, given_up, spec=replace(SPEC, transport=transport))
+    more = {"max_restarts": max_restarts, "notify": notes.append}
+    trainer, events, _, _ = make_trainer(
+        "co_rewarding_ii", actors=actors, engines=engines, sync=sync, more_of_engines=more
+    )
+    return trainer, events, notes, engines
 
 
-def test_weights_are_published_anew_and_the_same_requests_are_made_again() -> None:
-    trainer, events, told, engines = trainer_with_deaths(["engine"], 1)
+def test_weights_are_synced_again_and_the_same_requests_are_made_again() -> None:
+    trainer, events, notes, engines = trainer_with_deaths(["engine"], 1)
     result = trainer.step(1, PhaseTimer())
     assert [e for e in events if e.split()[0] in ("restart", "receive", "sample")] == [
         "receive 1",
@@ -49,7 +53,7 @@ def test_weights_are_published_anew_and_the_same_requests_are_made_again() -> No
         "receive 0",
         "sample 0",
     ]
-    assert "engine 1 died" in told[0]
+    assert "engine 1 died" in notes[0]
     undisturbed, _, _, reference = make_trainer("co_rewarding_ii")
     expected = undisturbed.step(1, PhaseTimer())
     assert [seed_of(r) for r in engines.requests] == [seed_of(r) for r in reference.requests]
@@ -63,10 +67,8 @@ def seed_of(request: SamplingRequest) -> tuple[int, tuple[int, ...]]:
 
 @pytest.mark.parametrize("transport", get_args(Transport))
 def test_a_death_while_weights_travel_makes_the_others_give_up_and_all_meet_again(transport: Transport) -> None:
-    trainer, events, _, engines = trainer_with_deaths([], 1)
-    sync, given_up = trainer.sync, []
-    sync._spec = replace(sync._spec, transport=transport)
-    sync._give_up = lambda spec, reason: given_up.append(reason)
+    given_up: list[str] = []
+    trainer, events, _, engines = trainer_with_deaths([], 1, transport, given_up)
     receive = engines.receive_weights
 
     def die(spec: Any, version: int) -> Any:
@@ -81,7 +83,7 @@ def test_a_death_while_weights_travel_makes_the_others_give_up_and_all_meet_agai
 
 @pytest.mark.parametrize(("restarts", "goes_on"), [(2, True), (1, False)])
 def test_an_engine_that_dies_in_its_new_start_is_started_once_more(restarts: int, goes_on: bool) -> None:
-    trainer, events, told, engines = trainer_with_deaths(["engine"], restarts)
+    trainer, events, notes, engines = trainer_with_deaths(["engine"], restarts)
     restart, tries = engines.restart, []
 
     def die_once(index: int) -> None:
@@ -98,7 +100,7 @@ def test_an_engine_that_dies_in_its_new_start_is_started_once_more(restarts: int
     else:
         with pytest.raises(WorkerDied, match="its start"):
             trainer.step(1, PhaseTimer())
-    assert len(told) == restarts
+    assert len(notes) == restarts
 
 
 @pytest.mark.parametrize(("deaths", "restarts"), [(["engine", "engine"], 1), (["engine"], 0), (["actor rank"], 5)])

@@ -11,21 +11,19 @@ import pytest
 from megatron_coreward.checkpoint.store import Hashes, TrainerState, check_checkpoint, checkpoint_path, saved_steps
 from megatron_coreward.cluster.preemption import Preempted, StopRequest
 from megatron_coreward.config.guard import GuardAction, GuardSettings
-from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import RunError
 from megatron_coreward.guard import Decision, Guard
-from megatron_coreward.rollout.engine import Sample
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
+from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollback import Collapsing
-from megatron_coreward.trainer.session import FIRST_ACCURACY, GUARD, UNFINISHED, Session
-from megatron_coreward.types import TrainBatch
+from megatron_coreward.types import Completion, TrainBatch
 from tests.checkpoint.test_store import write_actors
-from tests.trainer.fakes import FakeActors, FakeEngines
+from tests.trainer.fakes import FakeActors, FakeEngines, FakeWorkers, make_config
 from tests.trainer.test_loop import make_trainer
 
 
-class SavingFakes:
+class SavingFakes(FakeWorkers):
     """Actors whose files are written when somebody waits for them, or when `slow` says so."""
 
     def __init__(self, events: list[str]) -> None:
@@ -49,7 +47,7 @@ class SavingFakes:
 
 @dataclass
 class World:
-    session: Session
+    trainer: Trainer
     events: list[str]
     actors: FakeActors
     engines: FakeEngines
@@ -60,33 +58,46 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Callable[..., World]:
-    def make(method: str = "co_rewarding_ii", validate: Any = None, **changes: Any) -> World:
-        changes = {"run_dir": tmp_path, "steps": 4, "telemetry.console": "plain"} | changes
-        trainer, events, actors, engines = make_trainer(method, **changes)
-        config: RunConfig = trainer.config
-        saving, stop, rows = SavingFakes(events), StopRequest(), []
+    def make(
+        method: str = "co_rewarding_ii",
+        validate: Any = None,
+        state: TrainerState | None = None,
+        guard: Guard | None = None,
+        on_row: Callable[[World, int], None] = lambda world, step: None,
+        **changes: Any,
+    ) -> World:
+        changes = {"run_dir": tmp_path, "steps": 4, "validation.at_start": "false"} | changes
+        actors, stop, rows = FakeActors([]), StopRequest(), list[tuple[int, dict[str, float]]]()
+        saving, config = SavingFakes(actors.events), make_config(method, **changes)
 
         def record(step: int, row: dict[str, float]) -> None:
-            events.append(f"row {step}")
+            actors.events.append(f"row {step}")
             rows.append((step, row))
+            on_row(made, step)
 
-        session = Session(
-            config=config,
-            run=trainer,
-            checkpoints=CheckpointWriter(config, saving, lambda step: events.append(f"published {step}")),
-            stop=stop,
-            validate=validate,
-            observe=lambda step, scored: {},
-            record=record,
-            new_timer=PhaseTimer,
-            notify=lambda text: events.append(f"told {text}"),
+        checkpoints = CheckpointWriter(
+            config,
+            saving,
+            on_complete=lambda step: actors.events.append(f"complete {step}"),
+            last_step=0 if state is None else state.step,
         )
-        return World(session, events, actors, engines, saving, rows, stop)
+        more = {
+            "checkpoints": checkpoints,
+            "stop": stop,
+            "validate": None if validate is None else lambda num_updates, timer: validate(timer),
+            "record": record,
+            "notify": lambda text: actors.events.append(f"note {text}"),
+        }
+        more |= {} if state is None else {"state": state}
+        more |= {} if guard is None else {"guard": guard}
+        trainer, events, _, engines = make_trainer(method, actors=actors, more=more, **changes)
+        made = World(trainer, events, actors, engines, saving, rows, stop)
+        return made
 
     return make
 
 
-def told(events: list[str], *words: str) -> list[str]:
+def only(events: list[str], *words: str) -> list[str]:
     return [e for e in events if e.split()[0] in words]
 
 
@@ -94,26 +105,26 @@ def test_rows_come_before_the_checkpoints_that_cover_them_and_training_goes_on_m
     world: Callable[..., World], tmp_path: Path
 ) -> None:
     w = world(**{"checkpoint.every": 2})
-    w.session.train()
-    assert told(w.events, "row", "begin", "saved", "published", "update") == [
+    w.trainer.train()
+    assert only(w.events, "row", "begin", "saved", "complete", "update") == [
         *("update", "row 1", "update", "row 2", "begin save"),
-        *("update", "row 3", "update", "row 4", "saved", "published 2"),  # the next checkpoint waits for the one before
-        *("begin save", "saved", "published 4"),
+        *("update", "row 3", "update", "row 4", "saved", "complete 2"),  # the next checkpoint waits for the one before
+        *("begin save", "saved", "complete 4"),
     ]
     assert saved_steps(tmp_path) == [2, 4]
 
 
-def test_a_checkpoint_whose_files_are_written_is_published_at_the_next_step(world: Callable[..., World]) -> None:
+def test_a_checkpoint_whose_files_are_written_is_complete_at_the_next_step(world: Callable[..., World]) -> None:
     w = world(**{"checkpoint.every": 2})
     w.saving.slow = False
-    w.session.train()
-    assert told(w.events, "row", "published")[:4] == ["row 1", "row 2", "row 3", "published 2"]
+    w.trainer.train()
+    assert only(w.events, "row", "complete")[:4] == ["row 1", "row 2", "row 3", "complete 2"]
 
 
 def test_without_asynchronous_saving_a_checkpoint_is_complete_before_the_next_step(world: Callable[..., World]) -> None:
     w = world(**{"checkpoint.every": 2, "checkpoint.asynchronous": "false"})
-    w.session.train()
-    assert told(w.events, "row", "published")[:4] == ["row 1", "row 2", "published 2", "row 3"]
+    w.trainer.train()
+    assert only(w.events, "row", "complete")[:4] == ["row 1", "row 2", "complete 2", "row 3"]
 
 
 def test_accuracy_well_below_the_first_is_told_by_a_resumed_run_too(
@@ -122,23 +133,26 @@ def test_accuracy_well_below_the_first_is_told_by_a_resumed_run_too(
     accuracies = iter([0.5, 0.41, 0.39, 0.45])
     options = {"validation.every": 1, "validation.at_start": "true", "checkpoint.every": 1, "checkpoint.keep": 9}
     w = world(validate=lambda timer: {"val/avg@8": next(accuracies)}, steps=3, **options)
-    w.session.validate_at_start()
-    w.session.train()
-    assert told(w.events, "row", "told") == [
+    w.trainer.train()
+    assert only(w.events, "row", "note") == [
         *("row 0", "row 1"),
-        "told val/avg@8 is 39.0%, and was 50.0% at first: training makes the model worse on the validation questions",
+        "note val/avg@8 is 39.0%, and was 50.0% at first: training makes the model worse on the validation questions",
         *("row 2", "row 3"),
     ]
-    again = world(validate=lambda timer: {"val/avg@8": 0.3}, steps=4, **options)
-    again.session.resume(check_checkpoint(checkpoint_path(tmp_path, 3)))
-    again.session.train()
+    again = world(
+        validate=lambda timer: {"val/avg@8": 0.3},
+        steps=4,
+        **options,
+        state=check_checkpoint(checkpoint_path(tmp_path, 3)),
+    )
+    again.trainer.train()
     assert [e for e in again.events if "30.0%, and was 50.0%" in e]
 
 
 def interrupt_sampling(w: World, role_version: int) -> None:
     sample = w.engines.sample
 
-    def interrupted(requests: Any, version: int) -> list[list[Sample]]:
+    def interrupted(requests: Any, version: int) -> list[list[Completion]]:
         if version == role_version:
             w.stop.signal = "SIGTERM"
             w.stop.check()
@@ -147,22 +161,21 @@ def interrupt_sampling(w: World, role_version: int) -> None:
     w.engines.sample = interrupted  # type: ignore[method-assign]
 
 
-def test_a_stop_in_the_rollouts_saves_the_step_before_and_the_teacher_does_not_move_twice(
+def test_a_stop_in_the_rollouts_saves_the_step_before_and_the_teacher_is_not_updated_twice(
     world: Callable[..., World], tmp_path: Path
 ) -> None:
     w = world()
     interrupt_sampling(w, role_version=4)  # the policy's rollouts of step 3, after the teacher's
     with pytest.raises(Preempted):
-        w.session.train()
+        w.trainer.train()
     assert [step for step, _ in w.rows] == [1, 2]
     trainer_state = check_checkpoint(checkpoint_path(tmp_path, 2))
     assert (trainer_state.step, trainer_state.num_updates, trainer_state.teacher_updates) == (2, 2, 3)
 
-    again = world()
-    again.session.resume(trainer_state)
-    again.session.train()
+    again = world(state=trainer_state)
+    again.trainer.train()
     assert [step for step, _ in again.rows] == [3, 4]
-    assert len(told(w.events, "teacher")) + len(told(again.events, "teacher")) == 4
+    assert len(only(w.events, "teacher")) + len(only(again.events, "teacher")) == 4
 
 
 def test_a_stop_in_the_validation_keeps_the_step_and_the_row_is_finished_later(
@@ -178,27 +191,29 @@ def test_a_stop_in_the_validation_keeps_the_step_and_the_row_is_finished_later(
     options = {"validation.every": 2, "checkpoint.best_metric": "val/avg@8"}
     w = world(validate=interrupted, **options)
     with pytest.raises(Preempted):
-        w.session.train()
+        w.trainer.train()
     assert [step for step, _ in w.rows] == [1]
     trainer_state = check_checkpoint(checkpoint_path(tmp_path, 2))
     assert (trainer_state.step, trainer_state.num_updates) == (2, 2)
-    assert trainer_state.extra[UNFINISHED]["optim/lr"] == 1.0
+    assert trainer_state.unfinished_row is not None
+    assert trainer_state.unfinished_row["optim/lr"] == 1.0
 
-    again = world(validate=lambda timer: {"val/avg@8": 0.5}, **options)
-    again.session.resume(trainer_state)
-    again.session.train()
+    again = world(validate=lambda timer: {"val/avg@8": 0.5}, **options, state=trainer_state)
+    again.trainer.train()
     assert [step for step, _ in again.rows] == [2, 3, 4]
     assert again.rows[0][1]["val/avg@8"] == 0.5
-    assert again.rows[0][1]["reward/mean"] == trainer_state.extra[UNFINISHED]["reward/mean"]
-    assert len(told(again.events, "update")) == 2
+    assert again.rows[0][1]["reward/mean"] == trainer_state.unfinished_row["reward/mean"]
+    assert len(only(again.events, "update")) == 2
     assert check_checkpoint(checkpoint_path(tmp_path, 4)).score == 0.5
 
 
 def test_a_stop_between_steps_saves_what_no_checkpoint_covers(world: Callable[..., World], tmp_path: Path) -> None:
-    w = world(**{"checkpoint.every": 2})
-    w.session.record = lambda step, row: setattr(w.stop, "signal", "SIGTERM" if step == 3 else None)
+    def stop_in_step_3(w: World, step: int) -> None:
+        w.stop.signal = "SIGTERM" if step == 3 else None
+
+    w = world(on_row=stop_in_step_3, **{"checkpoint.every": 2})
     with pytest.raises(Preempted):
-        w.session.train()
+        w.trainer.train()
     assert saved_steps(tmp_path) == [2, 3]
 
 
@@ -218,40 +233,35 @@ class Alarm(Guard):
         return replace(decision, level="act", action=action, good_step=step - 2, lasted=1, news=True)
 
 
-def test_the_guard_s_state_is_saved_and_restored(world: Callable[..., World], tmp_path: Path) -> None:
+def test_the_guard_s_state_is_saved(world: Callable[..., World], tmp_path: Path) -> None:
     w = world()
-    w.session.train()
-    again = world()
-    assert again.session.run.guard.state_dict() != w.session.run.guard.state_dict()
-    again.session.resume(check_checkpoint(checkpoint_path(tmp_path, 4)))
-    assert again.session.run.guard.state_dict() == w.session.run.guard.state_dict()
+    w.trainer.train()
+    saved = check_checkpoint(checkpoint_path(tmp_path, 4)).guard
+    assert saved == w.trainer.guard.state_dict() != Guard(GuardSettings()).state_dict()
 
 
 def test_a_raised_kl_weighs_more_from_the_next_step_on(world: Callable[..., World]) -> None:
-    w = world()
-    w.session.run.guard = Alarm(2, "raise_kl")
-    w.session.train()
+    w = world(guard=Alarm(2, "raise_kl"))
+    w.trainer.train()
     coefficients = [batch.kl_coef for batch in w.actors.batches]
     assert coefficients == pytest.approx([0.001, 0.001, 0.003, 0.003])
-    assert any(event.startswith("told step 2: training may be collapsing") for event in w.events)
+    assert any(event.startswith("note step 2: training may be collapsing") for event in w.events)
 
 
-def test_a_frozen_teacher_moves_no_more(world: Callable[..., World]) -> None:
-    w = world()
-    w.session.run.guard = Alarm(2, "freeze_teacher")
-    w.session.train()
-    assert told(w.events, "teacher")[2:] == ["teacher 1.0000"] * 2
-    assert len(told(w.events, "update")) == 4
+def test_a_frozen_teacher_is_updated_no_more(world: Callable[..., World]) -> None:
+    w = world(guard=Alarm(2, "freeze_teacher"))
+    w.trainer.train()
+    assert only(w.events, "teacher")[2:] == ["teacher 1.0000"] * 2
+    assert len(only(w.events, "update")) == 4
 
 
 @pytest.mark.parametrize("action", ["rollback", "stop"])
 def test_a_collapse_ends_the_attempt_after_its_row_and_with_the_checkpoint_under_way(
     world: Callable[..., World], tmp_path: Path, action: GuardAction
 ) -> None:
-    w = world(**{"checkpoint.every": 2})
-    w.session.run.guard = Alarm(3, action)
+    w = world(guard=Alarm(3, action), **{"checkpoint.every": 2})
     with pytest.raises(Collapsing) as collapse:
-        w.session.train()
+        w.trainer.train()
     assert collapse.value.decision.action == action
     assert [step for step, _ in w.rows] == [1, 2, 3]
     assert w.rows[2][1]["guard/level"] == 2.0
@@ -261,24 +271,19 @@ def test_a_collapse_ends_the_attempt_after_its_row_and_with_the_checkpoint_under
 def test_a_full_disk_ends_the_run_and_names_the_checkpoints_that_are_whole(
     world: Callable[..., World], tmp_path: Path
 ) -> None:
-    w = world(**{"checkpoint.every": 2, "checkpoint.asynchronous": "false"})
-    w.session.record = lambda step, row: setattr(
-        w.saving, "error", OSError(28, "No space left on device") if step == 4 else None
-    )
+    def fill_the_disk(w: World, step: int) -> None:
+        w.saving.error = OSError(28, "No space left on device") if step == 4 else None
+
+    w = world(on_row=fill_the_disk, **{"checkpoint.every": 2, "checkpoint.asynchronous": "false"})
     with pytest.raises(RunError, match="step 4 could not be written .*No space left.*; those of steps 2 are whole"):
-        w.session.train()
+        w.trainer.train()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
     check_checkpoint(checkpoint_path(tmp_path, 2))
 
 
 def answering(w: World, **changes: Any) -> None:
-    """All samples of the engines, changed."""
-    sample = w.engines.sample
-
-    def changed(requests: Any, version: int) -> list[list[Sample]]:
-        return [[replace(s, **changes) for s in group] for group in sample(requests, version)]
-
-    w.engines.sample = changed  # type: ignore[method-assign]
+    """All completions of the engines, changed."""
+    w.engines._sample = lambda i, version: replace(FakeEngines._sample(i, version), **changes)  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("method", ["co_rewarding_i", "co_rewarding_ii", "majority_voting"])
@@ -288,7 +293,7 @@ def test_a_step_in_which_every_answer_is_empty_teaches_nothing_and_says_so(
     w = world(method)
     nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
     answering(w, text="", token_ids=nothing[0], logprobs=nothing[1])
-    w.session.train()
+    w.trainer.train()
     for batch in w.actors.batches:
         assert_harmless(batch)
     row = w.rows[0][1]
@@ -300,7 +305,7 @@ def test_a_step_in_which_every_answer_is_empty_teaches_nothing_and_says_so(
 def test_a_step_in_which_every_rollout_is_cut_off_teaches_nothing_and_says_so(world: Callable[..., World]) -> None:
     w = world()
     answering(w, text="so we add", finish_reason="length")
-    w.session.train()
+    w.trainer.train()
     for batch in w.actors.batches:
         assert_harmless(batch)
     assert w.rows[0][1]["rollout/truncated_share"] == 1
@@ -320,12 +325,12 @@ def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(world: Ca
     w = world(steps=6, **{"faults.max_skipped_updates": 2})
     skipping(w, {1, 2, 4, 5, 6})
     with pytest.raises(RunError, match="not finite in 3 steps in a row .*actor.lr"):
-        w.session.train()
+        w.trainer.train()
     assert [row["optim/skipped_updates"] for _, row in w.rows] == [1, 1, 0, 1, 1, 1]
 
 
-def test_a_position_survives_json(world: Callable[..., World], tmp_path: Path) -> None:
+def test_a_state_is_read_as_it_was_written(world: Callable[..., World], tmp_path: Path) -> None:
     w = world(steps=1)
-    w.session.train()
-    extra = {GUARD: w.session.run.guard.state_dict(), FIRST_ACCURACY: None}
-    assert check_checkpoint(checkpoint_path(tmp_path, 1)) == TrainerState(1, 1, 1, None, extra)
+    w.trainer.train()
+    expected = TrainerState(1, 1, 1, guard=w.trainer.guard.state_dict())
+    assert check_checkpoint(checkpoint_path(tmp_path, 1)) == expected

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coreward import cli
+from megatron_coreward import attempt, cli
 from megatron_coreward.checkpoint.store import checkpoint_path
-from megatron_coreward.launch import attempt
+from megatron_coreward.launch.scripts import CONFIG_VARIABLE
 from tests.launch.arguments import write_recipe
 
 
@@ -56,7 +56,7 @@ def test_a_failure_is_run_again_only_after_progress(recipe: Path, monkeypatch: p
     assert run(recipe, monkeypatch, status=1, reached=1) == 1
 
 
-def test_a_run_that_went_back_and_wrote_the_same_step_anew_has_made_progress(
+def test_a_run_that_went_back_and_wrote_the_same_step_again_has_made_progress(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = checkpoint_path(recipe.parent / "Run_1", 2)
@@ -96,9 +96,9 @@ def test_the_status_is_written_and_an_old_one_goes(
 def test_the_recipe_may_come_from_the_environment(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Run_1/checkpoints/step_000003", "Run_1/hf"):
         (recipe.parent / name).mkdir(parents=True)
-    monkeypatch.delenv(attempt.CONFIG_VARIABLE, raising=False)
+    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
     assert attempt.main([]) == 2
-    monkeypatch.setenv(attempt.CONFIG_VARIABLE, recipe.read_text())
+    monkeypatch.setenv(CONFIG_VARIABLE, recipe.read_text())
     assert attempt.main([]) == 0
 
 

@@ -1,6 +1,6 @@
 """What runs inside a job: one attempt at the training, and an exit status that says how it ended.
 
-`python -m megatron_coreward.launch.attempt CONFIG` trains in this very process, so a scheduler's signal reaches the
+`python -m megatron_coreward.attempt CONFIG` trains in this very process, so a scheduler's signal reaches the
 training itself. Exit status:
 
 0     the run is finished: all steps are done and the final model is there
@@ -19,13 +19,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_coreward import cli
 from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
 from megatron_coreward.config.load import load_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
+from megatron_coreward.launch.scripts import CONFIG_VARIABLE
 
 FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
-CONFIG_VARIABLE = "MEGATRON_COREWARD_CONFIG"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,15 +37,13 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def _checkpoints(config: RunConfig) -> set[tuple[int, int]]:
-    """Those that are there: a run that went back writes the same steps anew, which is progress."""
+    """Those that are there: a run that went back writes the same steps again, which is progress."""
     steps = saved_steps(config.run_dir)
     return {(step, checkpoint_path(config.run_dir, step).stat().st_mtime_ns) for step in steps}
 
 
 def attempt(path: Path) -> int:
     """Trains until the run is finished, fails or is asked to stop; returns the exit status."""
-    from megatron_coreward.cli import main as command_line
-
     try:
         config = load_config(path)
     except InputError as e:
@@ -54,7 +53,7 @@ def attempt(path: Path) -> int:
         print(f"the run in {config.run_dir} is finished")
         return FINISHED
     before = _checkpoints(config)
-    status = command_line(["train", str(path)])
+    status = cli.main(["train", str(path)])
     if is_finished(config):
         return FINISHED
     progress = bool(_checkpoints(config) - before)
@@ -78,7 +77,7 @@ def read_secrets(references: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m megatron_coreward.launch.attempt")
+    parser = argparse.ArgumentParser(prog="python -m megatron_coreward.attempt")
     parser.add_argument("config", type=Path, nargs="?", help=f"default: the text in {CONFIG_VARIABLE}")
     parser.add_argument("--secret", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--status-file", type=Path, help="where the exit status is written as well")
