@@ -88,7 +88,7 @@ def _fill(stream: Sequence[TensorMeta], share: int) -> list[list[Rows]]:
         num_rows = meta.shape[0] if meta.shape else 1
         row_bytes, start = meta.nbytes // num_rows, 0
         while start < num_rows:
-            rows = min(num_rows - start, left // row_bytes)
+            rows = max(0, min(num_rows - start, left // row_bytes))
             if rows < num_rows - start and meta.nbytes <= share // 4:
                 rows = 0  # small: whole, in the next bucket
             if rows == 0 and not parts[-1]:
