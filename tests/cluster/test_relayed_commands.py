@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-ray = pytest.importorskip("ray")
+import ray
 
 from megatron_coreward.actor.relay import Relay, replica_of
 from megatron_coreward.cluster.actor_group import ActorGroup
