@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from megatron_coreward import __version__
 from megatron_coreward.commands import (
+    config,
     convert,
     demo,
     evaluate,
@@ -28,6 +29,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     demo,
     prepare_data,
     rephrase,
+    config,
     plan,
     train,
     launch,
@@ -42,10 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and runs the command; returns the exit status."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
-    if more and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # key=value behind an option, which argparse does not count to those before it
-        options.overrides += more
+        taken = getattr(options, "overrides", None)
+        if taken is None or any(argument.startswith("-") for argument in more):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        taken += more
     try:
         options.run(options)
     except InputError as e:

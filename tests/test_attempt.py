@@ -1,6 +1,8 @@
 """An attempt's exit status: finished, to be run again, failed, bad input."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,10 @@ def test_secrets_are_read_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "token").write_text("hush\n")
     attempt.read_secrets([f"SOME_TOKEN={tmp_path / 'token'}"])
     assert os.environ["SOME_TOKEN"] == "hush"
+
+
+def test_the_former_name_of_the_module_ends_with_the_new_one() -> None:
+    former = [sys.executable, "-m", "megatron_coreward.launch.attempt", "config.yaml"]
+    done = subprocess.run(former, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "python -m megatron_coreward.attempt now" in done.stderr

@@ -65,22 +65,40 @@ finally:
         assert command.__name__.rpartition(".")[2].replace("_", "-") in done.stdout
 
 
-def test_keys_may_stand_before_and_behind_options(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["recipe.yaml", "steps=3", "--nodes", "2", "seed=4", "--dry-run", "method=entropy"],
+        ["--nodes", "2", "recipe.yaml", "steps=3", "seed=4", "method=entropy", "--dry-run"],
+        ["--nodes", "2", "--dry-run", "recipe.yaml", "steps=3", "seed=4", "method=entropy"],
+        ["recipe.yaml", "--nodes", "2", "--dry-run", "steps=3", "seed=4", "method=entropy"],
+        ["recipe.yaml", "--dry-run", "steps=3", "--nodes", "2", "seed=4", "method=entropy"],
+    ],
+    ids=" ".join,
+)
+def test_keys_may_stand_before_between_and_behind_options(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken = []
     monkeypatch.setattr(launch, "_launch", taken.append)
-    cli.main(["launch", "slurm", "recipe.yaml", "steps=3", "--nodes", "2", "seed=4", "--dry-run", "method=entropy"])
+    cli.main(["launch", "slurm", *arguments])
     (options,) = taken
-    assert (options.nodes, options.dry_run) == (2, True)
+    assert (str(options.config), options.nodes, options.dry_run) == ("recipe.yaml", 2, True)
     assert options.overrides == ["steps=3", "seed=4", "method=entropy"]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["launch", "slurm", "recipe.yaml", "--nods", "2"], ["rephrase", "m", "f", "--out", "o", "seed=4"]]
+    "arguments",
+    [
+        ["launch", "slurm", "recipe.yaml", "--nods", "2"],
+        ["launch", "slurm", "recipe.yaml", "--node", "2"],
+        ["rephrase", "m", "f", "--out", "o", "seed=4"],
+    ],
 )
 def test_what_no_command_takes_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
-    assert f"unrecognized arguments: {' '.join(arguments[-2:] if '--nods' in arguments else arguments[-1:])}" in (
+    assert f"unrecognized arguments: {' '.join(arguments[-2:] if arguments[0] == 'launch' else arguments[-1:])}" in (
         capsys.readouterr().err
     )
 

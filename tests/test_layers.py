@@ -12,15 +12,17 @@ PACKAGE = "megatron_coreward"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 # Modules of `weights` that send or receive.
-MOVES_WEIGHTS = ("send", "receive", "segment", "gloo", "device", "device_receive", "device_source")
+MOVES_WEIGHTS = ("message", "meeting", "groups", "mailbox", "cuda_ipc", "senders", "receivers")
 
 # From the bottom up. A room is a module or a package right under ours, or one module of `weights`: what moves weights
 # is on a higher layer than what plans their moves. The empty name is our package itself, which every import runs.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"", "errors", "types", "config", "weights"}),
-    frozenset({"data", "rewards", "algorithms", "telemetry", "weights.*", "planner", "guard", "report"}),
-    frozenset({"actor", "rollout", "checkpoint"})
-    | {f"weights.{name}" for name in ("message", "meeting", "groups", "mailbox", "cuda_ipc", "senders", "receivers")},
+    frozenset({"rewards", "algorithms"}),
+    frozenset({"telemetry", "data", "weights.*"}),
+    frozenset({"planner", "guard", "report"}),
+    frozenset({"checkpoint", *(f"weights.{name}" for name in MOVES_WEIGHTS)}),
+    frozenset({"actor", "rollout"}),
     frozenset({"preflight"}),
     frozenset({"cluster"}),
     frozenset({"trainer"}),
@@ -190,7 +192,7 @@ class TestTheRulesThemselves:
             "actor/worker.py": "import ray\ndef f():\n    from megatron_coreward.rollout import engine\n",
             "rollout/__init__.py": "from . import engine\n",
             "rollout/engine.py": "import numpy\nimport megatron_coreward.actor.worker\n",
-            "weights/plan.py": "from megatron_coreward.weights import send\n",
+            "weights/plan.py": "from megatron_coreward.weights import senders\n",
             "weights/senders/base.py": "from megatron_coreward import types\n",
         }
         for name, text in files.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_coreward.config.describe import Group, Key, groups
-from megatron_coreward.config.explain import RENAMED_KEYS
+from megatron_coreward.config.names import RENAMED_KEYS
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 

@@ -14,7 +14,15 @@ def add(commands: Any) -> None:
         "evaluate", help="pass@1, avg@k, pass@k, maj@k on prepared questions, with intervals"
     )
     actions = evaluate.add_subparsers(required=True, metavar="ACTION")
+    _add_run(actions)
+    _add_compare(actions)
+    _add_lm_eval(actions)
+    former = actions.add_parser("harness", add_help=False, prefix_chars="\0")  # takes anything, is not listed
+    former.add_argument("anything", nargs="*")
+    former.set_defaults(run=_renamed)
 
+
+def _add_run(actions: Any) -> None:
     run = actions.add_parser("run", help="sample answers and grade them; goes on where it was interrupted")
     run.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     run.add_argument("files", type=Path, nargs="+", metavar="FILE", help="parquet, as prepare-data writes it")
@@ -31,7 +39,7 @@ def add(commands: Any) -> None:
         "--equivalence", choices=get_args(Equivalence), default="math", help="when two answers are the same"
     )
     run.add_argument(
-        "--answer-form",
+        "--answer-format",
         action="append",
         choices=get_args(AnswerFormat),
         help="where final answers stand, tried in the order given; default: boxed",
@@ -45,12 +53,16 @@ def add(commands: Any) -> None:
     run.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
     run.set_defaults(run=_run)
 
+
+def _add_compare(actions: Any) -> None:
     compare = actions.add_parser("compare", help="paired test of two evaluations of the same questions")
     compare.add_argument("a", type=Path, metavar="A", help="directory or result.json of an evaluation")
     compare.add_argument("b", type=Path, metavar="B")
     compare.add_argument("--out", type=Path, help="directory for the comparison as JSON and a page")
     compare.set_defaults(run=_compare)
 
+
+def _add_lm_eval(actions: Any) -> None:
     lm_eval = actions.add_parser("lm-eval", help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM")
     lm_eval.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     lm_eval.add_argument("benchmarks", nargs="+", metavar="BENCHMARK")
@@ -66,10 +78,6 @@ def add(commands: Any) -> None:
     lm_eval.add_argument("--include-path", type=Path, help="directory with further task definitions")
     lm_eval.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
     lm_eval.set_defaults(run=_lm_eval)
-
-    former = actions.add_parser("harness", add_help=False, prefix_chars="\0")  # takes anything, is not listed
-    former.add_argument("anything", nargs="*")
-    former.set_defaults(run=_renamed)
 
 
 def _renamed(options: argparse.Namespace) -> None:
@@ -107,7 +115,7 @@ def _run(options: argparse.Namespace) -> None:
                 seed=options.seed,
                 dtype=options.dtype,
             ),
-            GradingSettings(options.equivalence, tuple(options.answer_form or ("boxed",))),
+            GradingSettings(options.equivalence, tuple(options.answer_format or ("boxed",))),
             chosen_engines(options, batch_questions=options.batch_questions),
             system_prompt=None if options.keep_system_prompt else options.system_prompt,
             thinking=options.thinking,

@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="config keys, such as actor.tensor_parallel=4, right after CONFIG",
+        help="config keys, such as actor.tensor_parallel=4",
     )
     plan.add_argument("--gpu", default="h100", help=", ".join(GPUS))
     plan.add_argument("--gpus", type=int, metavar="N", help="GPUs there are; default: as many as the layout takes")

@@ -7,7 +7,6 @@ from typing import Any, get_args
 from megatron_coreward.commands.arguments import whole
 from megatron_coreward.config.schema import SYSTEM_PROMPT
 from megatron_coreward.errors import InputError
-from megatron_coreward.types import VIEWS
 
 
 def add(commands: Any) -> None:
@@ -33,7 +32,10 @@ def add(commands: Any) -> None:
     )
     prepare.add_argument("--skip-bad", action="store_true", help="leave out rows without an answer, and list them")
     prepare.add_argument(
-        "--view", choices=VIEWS, default="original", help="the question to take from a file that holds pairs"
+        "--view",
+        choices=("original", "rephrased"),  # `types.VIEWS`, which would import numpy to print help
+        default="original",
+        help="the question to take from a file that holds pairs",
     )
     prepare.add_argument("--limit", type=whole(1), help="only the first rows, as many as this")
     prepare.add_argument("--json", action="store_true", help="the summary as JSON")

@@ -9,6 +9,11 @@ def add(commands: Any) -> None:
     train = commands.add_parser("train", help="train from a config file")
     train.add_argument("config", type=Path, metavar="CONFIG")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, such as actor.lr=1e-5")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the resolved run, its memory, its processes and what it would write, check it, and start nothing",
+    )
     train.set_defaults(run=_train)
 
 
@@ -17,12 +22,19 @@ def _train(options: argparse.Namespace) -> None:
     from megatron_coreward.preflight import preflight
 
     config = load_config(options.config, options.overrides)
-    preflight(config)  # before torch and Ray are imported, which takes longer than all of its checks
+    if options.dry_run:
+        from megatron_coreward.commands.dry_run import describe_run
+
+        print(describe_run(config), flush=True)
+    arch = preflight(config)  # before torch and Ray are imported, which takes longer than all of its checks
+    if options.dry_run:
+        print("\npreflight found nothing wrong; nothing was started and nothing was written")
+        return
 
     from megatron_coreward.cluster.preemption import Preempted
     from megatron_coreward.trainer.run import train
 
     try:
-        print(f"done: {train(config)}")
+        print(f"done: {train(config, arch)}")
     except Preempted as request:  # it did what it was asked to do: status 0
         print(request)

@@ -1,23 +1,13 @@
 """Bad values and unknown keys as messages: where, what was found, what is allowed, and what the key is for."""
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from megatron_coreward.config.describe import Key, all_keys, as_yaml
+from megatron_coreward.config.names import did_you_mean
 
-# Keys that were renamed: the old name is refused with the new one, for one release.
-RENAMED_KEYS = {
-    "rollout.lag": "rollout.max_staleness",
-    "teacher.lag": "teacher.lookahead",
-    "rewards.answer_forms": "rewards.answer_formats",
-    "faults.bad_gradient": "faults.nonfinite_gradients",
-    "guard.min_signs": "guard.min_indicators",
-    "rewards.judge_timeout_s": "rewards.comparison_timeout_s",
-    "sync.hashes": "sync.checksums",
-}
 _LONGEST_VALUE = 80  # characters of a value that a message shows
 
 
@@ -30,7 +20,7 @@ def explain(where: str, model: type[BaseModel], failed: ValidationError, renamed
         renamed: old names of keys -> new ones.
     """
     keys = all_keys(model)
-    told: dict[str, str] = {}
+    told: list[str] = []
     for error in failed.errors():
         name = ".".join(map(str, error["loc"]))
         key = _key_of(error["loc"], keys)
@@ -42,15 +32,8 @@ def explain(where: str, model: type[BaseModel], failed: ValidationError, renamed
             problem = _wrong_group(name, error)
         else:
             problem = _wrong_value(name, key, error)
-        told.setdefault(name if key is None else key.name, f"{where}: {problem}{_about(key)}")
-    return "\n".join(told.values())
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """The one of the known words that is nearest, if one is near; capitals do not matter."""
-    by_small = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), by_small, n=1)
-    return by_small[close[0]] if close else None
+        told.append(f"{where}: {problem}{_about(key)}")
+    return "\n".join(dict.fromkeys(told))  # the branches of a union say the same
 
 
 def _key_of(location: Sequence[Any], keys: Mapping[str, Key]) -> Key | None:
@@ -67,20 +50,21 @@ def _unknown(name: str, keys: Mapping[str, Key], model: type[BaseModel], renamed
     close = did_you_mean(last, beside)
     if close is not None:
         return f"unknown key {name!r}; did you mean {f'{group}.{close}'.lstrip('.')!r}?"
-    elsewhere = [other for other in keys if other.rpartition(".")[2] == last]
-    close = elsewhere[0] if elsewhere else did_you_mean(name, keys)
+    elsewhere = {key.rpartition(".")[2]: key for key in reversed(list(keys))}
+    close = did_you_mean(last, elsewhere)
     if close is not None:
-        return f"unknown key {name!r}; did you mean {close!r}?"
+        return f"unknown key {name!r}; did you mean {elsewhere[close]!r}?"
     return f"unknown key {name!r}; allowed: {', '.join(beside)}"
 
 
 def _names_in(group: str, model: Any) -> list[str]:
     """The names of a group's keys and groups, of the innermost group of the path that there is."""
     for part in group.split(".") if group else ():
-        field = model.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        kind = model.model_fields[part].annotation if part in model.model_fields else None
+        inner = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
+        if not inner:
             break
-        model = field.annotation
+        model = inner[0]
     return list(model.model_fields)
 
 
@@ -99,8 +83,7 @@ def _wrong_group(name: str, error: Any) -> str:
 
 def _wrong_value(name: str, key: Key, error: Any) -> str:
     value = error["input"]
-    inside = name.removeprefix(key.name).strip(".").split(".")
-    if any(part and not part.isdigit() for part in inside):  # a branch of a union: what all branches allow
+    if key.is_union and name != key.name:  # one of its branches: what all of them allow
         name, message = key.name, f"expected {key.kind}"
     else:
         message = _message(error)

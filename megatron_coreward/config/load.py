@@ -14,8 +14,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_coreward.config.accelerator import FP8_LOGPROB_GAP
-from megatron_coreward.config.explain import RENAMED_KEYS, explain
-from megatron_coreward.config.paths import expand_path
+from megatron_coreward.config.explain import explain
+from megatron_coreward.config.names import RENAMED_KEYS
+from megatron_coreward.config.paths import check_text, expand_path
 from megatron_coreward.config.schema import TEACHER_METHODS, RunConfig
 from megatron_coreward.config.yaml_file import parse_scalar, parse_yaml, read_yaml
 from megatron_coreward.errors import InputError
@@ -109,6 +110,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InputError(f"override {override!r}: expected key=value, such as actor.lr=1e-5")
+    try:
+        check_text(override)
+    except ValueError as e:
+        raise InputError(f"override {override!r}: {e}") from None
     value = _override_value(override, text)
     node = tree
     *parents, last = key.split(".")

@@ -11,6 +11,7 @@ Invariants (tests/config/test_yaml_file.py):
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +195,9 @@ def _scalar(tag: str, text: str) -> Any:
 
 
 def _whole(text: str) -> WrittenInt | str:
-    try:
-        number = WrittenInt(int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)))
-    except ValueError:  # thousands of digits, which Python converts to no number
+    if len(text) > sys.get_int_max_str_digits() > 0:  # which Python converts to no number
         return text
+    number = WrittenInt(int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)))
     number.text = text
     return number
 

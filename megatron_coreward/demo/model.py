@@ -109,13 +109,7 @@ def write_model(
         settings |= {"num_experts": experts, "num_experts_per_tok": experts_per_token, "norm_topk_prob": True}
         settings |= {"moe_intermediate_size": ffn, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(config_class(**settings))
-        if jitter:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter), alpha=jitter)
+    model = _random_model(model_class, config_class(**settings), seed, jitter)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
@@ -125,6 +119,17 @@ def write_model(
     tokenizer.save_pretrained(directory)
     _check_tokenizer(directory, tokenizer)
     return directory
+
+
+def _random_model(model_class: Any, config: Any, seed: int, jitter: float) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+        if jitter:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=jitter)
+    return model
 
 
 def _check_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:

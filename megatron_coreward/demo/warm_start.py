@@ -51,30 +51,9 @@ def warm_start(
     """
     prompts, responses = _tokenise(tokenizer, examples)
     longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    settings = ActorSettings(
-        data_parallel=2,
-        lr=LEARNING_RATE,
-        lr_schedule="constant",
-        lr_warmup=min(1.0, WARMUP_STEPS / max_steps),
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        tokens_per_microbatch=4096,
-    )
     start_ray()
-    setup = ActorSetup(
-        settings=settings,
-        loss=LossSettings(kl_coef=0.0),
-        hf_path=source.resolve(),
-        megatron_path=None,
-        dtype="float32",
-        temperature=1.0,
-        max_sequence_length=longest,
-        total_updates=max_steps,
-        seed=seed,
-        teacher=False,
-        frozen_reference=False,
-    )
-    placement = ReservedPlacement(ResourceRequest.of_actors(settings), limit_s=START_LIMIT_S)
+    setup = _actor_setup(source, longest, max_steps, seed)
+    placement = ReservedPlacement(ResourceRequest.of_actors(setup.settings), limit_s=START_LIMIT_S)
     actors = ActorGroup(setup, placement)
     try:
         actors.wait()
@@ -92,6 +71,31 @@ def warm_start(
     finally:
         actors.shutdown()
         placement.release()
+
+
+def _actor_setup(source: Path, longest: int, max_steps: int, seed: int) -> ActorSetup:
+    settings = ActorSettings(
+        data_parallel=2,
+        lr=LEARNING_RATE,
+        lr_schedule="constant",
+        lr_warmup=min(1.0, WARMUP_STEPS / max_steps),
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        tokens_per_microbatch=4096,
+    )
+    return ActorSetup(
+        settings=settings,
+        loss=LossSettings(kl_coef=0.0),
+        hf_path=source.resolve(),
+        megatron_path=None,
+        dtype="float32",
+        temperature=1.0,
+        max_sequence_length=longest,
+        total_updates=max_steps,
+        seed=seed,
+        teacher=False,
+        frozen_reference=False,
+    )
 
 
 def _tokenise(

@@ -57,21 +57,7 @@ def lm_eval_command(
     Raises InputError for an unknown benchmark, for one that runs code if that is not allowed, and for one that the
     harness has no task for and no `include_path` is given.
     """
-    if not benchmarks:
-        raise InputError(f"no benchmark given; allowed: {', '.join(BENCHMARKS)}")
-    for name in benchmarks:
-        if name not in BENCHMARKS:
-            raise InputError(f"benchmark {name!r}: unknown; allowed: {', '.join(BENCHMARKS)}")
-        if name in WITHOUT_TASK and include_path is None:
-            raise InputError(
-                f"benchmark {name}: lm-evaluation-harness (0.4.13) has no task for it; allowed: --include-path with a "
-                f"folder that defines the task {BENCHMARKS[name].tasks[0]}, or the benchmark's own program"
-            )
-        if BENCHMARKS[name].runs_code and not allow_code:
-            raise InputError(
-                f"benchmark {name}: it executes code that the model wrote; allowed: --allow-code, in a place where "
-                "that may do no harm"
-            )
+    _check(benchmarks, allow_code, include_path)
     model_args = {
         "pretrained": str(model.resolve()),
         "dtype": dtype,
@@ -105,6 +91,24 @@ def lm_eval_command(
     if any(BENCHMARKS[name].runs_code for name in benchmarks):
         command.append("--confirm_run_unsafe_code")
     return command
+
+
+def _check(benchmarks: Sequence[str], allow_code: bool, include_path: Path | None) -> None:
+    if not benchmarks:
+        raise InputError(f"no benchmark given; allowed: {', '.join(BENCHMARKS)}")
+    for name in benchmarks:
+        if name not in BENCHMARKS:
+            raise InputError(f"benchmark {name!r}: unknown; allowed: {', '.join(BENCHMARKS)}")
+        if name in WITHOUT_TASK and include_path is None:
+            raise InputError(
+                f"benchmark {name}: lm-evaluation-harness (0.4.13) has no task for it; allowed: --include-path with a "
+                f"folder that defines the task {BENCHMARKS[name].tasks[0]}, or the benchmark's own program"
+            )
+        if BENCHMARKS[name].runs_code and not allow_code:
+            raise InputError(
+                f"benchmark {name}: it executes code that the model wrote; allowed: --allow-code, in a place where "
+                "that may do no harm"
+            )
 
 
 def run_lm_eval(model: Path, benchmarks: Sequence[str], out: Path, **options: Any) -> dict[str, dict[str, float]]:

@@ -8,10 +8,11 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
 from megatron_coreward.config.component import Component, Positive
+from megatron_coreward.config.explain import explain
+from megatron_coreward.config.yaml_file import read_yaml
 from megatron_coreward.errors import InputError
 
 # What the launcher and the executors tell their own scripts; set otherwise, a job finds no Ray, no recipe or no end.
@@ -179,31 +180,14 @@ def load_cluster(model: type[Cluster], path: Path | None) -> Cluster:
     kind = model.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
     tree: Any = {"kind": kind}
     if path is not None:
-        if not path.is_file():
-            raise InputError(f"--cluster: {path} does not exist")
-        try:
-            tree = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as e:
-            raise InputError(f"{path}: not valid YAML ({str(e).splitlines()[0]})") from None
-        if not isinstance(tree, dict):
-            raise InputError(f"{path}: expected keys and values, found {type(tree).__name__}")
+        tree = read_yaml(path, "--cluster:")
         if tree.get("kind") != kind:
             raise InputError(f"{path}: kind is {tree.get('kind')!r}, and launch {kind} needs kind: {kind}")
     where = str(path) if path is not None else f"launch {kind} without --cluster"
     try:
         cluster = model.model_validate(tree)
     except ValidationError as e:
-        raise InputError("\n".join(_explain(where, model, error) for error in e.errors())) from None
+        raise InputError(explain(where, model, e)) from None
     if both := cluster.env.keys() & cluster.secrets.keys():
         raise InputError(f"{where}: {min(both)} is in env and in secrets; allowed: one of them")
     return cluster
-
-
-def _explain(where: str, model: type[Component], error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        allowed = f"; allowed: {', '.join(model.model_fields)}" if len(error["loc"]) == 1 else ""
-        return f"{where}: unknown key {key!r}{allowed}"
-    if error["type"] == "missing":
-        return f"{where}: key {key!r} is missing"
-    return f"{where}: {key}: {error['msg'].removeprefix('Value error, ')}, found {error['input']!r}"

@@ -217,14 +217,22 @@ def _run_dir(config: RunConfig) -> Iterator[str]:
             )
 
 
-def least_disk(config: RunConfig, arch: Architecture) -> int:
-    """Bytes of the final model and of the checkpoints that exist at a time, the one that is being written included."""
-    once = sum(parameters(arch))
+def checkpoint_bytes(config: RunConfig, arch: Architecture) -> int:
+    """Bytes of one checkpoint at least."""
     item = 4 if config.model.dtype == "float32" else 2
     # Weights; main parameters and two moments; value and compensation of the teacher.
-    checkpoint = once * (item + 12 + (8 if METHODS[config.method].needs.teacher else 0))
+    return sum(parameters(arch)) * (item + 12 + (8 if METHODS[config.method].needs.teacher else 0))
+
+
+def model_bytes(config: RunConfig, arch: Architecture) -> int:
+    """Bytes of the final model."""
+    return sum(parameters(arch)) * (4 if config.model.dtype == "float32" else 2)
+
+
+def least_disk(config: RunConfig, arch: Architecture) -> int:
+    """Bytes of the final model and of the checkpoints that exist at a time, the one that is being written included."""
     saves = -(-config.steps // config.checkpoint.every) if config.checkpoint.every else 1
-    return once * item + checkpoint * min(saves, config.checkpoint.keep + 1)
+    return model_bytes(config, arch) + checkpoint_bytes(config, arch) * min(saves, config.checkpoint.keep + 1)
 
 
 def _disk(config: RunConfig, arch: Architecture) -> Iterator[str]:

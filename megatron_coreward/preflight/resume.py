@@ -8,10 +8,12 @@ schedules of learning rate and teacher then have the new horizon.
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_coreward.config.names import with_new_names
 from megatron_coreward.config.schema import RunConfig
 
 FIXED = (
@@ -46,13 +48,20 @@ FIXED = (
     "loss",
 )
 _PATHS = ("model.hf_path", "model.megatron_path", "data.train_files", "data.rephrased_files")
-_STEP = re.compile(r"step_\d+")
+_STEP = re.compile(r"step_(\d+)")
+
+
+def newest_checkpoint(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint, by the names alone; None: there is none."""
+    saved = run_dir / "checkpoints"
+    found = [_STEP.fullmatch(path.name) for path in saved.iterdir()] if saved.is_dir() else []
+    return max((int(match[1]) for match in found if match), default=None)
 
 
 def problems(config: RunConfig) -> Iterator[str]:
     """What differs from the run that the run directory holds."""
-    run_dir, saved = config.run_dir, config.run_dir / "checkpoints"
-    if not saved.is_dir() or not any(_STEP.fullmatch(path.name) for path in saved.iterdir()):
+    run_dir = config.run_dir
+    if newest_checkpoint(run_dir) is None:
         return
     if config.checkpoint.resume == "never":
         yield f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir"
@@ -68,7 +77,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     if not isinstance(before, Mapping):
         yield f"run_dir: {file} is damaged (no keys and values); bring it back or choose another run_dir"
         return
-    old, new = (dict(_flat(tree)) for tree in (before, config.model_dump(mode="json")))
+    old, new = (dict(_flat(tree)) for tree in (with_new_names(before), config.model_dump(mode="json")))
     for key in sorted(old.keys() & new.keys()):
         is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
         if is_fixed and _meant(key, old[key]) != _meant(key, new[key]):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_coreward.config.names import with_new_names
 from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.jsonl import FILE_NAME, Row, read_rows
@@ -80,7 +81,7 @@ def load_record(run_dir: Path) -> RunRecord:
         raise InputError(f"{run_dir / 'config.yaml'}: expected keys and values, found {type(config).__name__}")
     return RunRecord(
         run_dir=run_dir,
-        config=config,
+        config=with_new_names(config),
         config_text=text,
         rows=rows,
         dumps=dumped_steps(run_dir),

@@ -58,24 +58,8 @@ class RolloutEngine:
             os.environ["VLLM_RPC_BASE_PATH"] = str(self._resources.folder)
 
         from vllm import LLM
-        from vllm.config import WeightTransferConfig
 
-        if on_cpu:
-            where: dict[str, Any] = {
-                "kv_cache_memory_bytes": int(setup.kv_cache_gib * 2**30),
-                "enforce_eager": True,  # compiling takes 10 s more at start, and gains under a tenth for small models
-                # vLLM 0.32 rewinds the generator of a seeded request whose prompt is read in several steps, which
-                # torch refuses for CPU generators ("CPU Generator does not use offset").
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, setup.max_model_len),
-            }
-        else:
-            where = {
-                "gpu_memory_utilization": setup.gpu_memory_utilization,
-                "enable_sleep_mode": True,
-                "enforce_eager": not setup.cuda_graphs,
-                "quantization": setup.quantization,
-            }
+        if not on_cpu:
             from megatron_coreward.weights.receivers.engine import register
 
             register()  # in this process; workers of a tensor-parallel engine find the entry point of the package
@@ -84,23 +68,7 @@ class RolloutEngine:
         self._tensor_parallel = setup.tensor_parallel
         self._init_info: Mapping[str, Any] | None = None
         self._version: int | None = None
-        self._llm: Any = LLM(
-            str(setup.model_path),
-            dtype=setup.dtype,
-            tensor_parallel_size=setup.tensor_parallel,
-            # With a GPU, in a Ray placement group, vLLM would ask Ray for GPUs that this process has taken already.
-            distributed_executor_backend="mp" if setup.tensor_parallel > 1 else None,
-            max_model_len=setup.max_model_len,
-            max_num_seqs=setup.max_num_seqs,
-            seed=setup.seed,
-            load_format="dummy"
-            if setup.own_weights is None
-            else "auto",  # mostly, weights are synced before they are used
-            weight_transfer_config=WeightTransferConfig(backend=VLLM_BACKEND),
-            enable_prefix_caching=True,  # the n samples of a prompt share its keys and values
-            logprobs_mode="processed_logprobs",  # of the distribution sampled from
-            **where,
-        )
+        self._llm: Any = LLM(str(setup.model_path), **_engine_arguments(setup, on_cpu))
         if self._resources is not None:
             self._resources.note_segments()
             self._llm.llm_engine.model_executor.register_failure_callback(on_worker_death)
@@ -277,6 +245,42 @@ def _failure_of(worker: object) -> str | None:
     from megatron_coreward.weights.receivers.engine import failure_of
 
     return failure_of(worker)
+
+
+def _engine_arguments(setup: EngineSetup, on_cpu: bool) -> dict[str, Any]:
+    """What `vllm.LLM` is built with."""
+    from vllm.config import WeightTransferConfig
+
+    if on_cpu:
+        device: dict[str, Any] = {
+            "kv_cache_memory_bytes": int(setup.kv_cache_gib * 2**30),
+            "enforce_eager": True,  # compiling takes 10 s more at start, and gains under a tenth for small models
+            # vLLM 0.32 rewinds the generator of a seeded request whose prompt is read in several steps, which
+            # torch refuses for CPU generators ("CPU Generator does not use offset").
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, setup.max_model_len),
+        }
+    else:
+        device = {
+            "gpu_memory_utilization": setup.gpu_memory_utilization,
+            "enable_sleep_mode": True,
+            "enforce_eager": not setup.cuda_graphs,
+            "quantization": setup.quantization,
+        }
+    return {
+        "dtype": setup.dtype,
+        "tensor_parallel_size": setup.tensor_parallel,
+        # With a GPU, in a Ray placement group, vLLM would ask Ray for GPUs that this process has taken already.
+        "distributed_executor_backend": "mp" if setup.tensor_parallel > 1 else None,
+        "max_model_len": setup.max_model_len,
+        "max_num_seqs": setup.max_num_seqs,
+        "seed": setup.seed,
+        "load_format": "dummy" if setup.own_weights is None else "auto",  # mostly, a sync comes before the first use
+        "weight_transfer_config": WeightTransferConfig(backend=VLLM_BACKEND),
+        "enable_prefix_caching": True,  # the n samples of a prompt share its keys and values
+        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from
+        **device,
+    }
 
 
 def _free_bytes(worker: object) -> int:

@@ -34,6 +34,7 @@ class Rollouts:
 class Experience:
     """A step up to its update. Rewards and advantages are of the policy's groups, in their order."""
 
+    num_updates: int  # optimizer steps that the policy had taken
     rollouts: Rollouts
     sequences: Sequences  # of the policy's groups
     token_stats: TokenStats | None  # of those sequences under the policy; None: nothing has asked for them
@@ -80,10 +81,15 @@ class Collector:
 
     def collect(self, step: int, num_updates: int, timer: PhaseTimer) -> Experience:
         """The experience of a step, counted from 1."""
-        return self.score(step, self.source.sample(step, num_updates, timer), timer)
+        return self.score(step, num_updates, self.source.sample(step, num_updates, timer), timer)
 
     def score(
-        self, step: int, rollouts: Rollouts, timer: PhaseTimer, group_rewards: list[GroupReward] | None = None
+        self,
+        step: int,
+        num_updates: int,
+        rollouts: Rollouts,
+        timer: PhaseTimer,
+        group_rewards: list[GroupReward] | None = None,
     ) -> Experience:
         """Rewards of the rollouts of a step (or those that are known already), and advantages."""
         needs, ground_truths = self.method.needs, {p.uid: p.ground_truth for p in self.problems_of(step - 1)}
@@ -105,4 +111,4 @@ class Collector:
             if group_rewards is None:
                 group_rewards = [self.method.score(group, context) for group in rollouts.policy]
             advantages = [group_advantages(reward.rewards) for reward in group_rewards]
-        return Experience(rollouts, sequences, stats, context, group_rewards, advantages, ground_truths)
+        return Experience(num_updates, rollouts, sequences, stats, context, group_rewards, advantages, ground_truths)

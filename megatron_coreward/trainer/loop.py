@@ -31,6 +31,7 @@ from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.experience import Experience
 from megatron_coreward.trainer.garbage_collection import garbage_collection_paused
 from megatron_coreward.trainer.rollback import Collapsing
+from megatron_coreward.trainer.step_metrics import Updates
 from megatron_coreward.types import Sequences, TokenStats, TrainBatch
 
 Row = dict[str, float]
@@ -72,19 +73,13 @@ class Trainer:
     @garbage_collection_paused()
     def step(self, step: int, timer: PhaseTimer) -> StepResult:
         """One step of the run, counted from 1."""
-        decay = self._update_ema_teacher(step, timer)
-        experience = self.collect(step, self.state.num_updates, timer)
-        updates, kl_coef = self._update(experience, timer)
-        metrics = step_metrics.of_step(experience, updates, kl_coef, timer.seconds)
-        if decay is not None:
-            metrics["teacher/decay"] = decay
-        if self.config.rollout.max_staleness:
-            metrics |= step_metrics.staleness(
-                experience.rollouts.policy, self.state.num_updates, self.config.loss.updates_per_batch
-            )
-        return StepResult(experience.scored, metrics)
+        decay = self.update_ema_teacher(step, timer)
+        experience = self.collect(step, self.state.num_updates, timer)  # sample teacher and policy, score, advantages
+        updates = self.update(experience, timer)
+        metrics = step_metrics.of_step(self.config, experience, updates, timer.seconds)
+        return StepResult(experience.scored, metrics | ({} if decay is None else {"teacher/decay": decay}))
 
-    def _update_ema_teacher(self, step: int, timer: PhaseTimer) -> float | None:
+    def update_ema_teacher(self, step: int, timer: PhaseTimer) -> float | None:
         """teacher <- decay * teacher + (1 - decay) * policy (Eq. 11); returns the decay, None without a teacher."""
         if not self.needs.teacher:
             return None
@@ -98,8 +93,8 @@ class Trainer:
             self.state = replace(self.state, teacher_updates=step)
         return decay
 
-    def _update(self, experience: Experience, timer: PhaseTimer) -> tuple[list[Row], float]:
-        """PPO-clip with KL to the reference: one optimizer step or several. Returns reports and the KL's weight."""
+    def update(self, experience: Experience, timer: PhaseTimer) -> Updates:
+        """PPO-clip with KL to the reference: one optimizer step on the batch, or several on parts of it."""
         loss, max_tokens = self.config.loss, self.config.rollout.max_response_tokens
         kl_coef = (loss.kl_coef or 0.0) * self.guard.kl_factor
         reference = old = None
@@ -118,7 +113,7 @@ class Trainer:
             for part in mini_batches(batch, groups, loss, max_tokens):
                 reports.append(self.actors.update(part))
                 self.state = replace(self.state, num_updates=self.state.num_updates + 1)
-        return reports, kl_coef
+        return Updates(reports, kl_coef)
 
     def _stats(self, sequences: Sequences, weights: str) -> TokenStats:
         return self.actors.token_stats(sequences, weights, self.config.rollout.temperature)

@@ -130,8 +130,8 @@ class LoggedCollector:
         logged = self._log.read(step, problems, collector.method.needs.views, versions)
         sampled = collector.source.sample(step, num_updates, timer)  # of a logged step: what later steps need
         if logged is not None:
-            return collector.score(step, logged.rollouts, timer, logged.group_rewards)
-        experience = collector.score(step, sampled, timer)
+            return collector.score(step, num_updates, logged.rollouts, timer, logged.group_rewards)
+        experience = collector.score(step, num_updates, sampled, timer)
         self._log.write(step, experience.scored, sampled.syncs)
         return experience
 

@@ -70,8 +70,11 @@ class _Data:
                     yield f"{count} {what} questions {why} and are left out; {len(problems)} are used"
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, arch: Architecture | None = None) -> Path:
     """Runs `config.steps` steps (those that an earlier attempt did not do) and writes the final model.
+
+    Args:
+        arch: what `preflight` returned, if it has been run; None: it is run first.
 
     Returns:
         The run directory.
@@ -83,7 +86,7 @@ def train(config: RunConfig) -> Path:
         RunError: the run cannot go on; the message names the cause and from where it would go on.
     """
     with StopSignals(config.faults.stop_signals) as stop, ExitStack() as stack:
-        arch = preflight(config)
+        arch = arch or preflight(config)
         stack.enter_context(lock_run_directory(config.run_dir))
         if config.telemetry.wandb_project is not None:
             require_wandb(config.telemetry.wandb_project)

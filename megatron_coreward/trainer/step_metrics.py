@@ -1,9 +1,11 @@
 """The metrics of a step: what was sampled, how it was rewarded, what the update did. For people, not for training."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.agreement import (
     agreement_metrics,
     ground_truth_metrics,
@@ -18,13 +20,20 @@ from megatron_coreward.trainer.experience import Experience
 from megatron_coreward.types import RolloutGroup, WeightVersion
 
 
+@dataclass(frozen=True, slots=True)
+class Updates:
+    """The optimizer steps of a batch."""
+
+    reports: list[dict[str, float]]  # of each: what the actors report, sums over response tokens
+    kl_coef: float  # weight of the KL term
+
+
 def of_step(
-    experience: Experience, updates: Sequence[Mapping[str, float]], kl_coef: float, seconds: Mapping[str, float]
+    config: RunConfig, experience: Experience, updates: Updates, seconds: Mapping[str, float]
 ) -> dict[str, float]:
     """Rewards, rollouts, losses, weight sync and label quality of one step.
 
     Args:
-        updates: what the actors reported of each optimizer step (sums over response tokens).
         seconds: wall time of the step's phases so far.
     """
     groups, teacher_groups, syncs = experience.rollouts.policy, experience.rollouts.teacher, experience.rollouts.syncs
@@ -39,9 +48,11 @@ def of_step(
     }
     if "rollout" in seconds:  # else the rollouts are from the rollout log, or were drawn meanwhile
         metrics["rollout/tokens_per_s"] = sampled / seconds["rollout"]
-    metrics |= _loss(updates)
+    metrics |= _loss(updates.reports)
     if "loss/kl" in metrics:
-        metrics["loss/kl_coef"] = kl_coef
+        metrics["loss/kl_coef"] = updates.kl_coef
+    if config.rollout.max_staleness:
+        metrics |= staleness(groups, experience.num_updates, config.loss.updates_per_batch)
     if syncs:
         metrics["sync/seconds"] = sum(report.seconds for report in syncs)
         metrics["sync/canary_gap"] = max(report.canary_gap for report in syncs)
@@ -79,9 +90,9 @@ def _loss(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def staleness(groups: Sequence[RolloutGroup], num_updates: int, updates_per_batch: int) -> dict[str, float]:
-    """How many steps the weights that sampled were behind those that the step began with."""
+    """How many steps the weights that sampled were behind those of `num_updates`, which it began with."""
     version = groups[0].completions[0].weight_version
-    behind = WeightVersion("policy", num_updates - updates_per_batch).number - version
+    behind = WeightVersion("policy", num_updates).number - version
     return {"rollout/staleness": behind / WeightVersion("policy", updates_per_batch).number}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_coreward.algorithms.accuracy import sampled_scores
 from megatron_coreward.cluster.rollout_engines import RolloutEngines
@@ -101,10 +102,15 @@ def measure_accuracy(
         right, majority_right = [g.right for g in graded], [g.majority_right for g in graded]
         scores = sampled_scores(right, majority_right, likeliest)
         scores = {name: scores[name] for name in score_names(settings)}
+    return _by_data_set(scores, {name: len(part) for name, part in held_out.items()})
+
+
+def _by_data_set(scores: Mapping[str, NDArray[np.float64]], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Means of scores [Q] over all questions and, if there are several data sets, over those of each."""
     metrics = {f"val/{name}": float(values.mean()) for name, values in scores.items()}
-    if len(held_out) > 1:
-        ends = np.cumsum([len(part) for part in held_out.values()])[:-1]
+    if len(sizes) > 1:
+        ends = np.cumsum(list(sizes.values()))[:-1]
         for name, values in scores.items():
-            for source, own in zip(held_out, np.split(values, ends), strict=True):
+            for source, own in zip(sizes, np.split(values, ends), strict=True):
                 metrics[f"val/{source}/{name}"] = float(own.mean())
     return metrics

@@ -102,7 +102,7 @@ class TestSlurmWithoutContainers:
         for line in ("--reservation=maintenance", "--mail-user=me", "--exclude='n[1-3]'"):
             assert f"#SBATCH {line}" in script.splitlines()
 
-    @pytest.mark.parametrize("folder", ["a b", "it's", "a \"b\" 'c'", "50%/$HOME", "nemo_run/x", "é"])
+    @pytest.mark.parametrize("folder", ["a b", "it's", "a \"b\" 'c'", "50%/$5 $(id)", "nemo_run/x", "é"])
     def test_paths_reach_every_command_as_one_word(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
     ) -> None:

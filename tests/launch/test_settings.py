@@ -36,7 +36,7 @@ def test_secrets_are_references_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kind: slurm\npartitoin: gpu\n", "unknown key 'partitoin'; allowed: .*partition"),
+        ("kind: slurm\npartitoin: gpu\n", "unknown key 'partitoin'; did you mean 'partition'"),
         ("kind: slurm\nssh: {host: a, user: b, port: 1}\n", "unknown key 'ssh.port'"),
         ("kind: slurm\ntime: 4h\n", r"time: expected \[days-\]hours:minutes:seconds, .*found '4h'"),
         ("kind: slurm\nmounts: [data]\n", "mounts.0: expected /on/the/host:/in/the/container, found 'data'"),
@@ -49,6 +49,8 @@ def test_secrets_are_references_only(tmp_path: Path) -> None:
         ("kind: kubernetes\nimage: x\n", "kind is 'kubernetes', and launch slurm needs kind: slurm"),
         ("[1]\n", "expected keys and values, found list"),
         ("{", "not valid YAML"),
+        ("kind: slurm\nenv:\n  A: x\n  A: y\n", "line 4: key 'A' is there already, in line 3"),
+        ("kind: slurm\nenv:\n\tA: x\n", "line 3, column 1: a tab is used for indentation"),
     ],
 )
 def test_a_wrong_file_is_one_message(tmp_path: Path, text: str, message: str) -> None:
@@ -57,6 +59,19 @@ def test_a_wrong_file_is_one_message(tmp_path: Path, text: str, message: str) ->
     with pytest.raises(InputError, match=message) as raised:
         load_cluster(SlurmCluster, path)
     assert str(path) in str(raised.value)
+
+
+def test_text_is_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        "kind: slurm\ntime: 12:00:00\naccount: 010\nqos: off\nmem: 400\nenv: {LEVEL: 1.50, YES: yes}\n"
+        "sbatch: {begin: 2026-01-01}\nworkdir: ~/work\n"
+    )
+    cluster = load_cluster(SlurmCluster, path)
+    assert (cluster.time, cluster.account, cluster.qos, cluster.mem) == ("12:00:00", "010", "off", "400")
+    assert cluster.env == {"LEVEL": "1.50", "YES": "yes"}
+    assert cluster.sbatch == {"begin": "2026-01-01"}
+    assert str(cluster.workdir) == "~/work"  # of the cluster's own home directory
 
 
 def test_without_a_file_slurm_has_its_defaults_and_kubernetes_asks_for_one(tmp_path: Path) -> None:

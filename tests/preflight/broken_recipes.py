@@ -130,7 +130,7 @@ def header(content: bytes) -> bytes:
 
 CASES: dict[str, Case] = {
     # keys and types
-    "unknown key": key("actor.lrr=1", says="recipe.yaml: unknown key 'actor.lrr'; did you mean 'lr'"),
+    "unknown key": key("actor.lrr=1", says="recipe.yaml: unknown key 'actor.lrr'; did you mean 'actor.lr'"),
     "unknown group": key("rolout.n=4", says="unknown key 'rolout'; did you mean 'rollout'"),
     "unknown key of no likeness": key("actor.qqq=1", says="unknown key 'actor.qqq'; allowed: tensor_parallel, "),
     "text for a number": key("steps=many", says="steps: .*valid integer.*found 'many'"),
@@ -144,9 +144,9 @@ CASES: dict[str, Case] = {
     "a value for a group": key("actor=3", says="actor: .*found 3"),
     "no override": key("steps", says="override 'steps': expected key=value"),
     "into a value": key("steps.x=1", says="override 'steps.x=1': steps is a value"),
-    "bad YAML in an override": key("steps=[", says="override 'steps=\\[': the value is not valid YAML"),
+    "bad YAML in an override": key("steps=[", says="override 'steps=\\[': not valid YAML"),
     "bad YAML": broken(text("recipe.yaml", "a: ["), says="recipe.yaml: not valid YAML"),
-    "no text": broken(text("recipe.yaml", b"\xff\xfe\x00"), says="recipe.yaml: not valid YAML"),
+    "no text": broken(text("recipe.yaml", b"\xff\xfe\x00"), says="recipe.yaml: not UTF-8 text, line 1"),
     "a list": broken(text("recipe.yaml", "- 1"), says="recipe.yaml: expected keys and values, found list"),
     "an empty recipe": broken(text("recipe.yaml", "steps: 3"), says="key 'model' is missing"),
     "no recipe": broken(remove("recipe.yaml"), says="config file recipe.yaml does not exist"),
@@ -393,6 +393,10 @@ CASES: dict[str, Case] = {
         resumed("model.hf_path=experts"), says="model.hf_path: 'model', but the run in run was made with 'experts'"
     ),
     "another rate": broken(resumed(), "actor.lr=1e-5", says="actor.lr: 1e-05, but the run in run was made with 3e-06"),
+    "another value of a renamed key": broken(
+        resumed(config="rewards: {answer_forms: [plain]}"),
+        says=r"rewards.answer_formats: \['boxed'\], but the run in run was made with \['plain'\]",
+    ),
     "other data": broken(resumed(), "data.train_files=[val.parquet]", says="data.train_files: .*was made with"),
     "no resume": broken(resumed(), "checkpoint.resume=never", says="holds checkpoints and checkpoint.resume is never"),
     "damaged config of the run": broken(resumed(config="a: ["), says="run/config.yaml is damaged"),

@@ -37,7 +37,7 @@ def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setattr(machine, "available_memory", lambda: 1 << 40)
     monkeypatch.setattr(machine, "free_bytes", lambda folder: 1 << 40)
     started = ModuleType("megatron_coreward.trainer.run")
-    started.train = lambda config: config.run_dir  # type: ignore[attr-defined]
+    started.train = lambda config, arch: config.run_dir  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "megatron_coreward.trainer.run", started)
     return folder
 

@@ -74,8 +74,8 @@ def test_sender_and_receiver_list_the_same_messages_and_replicas_pass_them_on(ca
 
 def test_all_stages_and_experts_have_something_to_send_in_every_bucket() -> None:
     actor = ActorLayout(pipeline_parallel=2, data_parallel=2, expert_parallel=2)
-    arch = architecture(num_layers=4, family="qwen3_moe", experts=EXPERTS, hidden_size=256, tied=True)
-    schedule = Schedule(actor, EngineLayout(), ModelTensors(arch, "float32"), 2**19)
+    arch = architecture(num_layers=4, family="qwen3_moe", experts=EXPERTS, hidden_size=512, tied=True)
+    schedule = Schedule(actor, EngineLayout(), ModelTensors(arch, "float32"), 2**18)
     groups = [streams(actor, arch, schedule.metas, 64)]
     assert [len(of_all) for of_all in groups] == [4]
     assert sum(map(len, groups[0])) == len(schedule.metas)

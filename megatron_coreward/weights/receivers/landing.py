@@ -166,7 +166,9 @@ def _load(model: Any, tensors: dict[str, torch.Tensor]) -> None:
         model.load_weights(iter(tensors.items()))
     except (ValueError, KeyError) as error:
         raise RunError(f"vLLM's model has no place for a tensor that is to be sent: {error}") from error
-    except NotImplementedError as error:  # meta tensors have no values
+    except (NotImplementedError, RuntimeError) as error:  # meta tensors have no values
+        if "meta" not in str(error):
+            raise
         raise RunError(f"a loader of vLLM's model needs values of weights, not only their places: {error}") from error
 
 
