@@ -5,16 +5,16 @@ bucket numbers travel between them.
 
 Tensors come in streams, one for each group of ranks that holds a part of the model (a pipeline stage, a share of the
 experts). Every bucket takes from all streams, in proportion to their bytes: so all ranks have something to send at all
-times, whatever the order of the checkpoint.
+times, whatever the order of the checkpoint. Within a large tensor it takes from all tensor-parallel parts alike.
 
 Invariants (tests/weights/test_buckets.py):
-  1. The pieces of all buckets, in order, are the tensors of each stream in the given order, each row exactly once.
+  1. The pieces of all buckets are the tensors of each stream in the given order, each row exactly once.
   2. A bucket holds at most `bucket_bytes`, except that each stream brings one row at least.
   3. Only tensors that are larger than a quarter of a stream's share of a bucket are cut.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
 from typing import NamedTuple
@@ -55,8 +55,12 @@ class Rows(NamedTuple):
 Bucket = tuple[Rows, ...]
 
 
-def plan_buckets(streams: Sequence[Sequence[TensorMeta]], bucket_bytes: int) -> tuple[Bucket, ...]:
+def plan_buckets(streams: Sequence[Sequence[TensorMeta]], bucket_bytes: int, lanes: int = 1) -> tuple[Bucket, ...]:
     """Fills buckets of at most `bucket_bytes` with the tensors of all streams.
+
+    Args:
+        lanes: equal runs of rows into which a tensor, by its name, is cut first. A bucket takes the same of each, so that it has
+            something for every tensor-parallel rank and worker.
 
     Example: with streams [a, b] and [c], of 400, 400 and 800 bytes, and 800 bytes a bucket, the buckets are [a, the
     first half of c] and [b, the second half of c].
@@ -76,30 +80,39 @@ def plan_buckets(streams: Sequence[Sequence[TensorMeta]], bucket_bytes: int) -> 
         seen.add(meta.name)
     total = sum(meta.nbytes for meta in metas)
     shares = [max(1, bucket_bytes * sum(meta.nbytes for meta in stream) // total) for stream in streams]
-    filled = [_fill(stream, share) for stream, share in zip(streams, shares, strict=True) if stream]
+    filled = [_fill(stream, share, lanes) for stream, share in zip(streams, shares, strict=True) if stream]
     return tuple(tuple(rows for part in parts for rows in part) for parts in zip_longest(*filled, fillvalue=()))
 
 
-def _fill(stream: Sequence[TensorMeta], share: int) -> list[list[Rows]]:
+def _fill(stream: Sequence[TensorMeta], share: int, lanes: Callable[[str], int]) -> list[list[Rows]]:
     """A stream's part of every bucket."""
     parts: list[list[Rows]] = [[]]
     left = share
     for meta in stream:
         num_rows = meta.shape[0] if meta.shape else 1
-        row_bytes, start = meta.nbytes // num_rows, 0
-        while start < num_rows:
-            rows = max(0, min(num_rows - start, left // row_bytes))
-            if rows < num_rows - start and meta.nbytes <= share // 4:
-                rows = 0  # small: whole, in the next bucket
-            if rows == 0 and not parts[-1]:
-                rows = 1
-            if rows == 0:
+        row_bytes, cut = meta.nbytes // num_rows, meta.nbytes > share // 4
+        mine = lanes(meta.name) if cut else 1  # a tensor that fits is one piece, all lanes of it
+        while mine > 1 and (mine > num_rows or 4 * mine * row_bytes > share):
+            mine //= 2
+        length, start = -(-num_rows // mine), 0  # of a lane, and what of it is in a bucket
+        while start < length:
+            whole = start == 0 and meta.nbytes <= left
+            fitting = length if whole else min(length - start, max(0, left // (mine * row_bytes)) if cut else 0)
+            if fitting == 0 and not parts[-1]:
+                fitting = 1
+            if fitting == 0:
                 parts.append([])
                 left = share
                 continue
-            parts[-1].append(Rows(meta.name, start, start + rows, rows * row_bytes))
-            left, start = left - rows * row_bytes, start + rows
-    return parts
+            pieces = [Rows(meta.name, 0, num_rows, meta.nbytes)] if whole else []
+            for lane in range(0 if whole else mine):
+                first = lane * length + start
+                last = min(first + fitting, (lane + 1) * length, num_rows)
+                if first < last:
+                    pieces.append(Rows(meta.name, first, last, (last - first) * row_bytes))
+            parts[-1] += pieces
+            left, start = left - sum(rows.nbytes for rows in pieces), start + fitting
+    return [part for part in parts if part]
 
 
 def block_bounds(name: str, shape: Sequence[int], index: Index) -> tuple[tuple[int, int], ...]:

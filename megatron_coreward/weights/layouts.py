@@ -253,6 +253,11 @@ _CUTS: dict[str, _Cut] = {
 }
 
 
+def cut_by_rows(name: str) -> bool:
+    """Whether tensor-parallel ranks and workers have different rows of an HF tensor."""
+    return _CUTS[name.split(".")[-2]] in ("vocabulary", "rows", "kv_heads")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineLayout:
     """How vLLM 0.32 spreads the model over the workers of each of several equal engines.

@@ -8,6 +8,7 @@ Invariants (tests/weights/test_schedule.py):
   2. A worker passes on exactly what it received, to the same worker of the engine that the plan names.
 """
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,14 @@ from typing import NamedTuple
 
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.weights.buckets import ITEM_BYTES, Bucket, Index, TensorMeta, plan_buckets
-from megatron_coreward.weights.layouts import ActorLayout, Bounds, EngineLayout, expert_number, layer_number
+from megatron_coreward.weights.layouts import (
+    ActorLayout,
+    Bounds,
+    EngineLayout,
+    cut_by_rows,
+    expert_number,
+    layer_number,
+)
 from megatron_coreward.weights.plan import ModelTensors, Transfer, TransferPlan, plan_transfers
 from megatron_coreward.weights.spec import TransferSpec, tensors_to_send
 
@@ -104,18 +112,24 @@ class Schedule:
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         most = max(1, self.bucket_bytes // _LEAST_SHARE)
-        return plan_buckets(streams(self.source, self.tensors.arch, self.metas, most), self.bucket_bytes)
+        parts = math.lcm(self.source.tensor_parallel, self.source.expert_tp_size, self.target.tensor_parallel)
+
+        def lanes(name: str) -> int:
+            return parts if cut_by_rows(name) else 1
+
+        of_stages = streams(self.source, self.tensors.arch, self.metas, most)
+        return plan_buckets(of_stages, self.bucket_bytes, lanes)
 
     @cached_property
     def _cuts(self) -> dict[str, tuple[list[int], list[int]]]:
         """Tensor -> the first rows of its pieces, and their buckets."""
-        found: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        found: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for number, bucket in enumerate(self.buckets):
             for rows in bucket:
-                starts, buckets = found[rows.name]
-                starts.append(rows.start)
-                buckets.append(number)
-        return dict(found)
+                found[rows.name].append((rows.start, number))
+        return {
+            name: ([start for start, _ in sorted(cuts)], [b for _, b in sorted(cuts)]) for name, cuts in found.items()
+        }
 
     def _parts(self, transfer: Transfer) -> Iterator[tuple[int, Part]]:
         """(bucket, part) of a transfer."""

@@ -40,11 +40,12 @@ def test_the_parts_of_a_workers_messages_are_its_transfers_row_by_row(case: str)
             wanted.update((t.rank, t.name, row, t.bounds[1:]) for row in range(*t.bounds[0]))
         found: Counter[object] = Counter()
         for number, bucket in enumerate(schedule.incoming(engine, worker)):
-            inside = {rows.name: (rows.start, rows.stop) for rows in schedule.buckets[number]}
+            inside = {(rows.name, row) for rows in schedule.buckets[number] for row in range(rows.start, rows.stop)}
             for message in bucket:
                 for part in message.parts:
                     first, last = part.bounds[0]
-                    assert inside[part.name][0] <= first < last <= inside[part.name][1]
+                    assert first < last
+                    assert all((part.name, row) in inside for row in range(first, last))
                     found.update((message.rank, part.name, row, part.bounds[1:]) for row in range(first, last))
         assert found == wanted
 
