@@ -55,12 +55,14 @@ class Rows(NamedTuple):
 Bucket = tuple[Rows, ...]
 
 
-def plan_buckets(streams: Sequence[Sequence[TensorMeta]], bucket_bytes: int, lanes: int = 1) -> tuple[Bucket, ...]:
+def plan_buckets(
+    streams: Sequence[Sequence[TensorMeta]], bucket_bytes: int, lanes: Callable[[str], int] = lambda name: 1
+) -> tuple[Bucket, ...]:
     """Fills buckets of at most `bucket_bytes` with the tensors of all streams.
 
     Args:
-        lanes: equal runs of rows into which a tensor, by its name, is cut first. A bucket takes the same of each, so that it has
-            something for every tensor-parallel rank and worker.
+        lanes: equal runs of rows into which a tensor, by its name, is cut first. A bucket takes the same of each, so
+            that it has something for every tensor-parallel rank and worker.
 
     Example: with streams [a, b] and [c], of 400, 400 and 800 bytes, and 800 bytes a bucket, the buckets are [a, the
     first half of c] and [b, the second half of c].
