@@ -127,9 +127,8 @@ class Schedule:
         for number, bucket in enumerate(self.buckets):
             for rows in bucket:
                 found[rows.name].append((rows.start, number))
-        return {
-            name: ([start for start, _ in sorted(cuts)], [b for _, b in sorted(cuts)]) for name, cuts in found.items()
-        }
+        in_order = {name: sorted(cuts) for name, cuts in found.items()}
+        return {name: ([start for start, _ in cuts], [bucket for _, bucket in cuts]) for name, cuts in in_order.items()}
 
     def _parts(self, transfer: Transfer) -> Iterator[tuple[int, Part]]:
         """(bucket, part) of a transfer."""

@@ -245,7 +245,7 @@ def check_against_plan(landings: Landings, needed: dict[str, Bounds]) -> None:
     Raises:
         RunError: naming the first tensor about which they disagree.
     """
-    for name in landings.of_tensor.keys() | needed.keys():
+    for name in dict.fromkeys([*needed, *landings.of_tensor]):
         taken = {landing.bounds for landing in landings.of_tensor.get(name, ())}
         brought = needed.get(name)
         volume = functools.partial(math.prod)
