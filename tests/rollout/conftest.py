@@ -17,6 +17,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({"pad_vocab_to": 1, "tie": True}, {}),
     "tied, TP 2": ({"tie": True}, {"tensor_parallel": 2}),
     "experts": ({"family": "qwen3_moe"}, {}),
+    "llama": ({"family": "llama"}, {}),
+    "qwen2, tied, TP 2": ({"family": "qwen2", "tie": True}, {"tensor_parallel": 2}),
     "experts, TP 2": ({"family": "qwen3_moe"}, {"tensor_parallel": 2}),
 }
 

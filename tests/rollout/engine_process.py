@@ -35,6 +35,10 @@ def _call(method: str, args: Sequence[Any]) -> Any:
     return _worker.shutdown() if method == "shutdown" else _worker.run(method, *args)
 
 
+def _in_workers(function: Callable[..., Any], args: Sequence[Any]) -> list[Any]:
+    return _worker._engine._llm.collective_rpc(function, args=tuple(args))  # type: ignore[no-any-return]
+
+
 def _version() -> int | None:
     return _worker._engine.version
 
@@ -56,6 +60,10 @@ class EngineProcess:
     @property
     def pid(self) -> int:
         return self._pid
+
+    def in_workers(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The function in every vLLM worker, with the worker before its arguments."""
+        return self._pool.submit(_in_workers, function, args).result(timeout=CALL_TIMEOUT_S)
 
     def version(self) -> int | None:
         return self._pool.submit(_version).result(timeout=CALL_TIMEOUT_S)

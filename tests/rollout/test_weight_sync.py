@@ -15,7 +15,8 @@ from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.spec import Transport
-from tests.rollout.conftest import Engines, tensor_parallel
+from tests.rollout import vllm_reload
+from tests.rollout.conftest import KINDS, Engines, tensor_parallel
 from tests.rollout.engine_process import EngineProcess, sync
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -81,6 +82,27 @@ def test_each_of_two_syncs_makes_the_engine_the_model_that_was_sent(
             assert sample.weight_version == version
         answers.append([sample.token_ids.tolist() for sample in samples])
     assert answers[0] != answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sync_leaves_bit_for_bit_what_vllms_own_reload_does(
+    kind: str, engine_of: Engines, checkpoint: Callable[[str, int], Path]
+) -> None:
+    engine, path = engine_of(kind), checkpoint(kind, 5)
+    found = []
+    for number in range(2):  # the first sync records the places, the second one knows them
+        engine.in_workers(vllm_reload.spoil)
+        sync(engine, checkpoint(kind, 4 + number), 4 + number, engines=EngineLayout(1, tensor_parallel(kind)))
+    found.append((engine.in_workers(vllm_reload.parameters), [engine.score(prompt) for prompt in PROMPTS]))
+    engine.in_workers(vllm_reload.spoil)
+    engine.in_workers(vllm_reload.reload, path)
+    found.append((engine.in_workers(vllm_reload.parameters), [engine.score(prompt) for prompt in PROMPTS]))
+    (ours, our_scores), (theirs, their_scores) = found
+    assert ours == theirs
+    for one, other in zip(our_scores, their_scores, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(our_scores[0], logprobs(reference(path), PROMPTS[0]), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied, TP 2", "experts"])
