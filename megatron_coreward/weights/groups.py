@@ -5,8 +5,9 @@ receives are counted here, where they leave and arrive.
 """
 
 import datetime
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Exchange:
                     work.wait()
                 torch.cuda.current_stream(self._device).synchronize()
             elif self._works:
-                self._wait_for_gloo()
+                _in_a_thread(lambda: [work.wait() for work in self._works], self._meeting)
         except RunError:
             raise
         except RuntimeError as error:
@@ -45,26 +46,30 @@ class Exchange:
             raise RunError(f"weight sync: another process cannot be reached or is late: {error}") from error
         self._works, self._memory = (), ()
 
-    def _wait_for_gloo(self) -> None:
-        """Gloo notices that a process has ended, but not that it has given up and lives: so a thread waits."""
-        errors: list[RuntimeError] = []
-        done = threading.Event()
-        works = self._works
 
-        def wait() -> None:
-            try:
-                for work in works:
-                    work.wait()
-            except RuntimeError as error:
-                errors.append(error)
-            finally:
-                done.set()
+def _in_a_thread(wait: Callable[[], object], meeting: Meeting) -> None:
+    """Waits in native code, on a thread, so that this one can look whether another process has given up, which lives and
+    keeps its connections.
 
-        threading.Thread(target=wait, name="weights", daemon=True).start()
-        while not done.wait(LOOK_EVERY_S):
-            self._meeting.check()
-        if errors:
-            raise errors[0]
+    Raises:
+        RunError: another process has given up. The thread waits on until its own limit.
+    """
+    errors: list[RuntimeError] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            wait()
+        except RuntimeError as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name="weights", daemon=True).start()
+    while not done.wait(LOOK_EVERY_S):
+        meeting.check()
+    if errors:
+        raise errors[0]
 
 
 class Group:
@@ -79,25 +84,18 @@ class Group:
         self._meeting, self._device = meeting, device
         self.bytes_sent = self.bytes_received = 0
         meeting.everybody(number, size)
-        timeout = datetime.timedelta(seconds=spec.timeout_s)
         store = dist.PrefixStore("group", meeting.store)
         self._group: Any = dist.ProcessGroup(store, number, size)
+        limit = datetime.timedelta(seconds=spec.timeout_s)
         if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            backend = dist.ProcessGroupNCCL(store, number, size, options)
-            kind = dist.ProcessGroup.BackendType.NCCL
+            kind, self._backend = dist.ProcessGroup.BackendType.NCCL, _nccl(store, number, size, limit)
         else:
-            options = dist.ProcessGroupGloo._Options()
-            options._timeout = timeout
-            # The interface that leads to the others; the host's name may stand for loopback.
-            address = own_address(spec.address, spec.port)
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-            backend = dist.ProcessGroupGloo(store, number, size, options)
-            kind = dist.ProcessGroup.BackendType.GLOO
-        backend._set_sequence_number_for_group()
-        self._backend = backend
-        self._group._register_backend(device, kind, backend)
+            kind, self._backend = dist.ProcessGroup.BackendType.GLOO, _gloo(spec, store, number, size, limit)
+        self._backend._set_sequence_number_for_group()
+        self._group._set_default_backend(kind)
+        self._group._register_backend(device, kind, self._backend)
+        if device.type == "cuda":  # now, by all: later, those who have nothing to send in the first bucket would lack
+            _in_a_thread(lambda: self._backend.eager_connect_single_device(device), meeting)
 
     def start(self, sends: Sequence[Envelope], receives: Sequence[Envelope]) -> Exchange:
         """Lets messages go and come. Two processes must list what goes between them in the same order."""
@@ -125,6 +123,33 @@ class Group:
         Args:
             abort: messages may be under way that will never come.
         """
-        if self._group is not None and abort and hasattr(self._backend, "abort"):
-            self._backend.abort()
+        if self._group is not None and (abort or self._device.type == "cuda"):
+            self._backend.abort()  # of NCCL always: whatever else it could do would wait for the other members
         self._group = self._backend = None
+
+
+def _gloo(spec: TransferSpec, store: Any, number: int, size: int, limit: datetime.timedelta) -> Any:
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = limit
+    # The interface that leads to the others; the host's name may stand for loopback.
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(spec.address, spec.port))]
+    return dist.ProcessGroupGloo(store, number, size, options)
+
+
+ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+
+
+def _nccl(store: Any, number: int, size: int, limit: datetime.timedelta) -> Any:
+    """A group that leaves errors to those who wait. By default torch ends the process if a member has gone or is late, so
+    that an engine's death would be that of all ranks. It reads the setting when a group is made; others keep theirs."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    before = os.environ.get(ERROR_HANDLING)
+    os.environ[ERROR_HANDLING] = "0"
+    try:
+        return dist.ProcessGroupNCCL(store, number, size, options)
+    finally:
+        if before is None:
+            del os.environ[ERROR_HANDLING]
+        else:
+            os.environ[ERROR_HANDLING] = before
