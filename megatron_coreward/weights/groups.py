@@ -48,7 +48,7 @@ class Exchange:
 
 
 def _in_a_thread(wait: Callable[[], object], meeting: Meeting) -> None:
-    """Waits in native code, on a thread, so that this one can look whether another process has given up, which lives and
+    """Waits in native code on a thread, so that this one can look whether another process has given up: it lives and
     keeps its connections.
 
     Raises:
@@ -140,8 +140,8 @@ ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 def _nccl(store: Any, number: int, size: int, limit: datetime.timedelta) -> Any:
-    """A group that leaves errors to those who wait. By default torch ends the process if a member has gone or is late, so
-    that an engine's death would be that of all ranks. It reads the setting when a group is made; others keep theirs."""
+    """A group that leaves errors to those who wait. By default torch ends the process if a member has gone or is late:
+    an engine's death would be that of all ranks. It reads the setting when a group is made; others keep theirs."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
     before = os.environ.get(ERROR_HANDLING)
