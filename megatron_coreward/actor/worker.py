@@ -35,13 +35,13 @@ class ActorWorker(LoggedWorker):
 
     def start(self, setup: ActorSetup, rank: int, address: str, port: int) -> tuple[int, bool]:
         """Builds the rank; returns its data-parallel rank and whether results are taken from it."""
-        from torch.distributed import TCPStore
+        from torch import distributed
 
         from megatron_coreward.actor.actor import MegatronActor
         from megatron_coreward.actor.relay import Relay
 
         self._actor = MegatronActor(setup, rank, address, port)
-        store = TCPStore(address, port, is_master=False)
+        store = distributed.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
         self._relay = Relay(actor_layout(setup.settings), rank, store)
         return self._actor.ranks.dp_rank, self._actor.is_output_rank
 

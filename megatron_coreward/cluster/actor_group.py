@@ -4,9 +4,10 @@ import os
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import lru_cache, partial
+from typing import Any
 
 import ray
-from torch.distributed import TCPStore
+from torch import distributed
 
 from megatron_coreward.actor.packing import MicroBatchPlan, micro_batch_plans, plan_packs
 from megatron_coreward.actor.relay import PROGRESS, replica_of
@@ -83,7 +84,8 @@ class ActorGroup(WorkerGroup):
     def _behind(self, ranks: Sequence[int]) -> list[int]:
         """Those of some ranks that have not carried out every command that was sent; asked when a wait is long."""
         try:
-            store = TCPStore(*self._address, is_master=False, timeout=timedelta(seconds=STORE_S))
+            limit = timedelta(seconds=STORE_S)
+            store: Any = distributed.TCPStore(*self._address, is_master=False, timeout=limit)  # type: ignore
             keys = [f"{PROGRESS}/{rank}" for rank in ranks]
             done = [int(store.get(key)) if store.check([key]) else 0 for key in keys]
         except RuntimeError:  # rank 0, who serves the store, has ended, or cannot even do that

@@ -177,7 +177,7 @@ def canary_tokens(problems: Iterable[Problem], count: int = CANARY_TOKENS) -> In
         ValueError: they have fewer than 2 tokens together.
     """
     prompts = [problem.prompts["original"].token_ids for problem in islice(problems, count)]
-    tokens = np.concatenate([*prompts, np.empty(0, dtype=np.int32)])[:count].astype(np.int32)
+    tokens: IntArray = np.concatenate([*prompts, np.empty(0, dtype=np.int32)])[:count].astype(np.int32)
     if len(tokens) < 2:
         raise ValueError(f"the canary has {len(tokens)} tokens; it needs 2 at least")
     return tokens

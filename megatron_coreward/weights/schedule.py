@@ -41,8 +41,8 @@ class Part(NamedTuple):
     bounds: Bounds
 
     @property
-    def index(self) -> Index:
-        """`hf_tensor[part.index]` is what travels."""
+    def slices(self) -> Index:
+        """`hf_tensor[part.slices]` is what travels."""
         return tuple(slice(start, stop) for start, stop in self.bounds)
 
     @property

@@ -92,8 +92,8 @@ class World:
                 for message, payload in arrived:
                     first = 0
                     for part in message.parts:
-                        assert own[part.name][part.index].isnan().all()  # nothing comes twice
-                        own[part.name][part.index] = payload[first : first + part.numel].view(part.shape)
+                        assert own[part.name][part.slices].isnan().all()  # nothing comes twice
+                        own[part.name][part.slices] = payload[first : first + part.numel].view(part.shape)
                         first += part.numel
                     assert first == payload.numel()
         except BaseException as error:

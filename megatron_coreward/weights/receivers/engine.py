@@ -69,7 +69,7 @@ class _Copy(NamedTuple):
 
     first: int  # element of the message's parts
     shape: tuple[int, ...]  # of the part
-    index: Index | None  # of the part, if it lands in several places
+    slices: Index | None  # of the part, if it lands in several places
     module: int
     parameter: str
     size: tuple[int, ...]
@@ -128,7 +128,7 @@ class Landing:
     def land(self, bucket: int, arrived: Iterable[torch.Tensor]) -> None:
         """Copies the parts of a bucket's messages into their places."""
         for payload, copies in zip(arrived, self._copies[bucket], strict=True):
-            for first, shape, index, number, key, size, strides, offset in copies:
+            for first, shape, slices, number, key, size, strides, offset in copies:
                 layer = self._layers[number]
                 if layer.left == layer.num_copies:
                     self._open(number)
@@ -137,7 +137,7 @@ class Landing:
                 assert target is not None
                 data = target.data
                 place = data.as_strided(size, strides, data.storage_offset() + offset)
-                place.copy_(value if index is None else value[index])
+                place.copy_(value if slices is None else value[slices])
                 layer.left -= 1
                 if layer.left == 0:
                     self._complete(layer)

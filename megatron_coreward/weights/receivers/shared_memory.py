@@ -1,5 +1,6 @@
 """Messages that ranks on this host have put into this worker's mailbox."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class SharedMemoryReceiver(Receiver):
     def _take(self, bucket: int) -> list[torch.Tensor]:
         assert self._box is not None
         for message in self.messages[bucket]:
-            self.meeting.wait_until(lambda rank=message.rank: self._has_come(rank), f"a bucket of rank {message.rank}")
+            self.meeting.wait_until(partial(self._has_come, message.rank), f"a bucket of rank {message.rank}")
         return cut(self._memory[self._box.slot_start(self._taken) :], self.messages[bucket])
 
     def _has_come(self, rank: int) -> bool:

@@ -5,6 +5,7 @@ many engines there are.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -47,7 +48,7 @@ class SharedMemorySender(Sender):
 
     def _send(self, bucket: int, write: Callable[[int, torch.Tensor], None]) -> None:
         for box in self._boxes:
-            self.meeting.wait_until(lambda box=box: self._is_free(box), "an engine's loading of a bucket of weights")
+            self.meeting.wait_until(partial(self._is_free, box), "an engine's loading of a bucket of weights")
         for number, message in enumerate(self.messages[bucket]):
             start = self._boxes[message.worker].slot_start(self._sent) + self._starts[bucket][message.worker]
             write(number, self._memory[message.worker][start : start + message.nbytes])
