@@ -85,7 +85,7 @@ class ActorGroup(WorkerGroup):
         """Those of some ranks that have not carried out every command that was sent; asked when a wait is long."""
         try:
             limit = timedelta(seconds=STORE_S)
-            store: Any = distributed.TCPStore(*self._address, is_master=False, timeout=limit)  # type: ignore
+            store: Any = distributed.TCPStore(*self._address, is_master=False, timeout=limit)  # type: ignore[attr-defined]
             keys = [f"{PROGRESS}/{rank}" for rank in ranks]
             done = [int(store.get(key)) if store.check([key]) else 0 for key in keys]
         except RuntimeError:  # rank 0, who serves the store, has ended, or cannot even do that

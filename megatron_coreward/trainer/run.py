@@ -144,7 +144,7 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
         attempt = _Attempt(config, data, opened, stop, view, stack)
         watchdog = Watchdog(config.watchdog, attempt.notify, stop, logs=config.run_dir / LOGS)
         running = stack.enter_context(processes(config, watchdog))
-        engines = open_rollout_engines(config, running, canary_tokens(data.training), attempt.notify)
+        engines = open_rollout_engines(config, running, canary_tokens(data.train), attempt.notify)
         computes = running.actors.call("describe", results_of=(0,))[0]
         attempt.notify("actors compute with " + ", ".join(f"{what}: {how}" for what, how in computes.items()))
         if opened.trainer_state is not None:

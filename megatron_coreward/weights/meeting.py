@@ -82,7 +82,7 @@ class Meeting:
             if now - begin > self._timeout_s:
                 raise RunError(f"weight sync: {awaited} took longer than {self._timeout_s:g} s (sync.timeout_s)")
             time.sleep(pause)  # first only lets others run
-            pause = min(pause + 2e-5, 1e-3)
+            pause = min(pause + 1e-5, 2e-4)
 
     def everybody(self, number: int, size: int) -> None:
         """Returns once parties 0 to size - 1 have come; this one is `number`.
