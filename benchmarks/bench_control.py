@@ -163,12 +163,12 @@ def make_groups(config: Any, tokens: int, processes: int) -> tuple[Any, Any, Any
     from megatron_coreward.cluster.actor_group import ActorGroup
     from megatron_coreward.cluster.engine_group import EngineGroup
     from megatron_coreward.cluster.watchdog import Watchdog
-    from megatron_coreward.planner.parameters import actor_layout
+    from megatron_coreward.weights.layouts import ActorLayout
 
     watchdog = Watchdog()
     light: Any = ray.remote(num_cpus=0)(LightActor)
     actors = [light.remote(tokens) for _ in range(processes)]
-    layout = actor_layout(config.actor)
+    layout = ActorLayout.of(config.actor)
     ranks = object.__new__(ActorGroup)
     ranks.kind, ranks.watchdog, ranks.setup = "actor rank", watchdog, _Setup(config)  # type: ignore[assignment]
     ranks.replicas = [replica_of(layout, dp) for dp in range(layout.data_parallel)]
@@ -259,9 +259,9 @@ def measure(ranks: int, sequences: int, buckets: int, options: Any) -> dict[str,
 
 
 def _layout(config: Any) -> Any:
-    from megatron_coreward.planner.parameters import actor_layout
+    from megatron_coreward.weights.layouts import ActorLayout
 
-    return actor_layout(config.actor)
+    return ActorLayout.of(config.actor)
 
 
 def in_own_process(ranks: int, sequences: int, buckets: int, options: Any) -> dict[str, Any]:

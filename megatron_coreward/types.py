@@ -125,7 +125,8 @@ def _completions(
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """What a model says of the response tokens of S sequences; each entry an array [L_s]."""
+    """What a model says of the response tokens of S sequences; each entry an array [L_s]. Entropy and self-certainty
+    have no entries where the log-probs alone were asked for."""
 
     logprobs: Sequence[FloatArray]  # of the tokens that were sampled
     entropy: Sequence[FloatArray]  # of the next-token distribution, nats

@@ -122,3 +122,68 @@ def test_a_command_under_its_former_name_says_the_new_one(
 ) -> None:
     assert cli.main(["evaluate", "harness", *arguments]) == 2
     assert "error: evaluate harness: this command is called `evaluate lm-eval` now" in capsys.readouterr().err
+
+
+def all_parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    found = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found += all_parsers(command)
+    return found
+
+
+def test_every_option_says_its_default() -> None:
+    """Options of all commands that have one; a switch is off, and says nothing."""
+    silent, seen = [], 0
+    for parser in all_parsers(cli._parser()):
+        for action in parser._actions:
+            if not action.option_strings or action.default in (None, False, [], argparse.SUPPRESS):
+                continue
+            seen += 1
+            said = parser._get_formatter()._get_help_string(action) or ""
+            if not action.help or "default" not in said:
+                silent.append(f"{parser.prog} {action.option_strings[0]}")
+    assert seen > 30
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["launch", "slurm", "a.yaml", "--gpus", "8"], ["plan", "a.yaml", "--gp", "8"], ["report", "run", "--st", "3"]],
+)
+def test_the_beginning_of_an_options_name_is_no_option(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(words)
+    assert raised.value.code == 2
+    assert f"unrecognized arguments: {words[-2]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "to-hf", "a", "b", "--workers", "0"],
+        ["evaluate", "run", "model", "file", "--out", "x", "--temperature", "nan"],
+        ["evaluate", "run", "model", "file", "--out", "x", "--gpu-memory-utilization", "1.5"],
+        ["evaluate", "run", "model", "file", "--out", "x", "--batch-questions", "0"],
+        ["evaluate", "run", "model", "file", "--out", "x", "--seed", "12345678901234567890"],
+        ["rephrase", "model", "file", "--out", "x", "--kv-cache-gib", "inf"],
+        ["rephrase", "model", "file", "--out", "x", "--attempts", "-1"],
+        ["demo", "--seed", "-1"],
+        ["prepare-data", "math", "--out", "x", "--limit", "0"],
+        ["launch", "local", "recipe.yaml", "--nodes", "0"],
+    ],
+)
+def test_numbers_out_of_bounds_are_bad_input_that_names_what_is_allowed(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(words)
+    assert raised.value.code == 2
+    assert "allowed: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_a_size_of_files_is_a_number_above_0(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", "to-hf", "a", "b", f"--shard-gb={size}"]) == 2
+    assert f"--shard-gb: {size}; allowed: above 0" in capsys.readouterr().err

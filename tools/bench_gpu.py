@@ -29,9 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_coreward.config.accelerator import Machine, machine_problems, model_problems, setting_problems
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.load import parse_config
-from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.planner.hardware import GPUS
+from megatron_coreward.config.schema import TEACHER_METHODS, RunConfig
+from megatron_coreward.planner.hardware import GPUS, Assumptions
+from megatron_coreward.planner.memory import actor_memory, engine_memory
 from megatron_coreward.planner.models import CONFIGS, published_architecture
+from megatron_coreward.planner.plan import Machine as PlannedMachine
+from megatron_coreward.planner.plan import actor_problems, engine_problems
 from megatron_coreward.planner.step_time import head_flops, layer_flops, num_parameters
 from megatron_coreward.weights.mapping import hf_tensors
 
@@ -98,15 +101,17 @@ def config_of(run: Run, model: Path, folder: Path) -> RunConfig:
 # ---- what would run --------------------------------------------------------------------------------------------------
 
 
-def held_bytes(run: Run, config: RunConfig, arch: Architecture) -> int:
-    """What a run holds on the card at the least, before activations and caches."""
-    a_parameter = {
-        "actor": 2 + 4 + 4 + 8,  # weights, gradients, main parameters, moments
-        "rollout": 2,
-        # And the teacher or the frozen reference, and what is gathered of one quantity when a save begins.
-        "train": 2 + 4 + 4 + 8 + (2 + 8 if "ii" in config.method else 2) + 4,
-    }
-    return num_parameters(arch) * a_parameter[run.group]
+def planned(run: Run, config: RunConfig, arch: Architecture) -> tuple[int, list[str]]:
+    """Bytes at the peak, as the planner sees it, and what of it the card cannot hold."""
+    machine = PlannedMachine(GPU, "disaggregated" if run.group == "actor" else "colocated", Assumptions())
+    (stage,), engine = actor_memory(config, arch, machine.assumptions), engine_memory(config, arch, GPU, Assumptions())
+    if run.group == "actor":
+        return stage.peak, list(actor_problems((stage,), engine, machine))
+    if run.group == "rollout":
+        room = [f"{engine.cache / 2**30:.0f} GiB are left for the cache"] if engine.cache <= 0 else []
+        return engine.claimed, room
+    problems = [*actor_problems((stage,), engine, machine), *engine_problems(config, (stage,), engine, machine)]
+    return max(stage.peak + engine.asleep, stage.resident + engine.claimed), problems
 
 
 def dry_run(shape: str) -> Iterator[str]:
@@ -114,11 +119,10 @@ def dry_run(shape: str) -> Iterator[str]:
     arch = published_architecture(shape)
     for run in runs():
         config = config_of(run, Path(shape), Path("bench"))
-        held = held_bytes(run, config, arch)
-        problems = [*setting_problems(config), *model_problems(config, arch), *machine_problems(config, H200)]
-        if held > GPU.memory_bytes:
-            problems.append(f"{held / 2**30:.0f} GiB without activations; the card has {GPU.memory_bytes / 2**30:.0f}")
-        graded = "; ".join(problems) or f"fits, {held / 2**30:.0f} GiB before activations and caches"
+        peak, beyond = planned(run, config, arch)
+        problems = [*setting_problems(config), *model_problems(config, arch), *machine_problems(config, H200), *beyond]
+        of = f"{peak / 2**30:.0f} of {GPU.memory_bytes / 2**30:.0f} GiB"
+        graded = f"{of}: {'; '.join(problems)}" if problems else f"fits, {of}"
         yield f"{run.name:28} {graded}"
 
 
@@ -192,7 +196,7 @@ def timed(call: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[float
 def update_flops(arch: Architecture, length: int, tokens: int) -> float:
     """Of an update: forward, and twice as much backward; a token meets half of its sequence on average.
 
-    The output layer is counted for every token, as it is computed. Recomputation and padding are not counted.
+    The output layer is counted for every token, though only responses meet it. Recomputation and padding are not.
     """
     return 3.0 * tokens * (arch.num_layers * layer_flops(arch, length / 2) + head_flops(arch))
 
@@ -333,7 +337,7 @@ def figures_of_run(rows: Sequence[Mapping[str, Any]], arch: Architecture, config
     def median(key: str) -> float:
         return statistics.median(float(row.get(key) or 0.0) for row in counted)
 
-    syncs = 2 if config.method in ("co_rewarding_ii", "co_rewarding_i+ii") else 1
+    syncs = 2 if config.method in TEACHER_METHODS else 1
     sync = median("time/sync_s") / syncs
     step = median("step_time_s")
     phases = [key for key in counted[0] if key.startswith("time/") and key.endswith("_s") and "." not in key]

@@ -5,7 +5,12 @@ data-parallel rank. Results come from the output ranks (last pipeline stage, fir
 return None.
 """
 
+<<<<<<< HEAD
 from collections.abc import Iterator
+=======
+import itertools
+from collections.abc import Iterable, Iterator
+>>>>>>> main
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,28 +26,36 @@ cpu_backend.install()  # before megatron is first imported
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_coreward.actor import parallel  # noqa: E402
-from megatron_coreward.actor.export import export_hf  # noqa: E402
+from megatron_coreward.actor.export import export_hf, partial_directory  # noqa: E402
 from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
 from megatron_coreward.actor.hf_weights import load_hf, load_megatron, local_blocks  # noqa: E402
 from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
-from megatron_coreward.actor.model import DTYPES, build_chunks, forget_quantised_weights, resolve_backend  # noqa: E402
+from megatron_coreward.actor.model import (  # noqa: E402
+    DTYPES,
+    build_chunks,
+    forget_quantised_weights,
+    fuses_gradients,
+    resolve_backend,
+)
 from megatron_coreward.actor.offload import Offloaded, Part, free_memory  # noqa: E402
 from megatron_coreward.actor.optimizer import (  # noqa: E402
     MOMENTS,
     adam_name,
     build_optimizer,
     build_scheduler,
+    clip_gradients,
     wrap_chunks,
 )
 from megatron_coreward.actor.packing import ContextRank, MicroBatchPlan  # noqa: E402
 from megatron_coreward.actor.saving import FileHashes, Saving  # noqa: E402
 from megatron_coreward.actor.setup import ActorSetup, Weights  # noqa: E402
 from megatron_coreward.actor.shards import main_shards  # noqa: E402
-from megatron_coreward.actor.state import begin_save, load_state  # noqa: E402
+from megatron_coreward.actor.state import HostMemory, begin_save, load_state  # noqa: E402
 from megatron_coreward.actor.teacher import EmaTeacher, FrozenModel  # noqa: E402
 from megatron_coreward.actor.token_stats import Scores, VocabularyShard, score_tokens  # noqa: E402
 from megatron_coreward.actor.train_step import pack_loss  # noqa: E402
-from megatron_coreward.config.accelerator import RECIPES  # noqa: E402
+from megatron_coreward.checkpoint.new_directory import removed_on_error  # noqa: E402
+from megatron_coreward.config.accelerator import RECIPES, token_alignment  # noqa: E402
 from megatron_coreward.config.architecture import read_architecture  # noqa: E402
 from megatron_coreward.telemetry.memory import DeviceMemory  # noqa: E402
 from megatron_coreward.types import FloatArray, Role, Sequences, TokenStats, TrainBatch  # noqa: E402
@@ -87,6 +100,7 @@ class MegatronActor:
         self._sender: Sender | None = None
         self._store: Any = None  # on rank 0: where the parties of a weight sync meet
         self._saving: Saving | None = None
+        self._host_memory = HostMemory()
         self._cold_scales = setup.settings.fp8 is not None and RECIPES[setup.settings.fp8].keeps_state
         self._offloaded = Offloaded(self._parts())
         self._offloaded.settle()
@@ -115,7 +129,7 @@ class MegatronActor:
             "backend": resolve_backend(self.setup.settings.backend, DTYPES[self.setup.dtype]),
             "fp8": f"{config.fp8_recipe}{' with FP8 weights' if config.fp8_param else ''}" if config.fp8 else "off",
             "adam": adam_name(self.optimizer),
-            "gradient accumulation": "fused" if config.gradient_accumulation_fusion else "separate",
+            "gradient accumulation": "fused" if fuses_gradients(self.policy[0]) else "separate",
         }
 
     def offload(self) -> DeviceMemory | None:
@@ -148,19 +162,35 @@ class MegatronActor:
         return self.policy if weights == "policy" else self.frozen[weights].chunks
 
     def _packs(self, sequences: Sequences, micro_batches: MicroBatchPlan) -> list[Pack]:
+        """The micro-batches' tensors. Only ranks that exchange activations of the same micro-batch with others, over a
+        pipeline or over experts, need all of them to be of equal size."""
+        s = self.setup.settings
+        equal = s.pipeline_parallel > 1 or self.arch.experts is not None
+        align, pad = token_alignment(s), self._context.multiple
+
+        def size(rows: Iterable[int]) -> int:
+            tokens = sum(-(-len(sequences.token_ids[row]) // pad) * pad for row in rows)
+            return micro_batches.num_tokens if equal else max(align, -(-tokens // align) * align)
+
         return [
-            build_pack(sequences, rows, micro_batches.num_tokens, parallel.device(), self._context)
-            for rows in micro_batches.packs
+            build_pack(sequences, rows, size(rows), parallel.device(), self._context) for rows in micro_batches.packs
         ]
 
     def token_stats(
-        self, sequences: Sequences, micro_batches: MicroBatchPlan, weights: Weights, temperature: float
+        self,
+        sequences: Sequences,
+        micro_batches: MicroBatchPlan,
+        weights: Weights,
+        temperature: float,
+        statistics: bool = True,
     ) -> TokenStats | None:
-        """Statistics of the response tokens of the share's sequences, in the share's order."""
+        """Log-probs of the response tokens of the rank's sequences, in its order, and if wanted entropy and
+        self-certainty."""
         packs = self._packs(sequences, micro_batches)
 
-        def score(pack: Pack, logits: torch.Tensor) -> Scores:
-            return _of_all_ranks(score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, temperature), pack)
+        def score(pack: Pack, hidden: torch.Tensor, weight: torch.Tensor) -> Scores:
+            scores = score_tokens(hidden, weight, pack.targets, self._vocabulary, temperature, statistics)
+            return _of_all_ranks(scores, pack, statistics)
 
         with self._bf16_under_delayed_scaling(weights):
             scores = forward_only(self._chunks(weights), packs, score)
@@ -175,7 +205,8 @@ class MegatronActor:
                     rows[row] = piece.numpy()
             return rows
 
-        return TokenStats(by_row("logprobs"), by_row("entropy"), by_row("self_certainty"))
+        more = (by_row("entropy"), by_row("self_certainty")) if statistics else ((), ())
+        return TokenStats(by_row("logprobs"), *more)
 
     @contextmanager
     def _bf16_under_delayed_scaling(self, weights: Weights) -> Iterator[None]:
@@ -197,8 +228,10 @@ class MegatronActor:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def loss(pack: Pack, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            scores = score_tokens(logits, pack.predicts, pack.targets, self._vocabulary, setup.temperature)
+        def loss(
+            pack: Pack, hidden: torch.Tensor, weight: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            scores = score_tokens(hidden, weight, pack.targets, self._vocabulary, setup.temperature)
             return pack_loss(scores, pack, batch, setup.loss)
 
         return forward_backward(self.policy, self._packs(batch.sequences, micro_batches), loss)
@@ -231,7 +264,8 @@ class MegatronActor:
             raise FloatingPointError(f"the gradient of this step is not finite (norm {grad_norm})")
         self.scheduler.step(1)
         if finite:
-            self.optimizer.step()
+            clip_gradients(self.optimizer, grad_norm)
+            self.optimizer.step_with_ready_grads()  # `step` would prepare gradients and take their norm again
         if stats is None or not self.is_output_rank:
             return None
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -261,11 +295,19 @@ class MegatronActor:
             self._store = serve_store(self._address, spec.timeout_s)
         port = [self._store.port if self._store is not None else 0]
         dist.broadcast_object_list(port, src=0)
+<<<<<<< HEAD
         spec = spec.at(self._address, port[0])
         roles: tuple[Role, ...] = ("policy", "teacher") if "teacher" in self.frozen else ("policy",)
         blocks = {role: local_blocks(self._modules(role), self.arch, self.ranks) for role in roles}
         self._sender = open_sender(spec, self.arch, self.ranks.rank, blocks, parallel.device())
         return spec
+=======
+        layout = ActorLayout.of(self.setup.settings)
+        params = Params(self.arch, self.setup.dtype)
+        session = Session(self._address, port[0], route.timeout_s, layout, route.engines, params, route.bucket_bytes)
+        blocks = local_blocks(self._modules(weights), self.arch, self.ranks)
+        return GlooSender(blocks, session, self.ranks.rank, store)
+>>>>>>> main
 
     def send_weights(self, role: Role, version: int) -> None:
         """Sends a role's weights to all engines, which receive them at the same time (`Sender.send`)."""
@@ -278,7 +320,8 @@ class MegatronActor:
 
     def export_hf(self, weights: Weights, target: Path) -> None:
         """Writes a Hugging Face model directory, loadable with transformers."""
-        export_hf(self._modules(weights), self.arch, self.ranks, self.setup.hf_path, target)
+        with removed_on_error(partial_directory(target)):
+            export_hf(self._modules(weights), self.arch, self.ranks, self.setup.hf_path, target)
 
     def begin_save(self, target: Path) -> None:
         """Begins to write the training state of all ranks into `target`, an empty directory; training may go on.
@@ -289,7 +332,9 @@ class MegatronActor:
         if self._saving is not None:
             raise RuntimeError("the checkpoint before this one was not finished")
         with self._offloaded.at_hand("optimizer", "teacher"):
-            self._saving = begin_save(self.policy, self.optimizer, self.scheduler, self.teacher, target)
+            self._saving = begin_save(
+                self.policy, self.optimizer, self.scheduler, self.teacher, target, self._host_memory
+            )
 
     def save_written(self) -> bool:
         """Whether this rank's part of the save under way is written: `finish_save` will not wait for it."""
@@ -312,7 +357,9 @@ class MegatronActor:
     def load(self, source: Path) -> None:
         """Takes the training state from `source`, written under any layout."""
         with self._offloaded.at_hand("optimizer", "teacher"):
-            load_state(self.policy, self.optimizer, self.scheduler, self.teacher, source)
+            load_state(
+                *(self.policy, self.optimizer, self.scheduler, self.teacher, source), arch=self.arch, ranks=self.ranks
+            )
             if self.teacher is not None:
                 self.teacher.write_to(self.frozen["teacher"])
 
@@ -322,14 +369,15 @@ class MegatronActor:
         parallel.shutdown()
 
 
-def _of_all_ranks(scores: Scores, pack: Pack) -> Scores:
+def _of_all_ranks(scores: Scores, pack: Pack, statistics: bool) -> Scores:
     """The scores of all response tokens of a pack, of which each context-parallel rank has computed some."""
     if pack.scored is None:
         return scores
-    whole = torch.zeros(3, sum(pack.response_lengths), dtype=torch.float32, device=scores.logprobs.device)
-    whole[:, pack.scored] = torch.stack([scores.logprobs, scores.entropy, scores.self_certainty])
+    computed = torch.stack([scores.logprobs, *((scores.entropy, scores.self_certainty) if statistics else ())])
+    whole = computed.new_zeros(len(computed), sum(pack.response_lengths))
+    whole[:, pack.scored] = computed
     dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
-    return Scores(*whole)
+    return Scores(*whole) if statistics else Scores(whole[0], scores.entropy, scores.self_certainty)
 
 
 def _buffers(wrapped: Any) -> list[Any]:

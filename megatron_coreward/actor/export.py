@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from megatron_coreward.actor.hf_weights import owned_blocks
-from megatron_coreward.actor.parallel import ParallelRanks, device
+from megatron_coreward.actor.parallel import ParallelRanks
 from megatron_coreward.checkpoint.hf_description import copy_description
 from megatron_coreward.checkpoint.manifest import MANIFEST
 from megatron_coreward.checkpoint.new_directory import fsync_tree
@@ -37,11 +37,11 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, 
     if ranks.rank != 0:
         for name in shapes:
             for block in mine.get(name, []):
-                dist.send(block.read().contiguous(), dst=0)
+                dist.send(block.read().cpu().contiguous(), dst=0)  # gloo: a NCCL pair for each rank takes memory
         dist.barrier()
         return
 
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_directory(target)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with closing(HfWriter(partial, shapes, dict.fromkeys(shapes, dtype), MAX_FILE_BYTES)) as writer:
@@ -53,9 +53,9 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, 
                         tensor[block.index] = block.read().cpu()
                     continue
                 for index in where[rank].get(name, []):
-                    received = torch.empty(tensor[index].shape, dtype=dtype, device=device())
+                    received = torch.empty(tensor[index].shape, dtype=dtype)
                     dist.recv(received, src=rank)
-                    tensor[index] = received.cpu()
+                    tensor[index] = received
             writer.write_rows(name, 0, tensor)
     copy_description(source, partial, dtype)
     (partial / MANIFEST).unlink(missing_ok=True)  # of the weights that training started from
@@ -67,3 +67,8 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, 
     os.replace(partial, target)
     shutil.rmtree(former, ignore_errors=True)
     dist.barrier()
+
+
+def partial_directory(target: Path) -> Path:
+    """Where a model is written until it is complete."""
+    return target.with_name(f".{target.name}.partial")

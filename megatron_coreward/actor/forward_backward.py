@@ -5,7 +5,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 
 from megatron_coreward.actor.microbatch import Pack
 
@@ -15,6 +20,24 @@ Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 def _forward(packs: Iterator[Pack], model: Any) -> tuple[Pack, torch.Tensor]:
     pack = next(packs)
     return pack, model(pack.token_ids, pack.position_ids, None, packed_seq_params=pack.bounds)
+
+
+def _bare(model: Any) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _weight(model: Any) -> torch.Tensor:
+    weight: torch.Tensor = _bare(model).output_weight
+    return weight
+
+
+def _scored_rows(hidden: torch.Tensor, pack: Pack, model: Any) -> torch.Tensor:
+    """[n, H] of a stage's output [T, 1, H], whole on every tensor-parallel rank. Each of them scores its own part of
+    the vocabulary, so backwards their gradients are summed."""
+    if _bare(model).config.sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden[:, 0], tensor_parallel_output_grad=True)[pack.predicts]
+    rows: torch.Tensor = copy_to_tensor_model_parallel_region(hidden[:, 0][pack.predicts])
+    return rows
 
 
 def _run(chunks: list[Any], packs: list[Pack], step: Callable[..., Any], **kwargs: Any) -> list[Any]:
@@ -32,12 +55,15 @@ def _run(chunks: list[Any], packs: list[Pack], step: Callable[..., Any], **kwarg
     return outputs
 
 
-def forward_only(chunks: list[Any], packs: list[Pack], score: Callable[[Pack, torch.Tensor], Any]) -> list[Any] | None:
-    """Calls `score(pack, logits [T, V/tp])` for each pack on the last pipeline stage; None on the others."""
+def forward_only(
+    chunks: list[Any], packs: list[Pack], score: Callable[[Pack, torch.Tensor, torch.Tensor], Any]
+) -> list[Any] | None:
+    """Calls `score(pack, hidden [n, H], weight [V/tp, H])` for each pack on the last pipeline stage, with the hidden
+    states that predict its scored tokens and the output layer's weight. None on the other stages."""
 
     def step(iterator: Iterator[Pack], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         pack, output = _forward(iterator, model)
-        return output, lambda logits, non_loss_data: score(pack, logits[0])
+        return output, lambda hidden, non_loss_data: score(pack, _scored_rows(hidden, pack, model), _weight(model))
 
     with torch.no_grad():
         outputs = _run(chunks, packs, step, forward_only=True, collect_non_loss_data=True)
@@ -45,9 +71,10 @@ def forward_only(chunks: list[Any], packs: list[Pack], score: Callable[[Pack, to
 
 
 def forward_backward(
-    chunks: list[Any], packs: list[Pack], loss: Callable[[Pack, torch.Tensor], Loss]
+    chunks: list[Any], packs: list[Pack], loss: Callable[[Pack, torch.Tensor, torch.Tensor], Loss]
 ) -> list[dict[str, torch.Tensor]] | None:
-    """Accumulates the gradient of the *sum* of `loss(pack, logits [T, V/tp])` over packs and data-parallel ranks.
+    """Accumulates the gradient of the *sum* of `loss` over packs and data-parallel ranks; its arguments are those that
+    `forward_only` gives to `score`.
 
     Returns:
         The second results of `loss`, pack by pack, on the last pipeline stage; None on the others.
@@ -56,10 +83,10 @@ def forward_backward(
     def step(iterator: Iterator[Pack], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         pack, output = _forward(iterator, model)
 
-        def loss_func(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            value, stats = loss(pack, logits[0])
+        def loss_func(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            value, stats = loss(pack, _scored_rows(hidden, pack, model), _weight(model))
             # The middle element is Megatron's token count, by which nothing is divided here.
-            return value, torch.ones((), dtype=torch.int, device=logits.device), stats
+            return value, torch.ones((), dtype=torch.int, device=hidden.device), stats
 
         return output, loss_func
 

@@ -1,7 +1,8 @@
 """Hugging Face tensors in and out of the ranks' parameter shards, by the table of `weights.mapping`."""
 
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -73,23 +74,49 @@ def load_megatron(
 
 @torch.no_grad()
 def _load(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, weights: WeightFiles) -> None:
-    shapes, scratch = hf_tensors(arch), Scratch()
+    reader = ShardReader(arch, ranks, weights)
     for name, param in global_parameters(chunks, arch, ranks):
         quantised = is_float8tensor(param)
         whole = torch.empty(param.shape, dtype=param.dtype, device=param.device) if quantised else param
-        whole.zero_()  # rows that pad the vocabulary
-        for block in blocks(name, arch, *_tensor_parallel(name, ranks)):
-            shape, dtype = shapes[block.hf_name], weights.dtype(block.hf_name)
-            (first_row, last_row), *columns = block_bounds(block.hf_name, shape, block.hf_index)
-            target = whole[block.shard_index]
-            for first, rows in cuts((last_row - first_row, *shape[1:]), dtype.itemsize, PIECE_BYTES):
-                piece = scratch.take((rows, *shape[1:]), dtype)
-                weights.read_rows(block.hf_name, first_row + first, piece)
-                target[first : first + rows].copy_(piece[(slice(None), *(slice(*c) for c in columns))])
+        reader.read(name, whole.shape, 0, whole.view(-1))
         if quantised:
             param.copy_(whole)
             # The optimizer starts from this copy. It was made when the module was, of memory without a meaning.
             param._high_precision_init_val = whole.cpu()  # type: ignore[attr-defined]
+
+
+class ShardReader:
+    """Reads this rank's shards of a checkpoint's tensors, or a part of one, in pieces of at most 16 MiB."""
+
+    def __init__(self, arch: Architecture, ranks: ParallelRanks, weights: WeightFiles) -> None:
+        self._arch, self._ranks, self._weights = arch, ranks, weights
+        self._shapes, self._scratch = hf_tensors(arch), Scratch()
+
+    @torch.no_grad()
+    def read(self, name: str, shape: Sequence[int], start: int, out: torch.Tensor) -> None:
+        """Fills `out` with elements of a parameter's shard, counted row by row, from `start` on.
+
+        Args:
+            name: with global layer and expert numbers.
+            shape: of the shard on this rank.
+            out: [n] of any dtype, on any device. What pads the vocabulary becomes zero.
+        """
+        stop = start + out.numel()
+        columns = math.prod(shape[1:])
+        first_row, last_row = start // columns, -(-stop // columns)
+        out.zero_()
+        for block in blocks(name, self._arch, *_tensor_parallel(name, self._ranks)):
+            (row, end), *width = block_bounds("", shape, block.shard_index)
+            (hf_row, _), *hf_width = block_bounds("", self._shapes[block.hf_name], block.hf_index)
+            assert not width or width[0] == (0, columns)  # a block has whole rows of the shard
+            low, high, dtype = max(row, first_row), min(end, last_row), self._weights.dtype(block.hf_name)
+            for first, rows in cuts((max(0, high - low), columns), dtype.itemsize, PIECE_BYTES):
+                piece = self._scratch.take((rows, columns) if width else (rows,), dtype)
+                offset = hf_width[0][0] if hf_width else 0
+                self._weights.read_rows(block.hf_name, hf_row + low - row + first, piece, offset)
+                at = (low + first) * columns  # element of the shard at which the piece begins
+                begin, finish = max(at, start), min(at + rows * columns, stop)
+                out[begin - start : finish - start].copy_(piece.view(-1)[begin - at : finish - at])
 
 
 def local_blocks(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks) -> list[LocalBlock]:

@@ -1,6 +1,5 @@
 """The actor's model: Megatron's `GPTModel` under the layout, from the architecture of a Hugging Face config."""
 
-import importlib.util
 import math
 import warnings
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from megatron_coreward.config.accelerator import RECIPES
 from megatron_coreward.config.architecture import Architecture, RopeScaling
 from megatron_coreward.config.schema import ActorSettings
 from megatron_coreward.errors import InputError
-from megatron_coreward.weights.mapping import is_replicated
+from megatron_coreward.weights.mapping import is_expert, is_replicated
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -93,15 +92,22 @@ def recompute_config(settings: ActorSettings, experts: bool) -> dict[str, Any]:
     return {}
 
 
-def fuses_gradients(settings: ActorSettings, backend: str) -> bool:
-    """Whether weight gradients are added to the fp32 buffers by the product itself.
+def fuse_gradients(model: torch.nn.Module, settings: ActorSettings) -> None:
+    """Lets Transformer Engine's layers add weight gradients to the fp32 buffers within the product.
 
-    Transformer Engine's layers bring a kernel for it. The output layer is Megatron's own under either spec, and
-    Megatron-Core 0.16.1 refuses to build it without apex's, so that decides.
+    Megatron's config has one switch for these layers and for its own output layer, which it refuses to build without
+    apex's kernel. So the switch stays off, and the layers are told what it would tell them. The output layer needs no
+    kernel: `token_stats` adds to the buffer itself.
     """
-    if settings.gradient_accumulation_fusion == "auto":
-        return backend == "te" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return settings.gradient_accumulation_fusion
+    if settings.gradient_accumulation_fusion is not False:
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+
+
+def fuses_gradients(model: torch.nn.Module) -> bool:
+    """Whether any layer does."""
+    return any(getattr(module, "fuse_wgrad_accumulation", False) for module in model.modules())
 
 
 def transformer_config(
@@ -125,7 +131,9 @@ def transformer_config(
             "moe_router_load_balancing_type": "none",
             # alltoall takes its split sizes to numpy only for CUDA tensors
             "moe_token_dispatcher_type": "alltoall" if on_gpu else "allgather",
+            "moe_router_dtype": "fp32",  # the product that chooses experts, under BF16 too
             "moe_grouped_gemm": fused,
+            "moe_permute_fusion": fused and can_fuse_permutation(),
         }
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -148,7 +156,10 @@ def transformer_config(
         pipeline_model_parallel_size=settings.pipeline_parallel,
         virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=settings.context_parallel,
+        num_layers_in_first_pipeline_stage=settings.first_stage_layers,
+        num_layers_in_last_pipeline_stage=settings.last_stage_layers,
         expert_model_parallel_size=settings.expert_parallel,
+        expert_tensor_parallel_size=settings.expert_tensor_parallel,
         sequence_parallel=settings.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -160,15 +171,23 @@ def transformer_config(
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=fuses_gradients(settings, backend),
+        gradient_accumulation_fusion=False,  # see `fuse_gradients`
         apply_rope_fusion=fused,
         # Interleaved schedules between two ranks mix up the two directions when P2P is batched.
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
+        batch_p2p_sync=False,  # a synchronisation of the whole device after each exchange, for former versions of torch
         **moe,
         **({} if frozen else recompute_config(settings, arch.experts is not None)),
         **fp8_config(settings, frozen),
     )
+
+
+def can_fuse_permutation() -> bool:
+    """Whether Transformer Engine has kernels that sort tokens by expert, from 2.1 on."""
+    from megatron.core.extensions import transformer_engine
+
+    return getattr(transformer_engine, "fused_permute", None) is not None
 
 
 def layer_spec(arch: Architecture, backend: str) -> tuple[ModuleSpec, Any]:
@@ -202,6 +221,21 @@ def layer_spec(arch: Architecture, backend: str) -> tuple[ModuleSpec, Any]:
     return spec, TorchRMSNorm
 
 
+class HiddenStatesModel(GPTModel):
+    """Megatron's model, but that the last stage ends with the hidden states [T, 1, H] (T / tensor-parallel size of them
+    under sequence parallelism). Its output layer holds the weight; `token_stats` applies it to the rows that count."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """[V / tensor-parallel size, H] of the last stage: a parameter of its own, or the embedding's."""
+        tied = self.share_embeddings_and_output_weights
+        weight: torch.Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
+
+
 def build_chunks(
     arch: Architecture, settings: ActorSettings, dtype: torch.dtype, max_sequence_length: int, frozen: bool = False
 ) -> list[GPTModel]:
@@ -221,7 +255,7 @@ def build_chunks(
     chunks = []
     for chunk in range(settings.virtual_pipeline):
         stage = chunk if settings.virtual_pipeline > 1 else None
-        model = GPTModel(
+        model = HiddenStatesModel(
             config,
             TransformerBlockSubmodules(
                 layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=norm
@@ -238,6 +272,9 @@ def build_chunks(
         if arch.rope_scaling is not None:
             model.rotary_pos_emb.inv_freq = scale_rope(model.rotary_pos_emb.inv_freq, arch.rope_scaling)
         _mark_tensor_parallel(model)
+        _mark_experts(model)
+        if not frozen:
+            fuse_gradients(model, settings)
         _place(model, dtype)
         chunks.append(model)
     return chunks
@@ -266,6 +303,17 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
         if not is_replicated(name) and not getattr(param, "tensor_model_parallel", False):
             dim = 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) or ".linear_fc2.weight" in name else 0
             set_tensor_model_parallel_attributes(param, True, dim, 1)
+
+
+def _mark_experts(model: GPTModel) -> None:
+    """Marks experts whose replicas are other ranks than those of the other parameters, so that their gradients are
+    reduced over their own replicas. Megatron 0.16.1 marks them under expert parallelism alone, and would leave out the
+    tensor-parallel ranks that hold the same whole experts."""
+    config = model.config
+    if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+        for name, param in model.named_parameters():
+            if is_expert(name):
+                param.allreduce = False
 
 
 def scale_rope(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_coreward.config.schema import ActorSettings
@@ -67,6 +68,18 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
     """The distributed optimizers with parameters on this rank (experts have one of their own)."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+def clip_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Scales all gradients down to the global norm that the settings allow, as Megatron's `step` does.
+
+    Args:
+        norm: of the gradients of all ranks (`optimizer.get_grad_norm`).
+    """
+    for part in optimizer_parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

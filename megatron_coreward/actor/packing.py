@@ -8,6 +8,7 @@ Invariants (tests/actor/test_packing.py):
   2. All ranks have the same number of packs, a multiple of `multiple_of`; all packs of a plan have the same number of
      tokens, a multiple of `align`, so that pipeline and expert-parallel ranks exchange equal shapes.
   3. No pack exceeds the budget, unless it holds a single sequence that does.
+  4. The operations of attention of two ranks differ by at most those of one pack.
 """
 
 import heapq
@@ -70,11 +71,28 @@ def plan_packs(
             break
         per_rank += 1
     num_tokens = -(-fullest // align) * align
-    # Pack p goes to rank p mod num_ranks: equal loads lie side by side, so ranks finish together.
-    packs = tuple(
-        tuple(tuple(sorted(contents[i * num_ranks + rank])) for i in range(per_rank)) for rank in range(num_ranks)
-    )
-    return PackPlan(packs, num_tokens)
+    return PackPlan(_balance([tuple(sorted(rows)) for rows in contents], lengths, num_ranks), num_tokens)
+
+
+def _balance(
+    packs: Sequence[tuple[int, ...]], lengths: Sequence[int], num_ranks: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Packs of about equal tokens, given to ranks so that attention is balanced too, whose operations grow with the
+    square of a sequence. Round by round, most operations first, a rank that has had few gets many: packs that run at
+    the same time are alike, and ranks finish together."""
+
+    def operations(rows: tuple[int, ...]) -> int:
+        return sum(lengths[row] ** 2 for row in rows)
+
+    order = sorted(packs, key=lambda rows: (-operations(rows), rows))
+    loads: list[int] = [0] * num_ranks
+    of_ranks: list[list[tuple[int, ...]]] = [[] for _ in range(num_ranks)]
+    for first in range(0, len(order), num_ranks):
+        ranks = sorted(range(num_ranks), key=lambda rank: (loads[rank], rank))
+        for rank, rows in zip(ranks, order[first : first + num_ranks], strict=True):
+            of_ranks[rank].append(rows)
+            loads[rank] += operations(rows)
+    return tuple(map(tuple, of_ranks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ def initialize(settings: ActorSettings, rank: int, address: str, port: int, seed
         virtual_pipeline_model_parallel_size=settings.virtual_pipeline if settings.virtual_pipeline > 1 else None,
         context_parallel_size=settings.context_parallel,
         expert_model_parallel_size=settings.expert_parallel,
+        expert_tensor_parallel_size=settings.expert_tensor_parallel,
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
     )
     model_parallel_cuda_manual_seed(seed)

@@ -11,6 +11,9 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_coreward.actor.optimizer import optimizer_parts
 
+# Gathered at a time, over all ranks: what a gather takes beside the values themselves.
+SLICE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+
 
 @dataclass(frozen=True, slots=True)
 class MainShard:
@@ -71,9 +74,13 @@ class FlatWeights:
             if size == 1:
                 continue
             for bucket in buffer.buckets:
-                whole = flat[bucket.offset : bucket.offset + bucket.param_data.numel()]
-                own = whole.view(size, -1)[rank].clone()
-                dist.all_gather_into_tensor(whole, own, group=buffer.data_parallel_group)
+                whole = flat[bucket.offset : bucket.offset + bucket.param_data.numel()].view(size, -1)
+                for part in whole.split(max(1, SLICE_ELEMENTS[flat.device.type] // size), dim=1):
+                    gathered = torch.empty_like(part, memory_format=torch.contiguous_format)
+                    dist.all_gather_into_tensor(
+                        gathered.view(-1), part[rank].contiguous(), group=buffer.data_parallel_group
+                    )
+                    part.copy_(gathered)
 
     @property
     def storages(self) -> list[torch.Tensor]:

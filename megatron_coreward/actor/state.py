@@ -7,29 +7,40 @@ seed and step). The frozen reference is the model that the run started from and 
 Everything that belongs to a parameter is saved in the parameter's own shape, as the model's weights are, so that any
 tensor, pipeline or data-parallel layout can read it. (Megatron's own resharding of optimizer state does not know
 torch's AdamW: in 0.16 it fails on the step count.) To be saved, one quantity after the other is gathered over
-data-parallel ranks, which takes 4 bytes of device memory per parameter of a model-parallel rank. The hosts of the ranks
-that write hold all of them, 12 bytes (20 with a teacher), until they are written.
+data-parallel ranks, which takes 4 bytes of device memory per parameter of a model-parallel rank. Each data-parallel
+replica then writes other parameters, so that its host holds 12 bytes (20 with a teacher) per parameter of a
+model-parallel rank, divided by the replicas, until they are written.
+
+Invariants (tests/actor/test_state.py, tests/actor/test_saving.py):
+  1. What was saved under one layout is read under any other, to the bit.
+  2. The replicas of a shard write about equally much, and every shard once.
+  3. Beside the state itself, resuming takes host memory for one piece of a tensor.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_coreward.actor.hf_weights import ShardReader, global_parameters, load_megatron
 from megatron_coreward.actor.optimizer import MOMENTS, optimizer_parts, set_step_count, step_count
+from megatron_coreward.actor.parallel import ParallelRanks
 from megatron_coreward.actor.saving import Saving
 from megatron_coreward.actor.shards import FlatWeights, MainShard, main_shards
 from megatron_coreward.actor.teacher import EmaTeacher
 from megatron_coreward.checkpoint.safe_load import check_no_code
+from megatron_coreward.checkpoint.torch_dist import MegatronWeights
+from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.weights.mapping import is_expert
 
 Policy = list[DistributedDataParallel]
 Slots = Iterator[tuple[MainShard, torch.Tensor]]  # a shard with one of its quantities, to be read or written in place
@@ -49,9 +60,44 @@ def _quantities(optimizer: MegatronOptimizer, teacher: EmaTeacher | None) -> dic
     return found
 
 
-def _model_state(policy: Policy) -> dict[str, Any]:
-    """The weights of every chunk. What Transformer Engine's layers keep for FP8 scaling stays out: it is a pickle, and
-    all of it follows from the next micro-batches (`MegatronActor.update` warms up the one recipe with a memory)."""
+class _Writers:
+    """Which of the replicas of a shard writes it: the one with the fewest bytes so far. All replicas ask in the same
+    order and get the same answers, so every shard is written once, and every replica writes about as much."""
+
+    def __init__(self) -> None:
+        dense = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        self._bytes = {False: [0] * dense, True: [0] * parallel_state.get_expert_data_parallel_world_size()}
+
+    def assign(self, name: str, entry: Any) -> Any:
+        """The entry with the replicas of its parameter renumbered: Megatron lets number 0 write."""
+        loads = self._bytes[is_expert(name)]
+        writer = min(range(len(loads)), key=loads.__getitem__)
+        loads[writer] += entry.data.nbytes
+        *others, replica = entry.replica_id
+        return dataclasses.replace(entry, replica_id=(*others, (replica - writer) % len(loads)))
+
+
+class HostMemory:
+    """Host memory in which quantities wait to be written. Of a GPU's it is page-locked and kept for the next
+    checkpoint: to lock pages takes longer than to fill them. Elsewhere a copy of its own, freed when it is written."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def copy(self, key: str, values: torch.Tensor) -> torch.Tensor:
+        """The values, once the device is synchronised."""
+        if not values.is_cuda:
+            return values.clone()
+        kept = self._kept.get(key)
+        if kept is None or kept.shape != values.shape:
+            kept = self._kept[key] = torch.empty_like(values, device="cpu", pin_memory=True)
+        return kept.copy_(values, non_blocking=True)
+
+
+def _weights_to_write(policy: Policy, writers: _Writers) -> dict[str, Any]:
+    """The weights of every chunk, spread over their replicas. What Transformer Engine's layers keep for FP8 scaling
+    stays out: it is a pickle, and all of it follows from the next micro-batches (`MegatronActor.update` warms up the
+    one recipe with a memory)."""
     several = len(policy) > 1
     state = {}
     for i, chunk in enumerate(policy):
@@ -59,34 +105,32 @@ def _model_state(policy: Policy) -> dict[str, Any]:
             if hasattr(module, "_split_extra_state"):  # of grouped experts, for the entries that are left out below
                 # With Transformer Engine 2.18 they are empty for most recipes, and Megatron 0.16 fails to split them.
                 module._split_extra_state = lambda state, copies=module.num_gemms: [state] * copies
-        weights = {k: v for k, v in chunk.module.sharded_state_dict().items() if not _is_scaling_state(k)}
-        for entry in weights.values():
-            if hasattr(entry, "data") and entry.data is not None and is_float8tensor(entry.data):
+        params = dict(chunk.module.named_parameters())
+        weights = {k: v for k, v in chunk.module.sharded_state_dict().items() if k in params}
+        for key, entry in weights.items():
+            if is_float8tensor(entry.data):
                 entry.data = dequantize_fp8_tensor(entry.data)
+            weights[key] = writers.assign(key, entry)
         state[f"model{i}" if several else "model"] = weights
     return state
 
 
-def _is_scaling_state(key: str) -> bool:
-    return key.rpartition(".")[2].startswith("_extra_state")
-
-
-def _quantity_state(policy: Policy, prefix: str, values: Callable[[Any, torch.nn.Parameter], Any]) -> dict[str, Any]:
-    """The policy's sharded state with other values, in fp32, under prefixed keys.
-
-    Args:
-        values: those that an entry of the state shall have in place of its parameter's.
-    """
-    state = {}
-    for chunk, (name, sharded) in zip(policy, _model_state(policy).items(), strict=True):
+def _quantity_to_write(
+    policy: Policy, quantity: str, whole: FlatWeights, writers: _Writers, host: HostMemory
+) -> dict[str, Any]:
+    """One quantity in the parameters' shapes, under prefixed keys: values on the host, and for the shards that another
+    rank writes, their shape alone."""
+    state: dict[str, Any] = {}
+    for number, chunk in enumerate(policy):
         params = dict(chunk.module.named_parameters())
-        state[name] = {
-            key: dataclasses.replace(
-                entry, key=f"{prefix}.{entry.key}", data=values(entry, params[key]), **_fp32(entry)
-            )
-            for key, entry in sharded.items()
-            if key in params
-        }
+        entries = chunk.module.sharded_state_dict()
+        state[f"{quantity}{number}"] = written = {}
+        for name, param in params.items():
+            values = whole.of(param)
+            entry = writers.assign(name, dataclasses.replace(entries[name], data=values, **_fp32(entries[name])))
+            mine = is_main_replica(entry.replica_id)
+            data = host.copy(f"{quantity}.{number}.{name}", values) if mine else _nothing_like(values)
+            written[name] = dataclasses.replace(entry, key=f"{quantity}.{entry.key}", data=data)
     return state
 
 
@@ -94,16 +138,8 @@ def _fp32(entry: Any) -> dict[str, Any]:
     return {"dtype": torch.float32} if hasattr(entry, "dtype") else {}
 
 
-def _to_write(weights: FlatWeights, entry: Any, param: torch.nn.Parameter) -> torch.Tensor:
-    """The values on the host, or, if another rank writes them, their shape alone."""
-    values = weights.of(param)
-    if is_main_replica(entry.replica_id):
-        return values.cpu()
+def _nothing_like(values: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), dtype=values.dtype).expand(values.shape)
-
-
-def _to_read(weights: FlatWeights, entry: Any, param: torch.nn.Parameter) -> torch.Tensor:
-    return weights.of(param)
 
 
 def begin_save(
@@ -112,14 +148,18 @@ def begin_save(
     scheduler: OptimizerParamScheduler,
     teacher: EmaTeacher | None,
     target: Path,
+    host: HostMemory,
 ) -> Saving:
     """Begins to write the state of all ranks into the directory `target`, which exists and is empty. Called on every
     rank; training may go on at once."""
-    state = _model_state(policy)
+    writers = _Writers()
+    state: dict[str, Any] = _weights_to_write(policy, writers)
     for name, slots in _quantities(optimizer, teacher).items():
         whole = FlatWeights(policy, torch.float32)
         whole.fill(slots())
-        state[name] = _quantity_state(policy, name, partial(_to_write, whole))
+        state |= _quantity_to_write(policy, name, whole, writers, host)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies are complete, and the next quantity may take the memory
     state["scheduler"] = scheduler.state_dict()
     state["optimizer_steps"] = step_count(optimizer)
     live = [tensor for chunk in policy for tensor in (*chunk.parameters(), *chunk.module.buffers())]
@@ -133,29 +173,29 @@ def load_state(
     scheduler: OptimizerParamScheduler,
     teacher: EmaTeacher | None,
     source: Path,
+    arch: Architecture,
+    ranks: ParallelRanks,
 ) -> None:
-    """Reads what `begin_save` wrote, under whatever layout this is. Called on every rank."""
+    """Reads what `begin_save` wrote, under whatever layout this is. Called on every rank.
+
+    A rank reads its own shards, one after the other, straight to where they belong: of the weights all that it holds,
+    of everything else what its share of the optimizer owns.
+    """
     check_no_code(source)
-    wholes = {name: FlatWeights(policy, torch.float32, "cpu") for name in _quantities(optimizer, teacher)}
-    wanted = _model_state(policy)
-    wanted |= {name: _quantity_state(policy, name, partial(_to_read, whole)) for name, whole in wholes.items()}
-    state = dist_checkpointing.load(wanted, str(source))
-    for chunk, name in zip(policy, _model_state(policy), strict=True):
-        missing, unknown = chunk.module.load_state_dict(state[name], strict=False)
-        if unknown or any(not _is_scaling_state(key) for key in missing):
-            raise RuntimeError(f"{source}: the model's state lacks {missing} and has {unknown} beyond it")
+    chunks = [chunk.module for chunk in policy]
+    load_megatron(chunks, arch, ranks, source)
+    names = {param: name for name, param in global_parameters(chunks, arch, ranks)}
     for quantity, slots in _quantities(optimizer, teacher).items():
-        for chunk, tensors in zip(policy, state[quantity].values(), strict=True):
-            params = dict(chunk.module.named_parameters())
-            for name, tensor in tensors.items():
-                wholes[quantity].of(params[name]).copy_(tensor)
-        for shard, own in slots():
-            own.copy_(wholes[quantity].own(shard))
+        with closing(MegatronWeights(source, arch, f"{quantity}.")) as weights:
+            reader = ShardReader(arch, ranks, weights)
+            for shard, own in slots():
+                reader.read(names[shard.param], shard.param.shape, shard.start, own)
     if policy[0].module.config.fp8_param:  # FP8 weights from the main parameters, as after a step
         for part in optimizer_parts(optimizer):
             part._copy_main_params_to_model_params()
         for chunk in policy:
             chunk.start_param_sync(force_sync=True)
+    common = dist_checkpointing.load_common_state_dict(str(source))
     scheduler.num_steps = 0  # Megatron adds what it reads
-    scheduler.load_state_dict(state["scheduler"])
-    set_step_count(optimizer, state["optimizer_steps"])
+    scheduler.load_state_dict(common["scheduler"])
+    set_step_count(optimizer, common["optimizer_steps"])

@@ -9,7 +9,7 @@ Bytes per parameter: 8 for value and compensation, divided by the data-parallel 
 and is sent to the engines, 2 (BF16) or 4 (fp32) on every data-parallel rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -17,6 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_coreward.actor.shards import FlatWeights, MainShard, main_shards
+
+GROUP_ELEMENTS = 1 << 25  # of main parameters that the EMA steps together, if there is more than one tensor
 
 
 class FrozenModel:
@@ -49,8 +51,9 @@ class EmaTeacher:
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """One step towards the policy's present weights."""
-        for shard, value, compensation in self._each():
-            ema_step_(value, compensation, shard.value, decay)
+        shards = [shard.value for shard in main_shards(self._optimizer)]
+        for first, stop in _groups(shards):
+            ema_step_(self.values[first:stop], self.compensations[first:stop], shards[first:stop], decay)
 
     def write_to(self, model: FrozenModel) -> None:
         """Puts the teacher's present weights into a model, in that model's dtype."""
@@ -60,12 +63,32 @@ class EmaTeacher:
         return zip(main_shards(self._optimizer), self.values, self.compensations, strict=True)
 
 
-def ema_step_(value: torch.Tensor, compensation: torch.Tensor, target: torch.Tensor, decay: float) -> None:
-    """`value + compensation <- decay * (value + compensation) + (1 - decay) * target`, in place.
+def _groups(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """First and last-plus-one of tensors that are stepped together: few kernels for many small ones, and no more
+    temporary memory than one large one takes."""
+    first, held = 0, 0
+    for place, tensor in enumerate(tensors):
+        if place > first and held + tensor.numel() > GROUP_ELEMENTS:
+            yield first, place
+            first, held = place, 0
+        held += tensor.numel()
+    if tensors:
+        yield first, len(tensors)
+
+
+def ema_step_(
+    values: list[torch.Tensor], compensations: list[torch.Tensor], targets: list[torch.Tensor], decay: float
+) -> None:
+    """`value + compensation <- decay * (value + compensation) + (1 - decay) * target`, in place, for each of the
+    tensors.
 
     `compensation` holds what rounding cut off `value`, so movements far below its last bit add up.
     """
-    movement = torch.sub(target, value).sub_(compensation).mul_(1.0 - decay).add_(compensation)
-    moved = value + movement
-    torch.sub(movement, moved - value, out=compensation)
-    value.copy_(moved)
+    movement = torch._foreach_sub(targets, values)
+    torch._foreach_sub_(movement, compensations)
+    torch._foreach_mul_(movement, 1.0 - decay)
+    torch._foreach_add_(movement, compensations)
+    moved = torch._foreach_add(values, movement)
+    torch._foreach_sub_(movement, torch._foreach_sub(moved, values))
+    torch._foreach_copy_(compensations, movement)
+    torch._foreach_copy_(values, moved)

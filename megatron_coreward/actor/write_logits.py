@@ -3,6 +3,7 @@
 python -m megatron_coreward.actor.write_logits CONFIG_DIR TOKENS.npy LOGITS.npy CHECKPOINT policy|teacher
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -33,9 +34,10 @@ def main(config: Path, tokens: Path, target: Path, checkpoint: Path, weights: st
     load_megatron(chunks, arch, ranks, checkpoint, key_prefix(weights))
     whole = Sequences([ids], np.asarray([1], dtype=np.int32))
     pack = build_pack(whole, [0], len(ids), parallel.device())
-    logits = forward_only(chunks, [pack], lambda pack, logits: logits)
+    every_token = dataclasses.replace(pack, predicts=torch.arange(len(ids), device=parallel.device()))
+    logits = forward_only(chunks, [every_token], lambda _, hidden, weight: hidden @ weight[: arch.vocab_size].t())
     assert logits is not None  # the only rank is the last stage
-    np.save(target, logits[0][:, : arch.vocab_size].numpy())
+    np.save(target, logits[0].cpu().numpy())
     parallel.shutdown()
 
 

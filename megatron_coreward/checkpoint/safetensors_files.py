@@ -112,11 +112,18 @@ class HfWeights:
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
 
-    def read_rows(self, name: str, first_row: int, out: torch.Tensor) -> None:
-        """Fills `out`, which is contiguous and of the tensor's dtype, with rows from `first_row` on."""
+    def read_rows(self, name: str, first_row: int, out: torch.Tensor, first_column: int = 0) -> None:
+        """Fills `out`, which is contiguous and of the tensor's dtype, with rows from `first_row` on; where it is
+        narrower than they are, with the columns from `first_column` on."""
         tensor = self.tensors[name]
-        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        self._files.read(tensor.file, tensor.start + first_row * row_bytes, out)
+        columns, item = math.prod(tensor.shape[1:]), tensor.dtype.itemsize
+        start = tensor.start + first_row * columns * item
+        if out.numel() == len(out) * columns:
+            self._files.read(tensor.file, start, out)
+            return
+        rows = torch.empty(len(out), columns, dtype=out.dtype)
+        self._files.read(tensor.file, start, rows)
+        out.view(len(out), -1).copy_(rows[:, first_column : first_column + out.numel() // len(out)])
 
     def close(self) -> None:
         self._files.close()

@@ -261,31 +261,35 @@ class MegatronWeights:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
-    def read_rows(self, name: str, first_row: int, out: torch.Tensor) -> None:
-        """Fills `out`, which is contiguous and of the tensor's dtype, with rows from `first_row` of an HF tensor on."""
+    def read_rows(self, name: str, first_row: int, out: torch.Tensor, first_column: int = 0) -> None:
+        """Fills `out`, which is contiguous and of the tensor's dtype, with rows from `first_row` of an HF tensor on;
+        where it is narrower than they are, with the columns from `first_column` on, and chunks of others are not
+        read."""
         stop = first_row + out.shape[0]
         grid = out.view(out.shape[0], -1)
         for tensor, run in self._runs[name]:
             start, end = max(first_row, run.hf_row), min(stop, run.hf_row + run.rows)
             if start < end:
                 part = grid[start - first_row : end - first_row]
-                self._read_slice(tensor, run.row + start - run.hf_row, part, out.dtype)
+                self._read_slice(tensor, run.row + start - run.hf_row, first_column, part)
 
-    def _read_slice(self, tensor: CheckpointTensor, first_row: int, out: torch.Tensor, dtype: torch.dtype) -> None:
-        stop = first_row + out.shape[0]
+    def _read_slice(self, tensor: CheckpointTensor, first_row: int, first_column: int, out: torch.Tensor) -> None:
+        """Fills `out` [rows, columns] with the part of a slice that begins at a row and a column."""
+        dtype, (height, width) = out.dtype, out.shape
         for chunk in self._chunks[self._key[tensor.key], tensor.lead]:
-            start, end = max(first_row, chunk.row), min(stop, chunk.row + chunk.rows)
-            if start >= end:
+            start, end = max(first_row, chunk.row), min(first_row + height, chunk.row + chunk.rows)
+            left, right = max(first_column, chunk.column), min(first_column + width, chunk.column + chunk.columns)
+            if start >= end or left >= right:
                 continue
             path, data = self._locate(chunk, tensor.key, dtype)
             byte = data + (chunk.skip + start - chunk.row) * chunk.columns * dtype.itemsize
-            target = out[start - first_row : end - first_row, chunk.column : chunk.column + chunk.columns]
-            if target.is_contiguous():
+            target = out[start - first_row : end - first_row, left - first_column : right - first_column]
+            if target.is_contiguous() and right - left == chunk.columns:
                 self._files.read(path, byte, target)
             else:
-                rows = torch.empty(target.shape, dtype=dtype)
+                rows = torch.empty(end - start, chunk.columns, dtype=dtype)
                 self._files.read(path, byte, rows)
-                target.copy_(rows)
+                target.copy_(rows[:, left - chunk.column : right - chunk.column])
 
     def _locate(self, chunk: _Chunk, key: str, dtype: torch.dtype) -> tuple[Path, int]:
         """The file of a chunk and the byte where the chunk's elements start."""

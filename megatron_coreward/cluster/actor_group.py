@@ -18,8 +18,8 @@ from megatron_coreward.cluster.ray_start import worker_options
 from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.cluster.worker_group import Command, Outstanding, WorkerGroup
 from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
-from megatron_coreward.planner.parameters import actor_layout
 from megatron_coreward.types import FloatArray, Sequences, TokenStats, TrainBatch
+from megatron_coreward.weights.layouts import ActorLayout
 
 STORE_S = 5.0  # to ask the ranks' store who is behind
 
@@ -57,7 +57,7 @@ class ActorGroup(WorkerGroup):
         started = self.watchdog.get(self._started, "its model", limit_s=limit, interruptible=True)
         self.part_of = [dp_rank for dp_rank, _ in started]
         self.output_ranks = tuple(rank for rank, (_, is_output_rank) in enumerate(started) if is_output_rank)
-        layout = actor_layout(self.setup.settings)
+        layout = ActorLayout.of(self.setup.settings)
         self.replicas = [replica_of(layout, dp_rank) for dp_rank in range(layout.data_parallel)]
         self.listen_to_lives()
 
@@ -92,19 +92,25 @@ class ActorGroup(WorkerGroup):
             return []
         return [rank for rank, count in zip(ranks, done, strict=True) if count < self._commands]
 
-    def token_stats(self, sequences: Sequences, weights: Weights, temperature: float) -> TokenStats:
-        """Statistics of the response tokens of all sequences, in their order."""
+    def token_stats(
+        self, sequences: Sequences, weights: Weights, temperature: float, statistics: bool = True
+    ) -> TokenStats:
+        """Log-probs of the response tokens of all sequences, in their order, and if wanted entropy and
+        self-certainty."""
         plan = self._plan(sequences)
-        parts = [(sequences.select(micro_batches.rows), micro_batches, weights, temperature) for micro_batches in plan]
+        parts = [
+            (sequences.select(micro_batches.rows), micro_batches, weights, temperature, statistics)
+            for micro_batches in plan
+        ]
         results = self.call_parts("token_stats", parts, self.output_ranks)
         stats: list[list[FloatArray]] = [[None] * len(sequences) for _ in range(3)]  # type: ignore[list-item]
         for rank, result in zip(self.output_ranks, results, strict=True):
             rows = plan[self.part_of[rank]].rows
             of_rank = result.logprobs, result.entropy, result.self_certainty
-            for target, source in zip(stats, of_rank, strict=True):
+            for target, source in zip(stats, of_rank[: 3 if statistics else 1], strict=False):
                 for row, values in zip(rows, source, strict=True):
                     target[row] = values
-        return TokenStats(*stats)
+        return TokenStats(*stats) if statistics else TokenStats(stats[0], (), ())
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step. Returns sums over the batch's response tokens, and the step's global figures."""

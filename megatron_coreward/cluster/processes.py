@@ -12,10 +12,11 @@ from megatron_coreward.checkpoint.convert import megatron_directory
 from megatron_coreward.cluster.actor_group import ActorGroup
 from megatron_coreward.cluster.colocation import Colocation
 from megatron_coreward.cluster.engine_group import EngineGroup
-from megatron_coreward.cluster.placement import ReservedPlacement, ResourceRequest
+from megatron_coreward.cluster.placement import ReservedPlacement
 from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.planner.placement import ResourceRequest
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout import orphans
 from megatron_coreward.rollout.setup import EngineSetup
@@ -47,13 +48,7 @@ def processes(config: RunConfig, watchdog: Watchdog | None = None) -> Iterator[P
     start_ray(config.watchdog.start_limit_s)
     watchdog = watchdog or Watchdog(config.watchdog, logs=config.run_dir / LOGS)
     colocated = config.rollout.placement == "colocated"
-    resource_request = ResourceRequest(
-        ranks=config.actor.world_size,
-        rank_group=config.actor.tensor_parallel,
-        engines=config.rollout.num_engines,
-        engine_size=config.rollout.tensor_parallel,
-        colocated=colocated,
-    )
+    resource_request = ResourceRequest.of_run(config)
     max_sequence = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     with ExitStack() as stack:
         placement = stack.enter_context(ReservedPlacement(resource_request, config.watchdog.start_limit_s))

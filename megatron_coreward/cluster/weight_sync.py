@@ -21,9 +21,8 @@ from megatron_coreward.cluster.worker_group import Outstanding, Workers
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import LEAST_LOGPROB_GAP
 from megatron_coreward.errors import RunError
-from megatron_coreward.planner.parameters import actor_layout
 from megatron_coreward.types import FloatArray, IntArray, Problem, Role, Sequences, TokenStats, WeightVersion
-from megatron_coreward.weights.layouts import EngineLayout
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.meeting import give_up
 from megatron_coreward.weights.spec import TransferSpec
 
@@ -33,7 +32,7 @@ CALIBRATED = 5.0  # times the first weight sync's gap: what later ones may show
 class SendingActors(Workers, Protocol):
     """What a weight sync needs of the actors (`cluster.actor_group.ActorGroup`)."""
 
-    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
+    def token_stats(self, sequences: Sequences, weights: Any, temperature: float, statistics: bool) -> TokenStats: ...
 
 
 class ReceivingEngines(Workers, Protocol):
@@ -139,7 +138,7 @@ class WeightSync:
         self.engine_epoch += 1
 
     def _canary_gap(self, role: Role) -> float:
-        expected = self._actors.token_stats(self._canary, role, 1.0).logprobs[0]
+        expected = self._actors.token_stats(self._canary, role, 1.0, False).logprobs[0]
         scores: Sequence[FloatArray] = self._engines.call("score", self._canary.token_ids[0])
         return max(float(np.abs(score - expected).mean()) for score in scores)
 
@@ -149,7 +148,7 @@ def open_sync(config: RunConfig, processes: Processes, canary: IntArray) -> Weig
     spec = TransferSpec(
         transport=processes.transport,
         name=f"coreward-{secrets.token_hex(6)}",
-        actor=actor_layout(config.actor),
+        actor=ActorLayout.of(config.actor),
         engines=EngineLayout(config.rollout.num_engines, config.rollout.tensor_parallel),
         dtype=config.model.dtype,
         bucket_bytes=int(config.sync.bucket_mib * 2**20),

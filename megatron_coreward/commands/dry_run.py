@@ -14,10 +14,10 @@ from megatron_coreward.planner.report import report
 from megatron_coreward.preflight.machine import (
     checkpoint_bytes,
     joins_cluster,
-    least_memory,
     model_bytes,
     visible_gpus,
 )
+from megatron_coreward.preflight.memory import host_memory
 from megatron_coreward.preflight.resume import newest_checkpoint
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.weights.layouts import ActorLayout
@@ -65,7 +65,7 @@ def _memory(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
     elif visible_gpus() or joins_cluster():
         yield f"`megatron-coreward plan` estimates it for {', '.join(GPUS)}"
     else:
-        parts = least_memory(config, arch)
+        parts = host_memory(config, arch)
         yield from (f"{name:<40} {_size(size):>12}" for name, size in parts.items())
         yield f"{'all, at least':<40} {_size(sum(parts.values())):>12}"
 

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from megatron_coreward.commands.arguments import SEED, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
 from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerFormat, Equivalence
+from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
@@ -152,7 +153,7 @@ def _lm_eval(options: argparse.Namespace) -> None:
             include_path=options.include_path,
         )
     for task, metrics in results.items():
-        print(task, *(f"{metric} {value:.4f}" for metric, value in metrics.items()), sep="  ")
+        say("  ".join([task, *(f"{metric} {value:.4f}" for metric, value in metrics.items())]))
 
 
 def _show(table: Any) -> None:

@@ -19,8 +19,13 @@ def add(commands: Any) -> None:
         metavar="key=value",
         help="config keys, such as actor.tensor_parallel=4",
     )
-    plan.add_argument("--gpu", default="h100", help=", ".join(GPUS))
-    plan.add_argument("--gpus", type=int, metavar="N", help="GPUs there are; default: as many as the layout takes")
+    plan.add_argument("--gpu", help=f"{', '.join(GPUS)} (default: the recipe's gpu, or h100)")
+    plan.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="GPUs there are, used or not; default: those of the layout",
+    )
     plan.add_argument(
         "--placement",
         choices=("disaggregated", "colocated"),
@@ -43,7 +48,7 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_coreward.config.load import load_config
     from megatron_coreward.planner.hardware import assume, find_gpu
     from megatron_coreward.planner.models import architecture_of
-    from megatron_coreward.planner.plan import Machine, gpus_of, make_plan
+    from megatron_coreward.planner.plan import Machine, fixed_problems, gpus_of, make_plan
     from megatron_coreward.planner.report import overrides, ranking, report
     from megatron_coreward.planner.search import nearest, search
     from megatron_coreward.planner.step_time import transfers
@@ -54,18 +59,20 @@ def _plan(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     arch = architecture_of(config.model)
     placement = options.placement or config.rollout.placement
-    machine = Machine(find_gpu(options.gpu), placement, assume(options.assume))
+    machine = Machine(find_gpu(options.gpu or config.gpu or "h100"), placement, assume(options.assume))
     gpus = options.gpus or gpus_of(config, placement)
     model = config.model.hf_path.name
 
     if options.search:
-        found = search(config, arch, machine, gpus)[: options.top]
+        stuck = fixed_problems(config, arch, machine)
+        found = [] if stuck else search(config, arch, machine, gpus)[: options.top]
         if options.json:
             print(json.dumps([plan.to_json() for plan in found], indent=1))
         else:
             print(ranking(found, gpus))
         if not found:
-            raise InputError(f"no layout of {model} fits on {gpus} x {machine.gpu.name}")
+            why = "".join(f"\n{problem}" for problem in stuck)
+            raise InputError(f"no layout of {model} fits on {gpus} x {machine.gpu.name}{':' if why else ''}{why}")
         return
 
     problems: list[str] = []
@@ -75,7 +82,8 @@ def _plan(options: argparse.Namespace) -> None:
     try:
         plan = make_plan(config, arch, machine)
         sync = transfers(config, arch)
-        plan = make_plan(config, arch, machine, float(max(sync.bytes_sent.max(), sync.bytes_received.max())))
+        busiest = float(max(sync.bytes_sent.max(), sync.bytes_received.max()))
+        plan = make_plan(config, arch, machine, busiest, options.gpus if needed <= gpus else None)
         problems += plan.problems
     except InputError as e:
         problems += str(e).splitlines()

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import ActorSettings, RunConfig
+from megatron_coreward.config.stages import divide_layers
+from megatron_coreward.errors import InputError
 
 Version = tuple[int, ...]
 
@@ -129,11 +131,16 @@ def model_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
     if arch.experts is None:
         sizes["a rank's feed-forward size"] = arch.ffn_size // tp
     else:
-        sizes["a rank's part of an expert's feed-forward size"] = arch.experts.ffn_size // tp
+        expert_tp = tp if a.expert_tensor_parallel is None else a.expert_tensor_parallel
+        sizes["a rank's part of an expert's feed-forward size"] = arch.experts.ffn_size // expert_tp
     for what, size in sizes.items():
         if size % multiple:
             yield f"actor.fp8: {a.fp8} needs sizes in multiples of {multiple}, {what} is {size}"
-    most = arch.num_layers // a.pipeline_parallel
+    try:
+        stages = divide_layers(arch.num_layers, a.pipeline_parallel, a.first_stage_layers, a.last_stage_layers)
+    except InputError:  # told by what checks the layout
+        return
+    most = min(stages[0], stages[-1])
     if a.fp8_bf16_layers > most:
         yield f"actor.fp8_bf16_layers: {a.fp8_bf16_layers}; a pipeline rank has {most} layers, which is the most"
 
@@ -159,15 +166,30 @@ def machine_problems(config: RunConfig, machine: GpuSupport) -> Iterator[str]:
         yield "actor.backend: te needs the package transformer-engine, which is not installed; allowed: auto, local"
     if a.fp8 is not None:
         yield from _recipe_problems(a.fp8, machine, engine)
-    if a.gradient_accumulation_fusion is True and "apex" not in machine.packages:
+    if a.gradient_accumulation_fusion is True and (engine is None or a.backend == "local"):
         yield (
-            "actor.gradient_accumulation_fusion: true needs apex with its CUDA extensions "
-            "(fused_weight_gradient_mlp_cuda), which is not installed; allowed: auto, false"
+            "actor.gradient_accumulation_fusion: true needs the layers of transformer-engine, which "
+            f"{'is not installed' if engine is None else 'actor.backend: local does not use'}; allowed: auto, false"
         )
-    if r.quantization and machine.capability is not None and machine.capability < ROLLOUT_FP8_CAPABILITY:
+    if machine.capability is not None:
+        yield from gpu_problems(config, machine.capability)
+
+
+def gpu_problems(config: RunConfig, found: Version) -> Iterator[str]:
+    """What the config asks of a GPU of this compute capability, and it lacks."""
+    a, r = config.actor, config.rollout
+    if a.fp8 is not None and not _fits(RECIPES[a.fp8], found):
+        recipe = RECIPES[a.fp8]
+        below = "" if recipe.below_capability is None else f", below {_dotted(recipe.below_capability)}"
+        can = [name for name, other in RECIPES.items() if _fits(other, found)]
+        yield (
+            f"actor.fp8: {a.fp8} needs compute capability {_dotted(recipe.least_capability)} or more{below}, found "
+            f"{_dotted(found)}; allowed on this GPU: {', '.join(can) or 'null'}"
+        )
+    if r.quantization and found < ROLLOUT_FP8_CAPABILITY:
         yield (
             f"rollout.quantization: {r.quantization} needs compute capability {_dotted(ROLLOUT_FP8_CAPABILITY)} or "
-            f"more, found {_dotted(machine.capability)}; allowed: null"
+            f"more, found {_dotted(found)}; allowed: null"
         )
 
 
@@ -180,14 +202,6 @@ def _recipe_problems(name: str, machine: GpuSupport, engine: Version | None) -> 
         yield f"actor.fp8: {name} needs transformer-engine {least} or later, found {_dotted(engine)}"
     if machine.cuda is not None and machine.cuda < recipe.least_cuda:
         yield f"actor.fp8: {name} needs CUDA {_dotted(recipe.least_cuda)} or later, found {_dotted(machine.cuda)}"
-    found, below = machine.capability, recipe.below_capability
-    if found is not None and (found < recipe.least_capability or (below is not None and found >= below)):
-        can = [n for n, r in RECIPES.items() if _fits(r, found)]
-        limits = f"{_dotted(recipe.least_capability)} or more" + (f", below {_dotted(below)}" if below else "")
-        yield (
-            f"actor.fp8: {name} needs compute capability {limits}, found {_dotted(found)}; allowed on this GPU: "
-            f"{', '.join(can) or 'null'}"
-        )
 
 
 def _fits(recipe: Recipe, capability: Version) -> bool:

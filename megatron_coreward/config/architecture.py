@@ -8,14 +8,15 @@ from typing import Any, Literal
 from megatron_coreward.config.model_keys import ROPE, ROPE_NEUTRAL, Keys, check_keys
 from megatron_coreward.errors import InputError
 
-Family = Literal["qwen2", "qwen3", "llama", "qwen3_moe"]
+Family = Literal["qwen2", "qwen3", "llama", "mistral", "qwen3_moe"]
 
 
 @dataclass(frozen=True, slots=True)
 class FamilyRow:
     """What a family's modelling code fixes, and what a key means that is not there. One row is all that it needs here.
 
-    The defaults are those of transformers 5.19 (`Qwen2Config`, `Qwen3Config`, `LlamaConfig`, `Qwen3MoeConfig`).
+    The defaults are those of transformers 5.19 (`Qwen2Config`, `Qwen3Config`, `LlamaConfig`, `MistralConfig`,
+    `Qwen3MoeConfig`).
     """
 
     qkv_bias: bool
@@ -24,12 +25,14 @@ class FamilyRow:
     kv_heads: int | None  # None: as many as heads
     kv_heads_nullable: bool  # null means as many as heads
     head_dim: int | None  # None: hidden_size / heads, which null means too
+    slides: bool = False  # attention slides where the file does not say that it does not
 
 
 FAMILIES: dict[str, FamilyRow] = {
     "qwen2": FamilyRow(True, False, False, 32, True, None),
     "qwen3": FamilyRow(False, True, False, 32, True, 128),
     "llama": FamilyRow(False, False, False, None, True, None),
+    "mistral": FamilyRow(False, False, False, 8, True, None, slides=True),
     "qwen3_moe": FamilyRow(False, True, True, 4, False, None),
 }
 
@@ -116,6 +119,11 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
         raise InputError(f"{where}: model_type is {model_type!r}; supported: {', '.join(FAMILIES)}")
     check_keys(config, model_type, where)
     row, keys = FAMILIES[model_type], Keys(config, where)
+    if row.slides and "sliding_window" not in keys:
+        raise InputError(
+            f"{where}: sliding_window is missing, which means a window of 4096 tokens for model_type {model_type}; "
+            "sliding-window attention is not supported; allowed: null"
+        )
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
     kv_heads = keys.whole("num_key_value_heads", row.kv_heads or heads, null=heads if row.kv_heads_nullable else None)
     if heads % kv_heads:

@@ -138,6 +138,7 @@ CLASSES = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Model"),
     "llama": ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"),
+    "mistral": ("MistralForCausalLM", "MistralModel"),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeModel"),
 }
 _SHOWN = 60  # characters of a value in a message

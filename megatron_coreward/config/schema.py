@@ -78,6 +78,9 @@ class DataSettings(Component):
     """System prompt of every question, in place of the one in the files; null keeps the files' own."""
     thinking: bool | None = None
     """The chat template's enable_thinking, for models that have the switch (Qwen3); null: the template's default."""
+    control_tokens: Literal["text", "special"] = "text"
+    """What the text of one of the chat template's control tokens is within a message: text, so that no question can end
+    its own message, or special, for data that is rendered already."""
     shuffle: bool = True
     """Whether each epoch sees the questions in a new order; false keeps the order of the files."""
 
@@ -91,8 +94,17 @@ class ActorSettings(Component):
     """Pipeline stages that the layers are divided into."""
     virtual_pipeline: Positive = 1
     """Model chunks per pipeline rank (interleaved schedule); 2 or more needs pipeline_parallel of 2 or more."""
+    first_stage_layers: Positive | None = None
+    """Layers of the first pipeline stage if it has another number than the stages between; needs pipeline_parallel of 2
+    or more. null: as many as those between."""
+    last_stage_layers: Positive | None = None
+    """Layers of the last pipeline stage likewise. It computes the output layer too, so fewer layers balance it."""
     expert_parallel: Positive = 1
-    """Ranks that the experts of a mixture of experts are spread over; divides data_parallel."""
+    """Ranks that the experts of a mixture of experts are spread over. Times expert_tensor_parallel it divides
+    tensor_parallel x context_parallel x data_parallel, and it divides the model's experts."""
+    expert_tensor_parallel: Positive | None = None
+    """Ranks that share the matrices of every expert; null: as tensor_parallel. 1 keeps experts whole, which is faster
+    if expert_parallel can be as much larger, for the same memory."""
     context_parallel: Positive = 1
     """Ranks that share the tokens of every sequence."""
     data_parallel: Positive = 1
@@ -112,8 +124,8 @@ class ActorSettings(Component):
     """Activations that the backward pass computes again instead of keeping them: selective those of the feed-forward
     parts, full those of whole layers."""
     gradient_accumulation_fusion: Literal["auto"] | bool = "auto"
-    """Whether weight gradients are added up inside the matrix product; true needs the kernel of apex, and auto is true
-    if it is there."""
+    """Whether weight gradients are added up inside the matrix product; true needs the layers of Transformer Engine, and
+    auto is true if they are used."""
     offload_optimizer: bool = False
     """Whether main parameters and moments are offloaded to host memory between steps."""
     offload_teacher: bool = False
@@ -294,6 +306,9 @@ class CheckpointSettings(Component):
     """Steps between checkpoints; 0: only at the end."""
     resume: Literal["auto", "never"] = "auto"
     """auto: a run goes on from the newest checkpoint of run_dir; never: a run_dir with checkpoints is refused."""
+    changed_inputs: Literal["refuse", "accept"] = "refuse"
+    """What happens if data or model files were replaced since the checkpoint that is resumed: refuse names them, accept
+    goes on and names them in events.log. Files are compared by content; validation files are only noted."""
     keep: Positive = 3
     """Newest checkpoints that are kept; older ones are removed."""
     best_metric: str | None = None
@@ -358,6 +373,9 @@ class RunConfig(Component):
     """Where labels come from: co_rewarding_i from the votes on rephrased questions, co_rewarding_ii from the votes of
     an EMA teacher, co_rewarding_i+ii from the teacher's votes across views. Baselines: majority_voting,
     ground_truth, self_certainty and entropy."""
+    gpu: Literal["a100", "h100", "h200"] | None = None
+    """GPU that the layout was made for, by which plan judges it unless it is given another; null: none in particular.
+    It changes nothing in a run."""
     model: ModelSettings
     data: DataSettings
     actor: ActorSettings = ActorSettings()

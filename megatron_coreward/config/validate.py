@@ -17,9 +17,11 @@ from megatron_coreward.config.schema import (
     REPHRASED_METHODS,
     TEACHER_METHODS,
     TWO_VIEW_METHODS,
+    ActorSettings,
     RunConfig,
     ValidationSettings,
 )
+from megatron_coreward.config.stages import divide_layers
 from megatron_coreward.errors import InputError
 
 # Mean gap of log-probs between engine and actor that rounding alone may make; a limit below it refuses every sync.
@@ -58,7 +60,7 @@ def _divides(what: str, number: int, key: str, divisor: int) -> Iterator[str]:
 
 def _layout(config: RunConfig, arch: Architecture) -> Iterator[str]:
     a = config.actor
-    tp, pp, vpp = a.tensor_parallel, a.pipeline_parallel, a.virtual_pipeline
+    tp = a.tensor_parallel
     yield from _divides("the model's attention heads", arch.num_heads, "actor.tensor_parallel", tp)
     if arch.num_kv_heads % tp and tp % arch.num_kv_heads:
         yield (
@@ -67,19 +69,41 @@ def _layout(config: RunConfig, arch: Architecture) -> Iterator[str]:
         )
     fused_rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
     yield from _divides("the rows of the model's fused QKV", fused_rows, "actor.tensor_parallel", tp)
-    yield from _divides("the model's feed-forward size", arch.ffn_size, "actor.tensor_parallel", tp)
-    yield from _divides(
-        "the model's layers", arch.num_layers, "actor.pipeline_parallel x actor.virtual_pipeline", pp * vpp
-    )
+    yield from _stages(a, arch.num_layers)
     if arch.experts is None:
+        yield from _divides("the model's feed-forward size", arch.ffn_size, "actor.tensor_parallel", tp)
         if a.expert_parallel > 1:
             yield f"actor.expert_parallel: {a.expert_parallel} for a model without experts; allowed: 1"
+        if a.expert_tensor_parallel is not None:
+            yield f"actor.expert_tensor_parallel: {a.expert_tensor_parallel} for a model without experts; allowed: null"
         return
+    expert_tp = tp if a.expert_tensor_parallel is None else a.expert_tensor_parallel
     yield from _divides("the model's experts", arch.experts.num, "actor.expert_parallel", a.expert_parallel)
-    yield from _divides("an expert's feed-forward size", arch.experts.ffn_size, "actor.tensor_parallel", tp)
-    yield from _divides("actor.data_parallel", a.data_parallel, "actor.expert_parallel", a.expert_parallel)
+    yield from _divides(
+        "an expert's feed-forward size", arch.experts.ffn_size, "actor.expert_tensor_parallel", expert_tp
+    )
+    ranks = tp * a.context_parallel * a.data_parallel
+    yield from _divides(
+        "the ranks of a pipeline stage, tensor x context x data parallel",
+        ranks,
+        "actor.expert_parallel x actor.expert_tensor_parallel",
+        a.expert_parallel * expert_tp,
+    )
     if tp > 1 and not a.sequence_parallel:
         yield "actor.sequence_parallel: Megatron needs true for a mixture of experts under tensor parallelism"
+
+
+def _stages(a: ActorSettings, num_layers: int) -> Iterator[str]:
+    try:
+        sizes = divide_layers(num_layers, a.pipeline_parallel, a.first_stage_layers, a.last_stage_layers)
+    except InputError as error:
+        yield str(error)
+        return
+    if any(size % a.virtual_pipeline for size in sizes):
+        yield (
+            f"actor.virtual_pipeline: {a.virtual_pipeline} does not divide the layers of every pipeline stage "
+            f"({', '.join(map(str, sorted(set(sizes))))})"
+        )
 
 
 def _rollout(config: RunConfig, arch: Architecture) -> Iterator[str]:
@@ -107,6 +131,9 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
         yield f"checkpoint.best_metric: found {best!r}, which no validation has; allowed: {allowed}"
     if a.virtual_pipeline > 1 and a.pipeline_parallel == 1:
         yield f"actor.virtual_pipeline: {a.virtual_pipeline} needs actor.pipeline_parallel of 2 or more, found 1"
+    for key in ("first_stage_layers", "last_stage_layers"):
+        if a.pipeline_parallel == 1 and getattr(a, key) is not None:
+            yield f"actor.{key}: {getattr(a, key)} needs actor.pipeline_parallel of 2 or more, found 1"
     if a.sequence_parallel and a.tensor_parallel == 1:
         yield "actor.sequence_parallel: true needs actor.tensor_parallel of 2 or more, found 1"
     longest = config.data.max_prompt_tokens + r.max_response_tokens

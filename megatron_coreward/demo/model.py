@@ -13,6 +13,8 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -24,12 +26,13 @@ from transformers import (
 
 from megatron_coreward.errors import InputError
 
-Family = Literal["qwen2", "qwen3", "llama", "qwen3_moe"]
+Family = Literal["qwen2", "qwen3", "llama", "mistral", "qwen3_moe"]
 
 _CLASSES: dict[Family, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 
@@ -105,6 +108,8 @@ def write_model(
     }
     if family != "qwen2":  # Qwen2 has no such setting
         settings["head_dim"] = hidden // heads if head_dim is None else head_dim
+    if family == "mistral":
+        settings["sliding_window"] = None
     if family == "qwen3_moe":
         settings |= {"num_experts": experts, "num_experts_per_tok": experts_per_token, "norm_topk_prob": True}
         settings |= {"moe_intermediate_size": ffn, "decoder_sparse_step": 1, "mlp_only_layers": []}

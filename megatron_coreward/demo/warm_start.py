@@ -15,10 +15,11 @@ import numpy as np
 from megatron_coreward.actor.setup import ActorSetup
 from megatron_coreward.algorithms.aggregation import token_weights
 from megatron_coreward.cluster.actor_group import ActorGroup
-from megatron_coreward.cluster.placement import START_LIMIT_S, ReservedPlacement, ResourceRequest
+from megatron_coreward.cluster.placement import START_LIMIT_S, ReservedPlacement
 from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.config.schema import ActorSettings, LossSettings
 from megatron_coreward.data.prompts import build_prompts
+from megatron_coreward.planner.placement import ResourceRequest
 from megatron_coreward.types import Sequences, TrainBatch
 
 BATCH_SIZE = 64

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from transformers import AutoTokenizer
 
 from megatron_coreward.cluster.engine_group import EngineGroup
-from megatron_coreward.cluster.placement import START_LIMIT_S, ReservedPlacement, ResourceRequest
+from megatron_coreward.cluster.placement import START_LIMIT_S, ReservedPlacement
 from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.config.schema import AnswerFormat
@@ -39,6 +39,7 @@ from megatron_coreward.evaluation.results import (
     read_result,
     write_result,
 )
+from megatron_coreward.planner.placement import ResourceRequest
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, Relation
 from megatron_coreward.rewards.scoring import score_answers

@@ -8,10 +8,11 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from megatron_coreward.config.component import Component, Positive
 from megatron_coreward.config.explain import explain
+from megatron_coreward.config.paths import expand_path
 from megatron_coreward.config.yaml_file import read_yaml
 from megatron_coreward.errors import InputError
 
@@ -58,7 +59,17 @@ def seconds(limit: str) -> int:
 def _folder(text: str) -> str:
     if not text.startswith("/"):
         raise ValueError("expected an absolute path")
+    return _there(text)
+
+
+def _there(text: str) -> str:
+    if "$" in text or text.startswith("~"):
+        raise ValueError("a path where the job runs, and nothing expands it there; expected one without ~ and $")
     return text
+
+
+def _here(text: str) -> str:
+    return str(expand_path(text))
 
 
 def _claim_name(text: str) -> str:
@@ -78,6 +89,8 @@ EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
 TimeLimit = Annotated[str, AfterValidator(time_limit)]
 Mount = Annotated[str, AfterValidator(_mount)]
 Folder = Annotated[str, AfterValidator(_folder)]
+Here = Annotated[str, AfterValidator(_here)]  # a path on the machine that launches
+There = Annotated[str, AfterValidator(_there)]  # a path where the job runs
 ClaimName = Annotated[str, AfterValidator(_claim_name)]
 
 
@@ -94,13 +107,13 @@ class LocalCluster(Component):
     kind: Literal["local"] = "local"
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
-    python: str | None = None  # null: the one that launches
+    python: Here | None = None  # null: the one that launches
 
 
 class SSH(Component):
     host: str
     user: str
-    identity: str | None = None  # file of the private key; null: what the SSH agent has
+    identity: Here | None = None  # file of the private key; null: what the SSH agent has
 
 
 class SlurmCluster(Component):
@@ -120,11 +133,24 @@ class SlurmCluster(Component):
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
     setup: tuple[str, ...] = ()  # shell lines on every node before Ray starts, such as module load cuda
+    ssh: SSH | None = None  # the login node; null: launch runs there
     python: str | None = None  # null: the one that launches, or that of the image
     workdir: PurePosixPath | None = None  # to which relative paths of the recipe refer; null: where launch is run
     job_dir: PurePosixPath | None = None  # job_dir/NAME has scripts and logs, seen by all nodes; null: run_dir/launch
-    ssh: SSH | None = None  # the login node; null: launch runs there
     object_store_gib: Annotated[float, Field(gt=0)] | None = None  # Ray's, a node; null: Ray's choice
+
+    @field_validator("python", "workdir", "job_dir")
+    @classmethod
+    def _expand(cls, value: Any, info: ValidationInfo) -> Any:
+        """Paths of a cluster that shares its files with the machine that launches are expanded there, once.
+
+        A workdir's leading `~/` is the home directory on the node, where the script changes to it.
+        """
+        text, key = str(value), str(info.field_name)
+        if value is None or (key == "workdir" and text.startswith("~/") and "$" not in text):
+            return value
+        elsewhere = info.data.get("ssh") or (key == "python" and info.data.get("image"))
+        return type(value)(_there(text) if elsewhere else _here(text))
 
 
 class KubernetesCluster(Component):
@@ -146,7 +172,7 @@ class KubernetesCluster(Component):
     time: TimeLimit | None = None
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretKey] = Field(default_factory=dict)
-    python: str = "python"
+    python: There = "python"
     workdir: PurePosixPath = PurePosixPath("/workspace")
     ray_version: str = "2.60.0"
 
@@ -160,11 +186,11 @@ class SkyPilotCluster(Component):
     memory: Positive | None = None  # GB
     use_spot: bool = True
     storage: dict[str, dict[str, Any]] = Field(min_length=1)  # where it is mounted -> SkyPilot's description of it
-    files: dict[str, str] = Field(default_factory=dict)  # in the job -> here
+    files: dict[str, Here] = Field(default_factory=dict)  # in the job -> here
     env: dict[EnvironmentName, str] = Field(default_factory=dict)
     secrets: dict[EnvironmentName, SecretFile] = Field(default_factory=dict)
     setup: tuple[str, ...] = ()
-    python: str = "python"
+    python: There = "python"
     workdir: PurePosixPath = PurePosixPath("~/sky_workdir")
 
 

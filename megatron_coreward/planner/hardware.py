@@ -18,6 +18,7 @@ class Gpu:
     hbm_bytes_s: float
     nvlink_bytes_s: float  # to the other GPUs of its node
     network_bytes_s: float  # its share of the node's network
+    capability: tuple[int, int]  # compute capability, which says what kernels it has
 
 
 # NVIDIA data sheets "A100 Tensor Core GPU" (80 GB SXM), "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU" (SXM):
@@ -26,9 +27,9 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 81_920 * 2**20, 312e12, 2.039e12, 300e9, 25e9),
-        Gpu("h100", 81_559 * 2**20, 989.4e12, 3.35e12, 450e9, 50e9),
-        Gpu("h200", 143_771 * 2**20, 989.4e12, 4.8e12, 450e9, 50e9),
+        Gpu("a100", 81_920 * 2**20, 312e12, 2.039e12, 300e9, 25e9, (8, 0)),
+        Gpu("h100", 81_559 * 2**20, 989.4e12, 3.35e12, 450e9, 50e9, (9, 0)),
+        Gpu("h200", 143_771 * 2**20, 989.4e12, 4.8e12, 450e9, 50e9, (9, 0)),
     )
 }
 
@@ -51,7 +52,9 @@ class Assumptions:
     gpus_per_node: int = 8
     mean_prompt: float = 0.3  # mean tokens of a prompt, as a share of data.max_prompt_tokens
     mean_response: float = 0.4  # mean tokens of a response, as a share of rollout.max_response_tokens
-    matmul_efficiency: float = 0.4  # of the peak rate, in training and scoring
+    matmul_efficiency: float = 0.45  # of the peak rate, in training and scoring, of products over many tokens
+    half_rate_tokens: float = 128.0  # tokens of a product at which it reaches half of that efficiency
+    layer_overhead_s: float = 1e-4  # of a layer for each pass of a micro-batch: launches, and kernels too short to fill
     decode_efficiency: float = 0.5  # of HBM bandwidth, while decoding
     link_efficiency: float = 0.7  # of NVLink and network
     iteration_overhead_s: float = 0.003  # of an engine for one decoding step: scheduling, sampling, launches
@@ -71,11 +74,24 @@ class Assumptions:
         return int(self.runtime_gib * GIB)
 
 
+SHARES = frozenset(
+    {
+        "mean_prompt",
+        "mean_response",
+        "matmul_efficiency",
+        "decode_efficiency",
+        "link_efficiency",
+        "packing",
+        "fragmentation",
+    }
+)
+
+
 def assume(overrides: Sequence[str]) -> Assumptions:
     """The defaults with `key=value` changes.
 
     Raises:
-        InputError: a key that is none, or a value that is no positive number.
+        InputError: a key that is none, or a value that is no positive number, no whole one, or no share.
     """
     changes: dict[str, float] = {}
     known = {field.name: field.type for field in fields(Assumptions)}
@@ -89,5 +105,9 @@ def assume(overrides: Sequence[str]) -> Assumptions:
             value = -1.0
         if not 0 < value < float("inf"):
             raise InputError(f"--assume {override}: expected {key}=NUMBER, above 0")
+        if known[key] is int and value != int(value):
+            raise InputError(f"--assume {override}: expected a whole number")
+        if key in SHARES and value > 1:
+            raise InputError(f"--assume {override}: a share; allowed: above 0, at most 1")
         changes[key] = int(value) if known[key] is int else value
     return replace(Assumptions(), **changes)  # type: ignore[arg-type]

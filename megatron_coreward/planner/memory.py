@@ -4,7 +4,7 @@ Weights, gradients, optimizer and teacher are exact (`planner.parameters`). Acti
 beside weights and cache are formulas over the settings; runtime and fragmentation are assumptions.
 
 What lives when. An actor's static parts stay on the GPU for the whole run. On top of them come, one at a time:
-  update      activations of the micro-batches in flight, and the logits of one;
+  update      activations of the micro-batches in flight, and what scoring a chunk of tokens takes;
   checkpoint  the optimizer's and the teacher's shards, gathered over data-parallel ranks (`actor.state.begin_save`).
 Colocated, the engine beside a rank is awake while it samples and receives weights, and asleep during the rest.
 """
@@ -13,15 +13,22 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
+from megatron_coreward.config.accelerator import RECIPES
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import TEACHER_METHODS, ActorSettings, RunConfig
 from megatron_coreward.planner.hardware import GIB, Assumptions, Gpu
-from megatron_coreward.planner.parameters import actor_layout, stage_parameters
+from megatron_coreward.planner.parameters import layer_shapes, stage_parameters
 from megatron_coreward.weights.buckets import ITEM_BYTES
+<<<<<<< HEAD
 from megatron_coreward.weights.layouts import VLLM_VOCAB_MULTIPLE, EngineLayout
+=======
+from megatron_coreward.weights.layouts import VLLM_VOCAB_MULTIPLE, ActorLayout, EngineLayout
+from megatron_coreward.weights.mapping import hf_tensors
+>>>>>>> main
 
 MOMENT_BYTES, MAIN_BYTES, TEACHER_BYTES, GRADIENT_BYTES = 8, 4, 8, 4  # an element
-SCORING_BYTES = 3 * 64 * 2**20  # fp32 chunks of logits that are scored at once (actor.token_stats)
+# Of actor.token_stats: logits of a chunk at most, and elements of a slice of the output layer's gradient.
+CHUNK_LOGITS, WEIGHT_SLICE = 1 << 28, 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,7 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
     Raises:
         InputError: a layout that cannot hold the model.
     """
-    a, layout, item = config.actor, actor_layout(config.actor), ITEM_BYTES[config.model.dtype]
+    a, layout, item = config.actor, ActorLayout.of(config.actor), ITEM_BYTES[config.model.dtype]
     teacher = config.method in TEACHER_METHODS
     frozen = keeps_reference(config)
     stages = []
@@ -98,10 +105,11 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
             "optimizer": (MOMENT_BYTES + (MAIN_BYTES if item == 2 else 0)) * held.owned,
             "teacher": (TEACHER_BYTES * held.owned + item * held.numel) * teacher,
             "reference": item * held.numel * frozen,
+            "FP8 copies": fp8_copies(arch, a, layout, stage, models=1 + teacher + frozen),
         }
         update = {
             "activations": activation_bytes(arch, a, stage, item, assumptions),
-            "logits": logits_bytes(arch, a, stage, item),
+            "scoring": scoring_bytes(arch, a, stage, item),
         }
         checkpoint = 4 * held.numel  # main parameters, moments and teacher are gathered one after the other
         total = sum(static.values()) + max(sum(update.values()), checkpoint)
@@ -119,6 +127,21 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
     return tuple(stages)
 
 
+def fp8_copies(arch: Architecture, a: ActorSettings, layout: ActorLayout, stage: int, models: int) -> int:
+    """What Transformer Engine keeps of the layers' weights in FP8: each as it is and transposed, a byte each.
+
+    Weights that are kept in FP8 themselves have no copies. A frozen model computes in BF16 where scales have a memory.
+    """
+    if a.fp8 is None:
+        return 0
+    frozen = 0 if RECIPES[a.fp8].keeps_state else models - 1
+    shapes = layer_shapes(arch, layout.tensor_parallel, layout.expert_tp_size, layout.expert_parallel)
+    elements = sum((*shapes.attention, *shapes.mlp, *shapes.experts)) * sum(
+        len(layers) for layers in layout.chunks(arch.num_layers)[stage]
+    )
+    return 2 * elements * (frozen + (not a.fp8_params))
+
+
 def keeps_reference(config: RunConfig) -> bool:
     """Whether a frozen copy of the starting weights is kept (`trainer.run`)."""
     return bool(config.loss.kl_coef) and config.loss.kl_reference == "frozen"
@@ -129,14 +152,14 @@ def microbatch_tokens(a: ActorSettings) -> int:
     return a.tokens_per_microbatch // a.context_parallel // a.tensor_parallel * a.tensor_parallel
 
 
-def in_flight(a: ActorSettings, stage: int, num_layers: int) -> int:
+def in_flight(layout: ActorLayout, stage: int, num_layers: int) -> int:
     """Layers whose activations a stage keeps at most, counted once a micro-batch, with enough micro-batches.
 
     Megatron's schedules: 1F1B keeps as many micro-batches as stages follow, itself included; the interleaved one
     2 (stages after it) + (chunks - 1) x stages + 1 chunks.
     """
-    pp, vpp = a.pipeline_parallel, a.virtual_pipeline
-    chunk = num_layers // (pp * vpp)
+    pp, vpp = layout.pipeline_parallel, layout.virtual_pipeline
+    chunk = len(layout.chunks(num_layers)[stage][0])
     if vpp == 1:
         return chunk * (pp - stage)
     return chunk * (2 * (pp - stage - 1) + (vpp - 1) * pp + 1)
@@ -147,7 +170,7 @@ def activation_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int
 
     Recomputation of whole layers keeps the input of each layer, and everything of the one that is being recomputed.
     """
-    tokens, layers = microbatch_tokens(a), in_flight(a, stage, arch.num_layers)
+    tokens, layers = microbatch_tokens(a), in_flight(ActorLayout.of(a), stage, arch.num_layers)
     full = layer_activation_bytes(arch, a, item, assumptions)
     if a.recompute != "full":  # what `selective` saves is not counted
         return int(tokens * full * layers)
@@ -169,19 +192,22 @@ def layer_activation_bytes(arch: Architecture, a: ActorSettings, item: int, assu
         return item * (norms + attention + mlp) + softmax
     e = arch.experts
     copies = e.top_k * (assumptions.expert_imbalance if a.expert_parallel > 1 else 1.0)
-    # Every token goes to top_k experts: it is copied in and out whole (Megatron gathers tokens over expert-tensor-
-    # parallel ranks), and in between it is cut as in a dense layer.
-    experts = copies * (2 * h + 3 * e.ffn_size / tp)
+    # Every token goes to top_k experts: it is copied in and out whole, and in between it is cut over expert-tensor-
+    # parallel ranks, over which Megatron gathers tokens. Sequence parallelism has spread the tokens over ranks before.
+    expert_tp = ActorLayout.of(a).expert_tp_size
+    experts = copies * expert_tp / tp * (2 * h + 3 * e.ffn_size / expert_tp)
     router = 4 * 2 * e.num / spread
     return item * (norms + attention + experts) + softmax + router
 
 
-def logits_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int) -> int:
-    """Logits of one micro-batch and their gradient, and the fp32 chunks that are scored, on the last stage."""
+def scoring_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int, chunk_logits: int = CHUNK_LOGITS) -> int:
+    """On the last stage: logits of a chunk at 6 bytes each, a slice of the weight's gradient, and of the micro-batch
+    the hidden states, their scored rows and the gradients of both."""
     if stage != a.pipeline_parallel - 1:
         return 0
-    columns = arch.padded_vocab_size(a.tensor_parallel) // a.tensor_parallel
-    return 2 * item * microbatch_tokens(a) * columns + SCORING_BYTES
+    tokens, columns = microbatch_tokens(a), arch.padded_vocab_size(a.tensor_parallel) // a.tensor_parallel
+    chunk = min(tokens * columns, max(chunk_logits, columns))
+    return 6 * chunk + item * WEIGHT_SLICE + 4 * item * tokens * arch.hidden_size
 
 
 def bucket_bytes(config: RunConfig, assumptions: Assumptions) -> int:
@@ -204,7 +230,8 @@ def engine_memory(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: 
     r, item = config.rollout, ITEM_BYTES[config.model.dtype]
     claimed = int(r.gpu_memory_utilization * gpu.memory_bytes)
     weights = item * worker_elements(arch, r.tensor_parallel)
-    overhead = int(assumptions.engine_gib * GIB) + 8 * r.max_num_seqs * arch.vocab_size  # fp32 logits, and a copy
+    logits = 8 * r.max_num_seqs * arch.vocab_size  # in fp32, and a copy
+    overhead = int(assumptions.engine_gib * GIB) + logits + bucket_bytes(config, arch)
     return EngineMemory(
         claimed=claimed,
         weights=weights,

@@ -17,19 +17,7 @@ from functools import cache
 from math import lcm
 
 from megatron_coreward.config.architecture import Architecture
-from megatron_coreward.config.schema import ActorSettings
 from megatron_coreward.weights.layouts import ActorLayout
-
-
-def actor_layout(a: ActorSettings) -> ActorLayout:
-    return ActorLayout(
-        tensor_parallel=a.tensor_parallel,
-        pipeline_parallel=a.pipeline_parallel,
-        virtual_pipeline=a.virtual_pipeline,
-        expert_parallel=a.expert_parallel,
-        data_parallel=a.data_parallel,
-        context_parallel=a.context_parallel,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +99,8 @@ def stage_parameters(arch: Architecture, layout: ActorLayout, stage: int) -> Sta
     dense_dp = layout.data_parallel * layout.context_parallel
     vocabulary = arch.padded_vocab_size(layout.tensor_parallel) // layout.tensor_parallel * arch.hidden_size
     layer = layer_shapes(arch, layout.tensor_parallel, layout.expert_tp_size, layout.expert_parallel)
-    apart = layout.expert_parallel > 1  # experts have a buffer of their own
+    # Experts have a buffer of their own where their replicas are others than those of the rest.
+    apart = layout.expert_parallel > 1 or layout.expert_tp_size != layout.tensor_parallel
     shared = arch.tied and layout.pipeline_parallel > 1
     dense, expert = [], []
     chunks = layout.chunks(arch.num_layers)[stage]

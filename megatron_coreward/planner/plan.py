@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_coreward.config.accelerator import gpu_problems
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import model_problems, setting_problems
 from megatron_coreward.errors import InputError
 from megatron_coreward.planner.hardware import GIB, Assumptions, Gpu
 from megatron_coreward.planner.memory import EngineMemory, StageMemory, actor_memory, engine_memory
+from megatron_coreward.planner.placement import Node, ResourceRequest, place
 from megatron_coreward.planner.step_time import (
     ActorTimes,
     Phase,
@@ -109,7 +111,11 @@ def layout_of(config: RunConfig) -> dict[str, Any]:
             "tensor_parallel",
             "pipeline_parallel",
             "virtual_pipeline",
+            "first_stage_layers",
+            "last_stage_layers",
             "expert_parallel",
+            "expert_tensor_parallel",
+            "context_parallel",
             "data_parallel",
             "sequence_parallel",
             "recompute",
@@ -127,6 +133,52 @@ def gpus_of(config: RunConfig, placement: Placement) -> int:
     return max(ranks, workers) if placement == "colocated" else ranks + workers
 
 
+def placement_problems(config: RunConfig, machine: Machine, num_gpus: int | None) -> list[str]:
+    """Where no way to put ranks and engines on nodes is left, as a run would find.
+
+    Args:
+        num_gpus: there are, the last node perhaps in part; None: as many nodes as are needed.
+    """
+    config = _placed(config, machine.placement)
+    request, per_node = ResourceRequest.of_run(config), machine.assumptions.gpus_per_node
+    if request.colocated and request.engines * request.engine_size > request.ranks:
+        return []  # `engine_problems` says so
+    if num_gpus is None:
+        sizes = [per_node] * (request.ranks + request.engines)
+    else:
+        sizes = [min(per_node, num_gpus - first) for first in range(0, num_gpus, per_node)]
+    try:
+        place([Node(str(number), f"node {number}", gpus) for number, gpus in enumerate(sizes, 1)], request)
+    except InputError as e:
+        return [str(e)]
+    return []
+
+
+def _placed(config: RunConfig, placement: Placement) -> RunConfig:
+    """The config under the placement that a plan is made for."""
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"placement": placement})})
+
+
+def fixed_problems(config: RunConfig, arch: Architecture, machine: Machine) -> list[str]:
+    """What is wrong whatever the layout: with the one that has nothing to divide, and with the GPU."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    actor = {
+        **dict.fromkeys(("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "expert_parallel"), 1),
+        **dict.fromkeys(("context_parallel", "data_parallel"), 1),
+        "sequence_parallel": False,
+        "tokens_per_microbatch": longest,
+    }
+    rollout = {"num_engines": 1, "tensor_parallel": 1, "placement": machine.placement}
+    trivial = config.model_copy(
+        update={
+            "actor": config.actor.model_copy(update=actor),
+            "rollout": config.rollout.model_copy(update=rollout),
+        }
+    )
+    problems = [*setting_problems(trivial), *model_problems(trivial, arch)]
+    return [*problems, *gpu_problems(config, machine.gpu.capability)]
+
+
 def check_layout(config: RunConfig, arch: Architecture) -> None:
     """Raises InputError where the model cannot take the layout at all, one problem a line."""
     problems = [*setting_problems(config), *model_problems(config, arch)]
@@ -134,10 +186,17 @@ def check_layout(config: RunConfig, arch: Architecture) -> None:
         raise InputError("\n".join(problems))
 
 
-def make_plan(config: RunConfig, arch: Architecture, machine: Machine, busiest_bytes: float | None = None) -> Plan:
+def make_plan(
+    config: RunConfig,
+    arch: Architecture,
+    machine: Machine,
+    busiest_bytes: float | None = None,
+    num_gpus: int | None = None,
+) -> Plan:
     """Plans a resolved config.
 
     Args:
+        num_gpus: there are; None: as many nodes as it takes.
         busiest_bytes: that the busiest rank or worker moves in one weight sync; None: estimated.
 
     Raises:
@@ -157,8 +216,18 @@ def make_plan(config: RunConfig, arch: Architecture, machine: Machine, busiest_b
         engine=engine,
         actor=actor_times(config, arch, gpu, assumptions),
         rollout=rollout_time(config, arch, gpu, engine, assumptions),
+<<<<<<< HEAD
         sync=sync_time(busiest_bytes, config, arch, gpu, assumptions),
         problems=(*actor_problems(stages, engine, machine), *engine_problems(config, stages, engine, machine)),
+=======
+        sync=sync_time(busiest_bytes, work(config, assumptions).publications, gpu, assumptions),
+        problems=(
+            *gpu_problems(config, gpu.capability),
+            *actor_problems(stages, engine, machine),
+            *placement_problems(config, machine, num_gpus),
+            *engine_problems(config, stages, engine, machine),
+        ),
+>>>>>>> main
     )
 
 

@@ -22,8 +22,8 @@ def _head(plan: Plan, model: str) -> Iterator[str]:
     yield f"{model}, {c.method}, {c.model.dtype}, on {plan.num_gpus} x {gpu}"
     yield (
         f"{machine.placement}: {a.world_size} actor ranks (TP {a.tensor_parallel}, PP {a.pipeline_parallel}, VPP "
-        f"{a.virtual_pipeline}, EP {a.expert_parallel}, DP {a.data_parallel}; recompute {a.recompute}, "
-        f"{a.tokens_per_microbatch} tokens a micro-batch)"
+        f"{a.virtual_pipeline}, CP {a.context_parallel}, EP {a.expert_parallel}, DP {a.data_parallel}; recompute "
+        f"{a.recompute}, {a.tokens_per_microbatch} tokens a micro-batch)"
     )
     yield f"{beside} {r.num_engines} engines of TP {r.tensor_parallel}, {r.max_num_seqs} sequences at once"
 
@@ -41,7 +41,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"{'GiB a GPU of the actor':<24}" + "".join(f"{f'stage {s.stage}':>10}" for s in stages)
     for part in stages[0].parts:
         if any(s.parts[part] for s in stages):
-            note = "  (not beside activations and logits)" if part == "checkpoint" else ""
+            note = "  (not beside activations and scoring)" if part == "checkpoint" else ""
             yield f"  {part:<22}" + "".join(f"{s.parts[part] / GIB:>10.2f}" for s in stages) + note
     yield f"  {'peak':<22}" + "".join(f"{s.peak / GIB:>10.2f}" for s in stages)
     e = plan.engine
@@ -69,8 +69,10 @@ def _verdict(plan: Plan) -> Iterator[str]:
 
 def overrides(plan: Plan) -> str:
     """The layout as `key=value` arguments of any command that reads a recipe."""
+    words = {True: "true", False: "false", None: "null"}
     values = (
-        (key, str(value).lower() if isinstance(value, bool) else value) for key, value in layout_of(plan.config).items()
+        (key, words[value] if value is None or isinstance(value, bool) else value)
+        for key, value in layout_of(plan.config).items()
     )
     return " ".join(f"{key}={value}" for key, value in values)
 
@@ -79,15 +81,16 @@ def ranking(plans: Sequence[Plan], gpus: int) -> str:
     """A row a plan, best first."""
     if not plans:
         return f"no layout fits on {gpus} GPUs"
-    lines = [
-        f"{'s/step':>8} {'actor':>6} {'TP':>3} {'PP':>3} {'VPP':>3} {'EP':>3} {'DP':>4} {'engines':>9}  GiB  overrides"
-    ]
+    titles = ("s/step", "GPUs", "actor", "TP", "PP", "VPP", "EP", "DP", "engines", "GiB")
+    lines = [f"{_row(*titles)}  overrides"]
     for plan in plans:
         a, r = plan.config.actor, plan.config.rollout
-        peak = max(stage.peak for stage in plan.stages) / GIB
-        lines.append(
-            f"{plan.seconds:>8.1f} {a.world_size:>6} {a.tensor_parallel:>3} {a.pipeline_parallel:>3} "
-            f"{a.virtual_pipeline:>3} {a.expert_parallel:>3} {a.data_parallel:>4} "
-            f"{f'{r.num_engines} x TP{r.tensor_parallel}':>9} {peak:>4.0f}  {overrides(plan)}"
-        )
+        layout = (a.tensor_parallel, a.pipeline_parallel, a.virtual_pipeline, a.expert_parallel, a.data_parallel)
+        engines, peak = f"{r.num_engines} x TP{r.tensor_parallel}", max(stage.peak for stage in plan.stages) / GIB
+        row = _row(f"{plan.seconds:.1f}", plan.num_gpus, a.world_size, *layout, engines, f"{peak:.0f}")
+        lines.append(f"{row}  {overrides(plan)}")
     return "\n".join(lines)
+
+
+def _row(*cells: object) -> str:
+    return " ".join(str(cell).rjust(width) for cell, width in zip(cells, (8, 5, 6, 3, 3, 3, 3, 4, 9, 4), strict=True))

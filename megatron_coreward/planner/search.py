@@ -6,21 +6,26 @@ engines are found apart. What is enumerated (`Space`) are sizes that divide; pow
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import log2
 from typing import Any
 
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.config.stages import balanced_ends
 from megatron_coreward.errors import InputError
+from megatron_coreward.planner.hardware import Assumptions
 from megatron_coreward.planner.plan import (
     Machine,
     Placement,
     Plan,
     actor_problems,
     engine_problems,
+    fixed_problems,
     layout_of,
     make_plan,
 )
+from megatron_coreward.planner.step_time import head_layers
 
 MAX_PIPELINE = 16
 MAX_GPUS = 4096
@@ -47,37 +52,64 @@ def _powers(limit: int) -> list[int]:
 
 
 def actor_layouts(config: RunConfig, arch: Architecture, ranks: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
-    """Changes of `actor` keys that lay the model over so many ranks; not all of them are allowed."""
+    """Changes of `actor` keys that lay the model over so many ranks or a few less; not all of them are allowed."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     least = 2 ** (longest - 1).bit_length()
-    experts = _powers(arch.experts.num) if arch.experts is not None else [1]
-    for tp in _powers(gpus_per_node):
-        for pp in range(1, MAX_PIPELINE + 1):
-            if arch.num_layers % pp or ranks % (tp * pp):
-                continue
-            dp = ranks // (tp * pp)
+    head = head_layers(arch, config, Assumptions())
+    for tp, pp in product(_powers(gpus_per_node), range(1, MAX_PIPELINE + 1)):
+        most = ranks // (tp * pp)
+        if not most:
+            continue
+        for dp in data_parallel_sizes(most) if arch.experts is not None else [most]:
+            of_experts = list(_expert_layouts(arch, tp, tp * dp))
             for vpp in (1, 2, 4) if pp > 1 else (1,):
-                for ep in experts:
-                    if arch.num_layers % (pp * vpp) or dp % ep:
-                        continue
-                    for recompute in ("none", "full"):
-                        for tokens in (least, 2 * least, 4 * least):
-                            yield {
-                                "tensor_parallel": tp,
-                                "pipeline_parallel": pp,
-                                "virtual_pipeline": vpp,
-                                "expert_parallel": ep,
-                                "data_parallel": dp,
-                                "sequence_parallel": tp > 1,
-                                "recompute": recompute,
-                                "tokens_per_microbatch": tokens,
-                            }
+                for first, last in _splits(arch.num_layers, pp, vpp, head):
+                    for (ep, expert_tp), recompute, times in product(of_experts, ("none", "full"), (1, 2, 4, 8)):
+                        yield {
+                            "tensor_parallel": tp,
+                            "pipeline_parallel": pp,
+                            "virtual_pipeline": vpp,
+                            "first_stage_layers": first,
+                            "last_stage_layers": last,
+                            "expert_parallel": ep,
+                            "expert_tensor_parallel": expert_tp,
+                            "context_parallel": 1,
+                            "data_parallel": dp,
+                            "sequence_parallel": tp > 1,
+                            "recompute": recompute,
+                            "tokens_per_microbatch": times * least,
+                        }
+
+
+def _expert_layouts(arch: Architecture, tensor_parallel: int, stage_ranks: int) -> Iterator[tuple[int, int | None]]:
+    """Expert-parallel and expert-tensor-parallel sizes: whole experts, or as much cut as the rest of a layer."""
+    if arch.experts is None:
+        yield 1, None
+        return
+    for expert_tp in sorted({1, tensor_parallel}):
+        yield from ((ep, expert_tp) for ep in _powers(arch.experts.num) if stage_ranks % (ep * expert_tp) == 0)
+
+
+def _splits(num_layers: int, stages: int, chunks: int, head: float) -> Iterator[tuple[int | None, int | None]]:
+    """Layers of the first and last pipeline stage: all alike, and such that the last one has time for the head."""
+    even = num_layers % (stages * chunks) == 0
+    if even:
+        yield None, None
+    if stages > 1:
+        balanced = balanced_ends(num_layers, stages, head, chunks)
+        if balanced is not None and not (even and set(balanced) == {num_layers // stages}):
+            yield balanced
+
+
+def data_parallel_sizes(most: int) -> list[int]:
+    """The largest size, and the largest ones that powers of two divide: experts are spread over them."""
+    return sorted({most // power * power for power in _powers(most)}, reverse=True)
 
 
 def engine_layouts(workers: int, gpus_per_node: int, utilization: float) -> Iterator[dict[str, Any]]:
-    """Changes of `rollout` keys that lay engines over so many GPUs."""
+    """Changes of `rollout` keys that lay engines over so many GPUs or a few less."""
     for tp in _powers(gpus_per_node):
-        if workers % tp == 0:
+        if workers >= tp:
             for sequences in (256, 512, 1024):
                 yield {
                     "num_engines": workers // tp,
@@ -101,6 +133,7 @@ def search(
     """Plans that fit, best first: one for each way to divide the GPUs and each tensor- and pipeline-parallel size.
 
     Args:
+        num_gpus: there are; a layout may leave some of them unused if none that uses more is as good.
         rank: of a plan, the smaller the better.
     """
     per_node = machine.assumptions.gpus_per_node
@@ -108,7 +141,7 @@ def search(
     for split in splits(num_gpus, machine.placement):
         actors: dict[tuple[int, int], Plan] = {}
         for layout in actor_layouts(config, arch, split.actor, per_node):
-            plan = _planned(_with(config, actor=layout, rollout=_any_engines(split, per_node)), arch, machine)
+            plan = _planned(_with(config, actor=layout, rollout=_any_engines(arch, per_node)), arch, machine)
             if plan is None or any(actor_problems(plan.stages, plan.engine, machine)):
                 continue
             key = (layout["tensor_parallel"], layout["pipeline_parallel"])
@@ -117,8 +150,9 @@ def search(
         best_engines: Plan | None = None
         for actor in sorted(actors.values(), key=rank):
             if best_engines is None or machine.placement == "colocated":
-                utilization = UTILIZATION
+                utilization, workers = UTILIZATION, split.engines
                 if machine.placement == "colocated":
+                    workers = actor.config.actor.world_size
                     free = machine.gpu.memory_bytes - max(stage.resident for stage in actor.stages)
                     utilization = min(UTILIZATION, int(20 * free / machine.gpu.memory_bytes) / 20)
                 if utilization <= 0:
@@ -126,7 +160,7 @@ def search(
                 best_engines = min(
                     (
                         plan
-                        for layout in engine_layouts(split.engines, per_node, utilization)
+                        for layout in engine_layouts(workers, per_node, utilization)
                         if (plan := _planned(_with(actor.config, rollout=layout), arch, machine)) is not None
                         and not any(engine_problems(plan.config, plan.stages, plan.engine, machine))
                     ),
@@ -137,21 +171,27 @@ def search(
                 if machine.placement == "colocated":
                     continue
                 break
-            whole = _planned(actor.config.model_copy(update={"rollout": best_engines.config.rollout}), arch, machine)
+            both = actor.config.model_copy(update={"rollout": best_engines.config.rollout})
+            whole = _planned(both, arch, machine, num_gpus)
             if whole is not None and not whole.problems:
                 found.append(whole)
-    return sorted(found, key=rank)
+    return [plan for plan in sorted(found, key=rank) if not _is_beaten(plan, found, rank)]
 
 
-def _any_engines(split: Split, per_node: int) -> dict[str, Any]:
-    """Engines to plan an actor with, before its own are looked for."""
-    tp = next(n for n in reversed(_powers(per_node)) if split.engines % n == 0)
-    return {"num_engines": split.engines // tp, "tensor_parallel": tp, "gpu_memory_utilization": UTILIZATION}
+def _is_beaten(plan: Plan, others: list[Plan], rank: Rank) -> bool:
+    """Whether one that uses more of the GPUs is as good: to leave some unused is worth it only if that is better."""
+    return any(other.num_gpus > plan.num_gpus and rank(other) <= rank(plan) for other in others)
 
 
-def _planned(config: RunConfig, arch: Architecture, machine: Machine) -> Plan | None:
+def _any_engines(arch: Architecture, per_node: int) -> dict[str, Any]:
+    """Engines to plan an actor with, before its own are looked for: the widest one, which is on GPUs of its own."""
+    tp = next(n for n in reversed(_powers(per_node)) if arch.num_heads % n == 0)
+    return {"num_engines": 1, "tensor_parallel": tp, "gpu_memory_utilization": UTILIZATION}
+
+
+def _planned(config: RunConfig, arch: Architecture, machine: Machine, num_gpus: int | None = None) -> Plan | None:
     try:
-        return make_plan(config, arch, machine)
+        return make_plan(config, arch, machine, num_gpus=num_gpus)
     except InputError:
         return None
 
@@ -161,7 +201,7 @@ def distance(config: RunConfig, other: RunConfig) -> float:
     one, two = layout_of(config), layout_of(other)
     total = 0.0
     for key, value in one.items():
-        if isinstance(value, bool | str):
+        if value is None or two[key] is None or isinstance(value, bool | str):
             total += value != two[key]
         else:
             total += abs(log2(value / two[key]))
@@ -169,9 +209,17 @@ def distance(config: RunConfig, other: RunConfig) -> float:
 
 
 def nearest(config: RunConfig, arch: Architecture, machine: Machine, num_gpus: int) -> Plan | None:
-    """The layout that fits with the fewest changes; on twice, four times ... as many GPUs where none fits on these."""
+    """The layout that fits with the fewest changes; if none fits on these GPUs, on twice, four times ... as many.
+
+    None if there is none at all: what is wrong may be something else (`fixed_problems`).
+    """
+    if fixed_problems(config, arch, machine):
+        return None
+    there_are = num_gpus
     while num_gpus <= MAX_GPUS:
         found = search(config, arch, machine, num_gpus, rank=lambda p: (distance(config, p.config), p.seconds))
+        if num_gpus > there_are:  # one that takes all of a number that is only supposed comes first
+            found.sort(key=lambda p: p.num_gpus < num_gpus)
         if found:
             return found[0]
         num_gpus *= 2

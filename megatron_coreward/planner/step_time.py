@@ -15,10 +15,10 @@ from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import TEACHER_METHODS, TWO_VIEW_METHODS, RunConfig
 from megatron_coreward.planner.hardware import Assumptions, Gpu
 from megatron_coreward.planner.memory import EngineMemory, microbatch_tokens, sync_peers
-from megatron_coreward.planner.parameters import actor_layout, stage_parameters
+from megatron_coreward.planner.parameters import stage_parameters
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.weights.buckets import ITEM_BYTES
-from megatron_coreward.weights.layouts import EngineLayout
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.mapping import hf_tensors
 from megatron_coreward.weights.plan import ModelTensors, TransferPlan, plan_transfers
 
@@ -113,6 +113,8 @@ def num_parameters(arch: Architecture) -> int:
 
 
 MANY = 1 << 30  # ranks: more than a node has
+# Bytes an element that adding a BF16 gradient to the fp32 one moves: written, read, and the sum read and written.
+GRADIENT_TRAFFIC = 2 + 2 + 4 + 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,69 +125,104 @@ class ActorTimes:
 
 def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: Assumptions) -> ActorTimes:
     """Forward passes over the batch, and the update."""
-    a, layout, todo = config.actor, actor_layout(config.actor), work(config, assumptions)
-    item, stages = ITEM_BYTES[config.model.dtype], a.pipeline_parallel
+    a, layout, todo = config.actor, ActorLayout.of(config.actor), work(config, assumptions)
+    stages, tp, item = a.pipeline_parallel, a.tensor_parallel, ITEM_BYTES[config.model.dtype]
     tokens = todo.tokens / a.data_parallel / a.context_parallel  # of a rank; passing keys and values is not counted
     per_pack = min(assumptions.packing * microbatch_tokens(a), tokens)
     packs = math.ceil(tokens / per_pack / config.loss.updates_per_batch) * config.loss.updates_per_batch
     if a.virtual_pipeline > 1:
         packs = math.ceil(packs / stages) * stages
     per_pack = tokens / packs
+    layers = [sum(map(len, chunks)) for chunks in layout.chunks(arch.num_layers)]  # of each stage
 
-    context = (todo.prompt + todo.response) / 2
-    layers = arch.num_layers / stages * layer_flops(arch, context)
-    if arch.experts is not None and a.expert_parallel > 1:
-        e = arch.experts
-        routed = 6 * arch.hidden_size * e.ffn_size * e.top_k * arch.num_layers / stages
-        layers += (assumptions.expert_imbalance - 1) * routed
-    forward = per_pack * (layers + head_flops(arch)) / a.tensor_parallel  # of the last stage, the slowest
-    compute = forward / (assumptions.matmul_efficiency * gpu.bf16_flops)
+    layer = layer_seconds(arch, layout, per_pack, (todo.prompt + todo.response) / 2, gpu, assumptions)
+    scored = per_pack * todo.response / (todo.prompt + todo.response)  # tokens that meet the output layer
+    head = scored * head_flops(arch) / tp / product_rate(scored, gpu, assumptions)
 
     def link(ranks: int) -> float:
         """Bytes a second between neighbours of a group whose members lie so far apart."""
         within = ranks <= assumptions.gpus_per_node
         return assumptions.link_efficiency * (gpu.nvlink_bytes_s if within else gpu.network_bytes_s)
 
-    hidden = per_pack * arch.hidden_size * item * arch.num_layers / stages
+    hidden = per_pack * arch.hidden_size * item * max(layers)
     reduced = 1 if arch.experts else 2  # all-reduces of a layer, each of twice its share of the volume
-    tensor = reduced * 2 * (a.tensor_parallel - 1) / a.tensor_parallel * hidden / link(a.tensor_parallel)
+    tensor = reduced * 2 * (tp - 1) / tp * hidden / link(tp)
     expert = 0.0
     if arch.experts is not None:
-        copies = 2 * arch.experts.top_k * hidden / a.tensor_parallel  # to the experts and back, from every rank
+        copies = 2 * arch.experts.top_k * hidden / tp  # to the experts and back, from every rank
         others = (a.expert_parallel - 1) / a.expert_parallel
-        away = max(0.0, 1 - assumptions.gpus_per_node / (a.expert_parallel * a.tensor_parallel))  # on other nodes
+        spread = a.expert_parallel * layout.expert_tp_size
+        away = max(0.0, 1 - assumptions.gpus_per_node / spread)  # on other nodes
         expert = copies * max(away / link(MANY), (others - away) / link(1))
-        expert += copies * (a.tensor_parallel - 1) / link(a.tensor_parallel)  # gathered over expert-tensor-parallel
+        expert += copies * (layout.expert_tp_size - 1) / link(layout.expert_tp_size)  # gathered
 
-    updates = config.loss.updates_per_batch
+    held = max((stage_parameters(arch, layout, stage) for stage in (0, stages - 1)), key=lambda s: s.numel)
 
-    def phase(name: str, computes: float, travels: float, colocation: int, **more: float) -> Phase:
-        """Forward passes' worth of computing and travelling over the rank's micro-batches, in pipeline `turns`."""
+    def phase(name: str, passes: float, of_head: float, travels: float, turns: int, **more: float) -> Phase:
+        """Passes of the rank's micro-batches through the slowest stage's layers, and through the output layer, in
+        pipeline `turns`."""
+        of_stages = [passes * n * layer for n in layers]
+        of_stages[-1] += of_head * head
         seconds = {
-            "compute": computes * packs * compute,
+            "compute": packs * max(of_stages),
+            "layer overhead": packs * passes * max(layers) * assumptions.layer_overhead_s,
             "tensor-parallel link": travels * packs * tensor,
             "expert-parallel link": travels * packs * expert,
         }
-        idle = colocation * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
+        if name == "update":  # each micro-batch adds its gradients to the fp32 ones
+            seconds["gradients (HBM)"] = packs * GRADIENT_TRAFFIC * held.numel / gpu.hbm_bytes_s
+        idle = turns * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
         return Phase(name, {**seconds, "pipeline bubble": idle * sum(seconds.values()), **more})
 
-    held = max((stage_parameters(arch, layout, stage) for stage in (0, stages - 1)), key=lambda s: s.numel)
+    updates = config.loss.updates_per_batch
     ring = (a.data_parallel - 1) / a.data_parallel * held.numel * (4 + item)
     step = held.owned * (4 + 2 * 4 + 2 * 8 + item) + 3 * 4 * held.numel
     recompute = a.recompute == "full"
     return ActorTimes(
-        scoring=phase("scoring", todo.passes, todo.passes, 1),
+        scoring=phase("scoring", todo.passes, todo.passes, todo.passes, 1),
         update=phase(
             "update",
             4 if recompute else 3,  # the backward pass computes twice as much as the forward pass
+            4,  # whose logits are computed again
             3 if recompute else 2,
             updates,
             **{
-                "data-parallel link": updates * ring / link(a.tensor_parallel * a.data_parallel),
+                "data-parallel link": updates * ring / link(tp * a.data_parallel),
                 "optimizer (HBM)": updates * step / gpu.hbm_bytes_s,
             },
         ),
     )
+
+
+def product_rate(tokens: float, gpu: Gpu, assumptions: Assumptions) -> float:
+    """Operations a second of a product over so many tokens: few do not fill a GPU."""
+    filled = tokens / (tokens + assumptions.half_rate_tokens)
+    return assumptions.matmul_efficiency * filled * gpu.bf16_flops
+
+
+def layer_seconds(
+    arch: Architecture, layout: ActorLayout, tokens: float, context: float, gpu: Gpu, assumptions: Assumptions
+) -> float:
+    """Of one layer on a rank, forwards, for a micro-batch of so many tokens: products alone."""
+    tp = layout.tensor_parallel
+    dense = tokens * layer_flops(arch, context) / tp
+    if arch.experts is None:
+        return dense / product_rate(tokens, gpu, assumptions)
+    e = arch.experts
+    routed = tokens * 6 * arch.hidden_size * e.ffn_size * e.top_k / tp
+    # Tokens that one expert meets: of all ranks over which experts are spread, each with its part of a micro-batch.
+    met = tokens / tp * layout.expert_parallel * layout.expert_tp_size * e.top_k / e.num
+    imbalance = assumptions.expert_imbalance if layout.expert_parallel > 1 else 1.0
+    rest = (dense - routed) / product_rate(tokens, gpu, assumptions)
+    return rest + imbalance * routed / product_rate(met, gpu, assumptions)
+
+
+def head_layers(arch: Architecture, config: RunConfig, assumptions: Assumptions) -> float:
+    """What the output layer costs an update, in layers: how many fewer the last pipeline stage should have."""
+    todo = work(config, assumptions)
+    share = todo.response / (todo.prompt + todo.response)
+    passes = 4 / (4 if config.actor.recompute == "full" else 3)
+    return passes * share * head_flops(arch) / layer_flops(arch, (todo.prompt + todo.response) / 2)
 
 
 # ---- the engines -----------------------------------------------------------------------------------------------------
@@ -256,7 +293,7 @@ def _weights_read(arch: Architecture, alive: float) -> float:
 def transfers(config: RunConfig, arch: Architecture) -> TransferPlan:
     """The plan of one weight sync."""
     target = EngineLayout(num_engines=config.rollout.num_engines, tensor_parallel=config.rollout.tensor_parallel)
-    return plan_transfers(actor_layout(config.actor), target, ModelTensors(arch, config.model.dtype))
+    return plan_transfers(ActorLayout.of(config.actor), target, ModelTensors(arch, config.model.dtype))
 
 
 def sync_time(busiest_bytes: float, config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: Assumptions) -> Phase:

@@ -1,8 +1,7 @@
-"""This machine against what the run takes at least: devices, memory, shared memory, disk. Lower bounds, no estimates.
+"""This machine against what the run takes: devices, memory (`preflight.memory`), shared memory, disk.
 
-A refusal is certain to be right, a pass promises nothing: activations, buffers of libraries and the processes
-themselves (about 1 GiB each) are not counted. A run that joins a cluster (`RAY_ADDRESS`) is on other machines: only its
-run directory is checked here.
+Shared memory and disk are lower bounds: a refusal is certain to be right, a pass promises nothing. A run that joins a
+cluster (`RAY_ADDRESS`) is on other machines: only its run directory is checked here.
 """
 
 import os
@@ -10,37 +9,40 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from megatron_coreward.config.accelerator import GpuSupport, machine_problems, parse_version
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.preflight.memory import gpu_problems, host_problems, parameters
 from megatron_coreward.preflight.packages import installed
 from megatron_coreward.rewards.methods import METHODS
-from megatron_coreward.weights.layouts import expert_number
+from megatron_coreward.rollout import sockets
 from megatron_coreward.weights.mailbox import NUM_SLOTS, remove_orphans
-from megatron_coreward.weights.mapping import hf_tensors
 from megatron_coreward.weights.spec import tensors_to_send
 
 SHARED_MEMORY = Path("/dev/shm")
 # What a run writes into its directory: a link there would lead its writes, and the removal of checkpoints, elsewhere.
-OWN_NAMES = (
-    "checkpoints",
-    "config.yaml",
-    "events.log",
-    "hf",
-    "labels.jsonl",
-    "lock",
-    "logs",
-    "metrics.jsonl",
-    "report.html",
-    "rollbacks.jsonl",
-    "rollouts",
-    "tensorboard",
-    "wandb",
-    "wandb_id",
-)
+# Something of another kind in the place of one ends the run late, but for those that it can do without (None).
+OWN_NAMES: Mapping[str, Literal["file", "directory"] | None] = {
+    "checkpoints": "directory",
+    "config.yaml": "file",
+    "events.log": None,
+    "hf": "directory",
+    "labels.jsonl": "file",
+    "lock": "file",
+    "logs": "directory",
+    "metrics.jsonl": "file",
+    "missed.json": None,
+    "report.html": None,
+    "rollbacks.jsonl": "file",
+    "rollouts": "directory",
+    "tensorboard": None,
+    "wandb": None,
+    "wandb_id": None,
+}
 
 
 def joins_cluster() -> bool:
@@ -62,7 +64,7 @@ def visible_gpus(devices: Path = Path("/dev")) -> int:
 
 def describe(gpus: int) -> GpuSupport:
     """The GPUs and packages of this machine, as far as the driver's own tool and the packages' metadata say."""
-    packages = {name: parse_version(found) for name in ("transformer-engine", "apex") if (found := installed(name))}
+    packages = {name: parse_version(found) for name in ("transformer-engine",) if (found := installed(name))}
     build = re.search(r"\+cu(\d+)(\d)$", installed("torch") or "")
     cuda = (int(build[1]), int(build[2])) if build else None
     return GpuSupport(gpus, _capability() if gpus else None, cuda, packages)
@@ -70,17 +72,27 @@ def describe(gpus: int) -> GpuSupport:
 
 def _capability() -> tuple[int, ...] | None:
     """Compute capability of the weakest GPU; None if `nvidia-smi` does not say."""
+    return min((version for line in _ask_driver("compute_cap") if (version := parse_version(line))), default=None)
+
+
+def free_gpu_memory() -> int | None:
+    """Bytes that are free on the fullest GPU; None if `nvidia-smi` does not say."""
+    return min((int(line) * 2**20 for line in _ask_driver("memory.free") if line.isdecimal()), default=None)
+
+
+def _ask_driver(query: str) -> list[str]:
+    """One answer a GPU, without units; none if there is no driver."""
     try:
         output = subprocess.run(
-            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=20,
             check=True,
         ).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
-    return min((version for line in output.splitlines() if (version := parse_version(line.strip()))), default=None)
+        return []
+    return [line.strip() for line in output.splitlines()]
 
 
 def available_memory() -> int | None:
@@ -113,12 +125,15 @@ def problems(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
         yield from _disk(config, arch)
     if joins_cluster():
         return
+    yield from sockets.problems(config.rollout.tensor_parallel > 1)
     gpus = visible_gpus()
     yield from machine_problems(config, describe(gpus))
     if gpus:
         yield from _gpus(config, gpus)
-    elif arch is not None:
-        yield from _memory(config, arch)
+        if arch is not None and (free := free_gpu_memory()) is not None:
+            yield from gpu_problems(config, arch, free)
+    elif arch is not None and (free := available_memory()) is not None:
+        yield from host_problems(config, arch, free)
     if arch is not None and not (gpus and config.sync.transport == "auto"):  # which goes from GPU to GPU
         yield from _shared_memory(config, arch)
 
@@ -132,47 +147,6 @@ def _gpus(config: RunConfig, gpus: int) -> Iterator[str]:
             f"actor layout and rollout.num_engines: {actors} actor ranks and {engines} engine ranks need "
             f"{needed} GPUs, found {gpus} on this machine; choose smaller sizes, or join a Ray cluster with "
             "RAY_ADDRESS"
-        )
-
-
-def parameters(arch: Architecture) -> tuple[int, int]:
-    """Numbers outside of experts and inside."""
-    counts = [0, 0]
-    for name, shape in hf_tensors(arch).items():
-        size = 1
-        for length in shape:
-            size *= length
-        counts[expert_number(name) is not None] += size
-    return counts[0], counts[1]
-
-
-def least_memory(config: RunConfig, arch: Architecture) -> dict[str, int]:
-    """Bytes that a run takes on a machine without GPUs, over all its processes, by what takes them."""
-    dense, expert = parameters(arch)
-    a, r, needs = config.actor, config.rollout, METHODS[config.method].needs
-    item = 4 if config.model.dtype == "float32" else 2
-    once = dense + expert
-    copies = a.data_parallel * dense + max(1, a.data_parallel // a.expert_parallel) * expert  # over data-parallel ranks
-    # Main parameters of an fp32 model are the model's own; two moments; value and compensation of the teacher.
-    parts = {
-        "weights and gradients": copies * (item + 4),
-        "optimizer": once * (8 if item == 4 else 12),
-        "teacher": (once * 8 + copies * item) if needs.teacher else 0,
-        "frozen reference": copies * item if config.loss.kl_reference == "frozen" and config.loss.kl_coef else 0,
-        "engines": r.num_engines * once * item,
-        "key-value caches (rollout.kv_cache_gib)": int(r.num_engines * r.tensor_parallel * r.kv_cache_gib * 2**30),
-    }
-    return {name: size for name, size in parts.items() if size}
-
-
-def _memory(config: RunConfig, arch: Architecture) -> Iterator[str]:
-    free, parts = available_memory(), least_memory(config, arch)
-    needed = sum(parts.values())
-    if free is not None and needed > free:
-        largest = max(parts, key=lambda name: parts[name])
-        yield (
-            f"memory: the run needs {_gib(needed)} at least ({largest}: {_gib(parts[largest])}), {_gib(free)} are "
-            "available; choose a smaller model, rollout.kv_cache_gib, rollout.num_engines or actor.data_parallel"
         )
 
 
@@ -202,11 +176,16 @@ def _run_dir(config: RunConfig) -> Iterator[str]:
         if folder != here.absolute():
             yield f"run_dir: {here} cannot be made, {folder} is a file"
         return
+    yield from _length(here, folder)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         yield f"run_dir: {here} cannot be written ({folder}: {error.strerror}); choose another run_dir"
+    for name, kind in OWN_NAMES.items():
+        path = here / name
+        if kind is not None and path.exists() and path.is_dir() != (kind == "directory"):
+            yield f"run_dir: {path} is no {kind}, and the run needs one of this name; move it away"
     inside = Path(os.path.realpath(here))
     saved = here / "checkpoints"
     for link in (*(here / name for name in OWN_NAMES), *(saved.iterdir() if saved.is_dir() else ())):
@@ -215,6 +194,14 @@ def _run_dir(config: RunConfig) -> Iterator[str]:
                 f"run_dir: {link} is a link to {os.path.realpath(link)}, outside of the run directory; a run writes "
                 "and removes only inside: make run_dir itself the link"
             )
+
+
+def _length(path: Path, existing: Path) -> Iterator[str]:
+    """Names against what the file system takes: of folders that are not made yet it says nothing else."""
+    limit = os.pathconf(existing, "PC_NAME_MAX")
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > limit:
+        yield f"run_dir: File name too long: a name of {longest} bytes; allowed: up to {limit} on this file system"
 
 
 def checkpoint_bytes(config: RunConfig, arch: Architecture) -> int:

@@ -22,16 +22,9 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 def layout_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
     """Where actor or engines cannot hold the model."""
-    a, r = config.actor, config.rollout
+    r = config.rollout
     try:
-        ActorLayout(
-            tensor_parallel=a.tensor_parallel,
-            pipeline_parallel=a.pipeline_parallel,
-            virtual_pipeline=a.virtual_pipeline,
-            expert_parallel=a.expert_parallel,
-            data_parallel=a.data_parallel,
-            context_parallel=a.context_parallel,
-        ).check(arch)
+        ActorLayout.of(config.actor).check(arch)
     except InputError as error:
         yield str(error)
     try:

@@ -61,7 +61,9 @@ _TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tan
 _INVERSE = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "asin": "asin", "acos": "acos", "atan": "atan"}
 # Functions that are computed, with the numbers of arguments that they take.
 FUNCTIONS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys((*_TRIGONOMETRIC, "asin", "acos", "atan", "exp", "ln", "abs", "floor", "ceil", "factorial"), (1, 1)),
+    **dict.fromkeys(
+        (*_TRIGONOMETRIC, "asin", "acos", "atan", "exp", "ln", "abs", "floor", "ceil", "factorial"), (1, 1)
+    ),
     **dict.fromkeys(("log", "root", "binom", "mod"), (2, 2)),
     **dict.fromkeys(("gcd", "lcm", "max", "min"), (1, 99)),
 }
@@ -73,7 +75,9 @@ _NAMED = {
     "lg": "log",
 }
 _CONSTANTS = {"pi": "pi", "infty": "infinity", "imath": "i"}
-_PREFIXES = frozenset({"angle", "triangle", "measuredangle", "sim", "neg", "lnot", "nabla", "partial", "star", "square"})
+_PREFIXES = frozenset(
+    {"angle", "triangle", "measuredangle", "sim", "neg", "lnot", "nabla", "partial", "star", "square"}
+)
 _ACCENTS = frozenset(
     {"overline", "bar", "vec", "hat", "tilde", "widehat", "widetilde", "overrightarrow", "dot", "ddot", "underline"}
     | {"bold", "mathbb", "mathcal", "mathfrak", "mathscr", "overarc", "wideparen", "complement"}
@@ -90,11 +94,41 @@ _OPERATORS = {  # binary operations without arithmetic meaning here: never the s
 
 _TOKENS = re.compile(r"\\[A-Za-z]+|\\.|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,4}(?![A-Za-z\d]))?|[A-Za-z]+|\s+|.", re.ASCII)
 _WORDS = tuple(sorted((*_NAMED, "sqrt", "pi"), key=len, reverse=True))
-_OPENING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", r"\langle": r"\rangle"}
+_OPENING = {
+    "(": ")",
+    "[": "]",
+    "{": "}",
+    r"\{": r"\}",
+    r"\lfloor": r"\rfloor",
+    r"\lceil": r"\rceil",
+    r"\langle": r"\rangle",
+}
 _MULTIPLY = frozenset({"*", r"\cdot", r"\times", r"\ast"})
 _DIVIDE = frozenset({"/", r"\div"})
 _SEPARATORS = frozenset({",", "|", r"\mid", ";", "=", "<", ">", r"\le", r"\ge", r"\cap", r"\cup"})
-_STOPS = frozenset({r"\mid", r"\le", r"\ge", ")", "]", "}", r"\}", r"\rfloor", r"\rceil", r"\rangle", "+", "-", ",", "=", "<", ">", "&", ";", ":"})
+_STOPS = frozenset(
+    {
+        r"\mid",
+        r"\le",
+        r"\ge",
+        ")",
+        "]",
+        "}",
+        r"\}",
+        r"\rfloor",
+        r"\rceil",
+        r"\rangle",
+        "+",
+        "-",
+        ",",
+        "=",
+        "<",
+        ">",
+        "&",
+        ";",
+        ":",
+    }
+)
 
 
 @lru_cache(maxsize=8192)

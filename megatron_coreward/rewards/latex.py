@@ -49,23 +49,40 @@ CHARACTERS = str.maketrans(
 )
 
 RULES = (
-    Rule(r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|strut|null|allowbreak|nobreak|bf|rm|it)"
-         + _NAME_ENDS, " ", "says how it looks"),
+    Rule(
+        r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|strut|null|allowbreak|nobreak|bf|rm|it)" + _NAME_ENDS,
+        " ",
+        "says how it looks",
+    ),
     Rule(r"\\(?:color|hspace|vspace|label|tag)\*?\s*\{[^{}]*\}", " ", "says how it looks"),
     Rule(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*", "", "says how it looks"),
     Rule(r"\\(?:text)?(?:dollar|euro|sterling|yen)" + _NAME_ENDS, "$", "a currency sign"),
     Rule(r"\\text\s*\{\s*([,.:%])\s*\}", r"{\1}", "punctuation in a text macro"),
     Rule(r"\\text\s*\{\s*\\([%$])\s*\}", r"\\\1", "a sign in a text macro"),
     Rule(r"\\?[$€£¥₹₩₽]|(?<!\\)\\[()\[\]]", "", "the question fixes the currency; math delimiters"),
-    Rule(r"\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)(?:,?\s*(?<!\\)\\[,!;: ]|~)\s*(?=\d{3}(?!\d))", "", r"thousands: 1{,}000, 1,\!000, 1\,000"),
+    Rule(
+        r"\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)(?:,?\s*(?<!\\)\\[,!;: ]|~)\s*(?=\d{3}(?!\d))",
+        "",
+        r"thousands: 1{,}000, 1,\!000, 1\,000",
+    ),
     Rule(r"\{([,.:;%])\}", r"\1", "braces that only mend the spacing"),
     Rule(r"(?<!\\)\\!", "", "negative space"),
     Rule(r"(?<!\\)\\[,;:> ]|~|\\q?quad" + _NAME_ENDS + r"|\\(?:thin|med|thick|en)space" + _NAME_ENDS, " ", "space"),
     Rule(r"\\(?:left|right|middle)" + _NAME_ENDS + r"\s*\.?|\\[bB]igg?[lrm]?" + _NAME_ENDS, "", "size of brackets"),
     Rule(r"\\[dtc]frac" + _NAME_ENDS, r"\\frac", "size of fractions"),
     Rule(r"\\[dt]binom" + _NAME_ENDS, r"\\binom", "size of binomials"),
-    Rule(r"\{((?:[^{}]|\{[^{}]*\})*?)\\choose" + _NAME_ENDS + r"((?:[^{}]|\{[^{}]*\})*)\}", r"\\binom{\1}{\2}", "plain TeX", True),
-    Rule(r"\{((?:[^{}]|\{[^{}]*\})*?)\\over" + _NAME_ENDS + r"((?:[^{}]|\{[^{}]*\})*)\}", r"\\frac{\1}{\2}", "plain TeX", True),
+    Rule(
+        r"\{((?:[^{}]|\{[^{}]*\})*?)\\choose" + _NAME_ENDS + r"((?:[^{}]|\{[^{}]*\})*)\}",
+        r"\\binom{\1}{\2}",
+        "plain TeX",
+        True,
+    ),
+    Rule(
+        r"\{((?:[^{}]|\{[^{}]*\})*?)\\over" + _NAME_ENDS + r"((?:[^{}]|\{[^{}]*\})*)\}",
+        r"\\frac{\1}{\2}",
+        "plain TeX",
+        True,
+    ),
     Rule(r"^([^{}]*?)\\over" + _NAME_ENDS + r"([^{}]*)$", r"\\frac{\1}{\2}", "plain TeX"),
     Rule(r"\\(le|ge|ne)q?q?(?:slant)?" + _NAME_ENDS + r"|\\(le|ge)qq" + _NAME_ENDS, r"\\\1\2", "one name a relation"),
     Rule(r"\\not\s*=|!=", r"\\ne ", "one name a relation"),
@@ -85,14 +102,24 @@ RULES = (
     Rule(r"\\(?:bmod|mod)" + _NAME_ENDS + r"|\\text\s*\{\s*mod\s*\}", r"\\bmod ", "one name an operator"),
     Rule(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime" + _NAME_ENDS + ")", "'", "one name a sign"),
     Rule(r"\^\s*\{\s*\\prime\s*\\prime\s*\}", "''", "one name a sign"),
-    Rule(r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\degree" + _NAME_ENDS + r"|(?<!\^)\\degree" + _NAME_ENDS, r"^\\circ ", "degrees"),
+    Rule(
+        r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\degree" + _NAME_ENDS + r"|(?<!\^)\\degree" + _NAME_ENDS,
+        r"^\\circ ",
+        "degrees",
+    ),
     Rule(r"\s+\^\s*\\circ", r"^\\circ", "degrees"),
     Rule(r"\*\*", "^", "plain text"),
     Rule(r"\\%", "%", "one name a sign"),
-    Rule(rf"\\(?:{_FONT_MACROS})\s*\{{\s*\\?({_FUNCTION_NAMES})\s*\}}", r"\\\1 ", "functions in letters of another font"),
+    Rule(
+        rf"\\(?:{_FONT_MACROS})\s*\{{\s*\\?({_FUNCTION_NAMES})\s*\}}", r"\\\1 ", "functions in letters of another font"
+    ),
     Rule(rf"\\(?:{_FONT_MACROS})\s*\{{([^{{}}A-Za-z\\]*)\}}", r"\1", "a number in another font is that number"),
-    Rule(r"\\(?:boldsymbol|bm|pmb|mathbf|mathit|mathrm|mathsf|mathnormal)\s*\{((?:[^{}]|\{[^{}]*\})*\\(?:[^{}]|\{[^{}]*\})*)\}",
-         r"{\1}", "mathematics in another font is that mathematics", True),
+    Rule(
+        r"\\(?:boldsymbol|bm|pmb|mathbf|mathit|mathrm|mathsf|mathnormal)\s*\{((?:[^{}]|\{[^{}]*\})*\\(?:[^{}]|\{[^{}]*\})*)\}",
+        r"{\1}",
+        "mathematics in another font is that mathematics",
+        True,
+    ),
     Rule(rf"\\(?:{_FONT_MACROS})" + _NAME_ENDS + r"\s*\{\s*", r"\\text{", "words are words in every font"),
 )
 

@@ -292,7 +292,9 @@ class _Balls:
                     raise Undefined
                 x = max(min(x, mpf(1)), mpf(-1)) if not self._complex else x
                 value = mp.asin(x) if name == "asin" else mp.acos(x)
-                return self._rounded(value, mp.sqrt(2 * r) if abs(1 - x * x) < 4 * r else 2 * r / mp.sqrt(abs(1 - x * x)))
+                return self._rounded(
+                    value, mp.sqrt(2 * r) if abs(1 - x * x) < 4 * r else 2 * r / mp.sqrt(abs(1 - x * x))
+                )
             case "atan":
                 return self._rounded(mp.atan(x), r)
             case "floor" | "ceil":

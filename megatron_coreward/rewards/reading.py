@@ -547,15 +547,13 @@ _PREFIX = re.compile(
     r"(?:\\text\{)?\s*(?:USD|Rs|EUR|GBP|INR)\.?\s*\}?(?= ?\d))\s*",
     re.IGNORECASE,
 )
-_ENVIRONMENT = re.compile(
-    r"[(\[|]?\s*\\begin\{([a-zA-Z]+\*?)\}(\{[^{}]*\})?(.*)\\end\{\1\}\s*[)\]|]?", re.DOTALL
-)
+_ENVIRONMENT = re.compile(r"[(\[|]?\s*\\begin\{([a-zA-Z]+\*?)\}(\{[^{}]*\})?(.*)\\end\{\1\}\s*[)\]|]?", re.DOTALL)
 _RELATION_OPERATORS = r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[=<>]"
-_OTHER_RELATIONS = r"\\(?:notin|equiv|mid|nmid|subset|subseteq|supset|propto|cong|simeq|perp|parallel|to|pmod)(?![A-Za-z])"
-_RELATION = re.compile(f"{_RELATION_OPERATORS}|{_OTHER_RELATIONS}")
-_CLOCK = re.compile(
-    r"(\d{1,2})(?: ?: ?(\d{2}))?(?: ?: ?(\d{2}))? ?(a\.? ?m\.?|p\.? ?m\.?)?", re.IGNORECASE | re.ASCII
+_OTHER_RELATIONS = (
+    r"\\(?:notin|equiv|mid|nmid|subset|subseteq|supset|propto|cong|simeq|perp|parallel|to|pmod)(?![A-Za-z])"
 )
+_RELATION = re.compile(f"{_RELATION_OPERATORS}|{_OTHER_RELATIONS}")
+_CLOCK = re.compile(r"(\d{1,2})(?: ?: ?(\d{2}))?(?: ?: ?(\d{2}))? ?(a\.? ?m\.?|p\.? ?m\.?)?", re.IGNORECASE | re.ASCII)
 _NUMERAL = re.compile(
     r"\(?(\d[0-9A-F]*(?:\.[0-9A-F]+)?)\)?_(?:\{?(\d{1,2})\}?|\{?\(?([a-z]{3,11}|\d{1,2})\)?\}?)", re.ASCII
 )

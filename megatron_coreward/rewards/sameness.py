@@ -392,7 +392,9 @@ class _Order:
             if merged and self._touches(merged[-1], piece):
                 last = merged[-1]
                 further = self._compare(piece.high, last.high)
-                closed = {1: piece.high_closed, -1: last.high_closed}.get(further, piece.high_closed or last.high_closed)
+                closed = {1: piece.high_closed, -1: last.high_closed}.get(
+                    further, piece.high_closed or last.high_closed
+                )
                 high = piece.high if further > 0 else last.high
                 merged[-1] = Piece(last.low, last.low_closed, high, closed)
             else:
@@ -423,4 +425,3 @@ class _Order:
             Piece(q.high, not q.high_closed, infinity, False),
         ]
         return [left for side in outside if (left := self.overlap(p, side)) is not None]
-

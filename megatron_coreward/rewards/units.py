@@ -98,7 +98,9 @@ UNITS = _spellings(
 )
 _ABSTRACT = frozenset({"unit"})  # names a size but no measure: "square units" agrees with cm^2
 _SINGLE_LETTERS = frozenset("mgsLlNJWVhA")  # in a text macro
-_IRREGULAR = frozenset("people men women children feet teeth geese mice oxen sheep fish deer dice dozen_ cattle".split())
+_IRREGULAR = frozenset(
+    "people men women children feet teeth geese mice oxen sheep fish deer dice dozen_ cattle".split()
+)
 _NUMERALS = (
     "half|halve|quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|[a-z]+teenth|[a-z]+tieth|"
     "hundredth|thousandth|millionth|billionth|ten|hundred|thousand|million|billion|trillion|dozen|score|gross|lakh|"

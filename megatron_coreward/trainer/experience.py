@@ -65,7 +65,7 @@ class RolloutSource(Protocol):
 class ScoringActors(Protocol):
     """What a collector needs of the actors (`cluster.actor_group.ActorGroup`)."""
 
-    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats: ...
+    def token_stats(self, sequences: Sequences, weights: Any, temperature: float, statistics: bool) -> TokenStats: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Collector:
             sequences = to_sequences(rollouts.policy)
             stats = None
             if needs.token_stats:
-                stats = self.actors.token_stats(sequences, "policy", self.config.rollout.temperature)
+                stats = self.actors.token_stats(sequences, "policy", self.config.rollout.temperature, True)
         with timer.phase("rewards"):
             context = BatchRewardContext(
                 needs,

@@ -17,6 +17,8 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.config.schema import ActorSettings
+from megatron_coreward.config.stages import divide_layers
 from megatron_coreward.errors import InputError
 from megatron_coreward.weights.buckets import block_bounds
 from megatron_coreward.weights.mapping import blocks, hf_tensors, is_expert, is_replicated, megatron_parameters
@@ -100,6 +102,11 @@ class ActorLayout:
                 f"not divide the {self.stage_size} ranks of a pipeline stage (tensor x context x data parallel)"
             )
 
+    @classmethod
+    def of(cls, settings: ActorSettings) -> "ActorLayout":
+        """The layout that a config asks for."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
     @property
     def expert_tp_size(self) -> int:
         return self.tensor_parallel if self.expert_tensor_parallel is None else self.expert_tensor_parallel
@@ -156,18 +163,7 @@ class ActorLayout:
         Raises:
             InputError: the layers do not divide into stages and chunks.
         """
-        first, last, stages = self.first_stage_layers, self.last_stage_layers, self.pipeline_parallel
-        given = [n for n in (first, last) if n is not None]
-        between, rest = stages - len(given), num_layers - sum(given)
-        if rest < between or (rest % between if between else rest):
-            also = f" after {sum(given)} of the first or last stage" if given else ""
-            raise InputError(
-                f"actor.pipeline_parallel: {num_layers} layers do not divide over {stages} stages{also}; "
-                "set first_stage_layers and last_stage_layers, or another size"
-            )
-        sizes = [rest // between if between else 0] * stages
-        sizes[0] = sizes[0] if first is None else first
-        sizes[-1] = sizes[-1] if last is None else last
+        sizes = divide_layers(num_layers, self.pipeline_parallel, self.first_stage_layers, self.last_stage_layers)
         vpp = self.virtual_pipeline
         if any(size % vpp for size in sizes):
             raise InputError(f"actor.virtual_pipeline: {vpp} does not divide the layers of every stage ({sizes})")

@@ -83,17 +83,17 @@ def test_recomputation_names_the_feed_forward_part() -> None:
     assert recompute_config(ActorSettings(recompute="full"), experts=True)["recompute_granularity"] == "full"
 
 
-def test_gradients_are_fused_where_apex_is_unless_the_config_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
+@pytest.mark.parametrize(("setting", "fused"), [("auto", True), (True, True), (False, False)])
+def test_layers_that_can_fuse_gradients_are_told_to_unless_the_config_says_otherwise(setting: Any, fused: bool) -> None:
+    from megatron_coreward.actor.model import fuse_gradients, fuses_gradients
 
-    from megatron_coreward.actor.model import fuses_gradients
+    class Layer(torch.nn.Module):  # as Transformer Engine's
+        fuse_wgrad_accumulation = False
 
-    assert not fuses_gradients(ActorSettings(), "te")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "fused_weight_gradient_mlp_cuda")
-    assert fuses_gradients(ActorSettings(), "te")
-    assert not fuses_gradients(ActorSettings(), "local")
-    assert not fuses_gradients(ActorSettings(gradient_accumulation_fusion=False), "te")
-    assert fuses_gradients(ActorSettings(gradient_accumulation_fusion=True), "local")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Layer())
+    fuse_gradients(model, ActorSettings(gradient_accumulation_fusion=setting))
+    assert fuses_gradients(model) == fused
+    assert not fuses_gradients(torch.nn.Linear(2, 2))
 
 
 def test_fp8_without_transformer_engine_is_refused_and_never_silently_bf16() -> None:

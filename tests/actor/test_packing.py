@@ -33,6 +33,14 @@ def test_plans_keep_their_invariants(lengths: list[int], ranks: int, budget: int
         assert tokens <= budget or max(lengths) > budget // align * align
 
 
+@given(lengths=lengths_of, ranks=st.integers(1, 8), budget=st.integers(300, 2000))
+def test_ranks_have_about_the_same_operations_of_attention(lengths: list[int], ranks: int, budget: int) -> None:
+    plan = plan_packs(lengths, ranks, budget)
+    of_packs = [[sum(lengths[row] ** 2 for row in pack) for pack in rank] for rank in plan.packs]
+    totals = [sum(rank) for rank in of_packs]
+    assert max(totals) - min(totals) <= max(max(rank) for rank in of_packs)
+
+
 @given(lengths=st.lists(st.integers(20, 40), min_size=64, max_size=256))
 def test_packs_of_alike_sequences_are_nearly_full(lengths: list[int]) -> None:
     plan = plan_packs(lengths, 2, 512)

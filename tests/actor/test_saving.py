@@ -7,6 +7,7 @@ import pytest
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
 from tests.actor import save_on_ranks
+from tests.actor.memory_on_ranks import save_and_resume
 from tests.actor.ranks import free_port, run_ranks
 from tests.actor.test_parity import make_batch
 
@@ -41,3 +42,16 @@ def test_a_skipped_update_moves_nothing_and_training_goes_on(model: Path) -> Non
     assert run_ranks(1, save_on_ranks.skip_bad_gradient, model, free_port(), make_batch(259)) == [
         {"weights as before": True, "moments as before": True, "reported": 1.0, "next update is finite": True}
     ]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_replicas_share_the_writing_and_resume_within_a_third_more_than_they_own(tmp_path: Path, ranks: int) -> None:
+    """A model large enough that what the libraries take does not matter: 20 million parameters."""
+    write_model(tmp_path / "model", byte_level_tokenizer(), hidden=384, ffn=1024, pad_vocab_to=16_384)
+    layout = {"data_parallel": ranks}
+    outcomes = run_ranks(ranks, save_and_resume, tmp_path / "model", layout, free_port(), tmp_path)
+    whole = sum(outcome["written_bytes"] for outcome in outcomes)
+    for outcome in outcomes:
+        assert outcome["restored"]
+        assert 0.6 / ranks < outcome["written_bytes"] / whole < 1.5 / ranks
+        assert outcome["resume_extra_bytes"] < 0.3 * outcome["owned_bytes"]

@@ -19,7 +19,7 @@ def drift(rate: float, steps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         policy += 1e-4 * torch.randn(start.shape, generator=generator)
         exact += rate * (policy.double() - exact)
         plain += rate * (policy - plain)
-        ema_step_(value, compensation, policy, 1 - rate)
+        ema_step_([value], [compensation], [policy], 1 - rate)
     origin = start.double()
     return exact - origin, value.double() + compensation.double() - origin, plain.double() - origin
 
@@ -39,5 +39,17 @@ def test_without_compensation_to_do_it_is_the_plain_average() -> None:
     from megatron_coreward.actor.teacher import ema_step_
 
     value, compensation = torch.zeros(3), torch.zeros(3)
-    ema_step_(value, compensation, torch.tensor([1.0, 2.0, 4.0]), teacher_decay(0, 10, 0.75, 1.0))
+    ema_step_([value], [compensation], [torch.tensor([1.0, 2.0, 4.0])], teacher_decay(0, 10, 0.75, 1.0))
     torch.testing.assert_close(value, torch.tensor([0.25, 0.5, 1.0]))
+
+
+def test_tensors_are_stepped_in_groups_that_tile_them_and_hold_so_many_elements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron_coreward.actor import teacher
+
+    monkeypatch.setattr(teacher, "GROUP_ELEMENTS", 10)
+    tensors = [torch.zeros(n) for n in (4, 5, 3, 30, 1, 2)]
+    groups = list(teacher._groups(tensors))
+    assert groups == [(0, 2), (2, 3), (3, 4), (4, 6)]
+    assert list(teacher._groups([])) == []

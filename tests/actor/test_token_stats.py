@@ -1,74 +1,139 @@
-"""Token statistics against their definitions on a whole, uncut vocabulary."""
+"""Token statistics and their gradients against the definitions, in fp64, on a whole, uncut vocabulary."""
 
 import pytest
 import torch
 
 from megatron_coreward.actor import token_stats
-from megatron_coreward.actor.token_stats import VocabularyShard, score_tokens
+from megatron_coreward.actor.token_stats import Scores, VocabularyShard, score_tokens
 from tests.actor.ranks import free_port, run_ranks
 from tests.actor.scores_on_ranks import scores_of_many_chunks
 
-T, V, PADDING = 12, 19, 5
-
-
-@pytest.fixture(params=[1 << 24, 3 * V], ids=["one chunk", "many chunks"])
-def _chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_stats, "CHUNK_ELEMENTS", request.param)
-
-
-def logits(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (3 * torch.randn(T, V + PADDING, generator=generator)).to(dtype).requires_grad_()
-
-
-PREDICTS = torch.tensor([0, 1, 4, 5, 6, 11])
-TARGETS = torch.tensor([3, 18, 0, 7, 7, 1])
+N, H, V, PADDING = 37, 16, 1003, 5
 WHOLE = VocabularyShard(0, V, V, None)
+
+
+@pytest.fixture(params=[(1 << 24, 1 << 18), (5 * V, 2 * V)], ids=["one chunk", "many chunks"])
+def _chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk, block = request.param
+    monkeypatch.setitem(token_stats.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(token_stats.BLOCK_ELEMENTS, "cpu", block)
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [N, H], an output layer [V + PADDING, H], and targets [N]."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V + PADDING, H, generator=generator).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(V, (N,), generator=generator)
+
+
+FACTORS = torch.linspace(-1, 2, N)
+
+
+def in_fp64(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[Scores, torch.Tensor, torch.Tensor]:
+    """The definitions, and the gradients of hidden states and weight for log-probs weighed by FACTORS."""
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logp = (h @ w[:V].t() / temperature).log_softmax(-1)
+    chosen = logp.gather(1, targets[:, None])[:, 0]
+    (chosen * FACTORS).sum().backward()
+    assert h.grad is not None
+    assert w.grad is not None
+    entropy = -(logp.exp() * logp).sum(-1)
+    certainty = (torch.tensor(1 / V, dtype=torch.float64).log() - logp).mean(-1)
+    return Scores(chosen.detach(), entropy.detach(), certainty.detach()), h.grad, w.grad
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(found.detach().double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The error's norm over that of what is right."""
+    return float((found.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.usefixtures("_chunked")
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_scores_are_the_definitions(temperature: float) -> None:
-    z = logits()
-    scores = score_tokens(z, PREDICTS, TARGETS, WHOLE, temperature)
-    logp = (z[PREDICTS, :V] / temperature).log_softmax(-1).detach()
-    uniform = torch.full((V,), 1 / V)
-    torch.testing.assert_close(scores.logprobs.detach(), logp.gather(1, TARGETS[:, None])[:, 0])
-    torch.testing.assert_close(scores.entropy, -(logp.exp() * logp).sum(-1))
-    torch.testing.assert_close(scores.self_certainty, (uniform * (uniform.log() - logp)).sum(-1))
+def test_scores_and_gradients_are_those_of_the_definitions_in_fp64(temperature: float) -> None:
+    hidden, weight, targets = inputs()
+    expected, of_hidden, of_weight = in_fp64(hidden, weight, targets, temperature)
+    scores = score_tokens(hidden, weight, targets, WHOLE, temperature)
+    (scores.logprobs * FACTORS).sum().backward()
+    close(scores.logprobs, expected.logprobs, 1e-6)
+    close(scores.entropy, expected.entropy, 1e-6)
+    close(scores.self_certainty, expected.self_certainty, 1e-6)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert off(hidden.grad, of_hidden) < 1e-6
+    assert off(weight.grad, of_weight) < 1e-6
+    assert not weight.grad[V:].any()
 
 
 @pytest.mark.usefixtures("_chunked")
-def test_the_gradient_is_that_of_log_softmax_and_padding_gets_none() -> None:
-    weights = torch.arange(1.0, 7.0)
-    ours, theirs = logits(), logits()
-    (score_tokens(ours, PREDICTS, TARGETS, WHOLE, 0.7).logprobs * weights).sum().backward()
-    logp = (theirs[PREDICTS, :V] / 0.7).log_softmax(-1)
-    (logp.gather(1, TARGETS[:, None])[:, 0] * weights).sum().backward()
-    assert ours.grad is not None
-    assert theirs.grad is not None
-    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5)
-    assert not ours.grad[:, V:].any()
+def test_the_gradient_of_the_weight_is_added_to_the_main_gradient_where_there_is_one() -> None:
+    hidden, weight, targets = inputs()
+    _, _, of_weight = in_fp64(hidden, weight, targets, 1.0)
+    weight.main_grad = torch.ones_like(weight)  # type: ignore[attr-defined]
+    (score_tokens(hidden, weight, targets, WHOLE, 1.0).logprobs * FACTORS).sum().backward()
+    assert weight.grad is None
+    assert off(weight.main_grad - 1, of_weight) < 1e-6  # type: ignore[attr-defined]
 
 
-def test_ranks_reduce_the_same_chunks_though_their_parts_of_the_vocabulary_differ() -> None:
-    """Of 151,936 tokens, padded for two ranks, the last rank has 64 fewer: the chunks of both must be as long."""
+def test_ranks_with_unequal_parts_of_the_vocabulary_agree_with_the_whole_one() -> None:
+    """Of 151,936 tokens, padded for two ranks, the last rank has 64 fewer; a rank may have none at all."""
     for errors in run_ranks(2, scores_of_many_chunks, free_port()):
-        assert max(errors) < 1e-5
+        assert max(errors) < 5e-6  # of log-probs near 20 nats and gradients near 10
 
 
-def test_bf16_logits_are_scored_in_fp32() -> None:
-    z = logits(torch.bfloat16)
-    scores = score_tokens(z, PREDICTS, TARGETS, WHOLE, 1.0)
-    expected = z.detach().float()[PREDICTS, :V].log_softmax(-1).gather(1, TARGETS[:, None])[:, 0]
+@pytest.mark.usefixtures("_chunked")
+def test_bf16_states_are_scored_in_fp32_and_their_gradient_reaches_an_fp32_buffer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_stats, "WEIGHT_SLICE_ELEMENTS", 100 * H)
+    hidden, weight, targets = inputs(torch.bfloat16)
+    logits = (hidden @ weight[:V].t()).detach()  # rounded, as an engine's are
+    expected = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    _, of_hidden, of_weight = in_fp64(hidden, weight, targets, 1.0)
+    weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
+    scores = score_tokens(hidden, weight, targets, WHOLE, 1.0)
+    (scores.logprobs * FACTORS).sum().backward()
     assert scores.logprobs.dtype == torch.float32
-    torch.testing.assert_close(scores.logprobs.detach(), expected)
+    close(scores.logprobs, expected, 1e-6)
+    assert hidden.grad is not None
+    for found, want in ((hidden.grad, of_hidden), (weight.main_grad, of_weight)):  # type: ignore[attr-defined]
+        assert off(found, want) < 1e-2
+
+
+def test_statistics_that_nobody_asked_for_are_not_computed() -> None:
+    hidden, weight, targets = inputs()
+    alone, both = (score_tokens(hidden, weight, targets, WHOLE, 1.0, wanted) for wanted in (False, True))
+    assert torch.equal(alone.logprobs, both.logprobs)
+    assert len(alone.entropy) == len(alone.self_certainty) == 0
+
+
+def test_compiled_kernels_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPU the row functions are compiled. The compiler is here on CPU; the mathematics that it is given is the
+    same."""
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            monkeypatch.setattr(token_stats, "_kernel", lambda function, _: torch.compile(function, dynamic=True))
+        hidden, weight, targets = inputs(torch.bfloat16)
+        scores = score_tokens(hidden, weight, targets, WHOLE, 0.7)
+        (scores.logprobs * FACTORS).sum().backward()
+        assert hidden.grad is not None
+        found.append((scores.logprobs.detach(), scores.entropy, scores.self_certainty, hidden.grad.float()))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, atol=2e-6 if plain is not found[0][3] else 1e-3, rtol=1e-5)
 
 
 def test_nothing_to_score_is_no_error() -> None:
-    z, nothing = logits(), torch.zeros(0, dtype=torch.long)
-    scores = score_tokens(z, nothing, nothing, WHOLE, 1.0)
+    hidden, weight, _ = inputs()
+    nothing = torch.zeros(0, dtype=torch.long)
+    scores = score_tokens(hidden[nothing], weight, nothing, WHOLE, 1.0)
     scores.logprobs.sum().backward()
     assert len(scores.entropy) == 0
-    assert z.grad is not None
-    assert not z.grad.any()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()

@@ -37,7 +37,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     """GQA ratios, heads of any width, odd vocabularies, tied or not, with QKV bias, with experts."""
     groups, queries = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     config = TINY_MOE | {
-        "model_type": draw(st.sampled_from(["qwen2", "qwen3", "llama", "qwen3_moe"])),
+        "model_type": draw(st.sampled_from(["qwen2", "qwen3", "llama", "mistral", "qwen3_moe"])),
         "num_hidden_layers": draw(st.integers(1, 3)),
         "hidden_size": draw(st.integers(1, 9)),
         "num_attention_heads": groups * queries,
@@ -49,6 +49,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "num_experts": draw(st.integers(1, 4)),
         "num_experts_per_tok": 1,
         "moe_intermediate_size": draw(st.integers(1, 5)),
+        "sliding_window": None,
     }
     return config
 

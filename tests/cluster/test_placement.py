@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_coreward.cluster.placement import Node, ResourceRequest, place
 from megatron_coreward.errors import InputError
+from megatron_coreward.planner.placement import Node, ResourceRequest, place
 
 
 def nodes(*gpus: int) -> list[Node]:
@@ -107,15 +107,16 @@ def test_no_gpu_is_given_twice_and_everybody_has_one(
 
 TWICE = """
 import ray
-from megatron_coreward.cluster.placement import Demand, ReservedPlacement
+from megatron_coreward.cluster.placement import ReservedPlacement
+from megatron_coreward.planner.placement import ResourceRequest
 
 class Rank:
     def gpus(self):
         return ray.get_gpu_ids()
 
 ray.init(address="local", num_gpus=2, num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-demand = Demand(ranks=2, rank_group=1, engines=1, engine_size=2, colocated=True)
-with ReservedPlacement(demand, limit_s=60) as reservation:
+request = ResourceRequest(ranks=2, rank_group=1, engines=1, engine_size=2, colocated=True)
+with ReservedPlacement(request, limit_s=60) as reservation:
     print(reservation.variables_for_engine(0)["CUDA_VISIBLE_DEVICES"])
     ranks = [ray.remote(Rank).options(num_cpus=0, **reservation.for_rank(i)).remote() for i in range(2)]
     print(",".join(str(gpu) for rank in ranks for gpu in ray.get(rank.gpus.remote(), timeout=60)))

@@ -83,7 +83,16 @@ def test_what_an_h200_can_do_passes(overrides: list[str]) -> None:
         (["actor.fp8=delayed"], GpuSupport(1, (9, 0), (13, 0)), ["transformer-engine", "not installed"]),
         (["actor.fp8=delayed"], GpuSupport(0), ["actor.fp8: delayed needs a GPU"]),
         (["actor.backend=te"], GpuSupport(1, (9, 0)), ["actor.backend: te", "not installed"]),
-        (["actor.gradient_accumulation_fusion=true"], H200, ["apex", "allowed: auto, false"]),
+        (
+            ["actor.gradient_accumulation_fusion=true"],
+            GpuSupport(1, (9, 0)),
+            ["transformer-engine", "allowed: auto, false"],
+        ),
+        (
+            ["actor.gradient_accumulation_fusion=true", "actor.backend=local"],
+            H200,
+            ["actor.backend: local does not use", "allowed: auto, false"],
+        ),
         (["rollout.quantization=fp8"], GpuSupport(1, (8, 0)), ["rollout.quantization", "8.9"]),
         (["rollout.quantization=fp8"], GpuSupport(0), ["rollout.quantization: fp8 needs a GPU"]),
         (["sync.transport=nccl"], GpuSupport(0), ["sync.transport: nccl needs a GPU"]),

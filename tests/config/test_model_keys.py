@@ -23,7 +23,11 @@ DENSE: dict[str, Any] = {
     "max_position_embeddings": 4096,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-OF_FAMILY = {name: DENSE | {"model_type": name} | (EXPERTS if row.experts else {}) for name, row in FAMILIES.items()}
+FULL = {"sliding_window": None}
+OF_FAMILY = {
+    name: DENSE | {"model_type": name} | (EXPERTS if row.experts else {}) | (FULL if row.slides else {})
+    for name, row in FAMILIES.items()
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -72,6 +76,8 @@ def test_a_head_of_qwen3_has_128_where_nothing_is_said() -> None:
         ({"layer_types": "full_attention"}, "layer_types has 'full_attention'"),
         ({"use_sliding_window": True}, "use_sliding_window is true; sliding-window attention is not supported"),
         ({"model_type": "llama", "sliding_window": 4096}, "sliding_window is 4096; sliding-window"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096; sliding-window"),
+        ({"model_type": "mistral"}, "sliding_window is missing, which means a window of 4096 tokens"),
         ({"attention_bias": True}, "attention_bias is true; supported: false"),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is true; supported: false"),
         ({"model_type": "llama", "qkv_bias": True}, "qkv_bias is true; supported: false"),

@@ -65,13 +65,30 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
             ["actor.tensor_parallel=3"],
             r"actor.tensor_parallel: 3 does not divide the model's attention heads \(4\); allowed: 1, 2, 4",
         ),
-        (["actor.pipeline_parallel=3"], r"3 does not divide the model's layers \(4\)"),
-        (["actor.pipeline_parallel=2", "actor.virtual_pipeline=4"], r"8 does not divide the model's layers \(4\)"),
+        (
+            ["actor.pipeline_parallel=3"],
+            "actor.pipeline_parallel: 4 layers do not divide over 3 stages; actor.first_stage_layers 1 with "
+            "actor.last_stage_layers [12] do",
+        ),
+        (["actor.pipeline_parallel=8"], "4 layers do not divide over 8 stages; at most 4 stages are possible"),
+        (
+            ["actor.pipeline_parallel=2", "actor.first_stage_layers=3", "actor.last_stage_layers=2"],
+            "4 layers do not divide over 2 stages after 5 of the first or last stage; actor.first_stage_layers 2 with",
+        ),
+        (["actor.last_stage_layers=2"], "actor.last_stage_layers: 2 needs actor.pipeline_parallel of 2 or more"),
+        (
+            ["actor.pipeline_parallel=2", "actor.virtual_pipeline=4"],
+            r"actor.virtual_pipeline: 4 does not divide the layers of every pipeline stage \(2\)",
+        ),
+        (["actor.expert_tensor_parallel=1"], "actor.expert_tensor_parallel: 1 for a model without experts"),
         (["actor.virtual_pipeline=2"], "actor.virtual_pipeline: 2 needs actor.pipeline_parallel"),
         (["actor.expert_parallel=2"], "actor.expert_parallel: 2 for a model without experts"),
         (["actor.sequence_parallel=true"], "actor.sequence_parallel: true needs actor.tensor_parallel"),
         (["rollout.tensor_parallel=3"], "rollout.tensor_parallel: 3 does not divide"),
         (["rollout.max_response_tokens=4000"], "4512 tokens, the model has positions for 4096"),
+        (["loss.kl_clamp=10", "loss.kl_estimator=k2"], "loss.kl_clamp: bounds the estimator k3 alone, found .*: k2"),
+        (["checkpoint.best_metric=val/avg@8", "validation.samples=greedy"], "best_metric: .*; allowed: val/pass@1$"),
+        (["checkpoint.best_metric=val/set/avg@16"], "checkpoint.best_metric: found 'val/set/avg@16'"),
         (["checkpoint.best_metric=val/avg@16"], "checkpoint.best_metric: found 'val/avg@16'.* val/avg@8, "),
         (["actor.tokens_per_microbatch=1000"], "actor.tokens_per_microbatch: 1000 does not hold one sequence"),
         (
@@ -104,7 +121,16 @@ def test_what_cannot_work_is_refused(tmp_path: Path, changes: list[str], message
             ["actor.expert_parallel=3", "actor.data_parallel=3"],
             r"actor.expert_parallel: 3 does not divide the model's experts \(4\)",
         ),
-        (["actor.expert_parallel=2"], r"actor.expert_parallel: 2 does not divide actor.data_parallel \(1\)"),
+        (
+            ["actor.expert_parallel=2"],
+            r"actor.expert_parallel x actor.expert_tensor_parallel: 2 does not divide the ranks of a pipeline stage, "
+            r"tensor x context x data parallel \(1\)",
+        ),
+        (
+            ["actor.tensor_parallel=2", "actor.sequence_parallel=true", "actor.expert_parallel=2"],
+            r"actor.expert_parallel x actor.expert_tensor_parallel: 4 does not divide the ranks",
+        ),
+        (["actor.expert_tensor_parallel=5"], "actor.expert_tensor_parallel: 5 does not divide an expert's feed"),
         (["actor.tensor_parallel=2"], "actor.sequence_parallel: Megatron needs true"),
     ],
 )
@@ -116,7 +142,7 @@ def test_layouts_of_experts_are_checked(tmp_path: Path, changes: list[str], mess
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: qwen2, qwen3, llama, qwen3_moe"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: qwen2, qwen3, llama, mistral, qwen3_moe"),
         ({"hidden_size": None}, "key 'hidden_size' is missing"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window is true; sliding-window attention is not supported"),
@@ -129,6 +155,12 @@ def test_layouts_of_experts_are_checked(tmp_path: Path, changes: list[str], mess
 def test_models_that_are_not_supported_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=f"config.json: {message}"):
         validate(parse_config(tree(tmp_path, DENSE | change)))
+
+
+def test_experts_may_lie_whole_on_the_tensor_parallel_ranks(tmp_path: Path) -> None:
+    layout = ["tensor_parallel=2", "sequence_parallel=true", "expert_parallel=4", "expert_tensor_parallel=1"]
+    changes = [f"actor.{change}" for change in (*layout, "data_parallel=2")]
+    assert validate(parse_config(tree(tmp_path, EXPERTS), changes)).experts is not None
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

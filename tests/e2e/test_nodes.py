@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from megatron_coreward.cluster.placement import ReservedPlacement, ResourceRequest, living_nodes
+from megatron_coreward.cluster.placement import ReservedPlacement, living_nodes
 from megatron_coreward.cluster.ray_start import start_ray, stop_ray
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.planner.placement import ResourceRequest
 from megatron_coreward.trainer.run import train
 from tests.e2e.conftest import Task
 from tools.soak import comparable_rows, digest

@@ -61,6 +61,38 @@ def test_a_wrong_file_is_one_message(tmp_path: Path, text: str, message: str) ->
     assert str(path) in str(raised.value)
 
 
+def test_paths_are_expanded_once_where_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    path = tmp_path / "cluster.yaml"
+    path.write_text("kind: slurm\nworkdir: $SCRATCH/work\njob_dir: $SCRATCH/jobs\npython: ~/venv/bin/python\n")
+    cluster = load_cluster(SlurmCluster, path)
+    assert (str(cluster.workdir), str(cluster.job_dir)) == ("/scratch/me/work", "/scratch/me/jobs")
+    assert cluster.python == "/home/me/venv/bin/python"
+    path.write_text("kind: slurm\nssh: {host: a, user: b, identity: ~/.ssh/key}\nworkdir: /w\njob_dir: /j\n")
+    ssh = load_cluster(SlurmCluster, path).ssh
+    assert ssh is not None
+    assert ssh.identity == "/home/me/.ssh/key"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("job_dir: $NOT_SET_ANYWHERE/jobs\n", "job_dir: the environment variable NOT_SET_ANYWHERE is not set"),
+        (
+            "ssh: {host: a, user: b}\njob_dir: ~/jobs\n",
+            "job_dir: a path where the job runs, .*'~/jobs'",
+        ),
+        ("image: x\npython: $VENV/bin/python\n", "python: a path where the job runs"),
+    ],
+)
+def test_a_path_that_nothing_would_expand_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(f"kind: slurm\n{text}")
+    with pytest.raises(InputError, match=f"{path}: {message}"):
+        load_cluster(SlurmCluster, path)
+
+
 def test_text_is_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text(

@@ -12,7 +12,8 @@ from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
 from megatron_coreward.planner.hardware import Assumptions
 from megatron_coreward.planner.memory import actor_memory
-from megatron_coreward.planner.parameters import actor_layout, stage_parameters
+from megatron_coreward.planner.parameters import stage_parameters
+from megatron_coreward.weights.layouts import ActorLayout
 from tests.actor.ranks import free_port, run_ranks
 from tests.planner.on_ranks import allocated
 
@@ -75,7 +76,7 @@ def test_predicted_bytes_are_the_allocated_ones(models: dict[str, Path], ranks: 
     wanted = [(models[model], dtype, layout) for model, dtype, layout in cases]
     results = run_ranks(ranks, allocated, wanted, [free_port() for _ in wanted], timeout_s=900)
     for place, (path, dtype, settings) in enumerate(wanted):
-        arch, layout = read_architecture(path), actor_layout(ActorSettings(**settings))
+        arch, layout = read_architecture(path), ActorLayout.of(ActorSettings(**settings))
         item = 2 if dtype == "bfloat16" else 4
         of_stage: dict[int, list[dict[str, int]]] = {}
         for pp, dp, expert_dp, found in (of_rank[place] for of_rank in results):

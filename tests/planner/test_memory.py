@@ -13,13 +13,13 @@ from megatron_coreward.planner.memory import (
     cache_bytes_per_token,
     engine_memory,
     in_flight,
-    logits_bytes,
+    scoring_bytes,
     worker_elements,
 )
 from megatron_coreward.planner.models import published_architecture
-from megatron_coreward.planner.parameters import actor_layout, stage_parameters
+from megatron_coreward.planner.parameters import stage_parameters
 from megatron_coreward.planner.step_time import num_parameters
-from megatron_coreward.weights.layouts import EngineLayout
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from tests.planner.settings import config, machine
 
 EIGHT = published_architecture("Qwen3-8B-Base")
@@ -35,7 +35,7 @@ def test_bytes_a_parameter_are_those_that_megatron_documents(data_parallel: int)
 
 
 def test_the_teacher_costs_eight_bytes_over_data_parallel_ranks_and_a_copy_of_the_model() -> None:
-    held = stage_parameters(EIGHT, actor_layout(ActorSettings(data_parallel=4)), 0)
+    held = stage_parameters(EIGHT, ActorLayout.of(ActorSettings(data_parallel=4)), 0)
     for method, expected in (("co_rewarding_i", 0), ("co_rewarding_ii", 8 * held.owned + 2 * held.numel)):
         c = config("Qwen3-8B-Base", method, actor={"data_parallel": 4})
         (stage,) = actor_memory(c, EIGHT, Assumptions())
@@ -44,13 +44,14 @@ def test_the_teacher_costs_eight_bytes_over_data_parallel_ranks_and_a_copy_of_th
 
 
 def test_layers_in_flight_are_those_of_the_schedules() -> None:
-    plain = ActorSettings(pipeline_parallel=4)
+    plain = ActorLayout(pipeline_parallel=4)
     assert [in_flight(plain, stage, 32) for stage in range(4)] == [32, 24, 16, 8]
-    interleaved = ActorSettings(
-        pipeline_parallel=4, virtual_pipeline=2
-    )  # chunks of 4 layers: 2 x 3 + 4 + 1 = 11 of them
+    # Chunks of 4 layers: 2 x 3 + 4 + 1 = 11 of them.
+    interleaved = ActorLayout(pipeline_parallel=4, virtual_pipeline=2)
     assert [in_flight(interleaved, stage, 32) for stage in range(4)] == [44, 36, 28, 20]
-    assert in_flight(ActorSettings(), 0, 32) == 32
+    uneven = ActorLayout(pipeline_parallel=4, first_stage_layers=10, last_stage_layers=6)
+    assert [in_flight(uneven, stage, 32) for stage in range(4)] == [40, 24, 16, 6]
+    assert in_flight(ActorLayout(), 0, 32) == 32
 
 
 def test_recomputation_tensor_and_sequence_parallelism_each_save_activations() -> None:
@@ -66,10 +67,13 @@ def test_recomputation_tensor_and_sequence_parallelism_each_save_activations() -
     assert size(tokens_per_microbatch=4096) == pytest.approx(none / 4, rel=1e-6)
 
 
-def test_only_the_last_stage_has_logits_and_tensor_parallelism_cuts_them() -> None:
-    a = ActorSettings(pipeline_parallel=2, tensor_parallel=2, tokens_per_microbatch=4096)
-    assert logits_bytes(EIGHT, a, 0, 2) == 0
-    assert logits_bytes(EIGHT, a, 1, 2) == 2 * 2 * 4096 * 152064 // 2 + 192 * 2**20
+def test_only_the_last_stage_scores_and_a_chunk_of_logits_is_the_most_there_is() -> None:
+    a = ActorSettings(pipeline_parallel=2, tensor_parallel=2, tokens_per_microbatch=1024)
+    assert scoring_bytes(EIGHT, a, 0, 2) == 0
+    few = scoring_bytes(EIGHT, a, 1, 2)
+    assert few == 6 * 1024 * 152064 // 2 + 2 * 2**26 + 4 * 2 * 1024 * 4096
+    many = scoring_bytes(EIGHT, a.model_copy(update={"tokens_per_microbatch": 65536}), 1, 2)
+    assert many == 6 * 2**28 + 2 * 2**26 + 4 * 2 * 65536 * 4096
 
 
 @pytest.mark.parametrize("name", ["Qwen3-8B-Base", "Qwen3-30B-A3B", "Qwen2.5-3B"])

@@ -12,7 +12,13 @@ from megatron_coreward.commands import plan as command
 from megatron_coreward.errors import InputError
 from megatron_coreward.planner.hardware import assume
 from megatron_coreward.planner.models import published_architecture
-from megatron_coreward.planner.plan import Placement, check_layout, make_plan
+from megatron_coreward.planner.plan import (
+    Placement,
+    check_layout,
+    fixed_problems,
+    make_plan,
+    placement_problems,
+)
 from megatron_coreward.planner.search import distance, nearest, search
 from tests.planner.settings import config, machine
 
@@ -72,12 +78,83 @@ def test_colocated_engines_and_actor_share_the_memory() -> None:
     assert "16 engine workers for 8 actor ranks" in too_many
 
 
+@pytest.mark.parametrize(
+    ("model", "gpu", "num_gpus", "settings"),
+    [
+        ("Qwen3-235B-A22B", "h200", 129, {}),
+        ("Qwen3-235B-A22B", "h200", 400, {}),
+        ("Qwen2.5-72B", "h200", 33, {}),
+        (
+            "Qwen2.5-7B",  # of 28 heads, which 8 GPUs do not divide
+            "h100",
+            64,
+            {
+                "data": {"max_prompt_tokens": 1024},
+                "rollout": {"max_response_tokens": 130048},
+                "actor": {"tokens_per_microbatch": 131072},
+            },
+        ),
+    ],
+)
+def test_there_may_be_more_gpus_than_a_layout_uses(
+    model: str, gpu: str, num_gpus: int, settings: dict[str, Any]
+) -> None:
+    found = search(config(model, **settings), published_architecture(model), machine(gpu), num_gpus)
+    assert found
+    assert all(plan.num_gpus <= num_gpus and plan.problems == () for plan in found)
+    for plan in found:  # none is left unused for nothing
+        assert all(other.seconds > plan.seconds for other in found if other.num_gpus > plan.num_gpus)
+
+
+@pytest.mark.parametrize("placement", ["disaggregated", "colocated"])
+def test_more_gpus_are_never_worse(placement: Placement) -> None:
+    c = config("Qwen3-8B-Base")
+    best = [search(c, EIGHT, machine("h200", placement), number)[0].seconds for number in range(8, 20)]
+    assert best == sorted(best, reverse=True)
+
+
+def test_what_no_layout_changes_is_said_at_once() -> None:
+    c = config("Qwen3-8B-Base", rollout={"max_response_tokens": 40_000}, actor={"tokens_per_microbatch": 65536})
+    (problem,) = fixed_problems(c, EIGHT, machine())
+    assert problem.endswith("40512 tokens, the model has positions for 32768")
+    assert nearest(c, EIGHT, machine(), 8) is None
+    tall = config("Qwen3-8B-Base", actor={"tensor_parallel": 3, "pipeline_parallel": 7, "data_parallel": 5})
+    assert fixed_problems(tall, EIGHT, machine()) == []
+
+
+def test_fp8_needs_a_gpu_that_has_it() -> None:
+    """As a run would say (`accelerator.machine_problems`), before there is a machine to ask."""
+    c = config("Qwen3-8B-Base", actor={"fp8": "blockwise"}, rollout={"quantization": "fp8"})
+    actor, engines = make_plan(c, EIGHT, machine("a100")).problems[:2]
+    assert actor == "actor.fp8: blockwise needs compute capability 9.0 or more, found 8.0; allowed on this GPU: null"
+    assert engines.startswith("rollout.quantization: fp8 needs compute capability 8.9 or more, found 8.0")
+    assert fixed_problems(c, EIGHT, machine("h100")) == []
+    (blackwell,) = fixed_problems(config("Qwen3-8B-Base", actor={"fp8": "mxfp8"}), EIGHT, machine("h200"))
+    assert blackwell.endswith("found 9.0; allowed on this GPU: delayed, tensorwise, blockwise")
+
+
+def test_ranks_and_engines_have_to_fit_on_nodes() -> None:
+    """The rules of a run (`planner.placement`), with nodes of 8 GPUs unless told otherwise."""
+    c = config("Qwen3-8B-Base", rollout={"tensor_parallel": 16})
+    assert placement_problems(c, machine(), None) == [
+        "rollout.tensor_parallel: an engine of 16 GPUs, and the largest node has 8; allowed: up to 8, on one node"
+    ]
+    assert placement_problems(c, machine(gpus_per_node=16), None) == []
+    split = config("Qwen3-8B-Base", actor={"tensor_parallel": 4, "sequence_parallel": True, "data_parallel": 3})
+    assert placement_problems(split, machine(), 13) == []
+    (problem,) = placement_problems(split, machine(gpus_per_node=6), 13)  # nodes of 6, 6 and 1
+    assert "the run needs 13 GPUs (12 actor ranks in groups of 4 on a node" in problem
+
+
 def test_assumptions_are_checked() -> None:
     assert assume(["decode_efficiency=0.7", "gpus_per_node=4"]).gpus_per_node == 4
     for bad, message in (
         ("speed=1", "unknown key 'speed'"),
         ("runtime_gib=-1", "above 0"),
         ("runtime_gib=x", "above 0"),
+        ("runtime_gib=nan", "above 0"),
+        ("gpus_per_node=0.5", "a whole number"),
+        ("mean_response=40", "a share; allowed: above 0, at most 1"),
     ):
         with pytest.raises(InputError, match=message):
             assume([bad])
@@ -115,7 +192,16 @@ def test_plan_prints_memory_time_and_verdict_without_the_weights(
     run([recipe])
     page = capsys.readouterr().out
     assert "Qwen3-1.7B-Base, co_rewarding_ii, bfloat16, on 4 x h100" in page
-    for line in ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "key-value cache", "rollout"):
+    for line in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "teacher",
+        "activations",
+        "scoring",
+        "key-value cache",
+        "rollout",
+    ):
         assert f"\n  {line}" in page
     assert page.rstrip().endswith("fits")
 
@@ -152,6 +238,30 @@ def test_search_lists_overrides_that_plan_accepts(recipe: str, capsys: pytest.Ca
     assert capsys.readouterr().out.rstrip().endswith("fits")
     with pytest.raises(InputError, match="--gpu: 'h300' is not known; allowed: a100, h100, h200"):
         run([recipe, "--gpu", "h300"])
+
+
+def test_a_search_that_cannot_succeed_names_the_cause(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    long = ("rollout.max_response_tokens=40000", "actor.tokens_per_microbatch=65536")
+    for more in ([], ["--search", "--gpus", "64"]):
+        with pytest.raises(InputError, match="40512 tokens, the model has positions for 32768"):
+            run([recipe, *long, *more])
+    assert "nearest" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="fits on 64 x a100:\nactor.fp8: delayed needs compute capability 8.9"):
+        run([recipe, "actor.fp8=delayed", "--gpu", "a100", "--search", "--gpus", "64"])
+
+
+def test_a_layout_that_leaves_gpus_unused_fits(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run([recipe, "--gpus", "7"])
+    assert capsys.readouterr().out.rstrip().endswith("fits")
+    with pytest.raises(InputError, match="rollout.tensor_parallel: an engine of 16 GPUs, and the largest node has 8"):
+        run([recipe, "rollout.tensor_parallel=16", "--gpus", "64"])
+
+
+@pytest.mark.parametrize("option", ["--top", "--gpus"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_numbers_of_layouts_and_gpus_are_at_least_1(recipe: str, option: str, value: str) -> None:
+    with pytest.raises(InputError, match=f"{option}: {value}; allowed: 1 or more"):
+        run([recipe, "--search", f"{option}={value}"])
 
 
 def test_distance_counts_doublings_and_switches() -> None:

@@ -12,7 +12,8 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.parquet import Message
 from megatron_coreward.data.prompts import build_prompts
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer, word_level_tokenizer
-from megatron_coreward.preflight import machine
+from megatron_coreward.planner.models import published_architecture
+from megatron_coreward.preflight import machine, memory
 from megatron_coreward.preflight.model import CPU_HEAD_SIZES
 from megatron_coreward.preflight.packages import requirements
 from megatron_coreward.preflight.prompts import ShortPrompts
@@ -116,14 +117,16 @@ def test_bytes_are_counted_by_hand() -> None:
     arch = parse_architecture(SHAPE, "test")
     attention = 64 * 128 * 2 + 64 * 64 * 2 + 2 * 32  # q, o; k, v; the norms of q and k
     total = 2 * (attention + 3 * 64 * 96 + 2 * 64) + 2 * 256 * 64 + 64
-    assert machine.parameters(arch) == (total, 0)
+    assert memory.parameters(arch) == (total, 0)
     caches = {"key-value caches (rollout.kv_cache_gib)": 2**30}
-    assert machine.least_memory(config("loss.kl_coef=0", "actor.data_parallel=2"), arch) == caches | {
+    counted = memory.host_memory(config("loss.kl_coef=0", "actor.data_parallel=2"), arch)
+    assert counted.pop("micro-batches (actor.tokens_per_microbatch)") > 2 * 6 * 2**20
+    assert counted == caches | {
         "weights and gradients": 2 * total * (2 + 4),
         "optimizer": total * 12,
         "engines": total * 2,
     }
-    with_teacher = machine.least_memory(config("method=co_rewarding_ii", "model.dtype=float32"), arch)
+    with_teacher = memory.host_memory(config("method=co_rewarding_ii", "model.dtype=float32"), arch)
     assert (with_teacher["optimizer"], with_teacher["teacher"]) == (total * 8, total * (8 + 4))
     # One checkpoint at the end: weights, main parameters and moments; and the final model.
     assert machine.least_disk(config(), arch) == total * (2 + 12) + total * 2
@@ -133,10 +136,33 @@ def test_bytes_are_counted_by_hand() -> None:
 def test_experts_are_shared_by_fewer_ranks() -> None:
     experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     arch = parse_architecture(SHAPE | experts, "test")
-    dense, expert = machine.parameters(arch)
+    dense, expert = memory.parameters(arch)
     assert expert == 2 * 4 * 3 * 64 * 32
-    spread = machine.least_memory(config("actor.data_parallel=4", "actor.expert_parallel=2"), arch)
+    spread = memory.host_memory(config("actor.data_parallel=4", "actor.expert_parallel=2"), arch)
     assert spread["weights and gradients"] == (4 * dense + 2 * expert) * (2 + 4)
+
+
+def test_the_key_that_makes_a_run_fit_is_named() -> None:
+    """Qwen3-8B on one GPU of 80 GB for the actor does not fit; a layout over four of them does, with smaller packs."""
+    arch = published_architecture("Qwen3-8B-Base")
+    cramped = config("actor.data_parallel=4", "actor.tensor_parallel=2", "actor.sequence_parallel=true")
+    free = 79 * 2**30
+    (problem,) = memory.gpu_problems(cramped, arch, free)
+    assert problem.startswith("memory: actor, stage 0: needs")
+    remedy = re.search(r"; (actor\.\S+=\S+) makes it fit$", problem)
+    assert remedy is not None, problem
+    changed = config("actor.data_parallel=4", "actor.tensor_parallel=2", "actor.sequence_parallel=true", remedy[1])
+    assert list(memory.gpu_problems(changed, arch, free)) == []
+    (hopeless,) = memory.gpu_problems(config("rollout.gpu_memory_utilization=0.9"), arch, free)
+    assert "choose a smaller model, more GPUs" in hopeless
+
+
+def test_a_host_that_is_too_small_is_told_the_packs_that_fit() -> None:
+    arch = parse_architecture(SHAPE | {"vocab_size": 151_936}, "test")
+    needed = sum(memory.host_memory(config(), arch).values())
+    assert list(memory.host_problems(config(), arch, needed)) == []
+    (problem,) = memory.host_problems(config(), arch, needed - 1)
+    assert re.search(r"memory: the run needs .* at least .* actor\.tokens_per_microbatch=8192 makes it fit$", problem)
 
 
 def test_requirements_are_those_of_the_project() -> None:

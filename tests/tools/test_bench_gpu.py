@@ -35,7 +35,9 @@ def test_a_dry_run_names_every_run_and_needs_no_gpu(tool: Any) -> None:
 
 def test_a_dry_run_says_what_does_not_fit(tool: Any) -> None:
     graded_answers = dict(line.split("  ", 1) for line in tool.dry_run("Qwen3-14B"))
-    assert "248 GiB without activations; the card has 140" in graded_answers["actor bf16"]
+    assert "of 140 GiB: actor, stage 0: needs" in graded_answers["actor bf16"]
+    four = dict(line.split("  ", 1) for line in tool.dry_run("Qwen3-4B-Base"))
+    assert "fits" not in four["actor bf16"]  # 110 GiB of state, and what a micro-batch takes
     assert "fits" in graded_answers["rollout bf16"]
 
 

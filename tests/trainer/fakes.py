@@ -71,7 +71,9 @@ class FakeActors(FakeWorkers):
     def update_ema_teacher(self, decay: float) -> None:
         self.events.append(f"teacher {decay:.4f}")
 
-    def token_stats(self, sequences: Sequences, weights: Any, temperature: float) -> TokenStats:
+    def token_stats(
+        self, sequences: Sequences, weights: Any, temperature: float, statistics: bool = True
+    ) -> TokenStats:
         self.events.append(f"stats {weights}")
         lengths = [n - int(p) for n, p in zip(sequences.lengths, sequences.prompt_lengths, strict=True)]
         values = [np.full(n, self.score, dtype=np.float32) for n in lengths]
