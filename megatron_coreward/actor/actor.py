@@ -5,12 +5,7 @@ data-parallel rank. Results come from the output ranks (last pipeline stage, fir
 return None.
 """
 
-<<<<<<< HEAD
 from collections.abc import Iterator
-=======
-import itertools
-from collections.abc import Iterable, Iterator
->>>>>>> main
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -295,19 +290,11 @@ class MegatronActor:
             self._store = serve_store(self._address, spec.timeout_s)
         port = [self._store.port if self._store is not None else 0]
         dist.broadcast_object_list(port, src=0)
-<<<<<<< HEAD
         spec = spec.at(self._address, port[0])
         roles: tuple[Role, ...] = ("policy", "teacher") if "teacher" in self.frozen else ("policy",)
         blocks = {role: local_blocks(self._modules(role), self.arch, self.ranks) for role in roles}
         self._sender = open_sender(spec, self.arch, self.ranks.rank, blocks, parallel.device())
         return spec
-=======
-        layout = ActorLayout.of(self.setup.settings)
-        params = Params(self.arch, self.setup.dtype)
-        session = Session(self._address, port[0], route.timeout_s, layout, route.engines, params, route.bucket_bytes)
-        blocks = local_blocks(self._modules(weights), self.arch, self.ranks)
-        return GlooSender(blocks, session, self.ranks.rank, store)
->>>>>>> main
 
     def send_weights(self, role: Role, version: int) -> None:
         """Sends a role's weights to all engines, which receive them at the same time (`Sender.send`)."""

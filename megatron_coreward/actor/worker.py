@@ -1,15 +1,12 @@
 """An actor rank in a process of its own: the shell that the driver makes a Ray actor of."""
 
-<<<<<<< HEAD
-from collections.abc import Collection
-=======
 import gc
->>>>>>> main
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from megatron_coreward.actor.setup import ActorSetup
-from megatron_coreward.weights.layouts import ActorLayout
 from megatron_coreward.telemetry.process_log import LoggedWorker, ProcessLog
+from megatron_coreward.weights.layouts import ActorLayout
 from megatron_coreward.weights.ports import free_port
 
 if TYPE_CHECKING:
@@ -45,9 +42,11 @@ class ActorWorker(LoggedWorker):
         from megatron_coreward.actor.relay import Relay
 
         self._actor = MegatronActor(setup, rank, address, port)
-<<<<<<< HEAD
         store = distributed.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
         self._relay = Relay(ActorLayout.of(setup.settings), rank, store)
+        gc.collect()
+        gc.freeze()  # the model stays: nobody need look at it again
+        gc.disable()  # a rank that collects by itself lets all others wait; after an update all of them do
         return self._actor.ranks.dp_rank, self._actor.is_output_rank
 
     def lead(self, method: str, wanted: Collection[int] | None, *arguments: Any) -> dict[int, Any]:
@@ -68,22 +67,10 @@ class ActorWorker(LoggedWorker):
     def _run(self, method: str, *arguments: Any) -> Any:
         assert self._actor is not None
         with self._watching():
-            return getattr(self._actor, method)(*arguments)
-=======
-        gc.collect()
-        gc.freeze()  # the model stays: nobody need look at it again
-        gc.disable()  # a rank that collects by itself lets all others wait; after an update all of them do
-        return self._actor.ranks.dp_rank, self._actor.is_output_rank
-
-    def run(self, method: str, *arguments: Any) -> Any:
-        """A method of the rank."""
-        if self._actor is None:
-            raise RuntimeError("this actor rank was not started")
-        result = getattr(self._actor, method)(*arguments)
-        if method == "update":
-            gc.collect()
-        return result
->>>>>>> main
+            result = getattr(self._actor, method)(*arguments)
+            if method == "update":
+                gc.collect()
+            return result
 
     def shutdown(self) -> None:
         if self._relay is not None and self._relay.leads:

@@ -216,18 +216,13 @@ def make_plan(
         engine=engine,
         actor=actor_times(config, arch, gpu, assumptions),
         rollout=rollout_time(config, arch, gpu, engine, assumptions),
-<<<<<<< HEAD
         sync=sync_time(busiest_bytes, config, arch, gpu, assumptions),
-        problems=(*actor_problems(stages, engine, machine), *engine_problems(config, stages, engine, machine)),
-=======
-        sync=sync_time(busiest_bytes, work(config, assumptions).publications, gpu, assumptions),
         problems=(
             *gpu_problems(config, gpu.capability),
             *actor_problems(stages, engine, machine),
             *placement_problems(config, machine, num_gpus),
             *engine_problems(config, stages, engine, machine),
         ),
->>>>>>> main
     )
 
 
