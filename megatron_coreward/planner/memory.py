@@ -226,7 +226,7 @@ def engine_memory(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: 
     claimed = int(r.gpu_memory_utilization * gpu.memory_bytes)
     weights = item * worker_elements(arch, r.tensor_parallel)
     logits = 8 * r.max_num_seqs * arch.vocab_size  # in fp32, and a copy
-    overhead = int(assumptions.engine_gib * GIB) + logits + bucket_bytes(config, arch)
+    overhead = int(assumptions.engine_gib * GIB) + logits + bucket_bytes(config, assumptions)
     return EngineMemory(
         claimed=claimed,
         weights=weights,
