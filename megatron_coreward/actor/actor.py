@@ -5,7 +5,7 @@ data-parallel rank. Results come from the output ranks (last pipeline stage, fir
 return None.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any

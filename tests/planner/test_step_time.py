@@ -25,8 +25,8 @@ def plan(
 def test_the_work_of_a_step_is_what_the_loop_does() -> None:
     one = work(config("Qwen3-8B-Base", "co_rewarding_i"), Assumptions())
     two = work(config("Qwen3-8B-Base", "co_rewarding_ii"), Assumptions())
-    assert (one.trained, one.labelled, one.passes, one.publications) == (2048, 0, 1, 1)
-    assert (two.trained, two.labelled, two.passes, two.publications) == (1024, 1024, 1, 2)
+    assert (one.trained, one.labelled, one.passes, one.syncs) == (2048, 0, 1, 1)
+    assert (two.trained, two.labelled, two.passes, two.syncs) == (1024, 1024, 1, 2)
     assert work(config("Qwen3-8B-Base", "entropy"), Assumptions()).passes == 2  # statistics of the policy as well
     assert work(config("Qwen3-8B-Base", loss={"kl_coef": 0.0}), Assumptions()).passes == 0
     assert one.response == pytest.approx(0.4 * 3072)
