@@ -121,8 +121,14 @@ class BareMegatron:
 
         def step(batches: Any, model: Any) -> Any:
             tokens = torch.from_numpy(next(batches)).long().view(1, -1)
-            output = model(tokens, torch.arange(tokens.shape[1])[None], None, labels=tokens, packed_seq_params=packed)
-            return output, lambda losses: (losses.mean(), torch.ones((), dtype=torch.int), {})
+            hidden = model(tokens, torch.arange(tokens.shape[1])[None], None, packed_seq_params=packed)
+
+            def loss(hidden: Any) -> Any:  # Megatron's own: the logits of all tokens
+                logits, _ = model.module.output_layer(hidden, weight=model.module.output_weight)
+                losses = model.module.compute_language_model_loss(tokens, logits)
+                return losses.mean(), torch.ones((), dtype=torch.int), {}
+
+            return hidden, loss
 
         begin = time.perf_counter()
         for chunk in actor.policy:

@@ -45,6 +45,9 @@ def _add_run(actions: Any) -> None:
         choices=get_args(AnswerFormat),
         help="where final answers stand, tried in the order given; default: boxed",
     )
+    run.add_argument(
+        "--stop-at", action="append", metavar="TEXT", help="read no answer behind this text if one stands before it"
+    )
     add_engine_options(run)
     run.add_argument("--batch-questions", type=whole(1), default=64, help="what an interruption can lose")
     run.add_argument("--max-problems", type=whole(1), help="only the first questions, as many as this")
@@ -116,7 +119,11 @@ def _run(options: argparse.Namespace) -> None:
                 seed=options.seed,
                 dtype=options.dtype,
             ),
-            GradingSettings(options.equivalence, tuple(options.answer_format or ("boxed",))),
+            GradingSettings(
+                options.equivalence,
+                tuple(options.answer_format or ("boxed",)),
+                stop_at=tuple(options.stop_at or ()),
+            ),
             chosen_engines(options, batch_questions=options.batch_questions),
             system_prompt=None if options.keep_system_prompt else options.system_prompt,
             thinking=options.thinking,

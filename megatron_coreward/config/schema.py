@@ -178,6 +178,9 @@ class RolloutSettings(Component):
     """Sampling temperature of policy and teacher; the actors compute log-probs at the same temperature."""
     max_response_tokens: Positive = 3072
     """Longest response in tokens; a longer one is cut off there."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings at which an engine ends a response; the tokens of the string are part of it. With any, engines decode
+    text token by token, which is slower."""
     max_num_seqs: Positive = 256
     """Most sequences that an engine decodes at once."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
@@ -218,8 +221,14 @@ class RewardSettings(Component):
     min_margin: Fraction = 0.0
     """Least margin of a vote, as a share of the rollouts, over the runner-up. A vote with a smaller one abstains: its
     question has no label and no reward."""
+    stop_at: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that begin a follow-up which nobody asked for, such as "Question:". What a response says after the first
+    of them that has an answer before it is not read."""
     comparison_timeout_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds that one comparison of two answers may take if equivalence is math; then they count as different."""
+    """Seconds of processor time that one comparison of two answers may take if equivalence is math; then they count as
+    different."""
+    comparison_workers: Positive | None = None
+    """Processes that compare answers if equivalence is math; null: one per core of the driver's machine."""
 
 
 class LossSettings(Component):

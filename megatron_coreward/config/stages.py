@@ -5,6 +5,8 @@ The first and the last stage may have other numbers of layers than the stages be
 besides, which is worth several layers of a small model with a large vocabulary.
 """
 
+from functools import cache
+
 from megatron_coreward.errors import InputError
 
 
@@ -36,6 +38,7 @@ def divide_layers(num_layers: int, stages: int, first: int | None = None, last: 
     return tuple(sizes)
 
 
+@cache
 def balanced_ends(num_layers: int, stages: int, head: float = 0.0, multiple: int = 1) -> tuple[int, int] | None:
     """Layers of the first and the last stage such that the slowest stage is as fast as it can be; None: there are none.
 

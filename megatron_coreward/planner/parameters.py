@@ -47,10 +47,14 @@ def lay_out(buckets: Iterable[Sequence[int]], data_parallel: int) -> Buffer:
     start, owned = 0, [0] * data_parallel
     for bucket in buckets:
         first, spans = start, []
-        for numel in bucket:
-            start = _up(start, 64)
-            spans.append((start, start + numel))
-            start += numel
+        if all(numel % 64 == 0 for numel in set(bucket)):  # nothing lies between them, and models have many
+            spans.append((start, start + sum(bucket)))
+            start = spans[0][1]
+        else:
+            for numel in bucket:
+                start = _up(start, 64)
+                spans.append((start, start + numel))
+                start += numel
         start = _up(start, lcm(data_parallel, 128))
         share = (start - first) // data_parallel
         for rank in range(data_parallel):

@@ -29,6 +29,7 @@ from megatron_coreward.planner.step_time import head_layers
 
 MAX_PIPELINE = 16
 MAX_GPUS = 4096
+OF_MICRO_BATCHES = ("recompute", "tokens_per_microbatch")  # keys that change no parameter's place
 UTILIZATION = 0.9  # of a GPU that an engine has for itself
 
 
@@ -140,9 +141,16 @@ def search(
     found = []
     for split in splits(num_gpus, machine.placement):
         actors: dict[tuple[int, int], Plan] = {}
+        too_large: set[tuple[Any, ...]] = set()  # layouts whose parameters alone do not fit, however activations do
         for layout in actor_layouts(config, arch, split.actor, per_node):
+            of_parameters = tuple(value for name, value in layout.items() if name not in OF_MICRO_BATCHES)
+            if of_parameters in too_large:
+                continue
             plan = _planned(_with(config, actor=layout, rollout=_any_engines(arch, per_node)), arch, machine)
-            if plan is None or any(actor_problems(plan.stages, plan.engine, machine)):
+            if plan is None or max(stage.resident for stage in plan.stages) > machine.gpu.memory_bytes:
+                too_large.add(of_parameters)
+                continue
+            if any(actor_problems(plan.stages, plan.engine, machine)):
                 continue
             key = (layout["tensor_parallel"], layout["pipeline_parallel"])
             if key not in actors or rank(plan) < rank(actors[key]):

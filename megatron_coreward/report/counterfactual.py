@@ -46,7 +46,7 @@ def counterfactual(
         )
     settings = record.settings("rewards", RewardSettings).model_copy(update={"equivalence": relation})
     total = Counterfactual()
-    with AnswerEquivalence(relation, settings.comparison_timeout_s) as equivalence:
+    with AnswerEquivalence(relation, settings.comparison_timeout_s, settings.comparison_workers) as equivalence:
         for step, found in recompute_run(record, settings, equivalence, steps, total.notes.append):
             for item, now in zip(found.policy, found.group_rewards, strict=True):
                 assert item.rewards is not None

@@ -61,7 +61,8 @@ def recompute_step(
         recorded=tuple(scored),
         policy=policy,
         answers=tuple(
-            tuple(extract_answer(c.text, settings.answer_formats) for c in item.group.completions) for item in scored
+            tuple(extract_answer(c.text, settings.answer_formats, settings.stop_at) for c in item.group.completions)
+            for item in scored
         ),
         votes=votes,
         group_rewards=group_rewards,

@@ -61,7 +61,9 @@ def replay(record: RunRecord, steps: range | None = None) -> Replay:
     method, settings = method_of(record), record.settings("rewards", RewardSettings)
     result = Replay(notes=_limits(method))
     rows = {int(row[keys.STEP] or 0): row for row in record.rows}
-    with AnswerEquivalence(settings.equivalence, settings.comparison_timeout_s) as equivalence:
+    with AnswerEquivalence(
+        settings.equivalence, settings.comparison_timeout_s, settings.comparison_workers
+    ) as equivalence:
         for step, found in recompute_run(record, settings, equivalence, steps, result.notes.append):
             result.steps += 1
             _compare(result, _group_differences(step, found))

@@ -52,6 +52,7 @@ def collect_samples(
         budget = left // (len(steps) - place)
         total += len(questions)
         taken: list[dict[str, Any]] = []
+        equivalence.compare([item.group.answers for groups in spread(questions, limits.questions) for item in groups])
         for groups in spread(questions, limits.questions):
             entry, size, num_cut = _entry(groups, equivalence, min_margin)
             if taken and size > budget:

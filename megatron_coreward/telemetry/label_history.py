@@ -10,7 +10,7 @@ and later ones, so a resumed run counts what an uninterrupted one would; a part 
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -26,12 +26,19 @@ Key = tuple[str, str]  # uid, view
 class LabelHistory:
     """The last label of every question and view."""
 
-    def __init__(self, path: Path, same: Callable[[str, str], bool], first_step: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        same: Callable[[str, str], bool],
+        first_step: int = 0,
+        compare: Callable[[Sequence[Sequence[str]]], None] = lambda groups: None,
+    ) -> None:
         """`same` says whether two labels are one answer (`AnswerEquivalence.equivalent`); `first_step` comes next.
+        `compare` is told all pairs of labels before `same` is asked for them (`AnswerEquivalence.compare`).
 
         Raises InputError if a whole line of the file is not a step's labels.
         """
-        self._same = same
+        self._same, self._compare = same, compare
         self._last: dict[Key, str] = {}
         self._path = path
         with writing(path):
@@ -54,6 +61,7 @@ class LabelHistory:
         }
         if not labels:
             return {}
+        self._compare([(self._last[key], label) for key, label in labels.items() if key in self._last])
         flips = [not self._same(self._last[key], label) for key, label in labels.items() if key in self._last]
         line = json.dumps({"step": step, "labels": [[*key, label] for key, label in labels.items()]})
         with writing(self._path):

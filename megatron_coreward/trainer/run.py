@@ -183,7 +183,9 @@ class _Attempt:
         """The trainer, with all that it writes to."""
         config, method, state = self.config, METHODS[self.config.method], self.opened.trainer_state
         equivalence = self.stack.enter_context(
-            AnswerEquivalence(config.rewards.equivalence, config.rewards.comparison_timeout_s)
+            AnswerEquivalence(
+                config.rewards.equivalence, config.rewards.comparison_timeout_s, config.rewards.comparison_workers
+            )
         )
         problems_of = BatchSampler(self.data.train, config.data.batch_size, config.seed, config.data.shuffle).batch
         log = RolloutLog(
@@ -226,7 +228,7 @@ class _Attempt:
     def _label_history(self, equivalence: AnswerEquivalence) -> LabelHistory:
         first_step = 0 if self.opened.trainer_state is None else self.opened.steps_done + 1
         path = self.config.run_dir / label_history.FILE_NAME
-        return self.stack.enter_context(LabelHistory(path, equivalence.equivalent, first_step=first_step))
+        return self.stack.enter_context(LabelHistory(path, equivalence.equivalent, first_step, equivalence.compare))
 
     def _recorder(self) -> Callable[[int, dict[str, float]], None]:
         """Writes the row of a step to every sink and shows it."""
@@ -253,7 +255,9 @@ class _Attempt:
         config = self.config
         equivalence = self.stack.enter_context(
             AnswerEquivalence(
-                config.validation.equivalence or config.rewards.equivalence, config.rewards.comparison_timeout_s
+                config.validation.equivalence or config.rewards.equivalence,
+                config.rewards.comparison_timeout_s,
+                config.rewards.comparison_workers,
             )
         )
         return partial(validation_metrics, config, self.data.held_out, engines, equivalence)

@@ -23,6 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3, tied": {"family": "qwen3", "tie": True, "kv_heads": 4},
     "llama with rope scaling": {"family": "llama", "llama3_rope": True},
     "llama with rope scaling, tied": {"family": "llama", "llama3_rope": True, "tie": True},
+    "mistral": {"family": "mistral"},
     "qwen3_moe": {"family": "qwen3_moe"},
 }
 ONE: list[dict[str, Any]] = [{}]
@@ -30,7 +31,8 @@ TWO = [{"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"pipeline_parallel": 2
 EXPERTS = {"data_parallel": 2, "expert_parallel": 2}
 FOUR = [{"tensor_parallel": 2, "pipeline_parallel": 2}]
 SEQUENCE = {"sequence_parallel": True}  # which Megatron wants where experts meet tensor parallelism
-TWO_EXPERTS = [TWO[0] | SEQUENCE, *TWO[1:], EXPERTS]
+WHOLE = {"expert_tensor_parallel": 1, "expert_parallel": 2}
+TWO_EXPERTS = [TWO[0] | SEQUENCE, TWO[0] | SEQUENCE | WHOLE, *TWO[1:], EXPERTS]
 FOUR_EXPERTS = [FOUR[0] | SEQUENCE, {"pipeline_parallel": 2} | EXPERTS]
 
 

@@ -86,6 +86,28 @@ def test_an_export_has_all_files_of_a_read_only_source_and_the_modes_of_new_file
             assert (path / file).stat().st_mode == (tmp_path / "new").stat().st_mode, file
 
 
+@pytest.mark.slow
+def test_experts_that_lie_whole_or_cut_go_on_under_any_layout(tmp_path: Path) -> None:
+    """Saved with whole experts, spread over the tensor-parallel ranks, that have other replicas than the other
+    layers."""
+    write_model(tmp_path / "model", byte_level_tokenizer(), family="qwen3_moe", hidden=64, ffn=96)
+    (tmp_path / "state").mkdir()
+    whole = {"tensor_parallel": 2, "sequence_parallel": True, "expert_tensor_parallel": 1}
+    batch, path = make_batch(259), tmp_path / "model"
+    saved = run_ranks(2, train_and_save, path, {**whole, "expert_parallel": 2}, free_port(), batch, tmp_path)
+    cut = {"tensor_parallel": 2, "sequence_parallel": True}
+    layouts: list[dict[str, Any]] = [{**whole, "expert_parallel": 2}, whole, cut, {"data_parallel": 2}]
+    layouts.append({"pipeline_parallel": 2, "first_stage_layers": 3, "last_stage_layers": 1})
+    resumed = run_ranks(2, resume, path, layouts, [free_port() for _ in layouts], batch, tmp_path)
+    for place, layout in enumerate(layouts):
+        here = [result[place] for result in resumed]
+        for weights in WEIGHTS:
+            before, now = (logprobs([(rows, stats[weights]) for rows, stats, _, _ in r]) for r in (saved, here))
+            assert_same(before, now, 1e-5 if place else 0, f"{weights} under {layout}")
+        norms = [next(report["grad_norm"] for _, _, report, _ in r if report is not None) for r in (here, saved)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4 if place else 0)
+
+
 @pytest.mark.parametrize(("folder_name", "weights"), [("hf", "policy"), ("hf_teacher", "teacher")])
 def test_the_export_loads_in_transformers_and_gives_the_actors_log_probs(
     run: tuple[Path, Path, list[Any]], folder_name: str, weights: Weights

@@ -181,14 +181,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """Takes what is free at once, and what is freed in the moments after."""
-    filler = folder / "filler"
-    with filler.open("ab") as file:
+    """Takes what is free, and what is freed in the moments after."""
+    filler, size = folder / "filler", 2**20
+    with filler.open("ab", buffering=0) as file:
         for _ in range(20):
-            free = shutil.disk_usage(folder).free
-            if free:
-                os.posix_fallocate(file.fileno(), file.tell(), free)
-                file.seek(0, os.SEEK_END)
+            while size >= 4096:
+                try:
+                    os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), size)
+                except OSError:  # the run takes some, too
+                    size //= 2
+            size = 2**16
             time.sleep(0.01)
     return filler
 

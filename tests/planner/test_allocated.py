@@ -44,7 +44,13 @@ MORE: list[Case] = [
     for layout in (TP2, PP2, VPP2, DP2)
     if (model, dtype, layout) not in TWO
 ]
+MORE += [
+    ("qwen3", "bfloat16", {**PP2, "first_stage_layers": 3, "last_stage_layers": 1}),
+    ("qwen3_moe", "bfloat16", {**TP2, "expert_tensor_parallel": 1}),
+    ("qwen3_moe", "bfloat16", {**TP2, "expert_tensor_parallel": 1, "expert_parallel": 2}),
+]
 FOUR: list[Case] = [
+    ("qwen3_moe", "bfloat16", {**TP2, "data_parallel": 2, "expert_tensor_parallel": 1, "expert_parallel": 2}),
     ("qwen2 tied", "bfloat16", {**TP2, **PP2}),
     ("qwen3", "bfloat16", {**TP2, **DP2}),
     ("llama", "bfloat16", {**VPP2, **DP2}),

@@ -161,9 +161,9 @@ CASES: dict[str, Case] = {
     "no recipe": broken(remove("recipe.yaml"), says="config file recipe.yaml does not exist"),
     # layouts and combinations
     "heads": key("actor.tensor_parallel=3", says=r"actor.tensor_parallel: 3 does not divide .*\(4\); allowed: 1, 2, 4"),
-    "layers": key("actor.pipeline_parallel=3", says=r"3 does not divide the model's layers \(4\); allowed: 1, 2, 4"),
+    "layers": key("actor.pipeline_parallel=3", says="4 layers do not divide over 3 stages; actor.first_stage_layers 1"),
     "chunks without stages": key("actor.virtual_pipeline=2", says="actor.virtual_pipeline: 2 needs actor.pipeline_par"),
-    "chunks": key("actor.pipeline_parallel=2", "actor.virtual_pipeline=4", says="8 does not divide the model's layers"),
+    "chunks": key("actor.pipeline_parallel=2", "actor.virtual_pipeline=4", says="4 does not divide"),
     "experts of a dense model": key("actor.expert_parallel=2", says="actor.expert_parallel: 2 for a model without"),
     "experts": key("model.hf_path=experts", "actor.expert_parallel=3", says=r"3 does not divide the model's experts"),
     "experts without sequence parallel": key(
