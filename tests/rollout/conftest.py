@@ -18,7 +18,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied, TP 2": ({"tie": True}, {"tensor_parallel": 2}),
     "experts": ({"family": "qwen3_moe"}, {}),
     "llama": ({"family": "llama"}, {}),
-    "qwen2, tied, TP 2": ({"family": "qwen2", "tie": True}, {"tensor_parallel": 2}),
+    "qwen2, tied, TP 2": ({"family": "qwen2", "tie": True, "head_dim": 16}, {"tensor_parallel": 2}),
     "experts, TP 2": ({"family": "qwen3_moe"}, {"tensor_parallel": 2}),
 }
 
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int],
         if not path.exists():
             model, _ = KINDS[kind]
             sizes = {"layers": 2, "hidden": 64, "ffn": 96, "head_dim": 32, "jitter": 0.15}
-            write_model(path, byte_level_tokenizer(), seed=seed, **sizes, **model)
+            write_model(path, byte_level_tokenizer(), seed=seed, **(sizes | model))
         return path
 
     return write
