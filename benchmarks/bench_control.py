@@ -85,7 +85,7 @@ class LightActor:
     def lead(self, number: int, method: str, wanted: Any, *arguments: Any) -> dict[int, Any]:
         if wanted is None:
             return {number + i: None for i in range(TENSOR_PARALLEL * PIPELINE_PARALLEL)}
-        return {number: self._answers.of_rank(method, *arguments)} if number in wanted else {}
+        return {rank: self._answers.of_rank(method, *arguments) for rank in wanted if rank in (0, number)}
 
 
 class Lives:

@@ -21,6 +21,7 @@ from megatron_coreward.config.accelerator import sequence_multiple, token_alignm
 from megatron_coreward.types import FloatArray, Sequences, TokenStats, TrainBatch
 from megatron_coreward.weights.layouts import ActorLayout
 
+dist: Any = distributed  # its stores are not in its typed interface
 STORE_S = 5.0  # to ask the ranks' store who is behind
 
 
@@ -84,8 +85,8 @@ class ActorGroup(WorkerGroup):
     def _behind(self, ranks: Sequence[int]) -> list[int]:
         """Those of some ranks that have not carried out every command that was sent; asked when a wait is long."""
         try:
-            limit = timedelta(seconds=STORE_S)
-            store: Any = distributed.TCPStore(*self._address, is_master=False, timeout=limit)  # type: ignore[attr-defined]
+            address, port = self._address
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_S))
             keys = [f"{PROGRESS}/{rank}" for rank in ranks]
             done = [int(store.get(key)) if store.check([key]) else 0 for key in keys]
         except RuntimeError:  # rank 0, who serves the store, has ended, or cannot even do that

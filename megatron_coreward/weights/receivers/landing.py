@@ -59,11 +59,11 @@ class Landings:
         return list(dict.fromkeys(landing.module for of_one in self.of_tensor.values() for landing in of_one))
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down what is copied into parameters, and copies nothing."""
 
     def __init__(self, sources: dict[int, TensorMeta], targets: dict[int, tuple[str, str, int]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sources, self._targets = sources, targets
         self.of_tensor: dict[str, list[Landing]] = defaultdict(list)
         self.paddings: list[Padding] = []
