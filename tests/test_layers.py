@@ -12,7 +12,7 @@ PACKAGE = "megatron_coreward"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 # Modules of `weights` that send or receive.
-MOVES_WEIGHTS = ("send", "receive", "segment", "gloo", "device", "device_receive", "device_source")
+MOVES_WEIGHTS = ("message", "meeting", "groups", "mailbox", "cuda_ipc", "senders", "receivers")
 
 # From the bottom up. A room is a module or a package right under ours, or one module of `weights`: what moves weights
 # is on a higher layer than what plans their moves. The empty name is our package itself, which every import runs.
@@ -218,8 +218,8 @@ class TestTheRulesThemselves:
             "actor/worker.py": "import ray\ndef f():\n    from megatron_coreward.rollout import engine\n",
             "rollout/__init__.py": "from . import engine\n",
             "rollout/engine.py": "import numpy\nimport megatron_coreward.actor.worker\n",
-            "weights/plan.py": "from megatron_coreward.weights import send\n",
-            "weights/send.py": "from megatron_coreward import types\n",
+            "weights/plan.py": "from megatron_coreward.weights.senders import base\n",
+            "weights/senders/base.py": "from megatron_coreward import types\n",
         }
         for name, text in files.items():
             path = tmp_path / PACKAGE / name
@@ -228,7 +228,7 @@ class TestTheRulesThemselves:
         return tmp_path / PACKAGE
 
     def test_upward_imports_are_found_and_downward_ones_pass(self, root: Path) -> None:
-        assert upward_imports(root) == ["types imports rewards.voting", "weights.plan imports weights.send"]
+        assert upward_imports(root) == ["types imports rewards.voting", "weights.plan imports weights.senders.base"]
 
     def test_mutual_imports_are_found_inside_functions_and_through_relative_names(self, root: Path) -> None:
         assert mutual_rooms(root) == ["actor and rollout import each other", "rewards and types import each other"]

@@ -210,7 +210,7 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
     from megatron_coreward.cluster.processes import actor_setup
     from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
     from megatron_coreward.types import Sequences, TrainBatch
-    from megatron_coreward.weights.device import free_port
+    from megatron_coreward.weights.ports import free_port
 
     length = PROMPT + RESPONSE
     actor = MegatronActor(actor_setup(config, length), 0, "127.0.0.1", free_port())

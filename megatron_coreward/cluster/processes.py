@@ -1,5 +1,6 @@
 """The processes of a run, started side by side and ended in any case."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,9 +20,10 @@ from megatron_coreward.planner.placement import ResourceRequest
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout import orphans
 from megatron_coreward.rollout.setup import EngineSetup
-from megatron_coreward.weights import segment
-from megatron_coreward.weights.route import ENGINE_BACKENDS, Transport, choose_transport
+from megatron_coreward.weights import mailbox
+from megatron_coreward.weights.spec import Transport, choose_transport
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's, of which either may be set
 LOGS = "logs"  # in the run directory: what the processes print
 CANARY_TOKENS = 64  # whose log-probs check a weight sync: an engine reads them and writes one more
 
@@ -55,6 +57,7 @@ def processes(config: RunConfig, watchdog: Watchdog | None = None) -> Iterator[P
             gpus=placement.on_gpus,
             colocated=colocated,
             num_hosts=placement.num_hosts,
+            allocator_settings=",".join(os.environ.get(name, "") for name in ALLOCATOR_VARIABLES),
         )
 
         def start_actors() -> ActorGroup:
@@ -63,7 +66,7 @@ def processes(config: RunConfig, watchdog: Watchdog | None = None) -> Iterator[P
             return actors
 
         actors = None if colocated else start_actors()
-        setup = engine_setup(config, max(max_sequence, CANARY_TOKENS + 1), transport)
+        setup = engine_setup(config, max(max_sequence, CANARY_TOKENS + 1))
         engines = EngineGroup(setup, config.rollout.num_engines, placement, watchdog)
         stack.push(partial(_leave, engines))
         colocation = None
@@ -82,8 +85,8 @@ def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: 
         group.shutdown()
     else:
         group.shutdown(patience_s=0.5)
-        for _ in range(5):  # those who were killed need a moment to be gone, and hold their segments until then
-            segment.remove_orphans()
+        for _ in range(5):  # those who were killed need a moment to be gone, and hold their mailboxes until then
+            mailbox.remove_orphans()
             orphans.remove_orphans()
             time.sleep(0.2)
 
@@ -106,7 +109,7 @@ def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
     )
 
 
-def engine_setup(config: RunConfig, max_model_len: int, transport: Transport) -> EngineSetup:
+def engine_setup(config: RunConfig, max_model_len: int) -> EngineSetup:
     """What the engines of a run are built from."""
     settings = config.rollout
     return EngineSetup(
@@ -119,7 +122,6 @@ def engine_setup(config: RunConfig, max_model_len: int, transport: Transport) ->
         gpu_memory_utilization=settings.gpu_memory_utilization,
         cpu_threads=settings.cpu_threads,
         seed=config.seed,
-        weight_transfer=ENGINE_BACKENDS[transport],
         quantization=settings.quantization,
         cuda_graphs=settings.cuda_graphs,
     )

@@ -275,14 +275,16 @@ class SyncSettings(Component):
     """What carries the weights. auto chooses by placement, GPUs and hosts: without GPUs shared_memory on one host and
     gloo between hosts; with GPUs ipc if colocated and nccl otherwise."""
     bucket_mib: Annotated[float, Field(gt=0)] = 256.0
-    """Size of a bucket in MiB. An actor rank and an engine worker hold two buckets at most."""
+    """Size of a bucket in MiB, whatever the largest tensor. An actor rank and an engine worker hold two buckets at
+    most."""
     checksums: bool = False
-    """Whether every block is compared by checksum with what was sent when it is loaded."""
+    """Whether every message is compared by checksum with what was sent when it arrives."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that a message between hosts may take."""
+    """Seconds that a bucket may take, and that ranks and engines wait for each other to appear."""
     max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
     """Largest gap in nats between the log-probs of engines and actors on the canary tokens, their mean, after a weight
-    sync; the run ends above it. null: 0.001 for float32, 0.1 for bfloat16 and wider for FP8."""
+    sync; the run ends above it. null: 0.001 for float32, 0.1 for bfloat16 and wider for FP8. With rounded weights it is
+    the limit of the first sync, which sets that of later ones to five times its own gap, if that is less."""
 
 
 class ValidationSettings(Component):

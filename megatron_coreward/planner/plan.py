@@ -216,7 +216,7 @@ def make_plan(
         engine=engine,
         actor=actor_times(config, arch, gpu, assumptions),
         rollout=rollout_time(config, arch, gpu, engine, assumptions),
-        sync=sync_time(busiest_bytes, work(config, assumptions).publications, gpu, assumptions),
+        sync=sync_time(busiest_bytes, config, arch, gpu, assumptions),
         problems=(
             *gpu_problems(config, gpu.capability),
             *actor_problems(stages, engine, machine),

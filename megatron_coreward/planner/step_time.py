@@ -14,13 +14,13 @@ from functools import cache
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import TEACHER_METHODS, TWO_VIEW_METHODS, RunConfig
 from megatron_coreward.planner.hardware import Assumptions, Gpu
-from megatron_coreward.planner.memory import EngineMemory, microbatch_tokens
+from megatron_coreward.planner.memory import EngineMemory, microbatch_tokens, sync_peers
 from megatron_coreward.planner.parameters import stage_parameters
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.weights.buckets import ITEM_BYTES
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.mapping import hf_tensors
-from megatron_coreward.weights.plan import Params, TransferPlan, plan_transfers
+from megatron_coreward.weights.plan import ModelTensors, TransferPlan, plan_transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Work:
     response: float
     longest: int  # tokens of the longest response
     passes: int  # forward passes of the actor beside the update: reference, statistics, old log-probs
-    publications: int  # of weights to the engines
+    syncs: int  # of weights to the engines
 
     @property
     def tokens(self) -> float:
@@ -72,7 +72,7 @@ def work(config: RunConfig, assumptions: Assumptions) -> Work:
         response=assumptions.mean_response * config.rollout.max_response_tokens,
         longest=config.rollout.max_response_tokens,
         passes=bool(config.loss.kl_coef) + statistics,
-        publications=2 if teacher else 1,
+        syncs=2 if teacher else 1,
     )
 
 
@@ -298,12 +298,19 @@ def _weights_read(arch: Architecture, alive: float) -> float:
 
 
 def transfers(config: RunConfig, arch: Architecture) -> TransferPlan:
-    """The plan of one publication."""
+    """The plan of one weight sync."""
     target = EngineLayout(num_engines=config.rollout.num_engines, tensor_parallel=config.rollout.tensor_parallel)
-    return plan_transfers(ActorLayout.of(config.actor), target, Params(arch, config.model.dtype))
+    return plan_transfers(ActorLayout.of(config.actor), target, ModelTensors(arch, config.model.dtype))
 
 
-def sync_time(busiest_bytes: float, publications: int, gpu: Gpu, assumptions: Assumptions) -> Phase:
-    """Bytes of the busiest sender or receiver over its share of the network."""
+def sync_time(busiest_bytes: float, config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: Assumptions) -> Phase:
+    """Bytes of the busiest sender or receiver over its share of the network, and what its messages cost: one from each
+    peer in every bucket."""
+    syncs = work(config, assumptions).syncs
     rate = assumptions.link_efficiency * gpu.network_bytes_s
-    return Phase("sync", {"network": publications * busiest_bytes / rate})
+    model_bytes = ITEM_BYTES[config.model.dtype] * num_parameters(arch)
+    messages = math.ceil(model_bytes / (config.sync.bucket_mib * 2**20)) * sync_peers(config)
+    return Phase(
+        "sync",
+        {"network": syncs * busiest_bytes / rate, "messages": syncs * messages * assumptions.message_overhead_s},
+    )

@@ -17,6 +17,7 @@ from megatron_coreward.cluster.processes import LOGS, processes
 from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollout_engines
 from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
+from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.dataset import ProblemSet, load_problems
@@ -154,7 +155,7 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
         attempt = _Attempt(config, data, opened, stop, view, stack)
         watchdog = Watchdog(config.watchdog, attempt.notify, stop, logs=config.run_dir / LOGS)
         running = stack.enter_context(processes(config, watchdog))
-        engines = open_rollout_engines(config, arch, running, attempt.notify)
+        engines = open_rollout_engines(config, running, canary_tokens(data.train), attempt.notify)
         computes = running.actors.call("describe", results_of=(0,))[0]
         attempt.notify("actors compute with " + ", ".join(f"{what}: {how}" for what, how in computes.items()))
         if opened.trainer_state is not None:

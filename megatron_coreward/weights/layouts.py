@@ -71,6 +71,12 @@ def expert_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to, by its HF or its Megatron name."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
 @dataclass(frozen=True, slots=True)
 class ActorLayout:
     """How Megatron spreads the model over the actor's ranks."""
@@ -218,6 +224,11 @@ _CUTS: dict[str, _Cut] = {
     "post_attention_layernorm": "whole",
     "norm": "whole",
 }
+
+
+def cut_by_rows(name: str) -> bool:
+    """Whether tensor-parallel ranks and workers have different rows of an HF tensor."""
+    return _CUTS[name.split(".")[-2]] in ("vocabulary", "rows", "kv_heads")
 
 
 @dataclass(frozen=True, slots=True)

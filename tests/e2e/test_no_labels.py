@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollout_engines
@@ -66,13 +67,12 @@ class Running:
 @pytest.fixture(scope="module")
 def running(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     from megatron_coreward.cluster.processes import processes
-    from megatron_coreward.config.architecture import read_architecture
 
     config = task.config("co_rewarding_i+ii", *ONLY_REWARDS)
     initial = tmp_path_factory.mktemp("initial")
     with processes(config) as started:
         started.actors.call("save", initial)
-        engines = open_rollout_engines(config, read_architecture(config.model.hf_path), started)
+        engines = open_rollout_engines(config, started, np.arange(3, 40, dtype=np.int32))
         yield Running(task, started.actors, engines, initial)
 
 

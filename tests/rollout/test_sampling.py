@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.types import Completion
 from tests.rollout.engine_process import send, two_ranks
@@ -152,19 +151,3 @@ def test_sleeping_without_a_gpu_changes_nothing(engine: Any) -> None:
     engine.sleep()
     engine.wake()
     assert tokens(engine.sample([REQUEST], VERSION)) == before
-
-
-def test_there_is_nothing_to_score_or_sample_during_an_update(
-    engine: Any, checkpoint: Callable[[str, int], Path]
-) -> None:
-    class Asks:
-        def __getattr__(self, method: str) -> Callable[..., Any]:
-            return getattr(engine, method)
-
-        def load_bucket(self, bucket: int, *args: Any) -> None:
-            for ask in (lambda: engine.sample([REQUEST], VERSION), lambda: engine.score(PROMPT)):
-                with pytest.raises(RunError, match="no weights were synced"):
-                    ask()
-            engine.load_bucket(bucket, *args)
-
-    send(Asks(), *two_ranks(checkpoint("untied", VERSION)), VERSION, bucket_bytes=10**6)
