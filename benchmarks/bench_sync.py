@@ -298,7 +298,7 @@ def main() -> None:
     options.dtype = "bfloat16"
     found: dict[str, Any] = {"cases": {}}
 
-    def tell(case: str, figures: dict[str, float]) -> None:
+    def report(case: str, figures: dict[str, float]) -> None:
         found["cases"].setdefault(case, {}).update(figures)
         for key in ("transfer_over_memcpy", "sync_over_reload", "busiest_over_minimum", "total_over_minimum"):
             if key in figures:
@@ -315,13 +315,13 @@ def main() -> None:
         for case in options.case or TIMED:
             if "transfer" in options.only:
                 seconds = measure_transfer(arch, case, options, store.port)
-                tell(case, {"transfer_over_memcpy": seconds / memcpy, "transfer_s": seconds})
+                report(case, {"transfer_over_memcpy": seconds / memcpy, "transfer_s": seconds})
             if "sync" in options.only:
                 seconds, alone = measure_sync(Path(name), arch, case, options, store.port)
-                tell(case, {"sync_over_reload": seconds / alone, "sync_s": seconds, "reload_s": alone})
+                report(case, {"sync_over_reload": seconds / alone, "sync_s": seconds, "reload_s": alone})
     if "bytes" in options.only:
         for case in COUNTED:
-            tell(case, count_bytes(case, options, store.port))
+            report(case, count_bytes(case, options, store.port))
     if options.json:
         print(json.dumps(found))
     sys.stdout.flush()

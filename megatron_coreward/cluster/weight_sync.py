@@ -69,7 +69,7 @@ class WeightSync:
         """`wait` resolves the calls of commands (`ray.get`).
 
         Args:
-            give_up: tells all parties of a transfer that it is over (`weights.meeting`).
+            give_up: notifies all parties of a transfer that it is over (`weights.meeting`).
             spec: without the place where everybody meets.
             canary: [P] tokens of a real text, whose log-probs must agree after every weight sync.
             max_gap: mean absolute difference in nats that is still taken for arithmetic.

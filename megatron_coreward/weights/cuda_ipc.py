@@ -39,14 +39,14 @@ def import_memory(exported: str, device: torch.device) -> torch.Tensor:
     """
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-    told = json.loads(exported)
-    if told["gpu"] != gpu_name(device):
-        raise ValueError(f"the memory is on GPU {told['gpu']}, this process on GPU {gpu_name(device)}")
-    known: list[Any] = [torch.Tensor, (told["nbytes"],), (1,), 0, torch.UntypedStorage, torch.uint8, device.index]
+    handle = json.loads(exported)
+    if handle["gpu"] != gpu_name(device):
+        raise ValueError(f"the memory is on GPU {handle['gpu']}, this process on GPU {gpu_name(device)}")
+    known: list[Any] = [torch.Tensor, (handle["nbytes"],), (1,), 0, torch.UntypedStorage, torch.uint8, device.index]
     arguments = [*known, *[None] * 8]
     for name, place in _NUMBERS.items():
-        arguments[place] = told[name]
+        arguments[place] = handle[name]
     for name, place in _BYTES.items():
-        arguments[place] = base64.b64decode(told[name])
+        arguments[place] = base64.b64decode(handle[name])
     arguments[10] = False  # requires_grad
     return rebuild_cuda_tensor(*arguments)  # type: ignore[no-any-return,no-untyped-call]

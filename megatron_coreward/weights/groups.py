@@ -42,7 +42,7 @@ class Exchange:
         except RunError:
             raise
         except RuntimeError as error:
-            self._meeting.check()  # tells the cause, if another process gave up; this is only its consequence
+            self._meeting.check()  # raises with the cause, if another process gave up; this is only its consequence
             raise RunError(f"weight sync: another process cannot be reached or is late: {error}") from error
         self._works, self._memory = (), ()
 

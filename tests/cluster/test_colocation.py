@@ -1,4 +1,4 @@
-"""Actors and engines on one card: who holds its memory when, and what is told when it does not fit."""
+"""Actors and engines on one card: who holds its memory when, and what is reported when it does not fit."""
 
 import time
 from typing import Any

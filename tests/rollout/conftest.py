@@ -90,7 +90,7 @@ def start_engine(engine_of: Engines) -> Iterator[Callable[[str], EngineProcess]]
 
 
 @pytest.fixture
-def published(engine_of: Engines, checkpoint: Callable[[str, int], Path]) -> Callable[[str, int], Any]:
+def synced(engine_of: Engines, checkpoint: Callable[[str, int], Path]) -> Callable[[str, int], Any]:
     """The engine of a kind, holding the weights of a seed as version seed."""
 
     def sync_weights(kind: str, seed: int) -> Any:

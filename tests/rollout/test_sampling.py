@@ -22,8 +22,8 @@ REQUEST = SamplingRequest(PROMPT, n=8, seed=1, temperature=1.0, top_p=1.0, max_t
 
 
 @pytest.fixture
-def engine(published: Callable[[str, int], Any]) -> Any:
-    return published("untied", VERSION)
+def engine(synced: Callable[[str, int], Any]) -> Any:
+    return synced("untied", VERSION)
 
 
 @pytest.fixture(scope="module")

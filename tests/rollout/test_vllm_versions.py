@@ -47,7 +47,7 @@ class OldLLM:
 
 
 class NewLLM(OldLLM):
-    """Of 0.32: tokens are marked with the version that `finish_weight_update` was told."""
+    """Of 0.32: tokens are marked with the version that `finish_weight_update` was given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,16 +165,16 @@ def test_the_receiving_engine_has_every_method_that_any_release_calls_abstract_a
 def test_the_processes_of_an_engine_are_its_own_even_within_a_placement_group(
     tensor_parallel: int, backend: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM would otherwise take Ray's, on GPUs that are taken; on CPU it never does: only what it is told shows."""
-    told: dict[str, Any] = {}
+    """vLLM would otherwise take Ray's, on GPUs that are taken; on CPU it never does: only what it is given shows."""
+    given: dict[str, Any] = {}
 
     def start(*_: Any, **settings: Any) -> Any:
-        told.update(settings)
+        given.update(settings)
         raise InterruptedError
 
     monkeypatch.setattr("megatron_coreward.rollout.environment.prepare", lambda cpu_threads: True)
     monkeypatch.setattr("vllm.LLM", start)
     with pytest.raises(InterruptedError):
         RolloutEngine(EngineSetup(Path("model"), "float32", 64, tensor_parallel=tensor_parallel))
-    assert told["tensor_parallel_size"] == tensor_parallel
-    assert told["distributed_executor_backend"] == backend
+    assert given["tensor_parallel_size"] == tensor_parallel
+    assert given["distributed_executor_backend"] == backend

@@ -141,9 +141,9 @@ def test_weights_of_another_model_are_refused_before_any_is_loaded(
 
 
 def test_the_engine_refuses_to_sample_with_other_weights_than_were_asked_for(
-    published: Callable[[str, int], Any],
+    synced: Callable[[str, int], Any],
 ) -> None:
-    engine = published("tied", 4)
+    engine = synced("tied", 4)
     with pytest.raises(RunError, match="holds weights of version 4, expected version 5"):
         engine.sample([greedy([5, 6])], 5)
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 
 def reload(worker: Any, checkpoint: Path) -> None:
-    """Loads every tensor whole, as vLLM does it; with what vLLM 0.32 needs to be told on CPU: a tied head is loaded
+    """Loads every tensor whole, as vLLM does it; with what vLLM 0.32 needs to be set on CPU: a tied head is loaded
     under its own name too, and experts set their kernels up from the new weights."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 

@@ -6,7 +6,7 @@ Invariants (tests/weights/receivers):
   1. A worker gets every element that it needs exactly once, and nothing else.
   2. A bucket of another version, one that is out of order, incomplete or damaged is refused.
   3. A worker holds two buckets of messages at most.
-  4. After an error everybody who waits for this worker is told, and the receiver is not used again.
+  4. After an error everybody who waits for this worker is notified, and the receiver is not used again.
 """
 
 from abc import ABC, abstractmethod
@@ -54,7 +54,7 @@ class Receiver(ABC):
         self._end()
 
     def abandon(self, reason: str) -> None:
-        """Gives up a weight sync that has failed, and tells everybody."""
+        """Gives up a weight sync that has failed, and notifies everybody."""
         self._failed = True
         self.meeting.give_up(f"worker {self.worker} of engine {self.engine}: {reason}")
         self.close()

@@ -49,9 +49,9 @@ def is_attention(module: torch.nn.Module) -> bool:
     """Whether vLLM processes a module after all others; its parameters are no weights."""
     from vllm.model_executor.layers import attention
 
-    told = getattr(attention, "is_deferred_attention_layer", None)  # since 0.30
-    if told is not None:
-        return bool(told(module))
+    is_deferred = getattr(attention, "is_deferred_attention_layer", None)  # since 0.30
+    if is_deferred is not None:
+        return bool(is_deferred(module))
     return isinstance(module, (attention.Attention, attention.MLAAttention))
 
 

@@ -6,7 +6,7 @@ the receivers take them.
 Invariants (tests/weights/senders):
   1. A rank that does not hold what the plan wants from it says so before anything is sent.
   2. A rank holds the messages of two buckets at most, and sends to each worker exactly what the plan says.
-  3. After an error everybody who waits for this rank is told, and the sender is not used again.
+  3. After an error everybody who waits for this rank is notified, and the sender is not used again.
 """
 
 from abc import ABC, abstractmethod
@@ -107,7 +107,7 @@ class Sender(ABC):
 
     def _packer(self, role: Role, version: int, bucket: int) -> Callable[[int, torch.Tensor], None]:
         """Writes a message of a bucket, by its number, into memory."""
-        read: dict[int, torch.Tensor] = {}  # a block that is kept in FP8 is made anew at every reading
+        read: dict[int, torch.Tensor] = {}  # a block that is kept in FP8 is made again at every reading
 
         def value(source: _Source) -> torch.Tensor:
             block, index = source
