@@ -154,7 +154,7 @@ def long_functions(root: Path) -> dict[str, int]:
 
 def test_few_functions_are_long_and_each_has_a_reason() -> None:
     assert len(LONG_FUNCTIONS) <= MAX_LONG
-    assert set(long_functions(ROOT)) == set(LONG_FUNCTIONS)
+    assert set(long_functions(ROOT)) <= set(LONG_FUNCTIONS)
 
 
 def test_every_module_has_a_layer() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.types import Completion
-from tests.rollout.engine_process import send, two_ranks
+from tests.rollout.engine_process import sync
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_samples_after_an_update_to_the_same_weight
     engine: Any, checkpoint: Callable[[str, int], Path]
 ) -> None:
     before = engine.sample([REQUEST], VERSION)
-    send(engine, *two_ranks(checkpoint("untied", VERSION)), VERSION)
+    sync(engine, checkpoint("untied", VERSION), VERSION)
     assert tokens(engine.sample([REQUEST], VERSION)) == tokens(before)
 
 
