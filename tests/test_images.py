@@ -75,3 +75,12 @@ def test_what_an_image_copies_is_there(dockerfile: str) -> None:
 def test_the_base_image_has_the_cuda_that_the_build_checks() -> None:
     base = argument("Dockerfile.gpu", "BASE")
     assert base.startswith(f"nvidia/cuda:{argument('Dockerfile.gpu', 'CUDA_MAJOR')}.")
+
+
+def test_every_file_of_the_package_is_installed_with_it() -> None:
+    package = ROOT / "megatron_coreward"
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = tool["package-data"]["megatron_coreward"]
+    installed = {path for pattern in patterns for path in package.glob(pattern)}
+    others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert others == installed

@@ -1,4 +1,4 @@
-"""`evaluate run | compare | lm-eval`: how good a model is, whether one beats another, and the harness of the field."""
+"""`evaluate run | compare | lm-eval | paper | table`: how good a model is, and the paper's table."""
 
 import argparse
 from pathlib import Path
@@ -18,6 +18,8 @@ def add(commands: Any) -> None:
     _add_run(actions)
     _add_compare(actions)
     _add_lm_eval(actions)
+    _add_paper(actions)
+    _add_table(actions)
     former = actions.add_parser("harness", add_help=False, prefix_chars="\0")  # takes anything, is not listed
     former.add_argument("anything", nargs="*")
     former.set_defaults(run=_renamed)
@@ -69,19 +71,52 @@ def _add_compare(actions: Any) -> None:
 def _add_lm_eval(actions: Any) -> None:
     lm_eval = actions.add_parser("lm-eval", help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM")
     lm_eval.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
-    lm_eval.add_argument("benchmarks", nargs="+", metavar="BENCHMARK")
-    lm_eval.add_argument("--out", type=Path, required=True)
-    lm_eval.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
-    lm_eval.add_argument("--limit", type=whole(1), help="only the first questions of each task, as many as this")
-    lm_eval.add_argument("--tensor-parallel", type=whole(1), default=1, help="GPUs of the engine")
+    lm_eval.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="of the paper, or a task of the harness")
+    lm_eval.add_argument("--out", type=Path, required=True, help="directory for samples.jsonl and results.json")
+    _add_common(lm_eval)
+    lm_eval.add_argument("--temperature", type=number(least=0), default=0.8, help="of samples; 0: the most likely text")
+    lm_eval.add_argument("--task-temperature", action="store_true", help="as each task has it")
+    lm_eval.add_argument("--top-p", type=number(above=0, most=1), help="of samples; default: as each task has it")
+    lm_eval.add_argument("--max-tokens", type=whole(1), help="of an answer; default: as each task has it")
     lm_eval.add_argument(
-        "--max-model-len", type=whole(1), help="tokens of prompt and answer together; default: the model's"
+        "--max-model-len", type=whole(2), help="tokens of prompt and answer together; default: the model's"
     )
     lm_eval.add_argument("--no-chat-template", action="store_true")
-    lm_eval.add_argument("--allow-code", action="store_true", help="run code that the model wrote")
     lm_eval.add_argument("--include-path", type=Path, help="directory with further task definitions")
-    lm_eval.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
     lm_eval.set_defaults(run=_lm_eval)
+
+
+def _add_paper(actions: Any) -> None:
+    paper = actions.add_parser("paper", help="the paper's benchmarks, those whose data is there")
+    paper.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
+    paper.add_argument("--out", type=Path, required=True, help="directory; started again, it goes on where it was")
+    _add_common(paper)
+    paper.add_argument("--benchmarks", nargs="+", metavar="BENCHMARK", help="only these; default: all")
+    paper.add_argument("--max-tokens", type=whole(1), default=3072, help="of an answer")
+    said = "default: as the run's config has it, if the model lies in a run"
+    paper.add_argument("--base", help=f"name of the model before training, for the table; {said}")
+    paper.add_argument("--trained-on", help=f"name of the training set, for the table; {said}")
+    paper.add_argument("--method", help=f"for the table; {said}, else untrained")
+    paper.set_defaults(run=_paper)
+
+
+def _add_table(actions: Any) -> None:
+    table = actions.add_parser("table", help="results of `evaluate paper` as the paper's table, beside its numbers")
+    table.add_argument("results", type=Path, nargs="+", metavar="DIR", help="directories of `evaluate paper`")
+    table.add_argument("--out", type=Path, help="directory for table.md, table.csv and table.tex")
+    table.add_argument("--paper-numbers", type=Path, help="CSV of the paper's numbers; default: those that come along")
+    table.set_defaults(run=_table)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path("data"), help="directory with the benchmarks' data")
+    parser.add_argument("--limit", type=whole(1), help="only the first questions of each task, as many as this")
+    parser.add_argument("--seed", type=whole(0, SEED), default=0, help="of what is drawn")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
+    parser.add_argument("--batch-questions", type=whole(1), default=64, help="what an interruption can lose")
+    parser.add_argument("--allow-code", action="store_true", help="run code that the model wrote, in a sandbox")
+    add_engine_options(parser)
+    parser.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
 
 
 def _renamed(options: argparse.Namespace) -> None:
@@ -151,16 +186,68 @@ def _lm_eval(options: argparse.Namespace) -> None:
             hf_path,
             options.benchmarks,
             options.out,
+            chosen_engines(options, batch_questions=options.batch_questions),
+            data=options.data,
             dtype=options.dtype,
-            tensor_parallel=options.tensor_parallel,
+            temperature=None if options.task_temperature else options.temperature,
+            top_p=options.top_p,
+            max_tokens=options.max_tokens,
+            seed=options.seed,
             max_model_len=options.max_model_len,
             limit=options.limit,
             chat_template=not options.no_chat_template,
+            thinking=options.thinking,
             allow_code=options.allow_code,
             include_path=options.include_path,
         )
-    for task, metrics in results.items():
-        say("  ".join([task, *(f"{metric} {value:.4f}" for metric, value in metrics.items())]))
+    for name, row in results.items():
+        say(
+            f"{name}: {row['metric']} {row['value']:.1%} ({row['low']:.1%} .. {row['high']:.1%}) of "
+            f"{row['num_questions']} questions"
+        )
+        for task, metrics in row["metrics"].items():
+            say("  ".join([f"  {task}", *(f"{metric} {value:.4f}" for metric, value in metrics.items())]))
+
+
+def _paper(options: argparse.Namespace) -> None:
+    from megatron_coreward.evaluation.benchmarks import BENCHMARKS
+    from megatron_coreward.evaluation.paper import PaperSettings, evaluate_paper, model_labels
+    from megatron_coreward.evaluation.paper_table import markdown, read_numbers
+
+    numbers = read_numbers()
+    with answering("questions") as progress:
+        result = evaluate_paper(
+            options.model,
+            options.out,
+            chosen_engines(options, batch_questions=options.batch_questions),
+            data=options.data,
+            labels=model_labels(options.model, options.base, options.trained_on, options.method),
+            settings=PaperSettings(
+                max_tokens=options.max_tokens,
+                seed=options.seed,
+                limit=options.limit,
+                thinking=options.thinking,
+                dtype=options.dtype,
+            ),
+            benchmarks=options.benchmarks or tuple(BENCHMARKS),
+            allow_code=options.allow_code,
+            convert=_converter(options.hf_path),
+            on_progress=lambda benchmark, done, total: progress(done, total),
+        )
+    say(markdown([result], numbers).rstrip())
+    for name, reason in result.not_measured.items():
+        say(f"not measured: {name}: {reason}")
+
+
+def _table(options: argparse.Namespace) -> None:
+    from megatron_coreward.evaluation.paper import read_paper_result
+    from megatron_coreward.evaluation.paper_table import NUMBERS, markdown, read_numbers, write_tables
+
+    results = [read_paper_result(folder) for folder in options.results]
+    numbers = read_numbers(options.paper_numbers or NUMBERS)
+    say(markdown(results, numbers).rstrip())
+    if options.out is not None:
+        write_tables(options.out, results, numbers)
 
 
 def _show(table: Any) -> None:

@@ -1,0 +1,225 @@
+"""The paper's evaluation of one model (arXiv 2508.00410, section 4.1): every benchmark whose data is there.
+
+OUT/paper.json      each benchmark's number with its interval, and why others were not measured
+OUT/<benchmark>/    the evaluation of each mathematical one (`evaluation.evaluate`)
+OUT/lm_eval/        the others (`evaluation.lm_eval`)
+
+Temperature 0.8; one sample for each question of MATH500 and GSM8K, eight of AMC, whose mean is reported. What was
+sampled is not sampled again, so a killed evaluation is started with the same command.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_coreward.algorithms.accuracy import Estimate
+from megatron_coreward.cluster.ray_start import stop_ray
+from megatron_coreward.config.schema import SYSTEM_PROMPT
+from megatron_coreward.errors import InputError
+from megatron_coreward.evaluation.benchmarks import BENCHMARKS, TEMPERATURE, HarnessBenchmark, MathBenchmark, missing
+from megatron_coreward.evaluation.evaluate import (
+    Converter,
+    Engines,
+    GradingSettings,
+    Sampling,
+    evaluate_files,
+    hf_model_dir,
+)
+from megatron_coreward.evaluation.lm_eval import run_lm_eval
+from megatron_coreward.telemetry.files import replaced_whole
+
+FORMAT = 1
+FILE_NAME = "paper.json"
+UNTRAINED = "untrained"  # the method of a model before training
+
+Progress = Callable[[str, int, int], None]  # (benchmark, questions done, questions in all)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLabels:
+    """Where a model stands in the paper's table."""
+
+    model: str  # the base model, without its owner
+    data: str  # the training set, as recipes call it; empty before training
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A benchmark's number: a share in 0..1 with its 95% interval over questions."""
+
+    metric: str
+    estimate: Estimate
+    num_questions: int
+
+
+@dataclass(frozen=True, slots=True)
+class PaperResult:
+    """One model on the paper's benchmarks."""
+
+    labels: ModelLabels
+    measured: Mapping[str, Measured]  # by benchmark
+    not_measured: Mapping[str, str]  # by benchmark: why, and what to do about it
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PaperSettings:
+    """What the paper leaves open, or a smaller evaluation changes."""
+
+    max_tokens: int = 3072  # of an answer
+    seed: int = 0
+    limit: int | None = None  # only the first questions of each benchmark (of each task of the harness)
+    thinking: bool | None = None  # see `data.prompts.build_prompts`
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+def evaluate_paper(
+    model: Path,
+    out: Path,
+    engines: Engines,
+    *,
+    data: Path,
+    labels: ModelLabels,
+    settings: PaperSettings,
+    benchmarks: Sequence[str] = tuple(BENCHMARKS),
+    allow_code: bool = False,
+    convert: Converter | None = None,
+    on_progress: Progress = lambda benchmark, done, total: None,
+) -> PaperResult:
+    """Measures a model on every benchmark that can run, and leaves paper.json in `out`.
+
+    Args:
+        data: the folder of `evaluation.benchmarks`.
+        convert: see `evaluation.evaluate.hf_model_dir`.
+
+    Raises InputError for unknown benchmarks, and if none can run.
+    """
+    if unknown := [name for name in benchmarks if name not in BENCHMARKS]:
+        raise InputError(f"benchmark {unknown[0]!r}: unknown; allowed: {', '.join(BENCHMARKS)}")
+    reasons = {name: missing(name, data, allow_code=allow_code) for name in benchmarks}
+    not_measured = {name: reason for name, reason in reasons.items() if reason is not None}
+    if len(not_measured) == len(reasons):
+        raise InputError("\n  ".join(["no benchmark can run:", *(f"{n}: {r}" for n, r in not_measured.items())]))
+    possible = [name for name in reasons if name not in not_measured]
+    measured: dict[str, Measured] = {}
+    with hf_model_dir(model, convert) as hf_path:
+        for name in possible:
+            benchmark = BENCHMARKS[name]
+            if isinstance(benchmark, MathBenchmark):
+                measured[name] = _mathematics(
+                    benchmark, data, hf_path, out / name, engines, settings, str(model), partial(on_progress, name)
+                )
+        if others := [name for name in possible if isinstance(BENCHMARKS[name], HarnessBenchmark)]:
+            stop_ray()  # the harness's process starts its own
+            found = run_lm_eval(
+                hf_path,
+                others,
+                out / "lm_eval",
+                engines,
+                data=data,
+                temperature=TEMPERATURE,
+                top_p=1.0,
+                allow_code=allow_code,
+                **asdict(settings),
+            )
+            measured |= {name: _read_measured(row) for name, row in found.items()}
+    result = PaperResult(labels, measured, not_measured, {"temperature": TEMPERATURE, **asdict(settings)})
+    write_paper_result(out / FILE_NAME, result)
+    return result
+
+
+def _mathematics(
+    benchmark: MathBenchmark,
+    data: Path,
+    hf_path: Path,
+    out: Path,
+    engines: Engines,
+    settings: PaperSettings,
+    name: str,
+    on_progress: Callable[[int, int], None],
+) -> Measured:
+    sampling = Sampling(
+        n=benchmark.samples,
+        temperature=TEMPERATURE,
+        max_tokens=settings.max_tokens,
+        greedy=False,
+        seed=settings.seed,
+        dtype=settings.dtype,
+    )
+    result = evaluate_files(
+        hf_path,
+        [data / benchmark.file],
+        out,
+        sampling,
+        GradingSettings(),
+        engines,
+        system_prompt=SYSTEM_PROMPT,
+        thinking=settings.thinking,
+        max_problems=settings.limit,
+        name=name,
+        on_progress=on_progress,
+    )
+    return Measured(benchmark.metric, result.metrics()[benchmark.metric], len(result.questions))
+
+
+def model_labels(
+    model: Path, base: str | None = None, data: str | None = None, method: str | None = None
+) -> ModelLabels:
+    """What was said; the rest from the config of the run that the model lies in, if it lies in one.
+
+    Without a run, the model is its folder's name, untrained.
+    """
+    found = [folder / "config.yaml" for folder in list(model.resolve().parents)[:2]]
+    run = next((path for path in found if path.is_file()), None)
+    if run is None:
+        return ModelLabels(base or model.resolve().name, data or "", method or UNTRAINED)
+    config = yaml.safe_load(run.read_text())
+    trained_on = Path(config["data"]["train_files"][0]).parent.name.replace("-", "_")
+    return ModelLabels(
+        base or Path(config["model"]["hf_path"]).name, data or trained_on, method or str(config["method"])
+    )
+
+
+def write_paper_result(path: Path, result: PaperResult) -> None:
+    """Writes the JSON file, whole or not at all."""
+    content = {
+        "format": FORMAT,
+        "labels": asdict(result.labels),
+        "measured": {
+            name: {"metric": m.metric, "num_questions": m.num_questions, **asdict(m.estimate)}
+            for name, m in result.measured.items()
+        },
+        "not_measured": dict(result.not_measured),
+        "settings": dict(result.settings),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_paper_result(path: Path) -> PaperResult:
+    """Reads the file, or the one in a folder. Raises InputError if it is missing or of another form."""
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text())
+        if content["format"] != FORMAT:
+            raise InputError(f"{file}: found format {content['format']}; allowed: {FORMAT}")
+        measured = {name: _read_measured(row) for name, row in content["measured"].items()}
+        labels = ModelLabels(**content["labels"])
+        return PaperResult(labels, measured, content["not_measured"], content["settings"])
+    except OSError as error:
+        raise InputError(f"{file}: no result of `evaluate paper` there ({error.strerror})") from None
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: not a result of `evaluate paper` ({error!r})") from None
+
+
+def _read_measured(row: Mapping[str, Any]) -> Measured:
+    return Measured(row["metric"], Estimate(row["value"], row["low"], row["high"]), row["num_questions"])
