@@ -139,6 +139,8 @@ def _union_reordered(answer: str) -> str | None:
 
 
 def _sized_brackets(answer: str) -> str | None:
+    if re.search(r"\\[()\[\]]", answer):  # math delimiters are no brackets
+        return None
     if r"\left" in answer:
         return answer.replace(r"\left", "").replace(r"\right", "")
     sized = re.sub(r"\\\{|[(\[]", lambda match: rf"\left{match[0]}", answer)
@@ -203,7 +205,9 @@ RESPELLINGS: dict[str, Respelling] = {
     "°": _suffix("°"),
     r"\degree": _suffix(r"\degree"),
     "degrees": _suffix(" degrees"),
-    "without degrees": lambda answer: re.sub(r"\^\{?\\circ\}?", "", answer),
+    "without degrees": lambda answer: (
+        None if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else re.sub(r"\^\{?\\circ\}?", "", answer)
+    ),
     r"\%": _suffix(r"\%"),
     "%": _suffix("%"),
     "percent": _suffix(r" \text{ percent}"),
@@ -242,7 +246,9 @@ RESPELLINGS: dict[str, Respelling] = {
     "fraction of a decimal": lambda answer: (
         _frac(Fraction(answer).numerator, Fraction(answer).denominator) if _DECIMAL.fullmatch(answer) else None
     ),
-    "assignment": lambda answer: None if re.search(r"[=<>]|\\in\b|\\le|\\ge|\\text", answer) else f"x = {answer}",
+    "assignment": lambda answer: (
+        None if re.search(r"[=<>:]|\\(?:in|le|ge|ne|not|n?eq|equiv|n?mid|text)", answer) else f"x = {answer}"
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-r"""How well and how fast answers are compared: spellings, differences, groups, and strings that want to break it.
+r"""How well and how fast answers are judged: spellings, differences, groups, and strings that want to break the judge.
 
     python benchmarks/bench_answers.py [--answers FILE] [--pairs 20000] [--hostile 100000]
 
@@ -8,6 +8,7 @@ there, and what needs it is left out where it is not. Prints one JSON object:
 spellings  share of (answer, respelling) pairs, weighted by the answer, that are equivalent; the failures by respelling
 different  share of random pairs of answers with different values that are told apart; the pairs that are not
 grouping   seconds for the classes of 128 questions x 16 answers, with and without what was learned before
+step       the same for 256 x 64, by one process and by two
 hostile    of N pairs: rate, slowest, comparisons that ran over the limit, memory of this process and of the workers
 """
 
@@ -33,12 +34,13 @@ from benchmarks.answer_cases import MARKER, hostile, variants
 from megatron_coreward.data.parquet import read_rows
 from megatron_coreward.rewards import latex, reading
 from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rewards.equivalence import AnswerEquivalence, _math_form, _read_form, _without_process
+from megatron_coreward.rewards.arithmetic import plain_value
+from megatron_coreward.rewards.equivalence import AnswerEquivalence, _without_process
 
 MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
 QUESTIONS, SAMPLES = 128, 16
 HOSTILE_TIMEOUT_S = 0.5
-START_SLACK_S = 60.0  # a new process on a crowded machine; the comparison's own promise is its limit plus this
+START_SLACK_S = 60.0  # a new process on a crowded machine; the judge's own promise is its limit plus this
 
 
 def spellings(answers: Sequence[str]) -> dict[str, Any]:
@@ -94,25 +96,50 @@ def _look(answer: str) -> str:
     return answer.replace(r"\dfrac", r"\frac").replace("dollars", "").rstrip(".")
 
 
+def _is_number(answer: str) -> bool:
+    value = reading.read(answer)
+    return isinstance(value, reading.Scalar) and plain_value(value.node) is not None
+
+
 def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share: float = 0.6) -> dict[str, Any]:
     """A step's worth of groups as rollouts make them: right answers in several spellings, and some wrong ones.
 
     With `right_share` 0 every answer of a group is another question's.
     """
     rng = random.Random(1)
-    pool = sorted({answer for answer in answers if not algebra_only or not _math_form(answer).plain})
+    pool = sorted({answer for answer in answers if not algebra_only or not _is_number(answer)})
     groups = []
     for right in rng.sample(pool, QUESTIONS):
         spelt = [right, *(respelt for _, respelt in variants(right))]
         wrong = rng.sample(pool, 4 if right_share else SAMPLES)
         draw = [rng.choice(spelt) if rng.random() < right_share else wrong[i % len(wrong)] for i in range(SAMPLES)]
         groups.append([None if rng.random() < 0.05 else answer for answer in draw])
-    for memory in (latex._clean, reading.read, reading._read, _read_form, _without_process):
+    return _timed(groups, 1)
+
+
+def step(answers: Sequence[str], *, algebra_only: bool = False) -> dict[str, Any]:
+    """The groups of a large step, 256 questions x 64 answers with 4 to 12 distinct ones, by one process and by two."""
+    rng = random.Random(1)
+    pool = sorted({answer for answer in answers if not algebra_only or not _is_number(answer)})
+    groups = []
+    for right in rng.sample(pool, 256):
+        number = rng.randint(4, 12)
+        spelt = [right, *(respelt for _, respelt in variants(right))][:3]
+        distinct = (spelt + rng.sample(pool, number))[:number]
+        groups.append([rng.choice(distinct) for _ in range(64)])
+    one, two = _timed(groups, 1), _timed(groups, 2)
+    return {"one_process": one, "two_processes": two, "speedup": one["cold_s"] / two["cold_s"]}
+
+
+def _timed(groups: Sequence[Sequence[str | None]], workers: int) -> dict[str, Any]:
+    """Seconds for the classes of all groups, from nothing (processes not started) and once more."""
+    for memory in (latex._clean, reading.read, reading._read, _without_process):
         memory.cache_clear()
-    with AnswerEquivalence("math", timeout_s=5.0, num_workers=1) as equivalence:
+    with AnswerEquivalence("math", timeout_s=5.0, num_workers=workers) as equivalence:
         seconds = []
         for _ in range(2):
             begin = time.perf_counter()
+            equivalence.compare(groups)
             classes = [equivalence.classes(group) for group in groups]
             seconds.append(time.perf_counter() - begin)
         return {
@@ -128,7 +155,7 @@ def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share:
 def hostile_run(count: int, workers: int = 2, seed: int = 0, timeout_s: float = HOSTILE_TIMEOUT_S) -> dict[str, Any]:
     """Extraction and comparison of `count` hostile pairs, by as many threads as there are worker processes.
 
-    Raises AssertionError if a comparison takes longer than it may, if an answer was executed, and if honest
+    Raises AssertionError where a comparison takes longer than it may, where an answer was executed, and where honest
     pairs are no longer answered.
     """
     here = getcwd()
@@ -226,6 +253,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
             result["grouping"] = grouping(answers)
             result["grouping_algebra_only"] = grouping(answers, algebra_only=True)
             result["grouping_all_different"] = grouping(answers, right_share=0)
+            result["step"] = step(answers)
+            result["step_algebra_only"] = step(answers, algebra_only=True)
     elif options.only != "hostile":
         result["left_out"] = f"{MATH} is not there: spellings, different and grouping need --answers"
     if "hostile" in wanted:

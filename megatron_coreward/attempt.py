@@ -26,15 +26,11 @@ from megatron_coreward.config.paths import expand_path
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.launch.scripts import CONFIG_VARIABLE
+from megatron_coreward.telemetry.untrusted_text import say
+from megatron_coreward.trainer.finish import is_trained, missing
 
 FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 _PR_SET_PDEATHSIG = 1
-
-
-def is_finished(config: RunConfig) -> bool:
-    """Whether all steps are done and the final model is written."""
-    steps = saved_steps(config.run_dir)
-    return bool(steps) and steps[-1] >= config.steps and (config.run_dir / "hf").is_dir()
 
 
 def _checkpoints(config: RunConfig) -> set[tuple[int, int]]:
@@ -48,14 +44,14 @@ def attempt(path: Path) -> int:
     try:
         config = load_config(path)
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", sys.stderr)
         return BAD_INPUT
-    if is_finished(config):
-        print(f"the run in {config.run_dir} is finished")
+    if is_trained(config) and not missing(config):
+        say(f"the run in {config.run_dir} is finished")
         return FINISHED
     before = _checkpoints(config)
     status = cli.main(["train", str(path)])
-    if is_finished(config):
+    if is_trained(config):
         return FINISHED
     progress = bool(_checkpoints(config) - before)
     if status == 0 or (status == FAILED and progress):
@@ -98,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             read_secrets(options.secret)
             status = attempt(path)
         except InputError as e:
-            print(f"error: {e}", file=sys.stderr)
+            say(f"error: {e}", sys.stderr)
             status = BAD_INPUT
     if options.status_file is not None:
         partial = options.status_file.with_suffix(".partial")

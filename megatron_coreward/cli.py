@@ -1,6 +1,7 @@
 """The command line: `megatron-coreward COMMAND`. Exit status 0 ok, 1 failed run, 2 bad input, 3 halted by its guard."""
 
 import argparse
+import os
 import signal
 import sys
 import traceback
@@ -23,7 +24,8 @@ from megatron_coreward.commands import (
     verify_sync,
 )
 from megatron_coreward.commands.arguments import Parser
-from megatron_coreward.errors import HaltedError, InputError, RunError
+from megatron_coreward.errors import HaltedError, InputError, RunError, environment_problem
+from megatron_coreward.telemetry.untrusted_text import say
 
 COMMANDS: tuple[ModuleType, ...] = (
     demo,
@@ -38,6 +40,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     verify_sync,
     convert,
 )
+_RUNS = ("train", "demo")  # the commands that train: of the others none says that a run has failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,27 +52,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if taken is None or any(argument.startswith("-") for argument in more):
             parser.error(f"unrecognized arguments: {' '.join(more)}")
         taken += more
+    what = "the run" if options.command in _RUNS else f"`{options.command}`"
     try:
         options.run(options)
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        say("; ".join(["interrupted", *getattr(e, "__notes__", [])]), sys.stderr)
         return 1
     except HaltedError as e:
-        print(f"the run is halted: {e}", file=sys.stderr)
+        say(f"the run is halted: {e}", sys.stderr)
         return 3
     except RunError as e:
-        print(f"the run failed: {e}", file=sys.stderr)
+        say(f"{what} failed: {e}", sys.stderr)
+        return 1
+    except BrokenPipeError:  # who read what is printed (`head`, a pager) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as e:
-        traceback.print_exc()
-        last_line = (str(e).strip().splitlines() or [""])[-1]
-        message = "; ".join([f"{type(e).__name__}: {last_line}", *getattr(e, "__notes__", [])])
-        print(f"the run failed: {message}", file=sys.stderr)
+        say(f"{what} failed: {_in_words(e)}", sys.stderr)
         return 1
     return 0
+
+
+def _in_words(error: Exception) -> str:
+    """One line about an error that nobody expected, with its traceback above unless it is plainly the machine's."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        line = environment_problem(error)
+    else:
+        say(traceback.format_exc().rstrip("\n"), sys.stderr)
+        line = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    return "; ".join([line, *getattr(error, "__notes__", [])])
 
 
 def console() -> NoReturn:
@@ -85,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="megatron-coreward", description="Co-rewarding: reinforcement learning for LLM reasoning without labels."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     for command in COMMANDS:
         command.add(commands)

@@ -18,6 +18,13 @@ def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path)
 
 
+def write_end(run_dir: Path) -> None:
+    """The files of a run that nothing is missing of."""
+    (run_dir / "hf").mkdir()
+    for name in ("hf/config.json", "hf/model.safetensors", "report.html"):
+        (run_dir / name).write_text("")
+
+
 def run(recipe: Path, monkeypatch: pytest.MonkeyPatch, status: int, reached: int, model: bool = False) -> int:
     """An attempt whose training writes a checkpoint of step `reached` (0: none) and returns `status`."""
     run_dir = recipe.parent / "Run_1"
@@ -27,7 +34,7 @@ def run(recipe: Path, monkeypatch: pytest.MonkeyPatch, status: int, reached: int
         if reached:
             checkpoint_path(run_dir, reached).mkdir(parents=True, exist_ok=True)
         if model:
-            (run_dir / "hf").mkdir()
+            write_end(run_dir)
         return status
 
     monkeypatch.setattr(cli, "main", train)
@@ -96,8 +103,8 @@ def test_the_status_is_written_and_an_old_one_goes(
 
 
 def test_the_recipe_may_come_from_the_environment(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("Run_1/checkpoints/step_000003", "Run_1/hf"):
-        (recipe.parent / name).mkdir(parents=True)
+    (recipe.parent / "Run_1/checkpoints/step_000003").mkdir(parents=True)
+    write_end(recipe.parent / "Run_1")
     monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
     assert attempt.main([]) == 2
     monkeypatch.setenv(CONFIG_VARIABLE, recipe.read_text())

@@ -22,7 +22,7 @@ cpu_backend.install()  # before megatron is first imported
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_coreward.actor import parallel  # noqa: E402
-from megatron_coreward.actor.export import export_hf  # noqa: E402
+from megatron_coreward.actor.export import export_hf, partial_directory  # noqa: E402
 from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
 from megatron_coreward.actor.hf_weights import load_hf, load_megatron, local_blocks, owned_blocks  # noqa: E402
 from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
@@ -50,6 +50,7 @@ from megatron_coreward.actor.state import HostMemory, begin_save, load_state  # 
 from megatron_coreward.actor.teacher import EmaTeacher, FrozenModel  # noqa: E402
 from megatron_coreward.actor.token_stats import Scores, VocabularyShard, score_tokens  # noqa: E402
 from megatron_coreward.actor.train_step import pack_loss  # noqa: E402
+from megatron_coreward.checkpoint.new_directory import removed_on_error  # noqa: E402
 from megatron_coreward.config.accelerator import RECIPES, token_alignment  # noqa: E402
 from megatron_coreward.config.architecture import read_architecture  # noqa: E402
 from megatron_coreward.telemetry.memory import DeviceMemory  # noqa: E402
@@ -333,7 +334,8 @@ class MegatronActor:
 
     def export_hf(self, weights: Weights, target: Path) -> None:
         """Writes a Hugging Face model directory, loadable with transformers."""
-        export_hf(self._modules(weights), self.arch, self.ranks, self.setup.hf_path, target)
+        with removed_on_error(partial_directory(target)):
+            export_hf(self._modules(weights), self.arch, self.ranks, self.setup.hf_path, target)
 
     def begin_save(self, target: Path) -> None:
         """Begins to write the training state of all ranks into `target`, an empty directory; training may go on.

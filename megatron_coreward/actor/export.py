@@ -41,7 +41,7 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, 
         dist.barrier()
         return
 
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_directory(target)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with closing(HfWriter(partial, shapes, dict.fromkeys(shapes, dtype), MAX_FILE_BYTES)) as writer:
@@ -67,3 +67,8 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, 
     os.replace(partial, target)
     shutil.rmtree(former, ignore_errors=True)
     dist.barrier()
+
+
+def partial_directory(target: Path) -> Path:
+    """Where a model is written until it is complete."""
+    return target.with_name(f".{target.name}.partial")

@@ -42,7 +42,7 @@ class Saving:
         filesystem_async._results_queue = queue.SimpleQueue()
         self._request = dist_checkpointing.save(state, str(target), async_sharded_save=True)
         self._hashes: FileHashes = {}
-        self._error: str | None = None
+        self._error: tuple[int | None, str] | None = None  # the system's number, and the text
         self._thread: threading.Thread | None = None
         if self._request.async_fn is None:  # nothing to write on this rank
             return
@@ -70,11 +70,13 @@ class Saving:
         """
         if self._thread is not None:
             self._thread.join()
-        errors: list[str | None] = [None] * dist.get_world_size()
+        errors: list[tuple[int | None, str] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, self._error)
         for rank, error in enumerate(errors):
             if error is not None:
-                raise OSError(f"actor rank {rank}: {error}")
+                number, what = error
+                text = f"actor rank {rank}: {what}"
+                raise OSError(text) if number is None else OSError(number, text)
         for complete in self._request.finalize_fns:
             complete()
         return self._hashes
@@ -95,7 +97,7 @@ class Saving:
                 self._hashes[path.name] = (os.path.getsize(path), hash_file(path))
             results.put(written)
         except Exception as error:
-            self._error = f"{type(error).__name__}: {error}"
+            self._error = getattr(error, "errno", None), f"{type(error).__name__}: {error}"
 
 
 def hash_file(path: Path) -> str:

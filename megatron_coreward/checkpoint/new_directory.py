@@ -1,6 +1,7 @@
 """A directory that appears whole or not at all."""
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -50,6 +51,22 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
         finally:
             _ignore_signals()
             shutil.rmtree(partial, ignore_errors=True)  # by now it has another name, or something went wrong
+
+
+@contextmanager
+def removed_on_error(partial: Path) -> Iterator[None]:
+    """A half-written directory goes when its writer fails, and a full disk is an OSError that names it.
+
+    safetensors (0.8) says it as an error of its own, with the system's number in its text.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(partial)) from error
+        raise
 
 
 def fsync_tree(folder: Path) -> None:

@@ -9,8 +9,11 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RaySystemError
 
 from megatron_coreward.cluster.ray_security import check_token_needed, keep_to_this_host
+from megatron_coreward.errors import RunError
+from megatron_coreward.rollout import sockets
 
 
 def start_ray(limit_s: float = 600.0) -> None:
@@ -47,11 +50,12 @@ def _init_ray() -> None:
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # workers are the run; at 15 any other process starves them
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        _join(os.environ["RAY_ADDRESS"])
         return
     keep_to_this_host()
     ray.init(
         address="local",
+        _temp_dir=str(sockets.ray_folder() / "ray"),
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -59,6 +63,14 @@ def _init_ray() -> None:
         object_store_memory=None if torch.cuda.is_available() else 2**30,
     )
     check_token_needed()
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(log_to_driver=False)
+    except (OSError, ValueError, RuntimeError, RaySystemError) as error:  # ConnectionError is an OSError
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"RAY_ADDRESS: the cluster at {address!r} cannot be joined: {reason}") from error
 
 
 def stop_ray() -> None:

@@ -13,11 +13,20 @@ from typing import Any, Literal
 
 import ray
 import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
+from megatron_coreward.cluster.memory_kill import memory_kill
 from megatron_coreward.cluster.preemption import StopRequest
 from megatron_coreward.config.schema import WatchdogSettings
-from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.errors import RunError, environment_problem
 from megatron_coreward.telemetry.process_log import ProcessLog
 
 Kind = Literal["actor rank", "engine", "worker"]
@@ -29,7 +38,7 @@ LESS_MEMORY = (
     "(less: actor.tokens_per_microbatch, rollout.gpu_memory_utilization; more: actor.recompute, "
     "actor.offload_optimizer, or another layout: `megatron-coreward plan` shows the bytes)"
 )
-_DEATHS = (RayActorError, ActorDiedError, ActorUnavailableError, WorkerCrashedError)
+_DEATHS = (RayActorError, ActorDiedError, ActorUnavailableError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
 
 
 class WorkerDied(RunError):
@@ -41,7 +50,10 @@ class WorkerDied(RunError):
         """
         lines = str(cause).strip().splitlines() or ["no reason given"]
         in_its_start = [number for number, line in enumerate(lines) if re.match(r'  File ".*, in ', line)]
-        if in_its_start:  # Ray gives the error of a constructor as the text of its traceback
+        killed = memory_kill(str(cause))
+        if killed is not None:
+            what = f"{killed}; {awaited} was awaited of it"
+        elif in_its_start:  # Ray gives the error of a constructor as the text of its traceback
             error = dropwhile(lambda line: line.startswith("  "), lines[in_its_start[-1] :])
             what = f"could not start: {' '.join(line.strip() for line in error)}"
         else:
@@ -156,7 +168,9 @@ class Watchdog:
                 except Exception:  # an error of its own, as when a partner fails: the first one is raised below
                     continue
             cause = getattr(error, "cause", None)
-            if isinstance(cause, (OSError, FloatingPointError)) and not isinstance(error, (InputError, RunError)):
+            if isinstance(cause, OSError):
+                raise RunError(f"{awaited}: {self._who([call])}: {environment_problem(cause)}") from error
+            if isinstance(cause, FloatingPointError) or type(cause) is RunError:
                 raise RunError(f"{awaited}: {self._who([call])}: {cause}") from error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise RunError(f"{awaited}: {self._who([call])}: {cause} {LESS_MEMORY}") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_coreward.commands.arguments import whole
 from megatron_coreward.errors import InputError, RunError
+from megatron_coreward.telemetry.untrusted_text import say
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -112,17 +113,17 @@ def _verify(options: argparse.Namespace) -> None:
     with _progress("verify", "tensors") as progress:
         found = verify(one, other, progress)
     for line in found.configs:
-        print(f"the configs differ: {line}")
+        say(f"the configs differ: {line}")
     for name, gap in found.different.items():
-        print(f"different: {name} (largest absolute difference {gap:.3e})")
+        say(f"different: {name} (largest absolute difference {gap:.3e})")
     for name in found.not_as_manifest:
-        print(f"not as its manifest says: {name}")
+        say(f"not as its manifest says: {name}")
     if not found.ok:
         raise RunError(
             f"{len(found.different)} of {found.tensors} tensors differ, {len(found.not_as_manifest)} are not as their "
             f"manifest says, {len(found.configs)} settings differ"
         )
     compared = "equal" if other is not None else "as the manifest says"
-    print(f"{found.tensors} tensors are {compared}; manifests checked: {found.manifests}")
+    say(f"{found.tensors} tensors are {compared}; manifests checked: {found.manifests}")
     if options.logits and other is not None:
         print(compare_logits(one, other))

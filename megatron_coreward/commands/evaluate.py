@@ -7,6 +7,7 @@ from typing import Any, get_args
 from megatron_coreward.commands.arguments import SEED, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
 from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerFormat, Equivalence
+from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
@@ -43,6 +44,9 @@ def _add_run(actions: Any) -> None:
         action="append",
         choices=get_args(AnswerFormat),
         help="where final answers stand, tried in the order given; default: boxed",
+    )
+    run.add_argument(
+        "--stop-at", action="append", metavar="TEXT", help="read no answer behind this text if one stands before it"
     )
     add_engine_options(run)
     run.add_argument("--batch-questions", type=whole(1), default=64, help="what an interruption can lose")
@@ -115,7 +119,11 @@ def _run(options: argparse.Namespace) -> None:
                 seed=options.seed,
                 dtype=options.dtype,
             ),
-            GradingSettings(options.equivalence, tuple(options.answer_format or ("boxed",))),
+            GradingSettings(
+                options.equivalence,
+                tuple(options.answer_format or ("boxed",)),
+                stop_at=tuple(options.stop_at or ()),
+            ),
             chosen_engines(options, batch_questions=options.batch_questions),
             system_prompt=None if options.keep_system_prompt else options.system_prompt,
             thinking=options.thinking,
@@ -152,7 +160,7 @@ def _lm_eval(options: argparse.Namespace) -> None:
             include_path=options.include_path,
         )
     for task, metrics in results.items():
-        print(task, *(f"{metric} {value:.4f}" for metric, value in metrics.items()), sep="  ")
+        say("  ".join([task, *(f"{metric} {value:.4f}" for metric, value in metrics.items())]))
 
 
 def _show(table: Any) -> None:

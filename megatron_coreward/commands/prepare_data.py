@@ -7,6 +7,7 @@ from typing import Any, get_args
 from megatron_coreward.commands.arguments import whole
 from megatron_coreward.config.schema import SYSTEM_PROMPT
 from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
@@ -83,12 +84,12 @@ def _prepare(options: argparse.Namespace) -> None:
     if options.json:
         print(summary.to_json())
         return
-    print(f"{target}: {summary.rows} questions, {summary.duplicates} of them repeat an earlier one")
+    say(f"{target}: {summary.rows} questions, {summary.duplicates} of them repeat an earlier one")
     for unit, lengths in (("characters", summary.characters), ("tokens", summary.tokens)):
         if lengths is not None:
-            print(f"  {unit}: {lengths.least} to {lengths.most}, median {lengths.median}, 99% up to {lengths.p99}")
-    print("  answers: " + ", ".join(f"{count} {name}" for name, count in summary.answer_types.items()))
+            say(f"  {unit}: {lengths.least} to {lengths.most}, median {lengths.median}, 99% up to {lengths.p99}")
+    say("  answers: " + ", ".join(f"{count} {name}" for name, count in summary.answer_types.items()))
     if summary.skipped:
-        print(f"  left out: {len(summary.skipped)} rows", *summary.skipped, sep="\n    ")
+        say("\n    ".join([f"  left out: {len(summary.skipped)} rows", *summary.skipped]))
     for file, count in summary.overlaps.items():
-        print(f"  questions that {file} has too: {count}")
+        say(f"  questions that {file} has too: {count}")

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_coreward.commands.arguments import SEED, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
 from megatron_coreward.data.rewriting_prompts import PROMPTS
+from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
@@ -78,8 +79,8 @@ def _rephrase(options: argparse.Namespace) -> None:
             dtype=options.dtype,
             on_progress=progress,
         )
-    print(f"{report.written} of {report.rows} questions rewritten with {report.replies} replies")
+    say(f"{report.written} of {report.rows} questions rewritten with {report.replies} replies")
     for name, counts in (("replies refused", report.refused_replies), ("checks failed", report.failed_checks)):
         if counts:
-            print(f"  {name}: " + ", ".join(f"{count} {why}" for why, count in counts.items()))
-    print(f"report: {options.out.with_name(f'{options.out.stem}.report.html')}")
+            say(f"  {name}: " + ", ".join(f"{count} {why}" for why, count in counts.items()))
+    say(f"report: {options.out.with_name(f'{options.out.stem}.report.html')}")

@@ -6,10 +6,14 @@ from typing import Any, get_args
 
 from megatron_coreward.config.schema import Equivalence
 from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
-    report = commands.add_parser("report", help="one page of a run: curves, alarms, where the time goes, its samples")
+    report = commands.add_parser(
+        "report",
+        help="one page of a run: curves, alarms, where the time goes, its samples; brings to trackers what they missed",
+    )
     report.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, help="the page (default: report.html in the run directory)")
     report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most")
@@ -34,19 +38,22 @@ def add(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from megatron_coreward.report.missed import bring_to_trackers
     from megatron_coreward.report.report import write_report
     from megatron_coreward.report.samples import Limits
 
     for name in ("steps", "questions"):
         if getattr(options, name) < 0:
             raise InputError(f"--{name}: found {getattr(options, name)}; allowed: 0 or more")
-    print(write_report(options.run_dir, options.out, Limits(options.steps, options.questions)))
+    say(str(write_report(options.run_dir, options.out, Limits(options.steps, options.questions))))
+    for line in bring_to_trackers(options.run_dir):
+        say(line)
 
 
 def _compare(options: argparse.Namespace) -> None:
     from megatron_coreward.report.compare import write_comparison
 
-    print(write_comparison(options.run_dirs, options.out))
+    say(str(write_comparison(options.run_dirs, options.out)))
 
 
 def _replay(options: argparse.Namespace) -> None:
@@ -56,14 +63,14 @@ def _replay(options: argparse.Namespace) -> None:
 
     record, steps = load_record(options.run_dir), _steps(options.steps)
     if options.equivalence is not None:
-        print(
+        say(
             "\n".join(
                 counterfactual_summary(record, options.equivalence, counterfactual(record, options.equivalence, steps))
             )
         )
         return
     result = replay(record, steps)
-    print("\n".join(summary(record, result)))
+    say("\n".join(summary(record, result)))
     if not result.equal:
         raise SystemExit(1)
 

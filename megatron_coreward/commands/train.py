@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_coreward.telemetry.untrusted_text import say
+
 
 def add(commands: Any) -> None:
     train = commands.add_parser("train", help="train from a config file")
@@ -35,6 +37,6 @@ def _train(options: argparse.Namespace) -> None:
     from megatron_coreward.trainer.run import train
 
     try:
-        print(f"done: {train(config, arch)}")
+        say(f"done: {train(config, arch)}")
     except Preempted as request:  # it did what it was asked to do: status 0
-        print(request)
+        say(str(request))

@@ -78,6 +78,9 @@ class DataSettings(Component):
     """System prompt of every question, in place of the one in the files; null keeps the files' own."""
     thinking: bool | None = None
     """The chat template's enable_thinking, for models that have the switch (Qwen3); null: the template's default."""
+    control_tokens: Literal["text", "special"] = "text"
+    """What the text of one of the chat template's control tokens is within a message: text, so that no question can end
+    its own message, or special, for data that is rendered already."""
     shuffle: bool = True
     """Whether each epoch sees the questions in a new order; false keeps the order of the files."""
 
@@ -175,6 +178,9 @@ class RolloutSettings(Component):
     """Sampling temperature of policy and teacher; the actors compute log-probs at the same temperature."""
     max_response_tokens: Positive = 3072
     """Longest response in tokens; a longer one is cut off there."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings at which an engine ends a response; the tokens of the string are part of it. With any, engines decode
+    text token by token, which is slower."""
     max_num_seqs: Positive = 256
     """Most sequences that an engine decodes at once."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
@@ -215,8 +221,14 @@ class RewardSettings(Component):
     min_margin: Fraction = 0.0
     """Least margin of a vote, as a share of the rollouts, over the runner-up. A vote with a smaller one abstains: its
     question has no label and no reward."""
+    stop_at: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that begin a follow-up which nobody asked for, such as "Question:". What a response says after the first
+    of them that has an answer before it is not read."""
     comparison_timeout_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds that one comparison of two answers may take if equivalence is math; then they count as different."""
+    """Seconds of processor time that one comparison of two answers may take if equivalence is math; then they count as
+    different."""
+    comparison_workers: Positive | None = None
+    """Processes that compare answers if equivalence is math; null: one per core of the driver's machine."""
 
 
 class LossSettings(Component):
@@ -303,6 +315,9 @@ class CheckpointSettings(Component):
     """Steps between checkpoints; 0: only at the end."""
     resume: Literal["auto", "never"] = "auto"
     """auto: a run goes on from the newest checkpoint of run_dir; never: a run_dir with checkpoints is refused."""
+    changed_inputs: Literal["refuse", "accept"] = "refuse"
+    """What happens if data or model files were replaced since the checkpoint that is resumed: refuse names them, accept
+    goes on and names them in events.log. Files are compared by content; validation files are only noted."""
     keep: Positive = 3
     """Newest checkpoints that are kept; older ones are removed."""
     best_metric: str | None = None

@@ -11,17 +11,15 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from megatron_coreward.config import accelerator
+from megatron_coreward.config import accelerator, layout_rules
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.config.schema import (
     REPHRASED_METHODS,
     TEACHER_METHODS,
     TWO_VIEW_METHODS,
-    ActorSettings,
     RunConfig,
     ValidationSettings,
 )
-from megatron_coreward.config.stages import divide_layers
 from megatron_coreward.errors import InputError
 
 # Mean gap of log-probs between engine and actor that rounding alone may make; a limit below it refuses every sync.
@@ -47,69 +45,17 @@ def validate(config: RunConfig) -> Architecture:
 
 def model_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
     """What the model cannot do under this config."""
-    yield from _layout(config, arch)
-    yield from _rollout(config, arch)
+    a = config.actor
+    yield from layout_rules.actor_problems(a, arch)
+    if arch.experts is not None and a.tensor_parallel > 1 and not a.sequence_parallel:
+        yield "actor.sequence_parallel: Megatron needs true for a mixture of experts under tensor parallelism"
+    yield from layout_rules.engine_problems(arch, config.rollout.tensor_parallel)
+    yield from _length(config, arch)
     yield from accelerator.model_problems(config, arch)
 
 
-def _divides(what: str, number: int, key: str, divisor: int) -> Iterator[str]:
-    if number % divisor:
-        fits = [d for d in range(1, number + 1) if number % d == 0]
-        yield f"{key}: {divisor} does not divide {what} ({number}); allowed: {', '.join(map(str, fits[:12]))}"
-
-
-def _layout(config: RunConfig, arch: Architecture) -> Iterator[str]:
-    a = config.actor
-    tp = a.tensor_parallel
-    yield from _divides("the model's attention heads", arch.num_heads, "actor.tensor_parallel", tp)
-    if arch.num_kv_heads % tp and tp % arch.num_kv_heads:
-        yield (
-            f"actor.tensor_parallel: {tp} is neither a divisor nor a multiple of the model's key/value heads "
-            f"({arch.num_kv_heads})"
-        )
-    fused_rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
-    yield from _divides("the rows of the model's fused QKV", fused_rows, "actor.tensor_parallel", tp)
-    yield from _stages(a, arch.num_layers)
-    if arch.experts is None:
-        yield from _divides("the model's feed-forward size", arch.ffn_size, "actor.tensor_parallel", tp)
-        if a.expert_parallel > 1:
-            yield f"actor.expert_parallel: {a.expert_parallel} for a model without experts; allowed: 1"
-        if a.expert_tensor_parallel is not None:
-            yield f"actor.expert_tensor_parallel: {a.expert_tensor_parallel} for a model without experts; allowed: null"
-        return
-    expert_tp = tp if a.expert_tensor_parallel is None else a.expert_tensor_parallel
-    yield from _divides("the model's experts", arch.experts.num, "actor.expert_parallel", a.expert_parallel)
-    yield from _divides(
-        "an expert's feed-forward size", arch.experts.ffn_size, "actor.expert_tensor_parallel", expert_tp
-    )
-    ranks = tp * a.context_parallel * a.data_parallel
-    yield from _divides(
-        "the ranks of a pipeline stage, tensor x context x data parallel",
-        ranks,
-        "actor.expert_parallel x actor.expert_tensor_parallel",
-        a.expert_parallel * expert_tp,
-    )
-    if tp > 1 and not a.sequence_parallel:
-        yield "actor.sequence_parallel: Megatron needs true for a mixture of experts under tensor parallelism"
-
-
-def _stages(a: ActorSettings, num_layers: int) -> Iterator[str]:
-    try:
-        sizes = divide_layers(num_layers, a.pipeline_parallel, a.first_stage_layers, a.last_stage_layers)
-    except InputError as error:
-        yield str(error)
-        return
-    if any(size % a.virtual_pipeline for size in sizes):
-        yield (
-            f"actor.virtual_pipeline: {a.virtual_pipeline} does not divide the layers of every pipeline stage "
-            f"({', '.join(map(str, sorted(set(sizes))))})"
-        )
-
-
-def _rollout(config: RunConfig, arch: Architecture) -> Iterator[str]:
-    r = config.rollout
-    yield from _divides("the model's attention heads", arch.num_heads, "rollout.tensor_parallel", r.tensor_parallel)
-    longest = config.data.max_prompt_tokens + r.max_response_tokens
+def _length(config: RunConfig, arch: Architecture) -> Iterator[str]:
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > arch.max_position:
         yield (
             f"data.max_prompt_tokens + rollout.max_response_tokens: {longest} tokens, the model has positions for "
@@ -129,11 +75,7 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
     if best is not None and best.startswith("val") and best.rpartition("/")[2] not in scores:
         allowed = ", ".join(f"val/{score}" for score in scores)
         yield f"checkpoint.best_metric: found {best!r}, which no validation has; allowed: {allowed}"
-    if a.virtual_pipeline > 1 and a.pipeline_parallel == 1:
-        yield f"actor.virtual_pipeline: {a.virtual_pipeline} needs actor.pipeline_parallel of 2 or more, found 1"
-    for key in ("first_stage_layers", "last_stage_layers"):
-        if a.pipeline_parallel == 1 and getattr(a, key) is not None:
-            yield f"actor.{key}: {getattr(a, key)} needs actor.pipeline_parallel of 2 or more, found 1"
+    yield from layout_rules.pipeline_problems(a)
     if a.sequence_parallel and a.tensor_parallel == 1:
         yield "actor.sequence_parallel: true needs actor.tensor_parallel of 2 or more, found 1"
     longest = config.data.max_prompt_tokens + r.max_response_tokens

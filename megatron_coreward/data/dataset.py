@@ -40,19 +40,18 @@ class ProblemSet(Sequence[Problem]):
     def __iter__(self) -> Iterator[Problem]:
         return iter(self.problems)
 
-    def with_ground_truth(self, missing: Literal["error", "drop", "keep"], where: str) -> "ProblemSet":
-        """What is used where ground truths are read; `where` names the files' key and who reads them.
+    def with_ground_truth(self, missing: Literal["error", "drop", "keep"], complaint: str) -> "ProblemSet":
+        """What is used where ground truths are read.
 
-        Raises InputError for problems without one, unless they are to be dropped (and some are left) or kept.
+        Raises InputError for problems without one, beginning with `complaint`, unless they are to be dropped (and some
+        are left) or kept.
         """
         if missing == "keep" or not self.num_without_ground_truth:
             return self
         answered = tuple(problem for problem in self.problems if problem.ground_truth is not None)
         if missing == "error" or not answered:
-            raise InputError(
-                f"{where} needs reward_model.ground_truth, and {self.num_without_ground_truth} of {len(self)} questions "
-                "have none; allowed: data.missing_gold=drop with questions left, or data.missing_gold=keep"
-            )
+            ways = "data.missing_gold=keep" if not answered else "data.missing_gold of drop or keep"
+            raise InputError(f"{complaint}; allowed: a ground truth each, or {ways}")
         longest = max(len(prompt.token_ids) for problem in answered for prompt in problem.prompts.values())
         return replace(
             self,
@@ -61,6 +60,17 @@ class ProblemSet(Sequence[Problem]):
             longest_prompt=longest,
             num_unanswered=self.num_without_ground_truth,
         )
+
+    def missing_in_training(self, method: str) -> str:
+        """The complaint about training questions, for a method that reads ground truths."""
+        return (
+            f"data.train_files: method {method} needs reward_model.ground_truth, and "
+            f"{self.num_without_ground_truth} of {len(self)} questions have none"
+        )
+
+    def missing_in_validation(self, file: Path) -> str:
+        """The complaint about the validation questions of a file."""
+        return f"data.val_files: {self.num_without_ground_truth} questions have no reward_model.ground_truth ({file})"
 
     def first(self, limit: int | None) -> "ProblemSet":
         """The first so many problems; None: all."""
@@ -107,12 +117,14 @@ def load_problems(
     over_length: Literal["error", "drop"] = "error",
     unpaired: Literal["error", "drop"] = "error",
     thinking: bool | None = None,
+    control_tokens: Literal["text", "special"] = "text",
 ) -> ProblemSet:
     """Reads, pairs, renders and tokenises; without rephrased files each problem has the original view only.
 
     `system_prompt` replaces the files' own, None keeps theirs, an empty string removes them. A problem that is over
     `max_prompt_tokens` in one view is dropped in both. `unpaired`: what becomes of questions without a rephrasing and
-    rephrasings without a question. A file of pairs may be given as both. `thinking`: see `build_prompts`.
+    rephrasings without a question. A file of pairs may be given as both. `thinking` and
+    `control_tokens`: see `build_prompts`.
 
     Raises InputError for every fault of the files (see `parquet.read_rows`), a pair without partner, an index that
     two files share, and prompts over the limit unless they are to be dropped (or all would be).
@@ -136,7 +148,7 @@ def load_problems(
 
     placed = [rows[uid] for uid in originals for rows in views.values()]
     conversations = [with_system_prompt(place.row.messages, system_prompt) for place in placed]
-    prompts = build_prompts(tokenizer, conversations, thinking)
+    prompts = build_prompts(tokenizer, conversations, thinking, control_tokens)
     too_long = [
         (len(prompt.token_ids), place)
         for prompt, place in zip(prompts, placed, strict=True)

@@ -165,12 +165,13 @@ def _pair_cells(file: Path, view: View) -> Iterator[tuple[Any, Any, Any, Any]]:
         fields = {own[field.name]: field for field in parquet.schema_arrow if field.name in own}
         _check_messages(file, PAIRS[view], fields["prompt"].type)
         for name, allowed in (("index", "integer or string"), ("ground_truth", "string or integer")):
-            if name in fields and not (_is_text(fields[name].type) or _is_integer(fields[name].type)):
-                raise _bad(file, fields[name].name, f"type {fields[name].type}", allowed)
+            kind = fields[name].type if name in fields else pa.null()
+            if not (_is_text(kind) or _is_integer(kind) or (name == "ground_truth" and pa.types.is_null(kind))):
+                raise _bad(file, fields[name].name, f"type {kind}", allowed)
         for batch in parquet.iter_batches(BATCH_ROWS, columns=list(own)):
             for row in batch.to_pylist():
-                gold = {"ground_truth": row.get("solution")}
-                yield row[PAIRS[view]], PAIRS_SOURCE, {"index": row["idx"]}, gold
+                answer = {"ground_truth": row.get("solution")}
+                yield row[PAIRS[view]], PAIRS_SOURCE, {"index": row["idx"]}, answer
 
 
 def _check_messages(file: Path, column: str, prompt: pa.DataType) -> None:

@@ -2,13 +2,18 @@
 
 A prompt is a pure function of the conversation and the tokenizer files, so a resumed run sees the same tokens on any
 day; the token ids, not the text, are what the policy and the rollout engines both get.
+
+Control tokens (`<|im_end|>`, `<|eot_id|>`, ...) are the template's alone. A message that holds the text of one, by
+which a question could end its own message and write the assistant's, gets the tokens of that text and not the control
+token (`control_tokens`; `special` is for data that is rendered already).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from megatron_coreward.data import control_tokens as control
 from megatron_coreward.data.parquet import Message
 from megatron_coreward.errors import InputError
 from megatron_coreward.types import Prompt
@@ -29,8 +34,14 @@ class Tokenizer(Protocol):
     ) -> list[str]:
         """The text of each conversation (with `tokenize=False`)."""
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]:
-        """The tokens of each text under the key `input_ids`."""
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """Id to added token, which has its text as `content`, and `special` where it is one for control."""
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> Mapping[str, list[list[int]]]:
+        """The tokens of each text under the key `input_ids`; with `split_special_tokens` none is a control token."""
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
@@ -42,7 +53,10 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
 
 
 def build_prompts(
-    tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], thinking: bool | None = None
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    thinking: bool | None = None,
+    control_tokens: Literal["text", "special"] = "text",
 ) -> list[Prompt]:
     """Renders and tokenises conversations in one batch, each up to where the assistant's answer starts.
 
@@ -51,16 +65,41 @@ def build_prompts(
     puts around a text (such as Llama's begin-of-text).
 
     `thinking` is what a template of a model with a thinking mode calls `enable_thinking` (Qwen3's); None leaves it to
-    the template. Others do not read it.
+    the template. Others do not read it. `control_tokens` says what the text of a control token within a message is.
 
     Raises InputError where the template refuses a conversation, as some do with system messages.
     """
+    ids = control.control_ids(tokenizer.added_tokens_decoder) if control_tokens == "text" else {}
+    messages = [list(conversation) for conversation in conversations]
+    masks = control.Masks(ids, [message["content"] for conversation in messages for message in conversation])
+    masked = [[Message(role=m["role"], content=masks.hide(m["content"])) for m in one] for one in messages]
     if tokenizer.chat_template is None:
-        texts = ["".join(f"{message['content']}\n\n" for message in messages) for messages in conversations]
+        texts = ["".join(f"{message['content']}\n\n" for message in conversation) for conversation in masked]
     else:
-        texts = _render(tokenizer, [list(messages) for messages in conversations], thinking)
-    tokens = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
-    return [Prompt(text, np.array(ids, dtype=np.int32)) for text, ids in zip(texts, tokens, strict=True)]
+        texts = _render(tokenizer, masked, thinking)
+    add = tokenizer.chat_template is None
+    tokens = [*tokenizer([masks.show(text) for text in texts], add_special_tokens=add)["input_ids"]]
+    for place, text in enumerate(texts):
+        if masks.used_in(text):
+            tokens[place] = _with_control_tokens_as_text(tokenizer, masks.split(text), add)
+    return [
+        Prompt(masks.show(text), np.array(token_ids, dtype=np.int32))
+        for text, token_ids in zip(texts, tokens, strict=True)
+    ]
+
+
+def _with_control_tokens_as_text(
+    tokenizer: Tokenizer, parts: Sequence[str | int], add_special_tokens: bool
+) -> list[int]:
+    """The tokens of a text that is cut at the template's control tokens, as a tokenizer itself cuts it."""
+    tokens: list[int] = []
+    for part in parts:
+        if isinstance(part, int):
+            tokens.append(part)
+        elif part:
+            (own,) = tokenizer([part], add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+            tokens += own
+    return tokens
 
 
 def _render(tokenizer: Tokenizer, conversations: list[list[Message]], thinking: bool | None) -> list[str]:

@@ -37,7 +37,10 @@ _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _FIGURE = re.compile(r"\[asy\].*?(?:\[/asy\]|\Z)", re.DOTALL)
 _FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$]*\$|\\\[.*?\\\]|\\\(.*?\\\)|\[asy\].*?\[/asy\]", re.DOTALL)
 # "The answer is in the form a/b" says how to answer, not what.
-_ASKED_FORM = r"(?!\s+(?:\w+\s+){0,2}(?:in|of)\s+(?:the|a|an|this|its)\s+(?:\w+\s+){0,2}form\b)"
+_ASKED_FORM = (
+    r"(?!\s+(?:(?:to|be|always|then|expressed|given|written|stated|required|wanted|left)\s+){0,3}"
+    r"(?:in|of)\s+(?:the|a|an|this|its)\s+(?:[a-z]+\s+){0,2}form\b)"
+)
 _ANSWER = re.compile(
     rf"\\boxed|\bthe (?:final )?answer is\b{_ASKED_FORM}|</?rewritten>|### RESULT_(?:START|END)", re.IGNORECASE
 )

@@ -90,6 +90,7 @@ class GradingSettings:
     equivalence: Relation = "math"
     answer_formats: tuple[AnswerFormat, ...] = ("boxed",)
     timeout_s: float = 5.0
+    stop_at: tuple[str, ...] = ()  # see rewards.stop_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,15 +298,24 @@ def grade_samples(
 ) -> EvaluationResult:
     """The result of a log that has all the questions."""
     with AnswerEquivalence(grading.equivalence, grading.timeout_s) as equivalence:
+        equivalence.compare([(*_answers(job_log[problem.uid], grading), problem.ground_truth) for problem in problems])
         questions = tuple(_scored(problem, job_log[problem.uid], grading, equivalence) for problem in problems)
     return EvaluationResult(name, identity, asdict(grading), questions)
 
 
+def _answers(item: Item, grading: GradingSettings) -> tuple[str | None, ...]:
+    return tuple(_answer(sample, grading) for sample in item["samples"])
+
+
+def _answer(sample: Mapping[str, Any], grading: GradingSettings) -> str | None:
+    return extract_answer(sample["text"], grading.answer_formats, grading.stop_at)
+
+
 def _scored(problem: Problem, item: Item, grading: GradingSettings, equivalence: AnswerEquivalence) -> QuestionResult:
-    answers = tuple(extract_answer(sample["text"], grading.answer_formats) for sample in item["samples"])
+    answers = _answers(item, grading)
     graded = score_answers(answers, problem.ground_truth, equivalence)
     likeliest = item["greedy"]
-    greedy = None if likeliest is None else extract_answer(likeliest["text"], grading.answer_formats)
+    greedy = None if likeliest is None else _answer(likeliest, grading)
     return QuestionResult(
         uid=problem.uid,
         source=problem.source,

@@ -266,7 +266,9 @@ class RewritingJob:
             seeds += [request_seed(self.settings.seed, which, row.uid, "rephrased", "teacher") for which, _ in own]
         if not asked:
             return
-        answers = iter(self._answers(engines, conversations, seeds))
+        drawn = self._answers(engines, conversations, seeds)
+        self._equivalence.compare([group for group in drawn if group is not None])
+        answers = iter(drawn)
         for row, item in asked:
             original = known[row.uid][0] if row.uid in known else self._label(next(answers))
             answered = next(answers)

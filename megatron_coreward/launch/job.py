@@ -3,15 +3,17 @@
 import hashlib
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from megatron_coreward.config.accelerator import gpu_problems
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import setting_problems
 from megatron_coreward.errors import InputError
 from megatron_coreward.launch.settings import time_limit
+from megatron_coreward.planner.hardware import GPUS
 
 # One rule for all backends, that of the strictest: a label of Kubernetes begins with a letter, and KubeRay takes names
 # of RayJobs up to 47 characters, to which it adds its own. Ours end with `SUFFIX` there.
@@ -106,6 +108,19 @@ def _room_problems(config: RunConfig, nodes: int, gpus_per_node: int) -> list[st
             "engine that shares the GPUs of actor ranks would be on two nodes"
         )
     return problems
+
+
+def check_gpu(config: RunConfig, settings: Mapping[str, str | None]) -> None:
+    """Args:
+        settings: keys of a cluster's file that may name its GPUs, such as `A100-80GB`, and what they say.
+
+    Raises:
+        InputError: the run asks for what a GPU that is named there does not have.
+    """
+    for key, text in settings.items():
+        for gpu in (gpu for name, gpu in GPUS.items() if name in (text or "").lower()):
+            if problems := list(gpu_problems(config, gpu.capability)):
+                raise InputError("\n".join(f"{problem} ({key}: {text})" for problem in problems))
 
 
 def is_inside(path: PurePosixPath, folders: Iterable[str]) -> bool:

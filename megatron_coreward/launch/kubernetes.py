@@ -20,7 +20,7 @@ import yaml
 
 from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.launch import scripts
-from megatron_coreward.launch.job import SUFFIX, Job, is_inside
+from megatron_coreward.launch.job import SUFFIX, Job, check_gpu, is_inside
 from megatron_coreward.launch.settings import KubernetesCluster, seconds
 from megatron_coreward.launch.supervise import Outcome, exit_outcome
 
@@ -53,6 +53,7 @@ class Kubernetes:
                 f"run_dir: {run_dir} is in no claim, and would be lost with its pod; allowed: a path under "
                 f"{', '.join(cluster.claims.values())}"
             )
+        check_gpu(job.config, {f"node_selector.{key}": value for key, value in cluster.node_selector.items()})
         self.job, self.cluster = job, cluster
         if len(set(cluster.claims.values())) < len(cluster.claims):
             raise InputError(f"claims: two are mounted in one place; found {', '.join(cluster.claims.values())}")

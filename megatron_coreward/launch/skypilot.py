@@ -16,7 +16,7 @@ import yaml
 
 from megatron_coreward.errors import InputError
 from megatron_coreward.launch import scripts
-from megatron_coreward.launch.job import Job, is_inside
+from megatron_coreward.launch.job import Job, check_gpu, is_inside
 from megatron_coreward.launch.settings import SkyPilotCluster
 from megatron_coreward.launch.supervise import Outcome, exit_outcome
 
@@ -41,6 +41,7 @@ class SkyPilot:
                 f"run_dir: {job.config.run_dir} is in no storage, and would be lost with its machine; allowed: a path "
                 f"under {', '.join(cluster.storage)}"
             )
+        check_gpu(job.config, {"gpus": cluster.gpus})
         self.job, self.cluster = job, cluster
         self.files = {
             scripts.CONFIG: job.config_text,

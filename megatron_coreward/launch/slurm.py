@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.launch import scripts
-from megatron_coreward.launch.job import Job, is_inside
+from megatron_coreward.launch.job import Job, check_gpu, is_inside
 from megatron_coreward.launch.settings import SlurmCluster
 from megatron_coreward.launch.slurm_options import check_options
 from megatron_coreward.launch.supervise import Outcome, exit_outcome
@@ -41,6 +41,7 @@ class Slurm:
 
     def __init__(self, job: Job, cluster: SlurmCluster) -> None:
         check_options(cluster, job.time)
+        check_gpu(job.config, {"constraint": cluster.constraint, "sbatch.gres": cluster.sbatch.get("gres")})
         self.job, self.cluster = job, cluster
         directory = PurePosixPath(job.config.run_dir.resolve()) / "launch"
         if cluster.job_dir is not None:

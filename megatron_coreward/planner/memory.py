@@ -15,11 +15,12 @@ from math import prod
 
 from megatron_coreward.config.accelerator import RECIPES
 from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.config.layout_rules import VLLM_VOCAB_MULTIPLE
 from megatron_coreward.config.schema import TEACHER_METHODS, ActorSettings, RunConfig
 from megatron_coreward.planner.hardware import GIB, Assumptions, Gpu
 from megatron_coreward.planner.parameters import layer_shapes, stage_parameters
 from megatron_coreward.weights.buckets import ITEM_BYTES
-from megatron_coreward.weights.layouts import VLLM_VOCAB_MULTIPLE, ActorLayout, EngineLayout
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.mapping import hf_tensors
 
 MOMENT_BYTES, MAIN_BYTES, TEACHER_BYTES, GRADIENT_BYTES = 8, 4, 8, 4  # an element

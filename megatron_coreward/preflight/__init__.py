@@ -10,6 +10,7 @@ whatever the others found, as far as it can; the message has all problems, one a
 | `model` | are weights and tokenizer whole, do they belong together, can the engine run them? |
 | `prompts` | do the questions pair, render and fit? |
 | `machine` | are there devices, memory and disk for it? |
+| `ray_address` | does the cluster that is to be joined answer? |
 | `resume` | is this the run that the run directory holds? |
 """
 
@@ -18,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import file_problems, model_problems, setting_problems
-from megatron_coreward.errors import InputError
-from megatron_coreward.preflight import machine, model, packages, prompts, resume
+from megatron_coreward.errors import InputError, environment_problem
+from megatron_coreward.preflight import machine, model, packages, prompts, ray_address, resume
 
 
 def preflight(config: RunConfig) -> Architecture:
@@ -28,23 +29,37 @@ def preflight(config: RunConfig) -> Architecture:
     Raises:
         InputError: every problem found, one a line.
     """
-    problems = [*setting_problems(config), *file_problems(config), *packages.problems(config)]
+    problems = [*_found(setting_problems(config), file_problems(config), packages.problems(config))]
     arch: Architecture | None = None
     try:
         arch = read_architecture(config.model.hf_path)
     except InputError as error:
         problems.insert(0, f"model.hf_path: {error}")
+    except OSError as error:
+        problems.insert(0, f"model.hf_path: {environment_problem(error, config.model.hf_path)}")
     if arch is not None:
-        problems += model_problems(config, arch)
-        problems += _new_keys(problems, model.layout_problems(config, arch))
-        problems += model.weight_problems(config, arch)
-    problems += model.tokenizer_problems(config, arch)
-    problems += prompts.problems(config)
-    problems += machine.problems(config, arch)
-    problems += resume.problems(config)
+        problems += _found(model_problems(config, arch))
+        problems += _new_keys(problems, _found(model.layout_problems(config, arch)))
+        problems += _found(model.weight_problems(config, arch))
+    problems += _found(
+        model.tokenizer_problems(config, arch),
+        prompts.problems(config),
+        machine.problems(config, arch),
+        ray_address.problems(),
+        resume.problems(config),
+    )
     if problems or arch is None:
         raise InputError("\n".join(dict.fromkeys(problems)))
     return arch
+
+
+def _found(*checks: Iterable[str]) -> Iterator[str]:
+    """The problems of checks; what the file system says against one of them is a problem, too, and ends that one."""
+    for check in checks:
+        try:
+            yield from check
+        except OSError as error:
+            yield environment_problem(error)
 
 
 def _new_keys(known: list[str], found: Iterable[str]) -> Iterator[str]:

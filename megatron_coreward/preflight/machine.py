@@ -9,8 +9,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from megatron_coreward.config.accelerator import GpuSupport, machine_problems, parse_version
 from megatron_coreward.config.architecture import Architecture
@@ -18,28 +19,31 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.preflight.memory import gpu_problems, host_problems, parameters
 from megatron_coreward.preflight.packages import installed
 from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.rollout import sockets
 from megatron_coreward.weights.buckets import SegmentLayout
 from megatron_coreward.weights.route import tensors_to_send
 from megatron_coreward.weights.segment import remove_orphans
 
 SHARED_MEMORY = Path("/dev/shm")
 # What a run writes into its directory: a link there would lead its writes, and the removal of checkpoints, elsewhere.
-OWN_NAMES = (
-    "checkpoints",
-    "config.yaml",
-    "events.log",
-    "hf",
-    "labels.jsonl",
-    "lock",
-    "logs",
-    "metrics.jsonl",
-    "report.html",
-    "rollbacks.jsonl",
-    "rollouts",
-    "tensorboard",
-    "wandb",
-    "wandb_id",
-)
+# Something of another kind in the place of one ends the run late, but for those that it can do without (None).
+OWN_NAMES: Mapping[str, Literal["file", "directory"] | None] = {
+    "checkpoints": "directory",
+    "config.yaml": "file",
+    "events.log": None,
+    "hf": "directory",
+    "labels.jsonl": "file",
+    "lock": "file",
+    "logs": "directory",
+    "metrics.jsonl": "file",
+    "missed.json": None,
+    "report.html": None,
+    "rollbacks.jsonl": "file",
+    "rollouts": "directory",
+    "tensorboard": None,
+    "wandb": None,
+    "wandb_id": None,
+}
 
 
 def joins_cluster() -> bool:
@@ -60,7 +64,7 @@ def visible_gpus(devices: Path = Path("/dev")) -> int:
 
 
 def describe(gpus: int) -> GpuSupport:
-    """The GPUs and packages of this machine, as far as the driver's own tool and the packages' metadata tell."""
+    """The GPUs and packages of this machine, as far as the driver's own tool and the packages' metadata say."""
     packages = {name: parse_version(found) for name in ("transformer-engine",) if (found := installed(name))}
     build = re.search(r"\+cu(\d+)(\d)$", installed("torch") or "")
     cuda = (int(build[1]), int(build[2])) if build else None
@@ -78,7 +82,7 @@ def free_gpu_memory() -> int | None:
 
 
 def _ask_driver(query: str) -> list[str]:
-    """One answer a GPU, without units; none where there is no driver."""
+    """One answer a GPU, without units; none if there is no driver."""
     try:
         output = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
@@ -122,6 +126,7 @@ def problems(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
         yield from _disk(config, arch)
     if joins_cluster():
         return
+    yield from sockets.problems(config.rollout.tensor_parallel > 1)
     gpus = visible_gpus()
     yield from machine_problems(config, describe(gpus))
     if gpus:
@@ -174,11 +179,16 @@ def _run_dir(config: RunConfig) -> Iterator[str]:
         if folder != here.absolute():
             yield f"run_dir: {here} cannot be made, {folder} is a file"
         return
+    yield from _length(here, folder)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         yield f"run_dir: {here} cannot be written ({folder}: {error.strerror}); choose another run_dir"
+    for name, kind in OWN_NAMES.items():
+        path = here / name
+        if kind is not None and path.exists() and path.is_dir() != (kind == "directory"):
+            yield f"run_dir: {path} is no {kind}, and the run needs one of this name; move it away"
     inside = Path(os.path.realpath(here))
     saved = here / "checkpoints"
     for link in (*(here / name for name in OWN_NAMES), *(saved.iterdir() if saved.is_dir() else ())):
@@ -187,6 +197,14 @@ def _run_dir(config: RunConfig) -> Iterator[str]:
                 f"run_dir: {link} is a link to {os.path.realpath(link)}, outside of the run directory; a run writes "
                 "and removes only inside: make run_dir itself the link"
             )
+
+
+def _length(path: Path, existing: Path) -> Iterator[str]:
+    """Names against what the file system takes: of folders that are not made yet it says nothing else."""
+    limit = os.pathconf(existing, "PC_NAME_MAX")
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > limit:
+        yield f"run_dir: File name too long: a name of {longest} bytes; allowed: up to {limit} on this file system"
 
 
 def checkpoint_bytes(config: RunConfig, arch: Architecture) -> int:

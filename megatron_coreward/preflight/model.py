@@ -10,7 +10,6 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.preflight import machine
 from megatron_coreward.preflight.tokenizer import FileTokenizer, has_fast_tokenizer, read_json
-from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.mapping import hf_tensors
 
 # Those for which vLLM 0.32 has attention kernels without a GPU (`CPUAttentionBackend.get_supported_head_sizes`).
@@ -21,16 +20,7 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def layout_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
-    """Where actor or engines cannot hold the model."""
-    r = config.rollout
-    try:
-        ActorLayout.of(config.actor).check(arch)
-    except InputError as error:
-        yield str(error)
-    try:
-        EngineLayout(r.num_engines, r.tensor_parallel).check(arch)
-    except InputError as error:
-        yield str(error)
+    """What engines without a GPU cannot compute; layouts are held against the model by `config.layout_rules`."""
     if not machine.joins_cluster() and not machine.visible_gpus() and arch.head_dim not in CPU_HEAD_SIZES:
         yield (
             f"model.hf_path: head_dim is {arch.head_dim}; without a GPU the rollout engine has kernels for "

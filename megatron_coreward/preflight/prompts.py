@@ -32,7 +32,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     if train is not None:
         try:
             if needs.ground_truth:
-                train = train.with_ground_truth(data.missing_gold, f"data.train_files: method {config.method}")
+                train = train.with_ground_truth(data.missing_gold, train.missing_in_training(config.method))
             BatchOrder(len(train), data.batch_size, config.seed, data.shuffle)
         except InputError as error:
             yield str(error)
@@ -41,7 +41,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield from found
         if held_out is not None:
             try:
-                held_out.with_ground_truth(data.missing_gold, f"data.val_files: {file}: validation")
+                held_out.with_ground_truth(data.missing_gold, held_out.missing_in_validation(file))
             except InputError as error:
                 yield str(error)
 
@@ -62,6 +62,7 @@ def _load(
             over_length=data.over_length,
             unpaired=data.unpaired,
             thinking=data.thinking,
+            control_tokens=data.control_tokens,
         )
     except InputError as error:
         message = str(error)
@@ -95,8 +96,16 @@ class ShortPrompts:
             texts.append(text)
         return texts
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]:
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        return {} if self._tokenizer is None else self._tokenizer.added_tokens_decoder
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> Mapping[str, list[list[int]]]:
         tokens: list[list[int]] = [[] for _ in text]
+        if self._tokenizer is not None and split_special_tokens:  # a part of a prompt: all of them count
+            return self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
         if self._tokenizer is not None:
             long = [place for place, one in enumerate(text) if len(one.encode()) + SLACK > self._limit]
             counted = self._tokenizer([text[place] for place in long], add_special_tokens=add_special_tokens)

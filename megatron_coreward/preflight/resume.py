@@ -13,8 +13,12 @@ from typing import Any
 
 import yaml
 
+from megatron_coreward.checkpoint import inputs
 from megatron_coreward.config.names import with_new_names
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry import label_history
+from megatron_coreward.telemetry.jsonl import FILE_NAME, read_rows
 
 FIXED = (
     "method",
@@ -27,6 +31,7 @@ FIXED = (
     "data.over_length",
     "data.system_prompt",
     "data.thinking",
+    "data.control_tokens",
     "data.shuffle",
     "actor.lr",
     "actor.min_lr",
@@ -41,8 +46,10 @@ FIXED = (
     "rollout.max_staleness",
     "rollout.temperature",
     "rollout.max_response_tokens",
+    "rollout.stop",
     "teacher",
     "rewards.answer_formats",
+    "rewards.stop_at",
     "rewards.equivalence",
     "rewards.min_margin",
     "loss",
@@ -61,11 +68,19 @@ def newest_checkpoint(run_dir: Path) -> int | None:
 def problems(config: RunConfig) -> Iterator[str]:
     """What differs from the run that the run directory holds."""
     run_dir = config.run_dir
-    if newest_checkpoint(run_dir) is None:
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
         return
     if config.checkpoint.resume == "never":
         yield f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir"
         return
+    yield from inputs.refused_inputs(run_dir / "checkpoints" / f"step_{newest:06d}", config)
+    for name, read in ((FILE_NAME, read_rows), (label_history.FILE_NAME, label_history.read_lines)):
+        try:
+            if (run_dir / name).is_file():
+                read(run_dir / name)
+        except InputError as error:
+            yield f"run_dir: {error}"
     file = run_dir / "config.yaml"
     try:
         before = yaml.safe_load(file.read_text())

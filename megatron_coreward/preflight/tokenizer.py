@@ -86,8 +86,17 @@ class FileTokenizer:
             for messages in conversation
         ]
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]:
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
         """See `data.prompts.Tokenizer`."""
+        decoder: Mapping[int, Any] = self._tokens.get_added_tokens_decoder()
+        return decoder
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> Mapping[str, list[list[int]]]:
+        """See `data.prompts.Tokenizer`."""
+        self._tokens.encode_special_tokens = split_special_tokens
         encoded = self._tokens.encode_batch(text, add_special_tokens=add_special_tokens)
         return {"input_ids": [list(entry.ids) for entry in encoded]}
 

@@ -11,6 +11,7 @@ from megatron_coreward.report.recompute import method_of, name_of, recompute_run
 from megatron_coreward.report.run_record import RunRecord
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, Relation
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
+from megatron_coreward.telemetry.untrusted_text import excerpt
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class Counterfactual:
     labels_right_now: int = 0
     labels_judged: int = 0  # groups whose data set answer is in the dump
     examples: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what could not be recomputed
 
 
 def counterfactual(
@@ -44,8 +46,8 @@ def counterfactual(
         )
     settings = record.settings("rewards", RewardSettings).model_copy(update={"equivalence": relation})
     total = Counterfactual()
-    with AnswerEquivalence(relation, settings.comparison_timeout_s) as equivalence:
-        for step, found in recompute_run(record, settings, equivalence, steps):
+    with AnswerEquivalence(relation, settings.comparison_timeout_s, settings.comparison_workers) as equivalence:
+        for step, found in recompute_run(record, settings, equivalence, steps, total.notes.append):
             for item, now in zip(found.policy, found.group_rewards, strict=True):
                 assert item.rewards is not None
                 changed = item.label != now.label and not equivalence.equivalent(item.label, now.label)
@@ -82,6 +84,7 @@ def counterfactual_summary(record: RunRecord, relation: Relation, result: Counte
             f"  label accuracy {_share(result.labels_right_recorded, result.labels_judged)}, then "
             f"{_share(result.labels_right_now, result.labels_judged)}, both by {relation}"
         )
+    lines += [f"  note: {note}" for note in result.notes]
     if result.examples:
         lines += ["examples:", *(f"  {example}" for example in result.examples)]
     return lines
@@ -92,6 +95,6 @@ def _share(part: int, whole: int) -> str:
 
 
 def _example(step: int, item: ScoredGroup, label: str | None, moved: Sequence[int]) -> str:
-    answers = ", ".join(repr(item.group.completions[place].answer) for place in moved[:3])
+    answers = ", ".join(excerpt(item.group.completions[place].answer) for place in moved[:3])
     rewards = f"; {len(moved)} rewards change (answers {answers}{', ...' if len(moved) > 3 else ''})" if moved else ""
-    return f"step {step}, {name_of(item)}: label {item.label!r}, now {label!r}{rewards}"
+    return f"step {step}, {name_of(item)}: label {excerpt(item.label)}, now {excerpt(label)}{rewards}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_coreward.report.panels import Drawn
-from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.telemetry.files import replaced_whole, writing
 
 
 def write_page(path: Path, title: str, sections: Iterable[str], data: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ def write_page(path: Path, title: str, sections: Iterable[str], data: Mapping[st
         f"<script>{script}</script></body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_whole(path) as temporary:
+    with writing(path), replaced_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

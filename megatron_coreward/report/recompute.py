@@ -4,7 +4,7 @@ What a dump does not hold cannot be recomputed and is taken as recorded: the rew
 statistics, and the labels of one that reads the data set's answers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rewards.methods.base import GroupReward, Method
 from megatron_coreward.rewards.voting import Vote
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup, read_rollouts
+from megatron_coreward.telemetry.untrusted_text import MAX_EXCERPT, shortened
 from megatron_coreward.types import FloatArray, RolloutGroup
 
 
@@ -60,7 +61,8 @@ def recompute_step(
         recorded=tuple(scored),
         policy=policy,
         answers=tuple(
-            tuple(extract_answer(c.text, settings.answer_formats) for c in item.group.completions) for item in scored
+            tuple(extract_answer(c.text, settings.answer_formats, settings.stop_at) for c in item.group.completions)
+            for item in scored
         ),
         votes=votes,
         group_rewards=group_rewards,
@@ -78,9 +80,16 @@ def recompute_step(
 
 
 def recompute_run(
-    record: RunRecord, settings: RewardSettings, equivalence: AnswerEquivalence, steps: range | None = None
+    record: RunRecord,
+    settings: RewardSettings,
+    equivalence: AnswerEquivalence,
+    steps: range | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[int, Recomputed]]:
-    """Every dumped step, or those in `steps`. Raises InputError if there are none, or for an unknown method."""
+    """Every dumped step, or those in `steps`; `note` is called for each whose file is damaged, and it is left out.
+
+    Raises InputError if there are none or none can be read, or for an unknown method.
+    """
     method = method_of(record)
     wanted = [step for step in record.dumps if steps is None or step in steps]
     if not wanted:
@@ -89,8 +98,19 @@ def recompute_run(
             f"{record.run_dir / 'rollouts'}: no rollouts to recompute from ({have}); "
             "a run keeps them under telemetry.dump_rollouts"
         )
+    damaged: InputError | None = None
+    some = False
     for step in wanted:
-        yield step, recompute_step(read_rollouts(record.dumps[step]), method, settings, equivalence)
+        try:
+            scored = read_rollouts(record.dumps[step])
+        except InputError as error:
+            damaged = error
+            note(f"step {step} is left out: {error}")
+            continue
+        some = True
+        yield step, recompute_step(scored, method, settings, equivalence)
+    if damaged is not None and not some:
+        raise damaged
 
 
 def method_of(record: RunRecord) -> Method:
@@ -107,7 +127,7 @@ def method_of(record: RunRecord) -> Method:
 
 def name_of(item: ScoredGroup) -> str:
     """A group, for people."""
-    return f"{item.group.uid} ({item.group.view}, {item.group.role})"
+    return f"{shortened(item.group.uid, MAX_EXCERPT)} ({item.group.view}, {item.group.role})"
 
 
 def _rewards(item: ScoredGroup) -> FloatArray:

@@ -14,6 +14,7 @@ from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods.base import Method
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.jsonl import Row
+from megatron_coreward.telemetry.untrusted_text import excerpt
 
 # Sums of the same numbers may differ in their last bits from one machine to another.
 _RELATIVE, _ABSOLUTE = 1e-6, 1e-9
@@ -30,7 +31,8 @@ class Difference:
     recomputed: object
 
     def __str__(self) -> str:
-        return f"step {self.step}, {self.where}: {self.what} {self.recorded!r} was recorded, now {self.recomputed!r}"
+        recorded, recomputed = excerpt(self.recorded), excerpt(self.recomputed)
+        return f"step {self.step}, {self.where}: {self.what} {recorded} was recorded, now {recomputed}"
 
 
 @dataclass(slots=True)
@@ -59,8 +61,10 @@ def replay(record: RunRecord, steps: range | None = None) -> Replay:
     method, settings = method_of(record), record.settings("rewards", RewardSettings)
     result = Replay(notes=_limits(method))
     rows = {int(row[keys.STEP] or 0): row for row in record.rows}
-    with AnswerEquivalence(settings.equivalence, settings.comparison_timeout_s) as equivalence:
-        for step, found in recompute_run(record, settings, equivalence, steps):
+    with AnswerEquivalence(
+        settings.equivalence, settings.comparison_timeout_s, settings.comparison_workers
+    ) as equivalence:
+        for step, found in recompute_run(record, settings, equivalence, steps, result.notes.append):
             result.steps += 1
             _compare(result, _group_differences(step, found))
             if step in rows:

@@ -35,7 +35,9 @@ def write_report(run_dir: Path, out: Path | None = None, limits: Limits | None =
     """
     record = load_record(run_dir)
     rewards = record.settings("rewards", RewardSettings)
-    with AnswerEquivalence(rewards.equivalence, rewards.comparison_timeout_s) as equivalence:
+    with AnswerEquivalence(
+        rewards.equivalence, rewards.comparison_timeout_s, rewards.comparison_workers
+    ) as equivalence:
         samples = collect_samples(record.dumps, equivalence, rewards.min_margin, limits or Limits())
     decisions = [decision for _, decision in replay_rows(record.settings("guard", GuardSettings), record.steps)]
     marks = [

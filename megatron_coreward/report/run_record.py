@@ -6,6 +6,7 @@ version of this package, or one whose model and data are elsewhere, can still be
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_coreward.config.names import with_new_names
-from megatron_coreward.errors import InputError
+from megatron_coreward.errors import InputError, environment_problem
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.jsonl import FILE_NAME, Row, read_rows
 from megatron_coreward.telemetry.rollout_dump import dumped_steps
@@ -69,7 +70,10 @@ def load_record(run_dir: Path) -> RunRecord:
     metrics = run_dir / FILE_NAME
     if not metrics.is_file():
         raise InputError(f"{metrics}: no such file; a run directory (run_dir of a training run) is expected")
-    rows = read_rows(metrics)
+    try:
+        rows = read_rows(metrics)
+    except OSError as error:
+        raise InputError(environment_problem(error, metrics)) from None
     if not rows:
         raise InputError(f"{metrics}: no step has been written yet")
     text = _text(run_dir / "config.yaml")
@@ -91,13 +95,17 @@ def load_record(run_dir: Path) -> RunRecord:
 
 
 def _rollbacks(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """Whole lines only: a part of one that a kill left does not count."""
+    """Whole lines only: a part of one that a kill left does not count, nor does one that is damaged."""
     lines = [line for line in _text(path).splitlines(keepends=True) if line.endswith("\n")]
-    try:
-        return tuple(json.loads(line) for line in lines)
-    except ValueError as error:
-        raise InputError(f"{path}: not one JSON object a line ({error})") from None
+    rollbacks = []
+    for line in lines:
+        with suppress(ValueError):
+            rollbacks.append(json.loads(line))
+    return tuple(entry for entry in rollbacks if isinstance(entry, dict))
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
+    try:
+        return path.read_text(errors="replace") if path.is_file() else ""
+    except OSError as error:
+        raise InputError(environment_problem(error, path)) from None

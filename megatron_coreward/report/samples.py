@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import majority_vote
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup, read_rollouts
@@ -41,11 +42,17 @@ def collect_samples(
     """Reads the dumps of a spread of steps and takes a spread of questions of each."""
     steps = spread(list(dumps), limits.steps)
     left, total, cut, shown, result = limits.characters, 0, 0, 0, []
+    damaged: list[int] = []
     for place, step in enumerate(steps):
-        questions = _questions(read_rollouts(dumps[step]))
+        try:
+            questions = _questions(read_rollouts(dumps[step]))
+        except InputError:  # cut off, as a full disk or a copy that was broken off leaves it
+            damaged.append(step)
+            continue
         budget = left // (len(steps) - place)
         total += len(questions)
         taken: list[dict[str, Any]] = []
+        equivalence.compare([item.group.answers for groups in spread(questions, limits.questions) for item in groups])
         for groups in spread(questions, limits.questions):
             entry, size, num_cut = _entry(groups, equivalence, min_margin)
             if taken and size > budget:
@@ -54,9 +61,11 @@ def collect_samples(
             budget, left, cut = budget - size, left - size, cut + num_cut
         shown += len(taken)
         result.append({"step": step, "of": len(questions), "questions": taken})
-    said = [f"{len(steps)} of {len(dumps)} dumped steps", f"{shown} of their {total} questions"]
+    said = [f"{len(result)} of {len(dumps)} dumped steps", f"{shown} of their {total} questions"]
     if cut:
         said.append(f"{cut} long texts shortened in the middle")
+    if damaged:
+        said.append(f"the rollouts of steps {', '.join(map(str, damaged))} cannot be read")
     return Samples(result, f"Shown: {', '.join(said)}." if dumps else "This run kept no rollouts.")
 
 

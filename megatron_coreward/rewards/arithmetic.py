@@ -109,20 +109,20 @@ class Full:
 
     def same_curve(self, a: Node, b: Node) -> bool:
         """By solving both for a variable in which they are linear: each solution must solve the other."""
-        for name in sorted(a.symbols() & b.symbols()):
+        for name in sorted(a.variables() & b.variables()):
             solutions = [_linear_solution(form, name, self.same) for form in (a, b)]
-            if None not in solutions:
-                return self.same(*solutions)
+            if solutions[0] is not None and solutions[1] is not None:
+                return self.same(solutions[0], solutions[1])
         return False
 
     def root(self, a: Node) -> Node | None:
-        (name,) = a.symbols()
+        (name,) = a.variables()
         return _linear_solution(a, name, self.same)
 
 
 def _at(node: Node, index: int) -> Node:
     """With every variable replaced by its coordinate at a point."""
-    return _substituted(node, {name: number(coordinate(name, index)) for name in node.symbols()})
+    return _substituted(node, {name: number(coordinate(name, index)) for name in node.variables()})
 
 
 def _substituted(node: Node, values: Mapping[str, Node]) -> Node:
@@ -135,7 +135,23 @@ def _linear_solution(form: Node, name: str, same: Callable[[Node, Node], bool]) 
     """Of form = 0 in a variable that it is linear in; None if it is not."""
     at_0, at_1, at_5 = (_substituted(form, {name: number(value)}) for value in (0, 1, 5))
     slope = difference(at_1, at_0)
+    if slope.symbols() and _meet(slope, at_0, same):  # `ab = 0` has more solutions than `a = 0`
+        return None
     linear = Node("add", args=(at_0, Node("multiply", args=(number(5), slope))))
     if not same(at_5, linear) or same(slope, number(0)):
         return None
     return quotient(Node("multiply", args=(number(-1), at_0)), slope)
+
+
+def _meet(slope: Node, rest: Node, same: Callable[[Node, Node], bool]) -> bool:
+    """Whether slope and rest may be 0 together; only a slope that is linear in some variable is looked into."""
+    for name in sorted(slope.variables()):
+        low, high, far = (_substituted(slope, {name: number(value)}) for value in (0, 1, 5))
+        step = difference(high, low)
+        if step.symbols() and not same(step, _at(step, 1)):
+            continue
+        if same(step, number(0)) or not same(far, Node("add", args=(low, Node("multiply", args=(number(5), step))))):
+            continue
+        root = quotient(Node("multiply", args=(number(-1), low)), step)
+        return same(_substituted(rest, {name: root}), number(0))
+    return not same(slope, _at(slope, 1))  # a constant in disguise never is 0

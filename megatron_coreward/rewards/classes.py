@@ -20,7 +20,12 @@ def cliques(forms: Sequence[str], counts: Sequence[int], same: Callable[[int, in
         same: whether two of them, by index, are equivalent.
     """
     number = range(len(forms))
-    equivalents = [{j for j in number if i != j and same(i, j)} for i in number]
+    equivalents: list[set[int]] = [set() for _ in number]
+    for i in number:
+        for j in range(i):
+            if same(j, i):
+                equivalents[i].add(j)
+                equivalents[j].add(i)
     members: dict[int, set[int]] = {}  # founder -> the class
     class_of = [0] * len(forms)
     for i in sorted(number, key=lambda i: (len(equivalents[i]), -counts[i], forms[i])):

@@ -42,6 +42,7 @@ class BatchRewardContext:
         self._ground_truths = ground_truths or {}
         self._groups: dict[GroupKey, RolloutGroup] = {}
         self._votes: dict[GroupKey, Vote] = {}
+        self._compared = False
         for role, groups in (("policy", policy_groups), ("teacher", teacher_groups)):
             for group in groups:
                 if group.role != role:
@@ -88,6 +89,7 @@ class BatchRewardContext:
     def matches(self, group: RolloutGroup, label: str | None) -> FloatArray:
         """[G] 1.0 where the rollout's answer is equivalent to the label, else 0.0; all 0.0 without a label."""
         answers = group.answers
+        self._compare()
         same = {answer: self.equivalence.equivalent(answer, label) for answer in dict.fromkeys(answers)}
         return np.array([same[answer] for answer in answers], dtype=np.float32)
 
@@ -96,9 +98,20 @@ class BatchRewardContext:
         key = (uid, view, role)
         if key not in self._groups:
             raise KeyError(f"the {role} has no rollouts of {uid} ({view})")
+        self._compare()
         if key not in self._votes:
             self._votes[key] = majority_vote(self._groups[key].answers, self.equivalence, self._min_margin)
         return self._votes[key]
+
+    def _compare(self) -> None:
+        """All comparisons of the step together: of a question, every view and role, for labels cross them."""
+        if self._compared:
+            return
+        self._compared = True
+        answers: dict[str, list[str | None]] = {}
+        for group in self._groups.values():
+            answers.setdefault(group.uid, []).extend(group.answers)
+        self.equivalence.compare(answers.values())
 
     def votes(self) -> dict[GroupKey, Vote]:
         """All votes of the step, for telemetry."""

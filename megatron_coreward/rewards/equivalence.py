@@ -13,9 +13,11 @@ counts so too, but is not remembered.
 
 import atexit
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, lru_cache
 from threading import Lock
 from types import TracebackType
@@ -23,21 +25,24 @@ from typing import TypeGuard
 
 from megatron_coreward.config.schema import Equivalence
 from megatron_coreward.rewards import hendrycks
-from megatron_coreward.rewards.arithmetic import Quick, plain_value
+from megatron_coreward.rewards.arithmetic import Quick
 from megatron_coreward.rewards.classes import cliques
 from megatron_coreward.rewards.latex import MAX_LENGTH
-from megatron_coreward.rewards.reading import Scalar, read
+from megatron_coreward.rewards.reading import read
 from megatron_coreward.rewards.sameness import Undecided, same
 from megatron_coreward.rewards.symbolic import Comparer, Outcome, Request, SymbolicPool
 
 Relation = Equivalence
+PairKey = tuple[str, str] | bytes
 
-CACHE_SIZE = 500_000  # verdicts on pairs that went to a process: some 60 MiB
+FEW_PAIRS = 100  # fewer are tried in this process first, which may need no other
+SHORT_PAIR = 100  # characters; longer pairs are remembered by a digest
+CACHE_SIZE = 500_000  # verdicts on pairs that went to a process: 60 to 150 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What stands for an answer: equal texts are the same answer, and two plain numbers only if their texts are equal."""
+    """What stands for an answer: equal texts are the same answer; of two plain forms, only equal ones are."""
 
     text: str
     plain: bool
@@ -69,7 +74,7 @@ class AnswerEquivalence:
         self.comparisons = 0
         self.timeouts = 0
         self._pool: Comparer = comparer or SymbolicPool(timeout_s, num_workers)
-        self._verdicts: dict[bytes, bool] = {}  # by the digest of a pair, in order of arrival
+        self._verdicts: dict[PairKey, bool] = {}  # in order of arrival
         self._lock = Lock()
 
     def equivalent(self, a: str | None, b: str | None) -> bool:
@@ -104,17 +109,19 @@ class AnswerEquivalence:
         if not self._symbolic or self.relation != "math":
             return
         requests: list[Request] = []
-        asked: set[bytes] = set()
+        asked: set[PairKey] = set()
         for group in groups:
             forms = list(dict.fromkeys(self._form(answer) for answer in group if has_answer(answer)))
             pairs = []
             for i, first in enumerate(forms):
                 for j in range(i):
-                    if self._quick(first, forms[j]) is None and (key := _digest(first, forms[j])) not in asked:
+                    if self._known(first, forms[j]) is None and (key := _key(first.text, forms[j].text)) not in asked:
                         asked.add(key)
                         pairs.append((j, i))
             if pairs:
                 requests.append(Request(tuple(form.text for form in forms), tuple(pairs)))
+        if sum(len(request.pairs) for request in requests) <= FEW_PAIRS:
+            requests = [rest for request in requests if (rest := _needing_a_process(request)).pairs]
         if requests:
             self._remember(requests, self._pool.compare(requests))
 
@@ -142,14 +149,18 @@ class AnswerEquivalence:
 
     def _quick(self, a: Form, b: Form) -> bool | None:
         """What needs no process; None if one is needed."""
-        if a.text == b.text or (a.plain and b.plain):
-            return a.text == b.text
-        with self._lock:
-            known = self._verdicts.get(_digest(a, b))
+        known = self._known(a, b)
         if known is not None:
             return known
         verdict = _without_process(*((a.text, b.text) if a.text < b.text else (b.text, a.text)))
         return False if verdict is None and not self._symbolic else verdict
+
+    def _known(self, a: Form, b: Form) -> bool | None:
+        """What needs not even a reading of the answers; None if one is needed."""
+        if a.text == b.text or (a.plain and b.plain):
+            return a.text == b.text
+        with self._lock:
+            return self._verdicts.get(_key(a.text, b.text))
 
     def _remember(self, requests: Sequence[Request], outcomes: Sequence[Sequence[Outcome]]) -> bool:
         """Keeps the verdicts and counts the pairs; returns the last of them."""
@@ -161,23 +172,27 @@ class AnswerEquivalence:
                     self.comparisons += 1
                     self.timeouts += not isinstance(verdict, bool)
                     if verdict != "lost":
-                        self._verdicts[_pair_digest(request.texts[i], request.texts[j])] = last
+                        self._verdicts[_key(request.texts[i], request.texts[j])] = last
                         if len(self._verdicts) > CACHE_SIZE:
                             del self._verdicts[next(iter(self._verdicts))]
         return last
 
 
 def _math_form(answer: str) -> Form:
-    # Not remembered: a memory of megabyte answers would be gigabytes.
-    return Form(answer.strip(), True) if len(answer) > MAX_LENGTH else _read_form(answer)
+    text = answer.strip()
+    if len(answer) > MAX_LENGTH:
+        return Form(text, True)
+    return Form(str(Fraction(text)), True) if _NUMERAL.fullmatch(text) else Form(text, False)
 
 
-@lru_cache(maxsize=65536)
-def _read_form(answer: str) -> Form:
-    reading = read(answer)
-    if isinstance(reading, Scalar) and not reading.unit.dimension and (value := plain_value(reading.node)) is not None:
-        return Form(str(value), True)
-    return Form(" ".join(answer.split()), False)
+_NUMERAL = re.compile(r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)", re.ASCII)
+
+
+def _needing_a_process(request: Request) -> Request:
+    texts = request.texts
+    return Request(
+        texts, tuple((i, j) for i, j in request.pairs if _without_process(*sorted((texts[i], texts[j]))) is None)
+    )
 
 
 # What stands for an answer under each relation. Forms that are all plain are the same only if their texts are equal.
@@ -196,13 +211,12 @@ def _without_process(a: str, b: str) -> bool | None:
         return None
 
 
-def _digest(a: Form, b: Form) -> bytes:
-    return _pair_digest(a.text, b.text)
-
-
-def _pair_digest(a: str, b: str) -> bytes:
+def _key(a: str, b: str) -> PairKey:
     """A name for a pair, in either order, that is short however long its answers are."""
-    return hashlib.blake2b(repr((a, b) if a < b else (b, a)).encode(errors="replace"), digest_size=16).digest()
+    pair = (a, b) if a < b else (b, a)
+    if len(a) + len(b) <= SHORT_PAIR:
+        return pair
+    return hashlib.blake2b(repr(pair).encode(errors="replace"), digest_size=16).digest()
 
 
 def has_answer(answer: str | None) -> TypeGuard[str]:

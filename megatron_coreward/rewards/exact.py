@@ -4,8 +4,8 @@ Invariants: exact or nothing (None): no rounding, no size that takes long to com
 alone. An uninterpreted function is a fixed polynomial with coefficients from its name: equal to itself alone.
 """
 
+import hashlib
 import math
-import zlib
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,7 @@ from megatron_coreward.rewards.expression import Node
 
 MAX_BITS = 200_000  # of the numerator or denominator of an exact value
 MAX_FACTORIAL = 20_000  # computed exactly
-NUM_POINTS = 6
+NUM_POINTS = 8
 
 
 class Undefined(ArithmeticError):
@@ -40,8 +40,9 @@ def exact_value(node: Node, index: int = 0) -> Fraction | None:
 @lru_cache(maxsize=4096)
 def coordinate(name: str, index: int) -> Fraction:
     """Where a variable is evaluated, by its name alone: the first points are positive, the others of either sign."""
-    draw = zlib.crc32(f"{name}/{index}".encode(errors="surrogatepass"))
-    value = Fraction(draw % 9973 + 1, 9973) * (1, 3, 10, 3, 3, 1)[index] + Fraction(1, 7)
+    name_and_index = f"{name}/{index}".encode(errors="surrogatepass")
+    draw = int.from_bytes(hashlib.blake2b(name_and_index, digest_size=4).digest(), "big")
+    value = Fraction(draw % 9973 + 1, 9973) * (1, 3, 10, 3, 3, 1, 2, 5)[index] + Fraction(1, 7)
     return -value if index == 3 or (index > 3 and draw >> 20 & 1) else value
 
 

@@ -37,6 +37,11 @@ class Node:
         own = frozenset({self.name}) if self.op in ("symbol", "free") else frozenset[str]()
         return own.union(*(arg.symbols() for arg in self.args))
 
+    def variables(self) -> frozenset[str]:
+        """Names of the variables alone."""
+        own = frozenset({self.name}) if self.op == "symbol" else frozenset[str]()
+        return own.union(*(arg.variables() for arg in self.args))
+
     def has_imaginary_unit(self) -> bool:
         return (self.op, self.name) == ("constant", "i") or any(arg.has_imaginary_unit() for arg in self.args)
 
@@ -82,17 +87,23 @@ _ACCENTS = frozenset(
     {"overline", "bar", "vec", "hat", "tilde", "widehat", "widetilde", "overrightarrow", "dot", "ddot", "underline"}
     | {"bold", "mathbb", "mathcal", "mathfrak", "mathscr", "overarc", "wideparen", "complement"}
 )
-_GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar aleph Re Im "
-    "ldots cdots dots circ".split()
-)
+_GREEK = {
+    *("alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa"),
+    *("lambda", "mu", "nu", "xi", "rho", "varrho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega"),
+    *("Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega", "ell", "hbar"),
+    *("aleph", "Re", "Im", "ldots", "circ"),
+}
 _OPERATORS = {  # binary operations without arithmetic meaning here: never the same as any other
     *("wedge", "vee", "oplus", "otimes", "cap", "cup", "setminus", "to", "rightarrow", "perp", "parallel", "implies"),
     *("land", "lor", "iff", "Rightarrow", "leftrightarrow", "mapsto", "bullet", "ast", "cong"),
 }
 
-_TOKENS = re.compile(r"\\[A-Za-z]+|\\.|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,4}(?![A-Za-z\d]))?|[A-Za-z]+|\s+|.", re.ASCII)
+# `1.5e-3`, `1e-10` and `1e5` are numbers, `2e-1` and `2e+2` are sums with Euler's number.
+_TOKENS = re.compile(
+    r"\\[A-Za-z]+|\\.|(?:\d*\.\d+e[+-]?|\d+e(?:[+-](?=\d\d))?)\d{1,4}(?![A-Za-z\d])|\d+\.?\d*|\.\d+|[A-Za-z]+|\s+|.",
+    re.ASCII,
+)
+_PLAIN_FUNCTION = re.compile(r"(?<![A-Za-z\\])(abs|floor|ceil|binom)(?=\()")
 _WORDS = tuple(sorted((*_NAMED, "sqrt", "pi"), key=len, reverse=True))
 _OPENING = {
     "(": ")",
@@ -145,7 +156,7 @@ def _tokens(text: str) -> list[str]:
     """Numbers, commands, names of functions and single characters; a space stays where it parts two numbers."""
     tokens: list[str] = []
     spaced = False
-    for token in _TOKENS.findall(text):
+    for token in _TOKENS.findall(_PLAIN_FUNCTION.sub(r"\\\1 ", text)):
         if token.isspace():
             spaced = True
             continue
@@ -364,7 +375,7 @@ class _Reader:
         if depth > MAX_NESTING:
             raise Unreadable("nested too deep")
         token = self.take()
-        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+        if token.isascii() and (token[0].isdigit() or (token[0] == "." and len(token) > 1)):
             return number(Fraction(token))
         if token.startswith("\\"):
             return self._command(token[1:], depth)
@@ -408,6 +419,8 @@ class _Reader:
             return quotient(first, second) if name == "frac" else Node("call", "binom", args=(first, second))
         if name == "sqrt":
             return self._root(depth)
+        if name in ("abs", "floor", "ceil") and self.peek() == "(":
+            return self._function(name, depth)
         if name in _NAMED:
             return self._function(_NAMED[name], depth)
         if name == "lfloor" or name == "lceil":

@@ -1,4 +1,4 @@
-r"""Spelling of LaTeX answers: one table of rules, each with its reason, that takes the many spellings of one text to one.
+r"""Spelling of LaTeX answers: one table of rules, each with its reason, that takes many spellings of a text to one.
 
 Invariants: pure and deterministic; an answer longer than `MAX_LENGTH` is not looked into, so the cost of one answer is
 bounded; no rule changes what an answer says (units, words and kinds are read later, by `reading.py`); what is left is
@@ -41,7 +41,7 @@ CHARACTERS = str.maketrans(
         **{"≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv "},
         **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ", "±": r"\pm ", "∓": r"\mp ", "∠": r"\angle "},
         **{"ℝ": r"\mathbb{R}", "ℚ": r"\mathbb{Q}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}"},
-        **{"π": r"\pi ", "Ω": r"\Omega ", "Ω": r"\Omega ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta "},
+        **{"π": r"\pi ", "Ω": r"\Omega ", "\u2126": r"\Omega ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta "},
         **{"…": r"\ldots ", "⋯": r"\ldots ", "∣": "|", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
         **{superscript: f"^{{{digit}}}" for superscript, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)},
         **{subscript: f"_{{{digit}}}" for subscript, digit in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)},
@@ -61,7 +61,7 @@ RULES = (
     Rule(r"\\text\s*\{\s*\\([%$])\s*\}", r"\\\1", "a sign in a text macro"),
     Rule(r"\\?[$€£¥₹₩₽]|(?<!\\)\\[()\[\]]", "", "the question fixes the currency; math delimiters"),
     Rule(
-        r"\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)(?:,?\s*(?<!\\)\\[,!;: ]|~)\s*(?=\d{3}(?!\d))",
+        r"\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)(?:,?\s*\\!\s*|\\[,;: ]|~)(?=\d{3}(?!\d))",
         "",
         r"thousands: 1{,}000, 1,\!000, 1\,000",
     ),
@@ -108,6 +108,7 @@ RULES = (
         "degrees",
     ),
     Rule(r"\s+\^\s*\\circ", r"^\\circ", "degrees"),
+    Rule(r"\\(?:mathrm|mathbf|mathit|bm|boldsymbol)\s+([A-Za-z\d])", r" \1", "a letter in another font is that letter"),
     Rule(r"\*\*", "^", "plain text"),
     Rule(r"\\%", "%", "one name a sign"),
     Rule(

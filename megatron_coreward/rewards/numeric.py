@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from mpmath import mp, mpc, mpf  # type: ignore[import-untyped]
+from mpmath import mp, mpc, mpf
 
 from megatron_coreward.rewards.exact import NUM_POINTS, Undefined, exact_value, uninterpreted
 from megatron_coreward.rewards.expression import Node
@@ -70,7 +70,7 @@ def same_value(a: Node, b: Node) -> bool:
 
 def compare_constants(a: Node, b: Node) -> int | None:
     """-1, 0 or 1 as the real number `a` is less than, equal to or greater than `b`; None if one is no real number."""
-    if a.symbols() or b.symbols():
+    if a.variables() or b.variables():
         return None
     signs = _infinity(a), _infinity(b)
     if any(signs):
@@ -247,9 +247,8 @@ class _Balls:
                 if abs(x) <= 2 * r:
                     return Ball(mpf(0), (abs(x) + r) ** _mpf(1 / index)) if index > 0 else self._unsure()
                 power = Node("number", number=1 / index)
-                if not self._complex and self._is_real(first) and mp.re(x) < 0 and index.denominator == 1:
-                    if index.numerator % 2 == 0:
-                        raise Undefined
+                if not self._complex and self._is_real(first) and mp.re(x) < 0 and index.numerator % 2 == 0:
+                    raise Undefined
                 return self._power(first, power)
             case "abs":
                 return Ball(abs(x), r)

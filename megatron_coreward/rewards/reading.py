@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Union
 
 from megatron_coreward.rewards.expression import Node, Unreadable, difference, number, read_expression
 from megatron_coreward.rewards.latex import MAX_LENGTH, clean, closing_brace
-from megatron_coreward.rewards.units import Unit, read_unit
+from megatron_coreward.rewards.units import NO_UNIT, Unit, read_unit
 
 MAX_DEPTH = 30  # brackets open at once; what is nested deeper is no answer
 MAX_ITEMS = 200  # of a list
@@ -26,7 +25,7 @@ class Scalar:
     """A number or expression, with the unit that stands behind it; text: its LaTeX, without the unit."""
 
     node: Node
-    unit: Unit = Unit()
+    unit: Unit = NO_UNIT
     text: str = field(default="", compare=False)
 
 
@@ -77,7 +76,7 @@ class Region:
     """
 
     operation: str
-    pieces: tuple[Union[Piece, "Region"], ...]
+    pieces: tuple["Piece | Region", ...]
     name: str = ""
 
 
@@ -140,10 +139,10 @@ class Alternatives:
     readings: tuple["Reading", ...]
 
 
-Reading = Union[
-    Scalar, Numeral, Ratio, Clock, Items, Region, Matrix, Equation, Named, Assignments, Choice, Phrase, Foreign,
-    Alternatives,
-]  # fmt: skip
+Reading = (
+    Scalar | Numeral | Ratio | Clock | Items | Region | Matrix | Equation | Named | Assignments | Choice | Phrase
+    | Foreign | Alternatives
+)  # fmt: skip
 
 
 @lru_cache(maxsize=8192)
@@ -202,6 +201,8 @@ def _phrase(text: str) -> Reading | None:
 
 def _unwrapped(text: str) -> Reading | None:
     r"""`\text{12 cm}`, `\text{2 and 3}`: text macros around more than words."""
+    if match := _TWO_LETTERS.fullmatch(text):
+        return _read(match[1])
     unwrapped = _NUMERIC_TEXT.sub(r"\1", text)
     unwrapped = _TEXT_CONJUNCTION.sub(r" \1 ", unwrapped)
     return _read(" ".join(unwrapped.split())) if unwrapped != text else None
@@ -212,7 +213,7 @@ def _environment(text: str) -> Reading | None:
     if match is None:
         return None
     body = match[3].strip()
-    if match[1] in ("cases", "array", "aligned", "align*", "gathered") and match[1] != "array":
+    if match[1] in ("cases", "aligned", "align*", "gathered") or text.startswith(r"\{"):
         lines = [line.replace("&", " ").strip(" ,;") for line in _top_level(body, r"\\")]
         return _collected([line for line in lines if line])
     rows = [row.strip() for row in _top_level(body, r"\\")]
@@ -303,33 +304,42 @@ def _relation(text: str) -> Reading | None:
     if not all(sides):
         return Phrase(_words(text))
     if set(operators) <= {"=", r"\approx"}:
-        return _equality(sides) or Phrase(_words(text))
+        return _equality(sides, operators) or Phrase(_words(text))
     if operators == [r"\in"]:
         name = _name(sides[0])
         return Named(name, _read(sides[1])) if name else Phrase(_words(text))
     return _inequality(operators, sides) or Phrase(_words(text))
 
 
-def _equality(sides: list[str]) -> Reading | None:
+def _equality(sides: list[str], operators: list[str]) -> Reading | None:
     names = [_name(side) for side in sides]
     if len(sides) > 2:
         return _chain(sides, names)
     (lhs, rhs), (left, right) = sides, names
-    if (tuple_names := _tuple_of_names(lhs)) and (values := _bracketed(rhs)) and isinstance(values, Items):
-        if len(values.items) == len(tuple_names):
-            return _assignments(tuple_names, list(values.items))
+    tuple_names, values = _tuple_of_names(lhs), _bracketed(rhs)
+    if tuple_names and isinstance(values, Items) and len(values.items) == len(tuple_names):
+        return _assignments(tuple_names, list(values.items))
     equation = _equation("=", lhs, rhs)
     if left and (right is None or not _is_constant(lhs)):
-        return Named(left, _read(rhs), equation)
+        return _named(left, lhs, rhs)
     if right:
-        return Named(right, _read(lhs), equation)
+        return _named(right, rhs, lhs)
     if equation is None or (_is_constant(lhs) and _is_constant(rhs)):
         values_ = _read(lhs), _read(rhs)
         if all(isinstance(value, Scalar) for value in values_):
             # "2^{10} = 1024" ends in its value; "5 km = 5000 m" says one thing in two units
             units = [value.unit.dimension for value in values_ if isinstance(value, Scalar)]
-            return Alternatives(values_) if all(units) else Named("", values_[1], equation)
+            exact = r"\approx" not in operators
+            return Alternatives(values_) if all(units) else Named("", values_[1], equation if exact else None)
     return equation
+
+
+def _named(name: str, side: str, other: str) -> Named:
+    r"""The value without its unit is a side of the equation, too: `\\angle A = 90^\\circ` is `\\angle A = 90`."""
+    value, node = _read(other), _node(side)
+    if isinstance(value, Scalar) and node is not None:
+        return Named(name, value, Equation("=", node, value.node))
+    return Named(name, value, _equation("=", side, other))
 
 
 def _chain(sides: list[str], names: list[str | None]) -> Reading | None:
@@ -397,7 +407,10 @@ def _clock(text: str) -> Reading | None:
     half = re.sub(r"[^apm]", "", (match[4] or "").lower())
     if match[2] is None and not half:
         return None
-    return Clock((hours, minutes, seconds), half)
+    clock = Clock((hours, minutes, seconds), half)
+    if match[3] is None or half or "0" in (match[2][0], match[3][0]):
+        return clock
+    return Alternatives((clock, Ratio(tuple(number(part) for part in clock.parts))))  # 5:12:13 may be either
 
 
 def _ratio(text: str) -> Reading | None:
@@ -414,7 +427,7 @@ def _numeral(text: str) -> Reading | None:
     if match is None:
         return None
     base = match[2] or match[3]
-    return Numeral(match[1].lstrip("0") or "0", _BASE_WORDS.get(base.lower(), base))
+    return Numeral(match[1].lstrip("0") or "0", str(_NUMBER_WORDS.get(base.lower(), base)))
 
 
 def _set(text: str) -> Reading | None:
@@ -536,6 +549,7 @@ _MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _NUMERIC_TEXT = re.compile(r"\\text\{([^{}]*\d[^{}]*)\}")
+_TWO_LETTERS = re.compile(r"\\text\{\s*([A-Za-z]{1,2})\s*\}")
 _TEXT_CONJUNCTION = re.compile(r"\\text\{\s*(and|or)\s*\}|(?<![A-Za-z\\])(?:\\lor|\\vee)(?=\s+[a-z] ?[<>=\\])")
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])")
 _WORD = re.compile(r"[A-Za-z]{3,}|no", re.IGNORECASE | re.ASCII)
@@ -547,7 +561,9 @@ _PREFIX = re.compile(
     r"(?:\\text\{)?\s*(?:USD|Rs|EUR|GBP|INR)\.?\s*\}?(?= ?\d))\s*",
     re.IGNORECASE,
 )
-_ENVIRONMENT = re.compile(r"[(\[|]?\s*\\begin\{([a-zA-Z]+\*?)\}(\{[^{}]*\})?(.*)\\end\{\1\}\s*[)\]|]?", re.DOTALL)
+_ENVIRONMENT = re.compile(
+    r"(?:[(\[|]|\\\{)?\s*\\begin\{([a-zA-Z]+\*?)\}(\{[^{}]*\})?(.*)\\end\{\1\}\s*[)\]|]?", re.DOTALL
+)
 _RELATION_OPERATORS = r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[=<>]"
 _OTHER_RELATIONS = (
     r"\\(?:notin|equiv|mid|nmid|subset|subseteq|supset|propto|cong|simeq|perp|parallel|to|pmod)(?![A-Za-z])"
@@ -555,14 +571,14 @@ _OTHER_RELATIONS = (
 _RELATION = re.compile(f"{_RELATION_OPERATORS}|{_OTHER_RELATIONS}")
 _CLOCK = re.compile(r"(\d{1,2})(?: ?: ?(\d{2}))?(?: ?: ?(\d{2}))? ?(a\.? ?m\.?|p\.? ?m\.?)?", re.IGNORECASE | re.ASCII)
 _NUMERAL = re.compile(
-    r"\(?(\d[0-9A-F]*(?:\.[0-9A-F]+)?)\)?_(?:\{?(\d{1,2})\}?|\{?\(?([a-z]{3,11}|\d{1,2})\)?\}?)", re.ASCII
+    r"(?:\(|\\overline\{)?(\d[0-9A-F]*(?:\.[0-9A-F]+)?)[)}]?_(?:\{?(\d{1,2})\}?|\{?\(?([a-z]{3,11}|\d{1,2})\)?\}?)",
+    re.ASCII,
 )
-_BASE_WORDS = {
-    word: str(value)
-    for value, word in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), 2
-    )
-}
+_SMALL_NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+)
+_NUMBER_WORDS = {word: value for value, word in enumerate(_SMALL_NUMBERS)}
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _CONJUNCTION = re.compile(r",?\s+(and|or)\s+|\s*(;)\s*|,\s*(and|or)\s+")
@@ -572,13 +588,6 @@ _UNIT_START = re.compile(
     r"\\text\{|\\frac\{\s*\\text|\\mu|\^\{?\s*\\circ|\^\{?\s*\\text\{|\^\{?(?:th|st|nd|rd)\b|%|\\Omega|¢|\s(?=[A-Za-z°(\\])|"
     r"(?<=\d)(?=(?:th|st|nd|rd)$)"
 )
-_NUMBER_WORDS = {
-    word: value
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
-    )
-}
 _GLOSS = re.compile(r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*([a-z]+)\s*\}?\s*\)\s*\}?\s*")
 _OPEN = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1, r"\{": 1, r"\}": -1, r"\langle": 1, r"\rangle": -1}
 _BRACKETS = re.compile(r"\\begin(?![A-Za-z])|\\end(?![A-Za-z])|\\[A-Za-z]+|\\.|[()\[\]{}]|.", re.DOTALL)
@@ -762,7 +771,7 @@ def _node(text: str) -> Node | None:
 
 _SINGLE_LETTER = re.compile(r"\\text\{\s*([A-Za-z])\s*\}")
 _SPACED_GROUPS = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", re.ASCII)
+_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))", re.ASCII)
 
 
 def _repeating(match: re.Match[str]) -> str:

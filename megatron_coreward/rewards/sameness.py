@@ -34,7 +34,6 @@ from megatron_coreward.rewards.reading import (
     zero_form,
 )
 
-
 T = TypeVar("T")
 
 
@@ -141,6 +140,8 @@ def _matrices(a: Matrix, b: Matrix, arithmetic: Arithmetic) -> bool:
 def _equations(a: Equation, b: Equation, arithmetic: Arithmetic) -> bool:
     if a.operator != b.operator:
         return False
+    if (a.lhs, a.rhs) == (b.lhs, b.rhs):
+        return True
     x, y = zero_form(a), zero_form(b)
     sign = arithmetic.proportional(x, y)
     if sign is not None:
@@ -150,9 +151,15 @@ def _equations(a: Equation, b: Equation, arithmetic: Arithmetic) -> bool:
 
 def _named(a: Named, b: Named, arithmetic: Arithmetic) -> bool:
     """Two equations by their solutions; other values by name and value."""
-    if a.equation and b.equation and a.name and b.name:
+    if a.equation and b.equation and a.name and b.name and not (_is_assignment(a) and _is_assignment(b)):
         return _equations(a.equation, b.equation, arithmetic)
     return (not a.name or not b.name or a.name == b.name) and same(a.value, b.value, arithmetic)
+
+
+def _is_assignment(named: Named) -> bool:
+    """`x = 4`: one variable and a number."""
+    equation = named.equation
+    return equation is not None and equation.lhs.op == "symbol" and not equation.rhs.symbols()
 
 
 def _assigned(a: Assignments, b: Assignments, arithmetic: Arithmetic) -> bool:
@@ -190,7 +197,9 @@ def _name_and_equation(a: Named, b: Equation, arithmetic: Arithmetic) -> bool:
 
 
 def _name_and_value(a: Named, b: Reading, arithmetic: Arithmetic) -> bool:
-    """The question fixes the name: `x = 4` is 4."""
+    """The question fixes the name: `x = 4` is 4; `2 + 2 = 4` is, if it is true."""
+    if not a.name and a.equation and not arithmetic.same(a.equation.lhs, a.equation.rhs):
+        return False
     return same(a.value, b, arithmetic)
 
 
@@ -199,7 +208,7 @@ def _solution(a: Equation, b: Scalar, arithmetic: Arithmetic) -> bool:
     if a.operator != "=":
         return False
     form = zero_form(a)
-    root = arithmetic.root(form) if len(form.symbols()) == 1 and not b.node.symbols() else None
+    root = arithmetic.root(form) if len(form.symbols()) == len(form.variables()) == 1 and not b.node.symbols() else None
     return root is not None and arithmetic.same(root, b.node)
 
 
@@ -207,7 +216,7 @@ def _linear_inequality(a: Equation, b: Region, arithmetic: Arithmetic) -> bool:
     """`2x < 6` is `x < 3`."""
     form = zero_form(a)
     names = form.symbols()
-    if a.operator not in (">", r"\ge") or len(names) != 1:
+    if a.operator not in (">", r"\ge") or len(names) != 1 or form.variables() != names:
         return False
     (name,) = names
     root = arithmetic.root(form)
@@ -328,7 +337,7 @@ def _in_any_order(a: Sequence[Reading], b: Sequence[Reading], arithmetic: Arithm
     partner: dict[int, int] = {}  # of right by left
 
     def paired(i: int, tried: set[int]) -> bool:
-        for j, other in enumerate(right):
+        for j in range(len(right)):
             if j not in tried and fits[i][j]:
                 tried.add(j)
                 if j not in partner or paired(partner[j], tried):

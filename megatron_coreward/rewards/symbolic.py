@@ -39,6 +39,9 @@ _RETIRED, _NEEDS_MATH_VERIFY, _OVER_LIMIT = 3, 4, -signal.SIGPROF
 Outcome = bool | Literal["over_limit", "lost"]
 
 
+_OUTCOMES: dict[str, Outcome] = {"s": True, "d": False, "n": "over_limit"}
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """Pairs to compare, by index into the texts; answers of one question belong together, for each is read once."""
@@ -128,7 +131,8 @@ class SymbolicPool:
                 before = len(outcomes)
                 ending = worker.ask(request, outcomes, self._timeout_s)
                 keep = ending is not None
-                if ending in (0, _RETIRED, _NEEDS_MATH_VERIFY):  # all answered, or go on with the next copy
+                if ending in (0, _RETIRED, _NEEDS_MATH_VERIFY) or len(outcomes) == len(request.pairs):
+                    # all answered, or the next copy goes on
                     continue
                 attempts = attempts + 1 if len(outcomes) == before else 1
                 if ending == _OVER_LIMIT:
@@ -208,10 +212,10 @@ class _Worker:
                 return None
             if "error" in reply:
                 self._fail(reply)
+            if reply["request"] == self._request:
+                outcomes += [_OUTCOMES[letter] for letter in reply["verdicts"]]
             if "died" in reply:
                 return int(reply["died"])
-            if reply["request"] == self._request:
-                outcomes.append("over_limit" if reply["same"] is None else bool(reply["same"]))
         return 0
 
     def _receive(self, deadline: float) -> dict[str, Any] | None:

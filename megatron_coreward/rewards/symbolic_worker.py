@@ -2,8 +2,10 @@
 
 `symbolic.py` runs this file by its path, so that the process does not import the parent's main module. The process
 forks a copy of itself, which does the comparing. The copy reads one JSON line per request from standard input,
-`[request, texts, pairs, limit_s]`, with pairs of indices into the texts, and answers each pair with a JSON line. When
-it dies, the process says so and forks the next copy within milliseconds.
+`[request, texts, pairs, limit_s]`, with pairs of indices into the texts, and answers with JSON lines `verdicts`, one
+letter a pair in order: s(ame), d(ifferent) or n(one). It says what it has after every pair that took long. It keeps the
+letters in memory that it shares with the process: when it dies, the process says how, with the letters that were not
+said yet, and forks the next copy within milliseconds.
 
 A pair's limit counts the time that the copy computes, not the time that passes: a verdict must not depend on how busy
 the machine is. math-verify's own time limits are off: they rely on a Python signal handler, which never runs while the
@@ -21,8 +23,11 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
+from mmap import mmap
+from struct import Struct
 from typing import Any
 
 from megatron_coreward.rewards.arithmetic import Full
@@ -33,6 +38,11 @@ MEMORY_LIMIT = 2 << 30  # bytes of address space; about 60 MiB are in use after 
 RETIRE_ABOVE_KIB = 512 << 10  # resident set after which a copy makes room for a fresh one
 RETIRED = 3  # exit status of a copy that did
 NEEDS_MATH_VERIFY = 4  # exit status of a copy that met an answer which only math-verify reads
+
+MAX_PAIRS = 1000  # of a request
+SILENCE_S = 0.1  # after which a copy says what it has
+
+_HEAD = Struct("qqq")
 
 Foreign = Callable[[str, str], bool]
 
@@ -54,10 +64,11 @@ def main() -> None:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         logging.disable()
         foreign: Foreign = _needs_math_verify
+        board = _Board()
         same(read("\\sqrt{8}"), read("2\\sqrt{2}"), Full(foreign))  # what is built at first use counts against no pair
         gc.freeze()  # what is loaded now is shared with every copy, not touched by its garbage collector
         answer(ready=True)
-        while status := _in_a_copy(lambda: _compare(Full(foreign), answer)):
+        while status := _in_a_copy(partial(_compare, Full(foreign), board, answer)):
             if status == NEEDS_MATH_VERIFY:
                 try:
                     foreign = _load_math_verify()
@@ -65,15 +76,48 @@ def main() -> None:
                     answer(error=f"{type(error).__name__}: {error}")
                     return
                 gc.freeze()
-            answer(died=status)
+            answer(died=status, **board.unsaid())
 
 
-def _compare(arithmetic: Full, answer: Callable[..., None]) -> int:
+class _Board:
+    """The request at hand, the verdicts on its pairs, and how many of them were said, in memory that forks share."""
+
+    def __init__(self) -> None:
+        self._memory = mmap(-1, _HEAD.size + MAX_PAIRS)
+
+    def begin(self, request: int) -> None:
+        self._request, self._known, self._said = request, 0, 0
+        self._save()
+
+    def add(self, letter: str) -> None:
+        self._memory[_HEAD.size + self._known] = ord(letter)
+        self._known += 1
+        self._save()
+
+    def _save(self) -> None:
+        _HEAD.pack_into(self._memory, 0, self._request, self._known, self._said)
+
+    def unsaid(self) -> dict[str, object]:
+        """The message with the verdicts that were not said yet."""
+        request, known, said = _HEAD.unpack_from(self._memory, 0)
+        return {"request": request, "verdicts": self._memory[_HEAD.size + said : _HEAD.size + known].decode()}
+
+    def say(self, answer: Callable[..., None]) -> None:
+        message = self.unsaid()
+        # Should it die right here, the verdicts are lost and the pairs compared again: better than said twice.
+        self._said = self._known
+        self._save()
+        answer(**message)
+
+
+def _compare(arithmetic: Full, board: _Board, answer: Callable[..., None]) -> int:
     """Answer requests until there are no more (0), math-verify is needed, or the memory has grown too much."""
     sys.setrecursionlimit(3000)
     for line in sys.stdin:
         request, texts, pairs, limit_s = json.loads(line)
-        for number, (first, second) in enumerate(pairs):
+        board.begin(request)
+        last_said = time.monotonic()
+        for first, second in pairs:
             signal.setitimer(signal.ITIMER_PROF, limit_s)
             try:
                 verdict: bool | None = same(read(texts[first]), read(texts[second]), arithmetic)
@@ -82,9 +126,13 @@ def _compare(arithmetic: Full, answer: Callable[..., None]) -> int:
             except (MemoryError, RecursionError):
                 verdict = None
             signal.setitimer(signal.ITIMER_PROF, 0)
-            answer(request=request, pair=number, same=verdict)
-            if _resident_kib() > RETIRE_ABOVE_KIB:
-                return RETIRED
+            board.add({True: "s", False: "d", None: "n"}[verdict])
+            if time.monotonic() - last_said > SILENCE_S:
+                board.say(answer)
+                last_said = time.monotonic()
+        board.say(answer)
+        if _resident_kib() > RETIRE_ABOVE_KIB:
+            return RETIRED
     return 0
 
 
@@ -118,8 +166,8 @@ def _needs_math_verify(a: str, b: str) -> bool:
 
 def _load_math_verify() -> Foreign:
     """math-verify's verdict on two LaTeX texts, if it holds in both directions; verify() itself is not symmetric."""
-    from math_verify import LatexExtractionConfig, parse, verify
     from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr
 
     # The answer stands alone in math mode: nothing is to be searched for in it, least of all a number to fall back on.

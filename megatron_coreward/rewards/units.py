@@ -23,6 +23,9 @@ class Unit:
         return not self.dimension or not other.dimension or self.dimension == other.dimension
 
 
+NO_UNIT = Unit()
+
+
 def _spellings(*lines: str) -> dict[str, str]:
     """Every spelling of a unit to the first of its line."""
     return {spelling: line.split()[0] for line in lines for spelling in line.split()}
@@ -93,13 +96,39 @@ UNITS = _spellings(
     "yen JPY",
     "unit units",
     "point points pt pts",
+    "kWh",
+    "MW megawatt megawatts",
+    "mA",
+    "kV",
+    "dB decibel decibels",
+    "rpm",
+    "bpm",
+    "kB KB",
+    "MB megabyte megabytes",
+    "GB gigabyte gigabytes",
+    "TB terabyte terabytes",
     "bit bits",
     "byte bytes",
 )
 _ABSTRACT = frozenset({"unit"})  # names a size but no measure: "square units" agrees with cm^2
-_SINGLE_LETTERS = frozenset("mgsLlNJWVhA")  # in a text macro
+_SINGLE_LETTERS = frozenset("mgsLNJWV")  # in a text macro
 _IRREGULAR = frozenset(
-    "people men women children feet teeth geese mice oxen sheep fish deer dice dozen_ cattle".split()
+    [
+        "people",
+        "men",
+        "women",
+        "children",
+        "feet",
+        "teeth",
+        "geese",
+        "mice",
+        "oxen",
+        "sheep",
+        "fish",
+        "deer",
+        "dice",
+        "cattle",
+    ]
 )
 _NUMERALS = (
     "half|halve|quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|[a-z]+teenth|[a-z]+tieth|"
@@ -118,7 +147,9 @@ _CHANGING = re.compile(
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _QUALIFIERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_SAYS_OF_WHAT = frozenset("old long tall high wide deep thick total altogether".split())  # "12 years old"
+_SAYS_OF_WHAT = frozenset(
+    ["old", "long", "tall", "high", "wide", "deep", "thick", "total", "altogether"]
+)  # "12 years old"
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?: (?:place|term|grade|day|floor|row|position))?")
 _TOKEN = re.compile(r"\^\{?\(?(-?\d)\)?\}?|\\circ|[A-Za-z]+(?:/h)?|[/*().%]|[^\W\d_]+|.")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
@@ -140,6 +171,7 @@ def read_unit(tail: str, plain: bool, value: int | None = None) -> Unit | None:
     words = re.sub(r"(?<=[A-Za-z])\.(?=\s|$)", "", text).split(" ")
     if len(words) > 1 and words[-1] in _SAYS_OF_WHAT:
         words.pop()
+        words = words[:-1] if words[-1] == "in" and len(words) > 1 else words
     factor = Fraction(1)
     while words and words[0].lower() in _SCALES:
         factor *= _SCALES[words.pop(0).lower()]

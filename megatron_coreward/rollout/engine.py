@@ -41,6 +41,8 @@ class SamplingRequest:
     top_p: float
     max_tokens: int
     answer_formats: Sequence[AnswerFormat] = ()  # in which a final answer is looked for; none: not at all
+    stop_at: Sequence[str] = ()  # strings behind which no answer is looked for (`rewards.answer.extract_answer`)
+    stop: Sequence[str] = ()  # strings that end a sample; their tokens are part of it
 
 
 class RolloutEngine:
@@ -125,7 +127,9 @@ class RolloutEngine:
                 max_tokens=r.max_tokens,
                 logprobs=0,  # of the sampled token only
                 flat_logprobs=True,
-                detokenize=False,  # token by token, twice, would take a fifth of the time; once at the end is enough
+                stop=list(r.stop),
+                # Token by token, twice, would take a fifth of the time; without stop strings, once at the end is enough
+                detokenize=bool(r.stop),
             )
             for r in requests
         ]
@@ -282,7 +286,7 @@ class RolloutEngine:
             token_ids=np.asarray(completion.token_ids, dtype=np.int32),
             logprobs=np.asarray(flat.logprobs, dtype=np.float32)[flat.start_indices],
             text=text,
-            answer=extract_answer(text, request.answer_formats),
+            answer=extract_answer(text, request.answer_formats, request.stop_at),
             finish_reason=completion.finish_reason,
             weight_version=version,
         )

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import psutil
 
+from megatron_coreward.rollout.sockets import PREFIX, engine_folder, engine_folders
 from megatron_coreward.weights.segment import SHARED_MEMORY
 
-PREFIX = "megatron_coreward.engine."
 _LOCK, _SEGMENTS = "lock", "segments"
 _MAPPED = re.compile(rf"{SHARED_MEMORY}/((?:psm_|vllm_dist_)[^/\s]+)$", re.MULTILINE)
 
@@ -28,7 +28,7 @@ class EngineResources:
 
     def __init__(self) -> None:
         remove_orphans()
-        staged = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
+        staged = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=engine_folder()))
         self._lock = os.open(staged / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.folder = staged.rename(staged.with_name(staged.name[1:]))  # others look at it from now on
@@ -52,7 +52,7 @@ class EngineResources:
 
 def remove_orphans() -> None:
     """Removes what engines of this user that are gone have left on this host."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in (found for place in engine_folders() for found in place.glob(f"{PREFIX}*")):
         with suppress(OSError):  # removed meanwhile, or its engine lives
             if folder.lstat().st_uid != os.getuid():
                 continue

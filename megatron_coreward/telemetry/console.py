@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from statistics import fmean
 from types import TracebackType
 from typing import Literal, Protocol, Self, TextIO
@@ -33,6 +34,7 @@ from megatron_coreward.telemetry.display import (
     sparkline,
 )
 from megatron_coreward.telemetry.sinks import Sink
+from megatron_coreward.telemetry.untrusted_text import printable, say
 
 Mode = Literal["auto", "live", "plain", "off"]
 
@@ -142,8 +144,8 @@ class PlainView(_View):
             self.note("  ".join([f"validation after step {step}", *(f"{name} {value}" for name, value in validation)]))
 
     def note(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        with suppress(OSError, ValueError):  # nobody reads it any more: its other end is closed, or its disk is full
+            say(text, self._stream)
 
 
 class LiveView(_View):
@@ -189,14 +191,17 @@ class LiveView(_View):
             self._metrics = dict(metrics)
         if validation := _validation(metrics):
             self._validations = [*self._validations, (step, validation)]
-        self._live.refresh()
+        with suppress(OSError, ValueError):  # the terminal has gone
+            self._live.refresh()
 
     def note(self, text: str) -> None:
-        self._console.print(Text(text))
+        with suppress(OSError, ValueError):
+            self._console.print(Text(printable(text)))
 
     def close(self) -> None:
         self._phase = None
-        self._live.stop()
+        with suppress(OSError, ValueError):
+            self._live.stop()
 
     def frame(self) -> RenderableType:
         """The panel as of now."""
@@ -205,7 +210,9 @@ class LiveView(_View):
             parts += [Text(), self._headline_table(), Text(), self._time_split()]
         if self._validations:
             parts += [Text(), self._validation_table()]
-        return Panel(Group(*parts), title=Text(self._title, style="bold"), title_align="left", padding=(0, 1))
+        return Panel(
+            Group(*parts), title=Text(printable(self._title), style="bold"), title_align="left", padding=(0, 1)
+        )
 
     @property
     def _wide(self) -> bool:

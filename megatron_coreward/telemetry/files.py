@@ -5,6 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_coreward.errors import RunError, environment_problem
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the machine says against writing a file is a RunError that names the file and what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {environment_problem(error, path)}") from error
+
 
 @contextmanager
 def replaced_whole(path: Path) -> Iterator[Path]:

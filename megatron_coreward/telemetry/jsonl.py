@@ -13,13 +13,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_coreward.errors import RunError
+from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry import keys
-from megatron_coreward.telemetry.files import append_line, fsync_directory, replaced_whole
+from megatron_coreward.telemetry.files import append_line, fsync_directory, replaced_whole, writing
 
 FILE_NAME = "metrics.jsonl"
 
 Row = dict[str, float | None]
+
+_REMEDY = "bring the file back, or remove the line"
 
 
 class JsonlSink:
@@ -27,10 +29,11 @@ class JsonlSink:
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._last_step = _truncate(path, first_step)
-        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        fsync_directory(path.parent)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._last_step = _truncate(path, first_step)
+            self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            fsync_directory(path.parent)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one row; it is on disk on return."""
@@ -43,7 +46,8 @@ class JsonlSink:
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"{self._path}: step {step} comes after step {self._last_step}")
         row = {keys.STEP: step} | {key: _json_number(value) for key, value in metrics.items() if key != keys.STEP}
-        append_line(self._descriptor, json.dumps(row, allow_nan=False).encode() + b"\n", self._path)
+        with writing(self._path):
+            append_line(self._descriptor, json.dumps(row, allow_nan=False).encode() + b"\n", self._path)
         self._last_step = step
 
     def close(self) -> None:
@@ -55,7 +59,7 @@ class JsonlSink:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics file, in order; a part of a line at the end is not read.
 
-    A run may be writing while this reads. Raises RunError if a whole line is not a row, naming the line.
+    A run may be writing while this reads. Raises InputError if a whole line is not a row, naming the line.
     """
     return [_parse(path, number, line)[1] for number, line in enumerate(_whole_lines(path), start=1)]
 
@@ -63,6 +67,10 @@ def read_rows(path: Path) -> list[Row]:
 def _truncate(path: Path, first_step: int) -> int | None:
     """Drops the rows of `first_step` and later, and a part of a line at the end. Returns the last step that stays."""
     if not path.exists():
+        return None
+    if first_step <= 0:  # nothing of it stays, whatever it holds
+        with replaced_whole(path) as temporary:
+            temporary.write_bytes(b"")
         return None
     steps_and_lines = [(_parse(path, number, line)[0], line) for number, line in enumerate(_whole_lines(path), start=1)]
     kept = [(step, line) for step, line in steps_and_lines if step < first_step]
@@ -82,10 +90,10 @@ def _parse(path: Path, number: int, line: bytes) -> tuple[int, Row]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise RunError(f"{path}, line {number}: not JSON ({error})") from error
+        raise InputError(f"{path}, line {number}: not JSON ({error}); {_REMEDY}") from error
     step = row.get(keys.STEP) if isinstance(row, dict) else None
     if not isinstance(step, int):
-        raise RunError(f"{path}, line {number}: not a row of metrics with a whole number as {keys.STEP}")
+        raise InputError(f"{path}, line {number}: not a row of metrics with a whole number as {keys.STEP}; {_REMEDY}")
     return step, row
 
 

@@ -10,12 +10,12 @@ and later ones, so a resumed run counts what an uninterrupted one would; a part 
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from megatron_coreward.errors import RunError
-from megatron_coreward.telemetry.files import append_line, replaced_whole
+from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry.files import append_line, replaced_whole, writing
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 
 FILE_NAME = "labels.jsonl"
@@ -26,18 +26,26 @@ Key = tuple[str, str]  # uid, view
 class LabelHistory:
     """The last label of every question and view."""
 
-    def __init__(self, path: Path, same: Callable[[str, str], bool], first_step: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        same: Callable[[str, str], bool],
+        first_step: int = 0,
+        compare: Callable[[Sequence[Sequence[str]]], None] = lambda groups: None,
+    ) -> None:
         """`same` says whether two labels are one answer (`AnswerEquivalence.equivalent`); `first_step` comes next.
+        `compare` is told all pairs of labels before `same` is asked for them (`AnswerEquivalence.compare`).
 
-        Raises RunError if a whole line of the file is not a step's labels.
+        Raises InputError if a whole line of the file is not a step's labels.
         """
-        self._same = same
+        self._same, self._compare = same, compare
         self._last: dict[Key, str] = {}
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._read(path, first_step)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                self._read(path, first_step)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def observe(self, step: int, scored: Iterable[ScoredGroup]) -> dict[str, float]:
         """Takes over the labels of a step's policy groups and returns how they changed.
@@ -53,9 +61,11 @@ class LabelHistory:
         }
         if not labels:
             return {}
+        self._compare([(self._last[key], label) for key, label in labels.items() if key in self._last])
         flips = [not self._same(self._last[key], label) for key, label in labels.items() if key in self._last]
         line = json.dumps({"step": step, "labels": [[*key, label] for key, label in labels.items()]})
-        append_line(self._descriptor, line.encode() + b"\n", self._path)
+        with writing(self._path):
+            append_line(self._descriptor, line.encode() + b"\n", self._path)
         self._last.update(labels)
         metrics = {"label/seen_before_share": len(flips) / len(labels)}
         return metrics | ({"label/flip_rate": sum(flips) / len(flips)} if flips else {})
@@ -77,17 +87,28 @@ class LabelHistory:
         self.close()
 
     def _read(self, path: Path, first_step: int) -> None:
-        *lines, part = path.read_bytes().split(b"\n")
-        kept = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                step, labels = int(row["step"]), {(uid, view): label for uid, view, label in row["labels"]}
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{path}, line {number}: not the labels of a step ({error})") from error
-            if step < first_step:
-                kept.append(line + b"\n")
-                self._last.update(labels)
+        lines, part = read_lines(path)
+        kept = [(line, labels) for step, line, labels in lines if step < first_step]
+        for _, labels in kept:
+            self._last.update(labels)
         if part or len(kept) != len(lines):
             with replaced_whole(path) as temporary:
-                temporary.write_bytes(b"".join(kept))
+                temporary.write_bytes(b"".join(line + b"\n" for line, _ in kept))
+
+
+def read_lines(path: Path) -> tuple[list[tuple[int, bytes, dict[Key, str]]], bytes]:
+    """Step, line and labels of every whole line, and the part of a line at the end that a kill may have left.
+
+    Raises InputError where a whole line is not a step's labels.
+    """
+    *whole, part = path.read_bytes().split(b"\n")
+    lines = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            row = json.loads(line)
+            lines.append((int(row["step"]), line, {(uid, view): label for uid, view, label in row["labels"]}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}, line {number}: not the labels of a step ({error}); remove the file: checkpoints have copies"
+            ) from error
+    return lines, part

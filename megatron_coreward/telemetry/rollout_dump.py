@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_coreward.errors import InputError
-from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.telemetry.files import replaced_whole, writing
 from megatron_coreward.types import Completion, FloatArray, IntArray, Prompt, RolloutGroup
 
 SCHEMA = pa.schema(
@@ -41,6 +41,8 @@ SCHEMA = pa.schema(
 )
 
 _FORMER = {"gold": "ground_truth"}  # columns that had another name in earlier files
+# Of pyarrow: a file that is cut off is "invalid", a damaged page an OSError, a damaged schema a ValueError.
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)
 _FILE_NAME = re.compile(r"step_(\d{6,})\.parquet")
 
 
@@ -92,13 +94,14 @@ def dump_rollouts(
 ) -> Path:
     """Writes the completions of a step, group by group in the given order; an older file of that step is replaced.
 
-    `notes` are kept beside them in the file (`read_notes`).
+    `notes` are kept beside them in the file (`read_notes`). Raises RunError where it cannot be written.
     """
     path = rollouts_path(run_dir, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = _to_table(scored).replace_schema_metadata({**(notes or {}), "step": str(step)})
-    with replaced_whole(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_whole(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
     return path
 
 
@@ -107,7 +110,7 @@ def read_rollouts(path: Path) -> list[ScoredGroup]:
     try:
         with pq.ParquetFile(path) as file:
             table = file.read()
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: not a file of rollouts ({error})") from error
     table = table.rename_columns([_FORMER.get(name, name) for name in table.schema.names])
     if not table.schema.equals(SCHEMA):
@@ -121,7 +124,7 @@ def read_notes(path: Path) -> dict[str, str]:
     """What `dump_rollouts` was given as notes, and the step. Raises InputError for what is no file of rollouts."""
     try:
         metadata = pq.read_schema(path).metadata or {}
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: not a file of rollouts ({error})") from error
     return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
 

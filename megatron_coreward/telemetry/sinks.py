@@ -1,15 +1,14 @@
-"""Where the metrics of a run go: a narrow contract, and what writes to each place.
+"""Where the metrics of a run go: metrics.jsonl, which a run cannot do without, and trackers, which it can.
 
-A resumed run writes its steps from `first_step` on once more. Each sink makes sure that a reader sees one history: the
+A resumed run writes its steps from `first_step` on once more. Each place makes sure that a reader sees one history: the
 metrics file drops the rows from there on, TensorBoard hides them, and Weights & Biases goes on in the same
-run.
+run. An error of the metrics file ends the run; none of a tracker does (`trackers`).
 """
 
 import importlib
 import importlib.util
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -23,6 +22,7 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.files import replaced_whole
 from megatron_coreward.telemetry.jsonl import FILE_NAME, JsonlSink
+from megatron_coreward.telemetry.trackers import GuardedTracker, Tracker
 
 
 class Sink(Protocol):
@@ -35,7 +35,7 @@ class Sink(Protocol):
         """Stores what is still held back, and lets go of files and connections. A second call does nothing."""
 
 
-class TensorBoardSink:
+class TensorBoard:
     """TensorBoard event files, one tag a metric, through TensorBoard's own writer (torch's would import torch)."""
 
     def __init__(self, directory: Path, first_step: int = 0) -> None:
@@ -45,24 +45,23 @@ class TensorBoardSink:
             start = SessionLog(status=SessionLog.START)
             self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [Summary.Value(tag=key, simple_value=value) for key, value in metrics.items() if key != keys.STEP]
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._writer.flush()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self._writer.close()
 
 
-class WandbSink:
-    """A run at Weights & Biases. The package is imported only here.
+class Wandb:
+    """A run at Weights & Biases: of the package, `init`, `define_metric`, `log` and `finish` are all that is used.
 
     The run's id is kept in `wandb_id` of the run directory, so that a resumed run goes on in the same one. Metrics are
     plotted over our own step: W&B's counter refuses to go back, as a run that resumes does.
     """
 
     def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
-        require_wandb(project)
         wandb = importlib.import_module("wandb")
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
@@ -76,11 +75,22 @@ class WandbSink:
         self._run.define_metric(keys.STEP)
         self._run.define_metric("*", step_metric=keys.STEP)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({**metrics, keys.STEP: step})
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self._run.finish()
+
+
+def trackers_of(run_dir: Path, wandb_project: str | None, config: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers of a run: TensorBoard in its directory, and W&B if a project is named.
+
+    `config` is what W&B shows as the run's configuration.
+    """
+    trackers = [Tracker("tensorboard", lambda first_step: TensorBoard(run_dir / "tensorboard", first_step))]
+    if wandb_project is not None:
+        trackers.append(Tracker("wandb", lambda first_step: Wandb(wandb_project, run_dir, config)))
+    return trackers
 
 
 def require_wandb(project: str) -> None:
@@ -93,7 +103,7 @@ def require_wandb(project: str) -> None:
 
 
 class SinkGroup:
-    """Several sinks as one. A sink that fails ends the run; closing closes every sink, whatever fails on the way."""
+    """Several sinks as one. An error of a sink is the group's; closing closes every sink, whatever fails on the way."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
@@ -115,23 +125,25 @@ class SinkGroup:
 
 
 def open_sinks(
-    run_dir: Path, *, first_step: int, wandb_project: str | None = None, config: Mapping[str, Any] | None = None
+    run_dir: Path,
+    *,
+    first_step: int,
+    wandb_project: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> SinkGroup:
-    """The sinks of a run: metrics.jsonl and tensorboard/ in its directory, and W&B if a project is named.
+    """The sinks of a run: metrics.jsonl, and its trackers.
 
     `first_step` is the first step that will be written (0 for a new run that validates before training); rows from
-    there on that an earlier attempt wrote are replaced. `config` is what W&B shows as the run's configuration.
+    there on that an earlier attempt wrote are replaced. `config` is what W&B shows as the run's configuration. `warn`
+    takes a line for people about a tracker that fails.
     """
     if wandb_project is not None:
         require_wandb(wandb_project)
-    with ExitStack() as opened:
-        sinks: list[Sink] = [JsonlSink(run_dir / FILE_NAME, first_step)]
-        opened.callback(sinks[-1].close)
-        sinks.append(TensorBoardSink(run_dir / "tensorboard", first_step))
-        opened.callback(sinks[-1].close)
-        if wandb_project is not None:
-            sinks.append(WandbSink(wandb_project, run_dir, config or {}))
-        opened.pop_all()
+    metrics_file = run_dir / FILE_NAME
+    sinks: list[Sink] = [JsonlSink(metrics_file, first_step)]
+    for tracker in trackers_of(run_dir, wandb_project, config or {}):
+        sinks.append(GuardedTracker(tracker, run_dir, metrics_file, first_step, warn))
     return SinkGroup(sinks)
 
 

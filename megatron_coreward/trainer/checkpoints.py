@@ -4,14 +4,15 @@ At most one checkpoint is under way. It holds the values of the moment at which 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
-from megatron_coreward.checkpoint import store
+from megatron_coreward.checkpoint import inputs, store
 from megatron_coreward.checkpoint.store import TrainerState
 from megatron_coreward.cluster.watchdog import WorkerDied
 from megatron_coreward.cluster.worker_group import Workers
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.errors import RunError
+from megatron_coreward.errors import RunError, environment_problem
 from megatron_coreward.telemetry import label_history
 
 
@@ -32,6 +33,7 @@ class CheckpointWriter:
         """
         self._config, self._actors, self._on_complete, self._labels = config, actors, on_complete, labels
         self.last_step = last_step  # that a checkpoint covers, or will when it is written
+        self._inputs = inputs.dump_digests(inputs.input_digests(config))
         self._in_flight: int | None = None
 
     def begin(self, trainer_state: TrainerState) -> None:
@@ -42,7 +44,7 @@ class CheckpointWriter:
         """
         self.finish()
         run_dir = self._config.run_dir
-        files = {"config.yaml": dump_config(self._config).encode()}
+        files = {"config.yaml": dump_config(self._config).encode(), inputs.FILE_NAME: self._inputs}
         if self._labels is not None:
             files[label_history.FILE_NAME] = self._labels(trainer_state.step)
         try:
@@ -71,10 +73,17 @@ class CheckpointWriter:
             raise self._failed(step, error) from error
         self._on_complete(step)
 
+    def finish_or_discard(self) -> None:
+        """Completes the checkpoint under way if it can be written, and removes what there is of it otherwise."""
+        with suppress(RunError):
+            self.finish()
+
     def _failed(self, step: int, error: Exception) -> RunError:
         if isinstance(error, WorkerDied):
             return error
         store.discard_unfinished(self._config.run_dir)
         whole = store.saved_steps(self._config.run_dir)
         kept = f"those of steps {', '.join(map(str, whole))} are whole" if whole else "there is none before it"
-        return RunError(f"the checkpoint of step {step} could not be written ({error}); {kept}")
+        path = store.checkpoint_path(self._config.run_dir, step)
+        what = environment_problem(error, path) if isinstance(error, OSError) else error
+        return RunError(f"the checkpoint of step {step} could not be written ({what}); {kept}")

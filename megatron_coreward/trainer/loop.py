@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from megatron_coreward.algorithms.ema_schedule import teacher_decay
 from megatron_coreward.checkpoint.store import TrainerState
+from megatron_coreward.cluster.garbage_collection import garbage_collection_paused
 from megatron_coreward.cluster.preemption import Preempted, StopRequest
 from megatron_coreward.cluster.worker_group import Workers
 from megatron_coreward.config.guard import GuardSettings
@@ -29,7 +30,6 @@ from megatron_coreward.trainer import step_metrics
 from megatron_coreward.trainer.batch import mini_batches, to_batch
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.experience import Experience
-from megatron_coreward.trainer.garbage_collection import garbage_collection_paused
 from megatron_coreward.trainer.rollback import Collapsing
 from megatron_coreward.trainer.step_metrics import Updates
 from megatron_coreward.types import Sequences, TokenStats, TrainBatch
@@ -100,10 +100,10 @@ class Trainer:
         reference = old = None
         with timer.phase("token_stats"):
             if loss.updates_per_batch > 1:  # with one update a batch, the current log-probs are the old ones
-                old = experience.token_stats or self._stats(experience.sequences, "policy")
+                old = experience.token_stats or self._logprobs(experience.sequences, "policy")
             if kl_coef:
                 held_to = "teacher" if loss.kl_reference == "teacher" else "reference"
-                reference = self._stats(experience.sequences, held_to)
+                reference = self._logprobs(experience.sequences, held_to)
         with timer.phase("update"):
             groups = experience.rollouts.policy
             batch = to_batch(
@@ -115,7 +115,7 @@ class Trainer:
                 self.state = replace(self.state, num_updates=self.state.num_updates + 1)
         return Updates(reports, kl_coef)
 
-    def _stats(self, sequences: Sequences, weights: str) -> TokenStats:
+    def _logprobs(self, sequences: Sequences, weights: str) -> TokenStats:
         return self.actors.token_stats(sequences, weights, self.config.rollout.temperature, False)
 
     def train(self) -> None:
@@ -141,6 +141,10 @@ class Trainer:
             if self.state.step > self.checkpoints.last_step:
                 self._save()
             self.checkpoints.finish()
+            raise
+        except RunError as error:
+            if isinstance(error.__cause__, OSError):  # a full disk, say: the ranks are well
+                self.checkpoints.finish_or_discard()
             raise
 
     def _begin(self) -> None:

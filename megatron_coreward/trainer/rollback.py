@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
 from megatron_coreward.errors import RunError
 from megatron_coreward.guard import Decision
-from megatron_coreward.telemetry.files import fsync_directory
+from megatron_coreward.telemetry.files import fsync_directory, writing
 from megatron_coreward.telemetry.rollout_dump import discard_rollouts
 
 FILE_NAME = "rollbacks.jsonl"
@@ -54,7 +54,7 @@ def roll_back(run_dir: Path, decision: Decision) -> int:
             "(checkpoint.every, checkpoint.keep)"
         )
     line = json.dumps({"from": decision.step, "to": good[-1], "reason": decision.reason})
-    with (run_dir / FILE_NAME).open("ab") as file:
+    with writing(run_dir / FILE_NAME), (run_dir / FILE_NAME).open("ab") as file:
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_coreward.checkpoint.inputs import VALIDATION, input_digests
 from megatron_coreward.cluster.weight_sync import SyncReport, weight_version
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
@@ -141,8 +142,5 @@ def fingerprint_of(config: RunConfig) -> str:
     tree = config.model_dump(mode="json")
     for name in _WITHOUT_EFFECT:
         del tree[name]
-    model = [p for p in (config.model.hf_path, config.model.megatron_path) if p is not None]
-    files = [path for folder in model for path in sorted(folder.rglob("*")) if path.is_file()]
-    files += [*config.data.train_files, *config.data.rephrased_files]
-    tree["files"] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    tree["files"] = {key: digest for key, digest in input_digests(config).items() if not key.startswith(VALIDATION)}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

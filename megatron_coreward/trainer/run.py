@@ -24,7 +24,6 @@ from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.guard import Guard
 from megatron_coreward.preflight import preflight
-from megatron_coreward.report.report import write_report
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry import label_history
@@ -33,6 +32,7 @@ from megatron_coreward.telemetry.label_history import LabelHistory
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer import finish
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
@@ -40,6 +40,8 @@ from megatron_coreward.trainer.rollback import Collapsing, count_rollbacks, roll
 from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog, fingerprint_of
 from megatron_coreward.trainer.run_directory import (
     OpenedRun,
+    announce,
+    interrupt_says_how_to_go_on,
     lock_run_directory,
     log_event,
     open_run_directory,
@@ -87,8 +89,12 @@ def train(config: RunConfig, arch: Architecture | None = None) -> Path:
     with StopSignals(config.faults.stop_signals) as stop, ExitStack() as stack:
         arch = arch or preflight(config)
         stack.enter_context(lock_run_directory(config.run_dir))
+        stack.enter_context(interrupt_says_how_to_go_on(config))
         if config.telemetry.wandb_project is not None:
             require_wandb(config.telemetry.wandb_project)
+        if finish.is_trained(config) and finish.missing(config):
+            finish.complete(config, partial(announce, config))
+            return config.run_dir
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
         data = _load_data(config, tokenizer)
         restarts = config.faults.max_restarts
@@ -99,7 +105,8 @@ def train(config: RunConfig, arch: Architecture | None = None) -> Path:
             start_ray(config.watchdog.start_limit_s)
             stop.take()
             try:
-                _run(config, arch, data, opened, stop)
+                with finish.nothing_after_it_counts(config, partial(announce, config)):
+                    _run(config, arch, data, opened, stop)
                 return config.run_dir
             except Preempted as request:
                 raise Preempted(f"{request}; {resume_hint(config)}") from None
@@ -152,7 +159,7 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
         attempt.trainer(running.actors, engines).train()
         view.note("writing the final model")
         running.actors.call("export_hf", "policy", (config.run_dir / "hf").resolve())
-        _write_report(config, attempt.notify)
+        finish.try_report(config, attempt.notify)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +182,9 @@ class _Attempt:
         """The trainer, with all that it writes to."""
         config, method, state = self.config, METHODS[self.config.method], self.opened.trainer_state
         equivalence = self.stack.enter_context(
-            AnswerEquivalence(config.rewards.equivalence, config.rewards.comparison_timeout_s)
+            AnswerEquivalence(
+                config.rewards.equivalence, config.rewards.comparison_timeout_s, config.rewards.comparison_workers
+            )
         )
         problems_of = BatchSampler(self.data.train, config.data.batch_size, config.seed, config.data.shuffle).batch
         log = RolloutLog(
@@ -218,7 +227,7 @@ class _Attempt:
     def _label_history(self, equivalence: AnswerEquivalence) -> LabelHistory:
         first_step = 0 if self.opened.trainer_state is None else self.opened.steps_done + 1
         path = self.config.run_dir / label_history.FILE_NAME
-        return self.stack.enter_context(LabelHistory(path, equivalence.equivalent, first_step=first_step))
+        return self.stack.enter_context(LabelHistory(path, equivalence.equivalent, first_step, equivalence.compare))
 
     def _recorder(self) -> Callable[[int, dict[str, float]], None]:
         """Writes the row of a step to every sink and shows it."""
@@ -229,6 +238,7 @@ class _Attempt:
                 first_step=0 if state is None else state.step + (state.unfinished_row is None),
                 wandb_project=config.telemetry.wandb_project,
                 config=config.model_dump(mode="json"),
+                warn=self.notify,
             )
         )
 
@@ -244,19 +254,12 @@ class _Attempt:
         config = self.config
         equivalence = self.stack.enter_context(
             AnswerEquivalence(
-                config.validation.equivalence or config.rewards.equivalence, config.rewards.comparison_timeout_s
+                config.validation.equivalence or config.rewards.equivalence,
+                config.rewards.comparison_timeout_s,
+                config.rewards.comparison_workers,
             )
         )
         return partial(validation_metrics, config, self.data.held_out, engines, equivalence)
-
-
-def _write_report(config: RunConfig, notify: Callable[[str], None]) -> None:
-    """The run's page. All that it shows is kept beside it: an error here is reported, and spoils no finished run."""
-    try:
-        write_report(config.run_dir)
-    except Exception as error:
-        again = f"`megatron-coreward report {config.run_dir}` tries again"
-        notify(f"report.html was not written: {type(error).__name__}: {error}; {again}")
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
@@ -269,15 +272,16 @@ def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
         "over_length": data.over_length,
         "unpaired": data.unpaired,
         "thinking": data.thinking,
+        "control_tokens": data.control_tokens,
     }
     rephrased = data.rephrased_files if "rephrased" in needs.all_views else ()
     problems = load_problems(data.train_files, rephrased, tokenizer, **limits)
     if needs.ground_truth:
-        problems = problems.with_ground_truth(data.missing_gold, f"data.train_files: method {config.method}")
+        problems = problems.with_ground_truth(data.missing_gold, problems.missing_in_training(config.method))
     held_out = []
     for file in data.val_files:
         found = load_problems([file], (), tokenizer, **limits)
-        found = found.with_ground_truth(data.missing_gold, f"data.val_files: {file}: validation")
+        found = found.with_ground_truth(data.missing_gold, found.missing_in_validation(file))
         held_out += [(source, file, part) for source, part in found.by_source().items()]
     sources = Counter(source for source, _, _ in held_out)
     limit = config.validation.max_problems

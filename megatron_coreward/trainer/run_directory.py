@@ -6,13 +6,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_coreward.checkpoint.inputs import refused_inputs, replaced_inputs
 from megatron_coreward.checkpoint.store import (
     DamagedCheckpoint,
     TrainerState,
@@ -26,8 +27,10 @@ from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry import label_history
-from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.telemetry.files import replaced_whole, writing
 from megatron_coreward.telemetry.rollout_dump import discard_rollouts
+from megatron_coreward.telemetry.untrusted_text import printable, say
+from megatron_coreward.trainer.finish import final_model_is_whole
 
 LOCK = "lock"  # in the run directory: of the process that trains in it
 
@@ -39,8 +42,9 @@ def lock_run_directory(run_dir: Path, patience_s: float = 10.0) -> Iterator[None
     Raises:
         InputError: another process does, and still does after a moment in which one that was killed would be gone.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with writing(run_dir / LOCK):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     deadline = time.monotonic() + patience_s
     try:
         while True:
@@ -54,11 +58,21 @@ def lock_run_directory(run_dir: Path, patience_s: float = 10.0) -> Iterator[None
                 time.sleep(0.2)
             except OSError:  # a file system without locks
                 break
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        with suppress(OSError):  # a full disk: then others are not told who it is
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         yield
     finally:
         os.close(file)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Removes what writers that were killed have left half-written: nobody else writes here (`lock_run_directory`)."""
+    for folder in (run_dir, run_dir / "rollouts"):
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+    for name in (".hf.partial", ".hf.removed"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +100,7 @@ def open_run_directory(config: RunConfig, news: Sequence[str] = ()) -> OpenedRun
     saved = saved_steps(run_dir)
     if saved and settings.resume == "never":
         raise InputError(f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir")
-    if saved and saved[-1] >= config.steps and (run_dir / "hf").is_dir():
+    if saved and saved[-1] >= config.steps and final_model_is_whole(run_dir):
         raise InputError(
             f"run_dir: the run in {run_dir} has done its {saved[-1]} steps; raise steps or choose another run_dir"
         )
@@ -106,11 +120,19 @@ def open_run_directory(config: RunConfig, news: Sequence[str] = ()) -> OpenedRun
         aside = set_aside(checkpoint_path(run_dir, step))
         notes.append(f"damaged checkpoint, set aside as {aside.name}: {reason}")
     discard_unfinished(run_dir)
+    remove_leftovers(run_dir)
     if trainer_state is not None:
         changed = changed_keys(checkpoint_path(run_dir, trainer_state.step) / "config.yaml", config)
         if changed:
             notes.append(
                 f"the checkpoint of step {trainer_state.step} was made with other settings: {', '.join(changed)}"
+            )
+        checkpoint = checkpoint_path(run_dir, trainer_state.step)
+        if refused := refused_inputs(checkpoint, config):
+            raise InputError("\n".join(refused))
+        if replaced := replaced_inputs(checkpoint, config):
+            notes.append(
+                f"files were replaced since the checkpoint of step {trainer_state.step}: {', '.join(replaced)}"
             )
     done = trainer_state.step if trainer_state is not None else 0
     if (run_dir / "hf").exists() and done < config.steps:  # of a run that was shorter
@@ -119,7 +141,7 @@ def open_run_directory(config: RunConfig, news: Sequence[str] = ()) -> OpenedRun
         os.replace(run_dir / "hf", aside)
         notes.append(f"the model of the shorter run is now {aside.name}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    with replaced_whole(run_dir / "config.yaml") as temporary:
+    with writing(run_dir / "config.yaml"), replaced_whole(run_dir / "config.yaml") as temporary:
         temporary.write_text(dump_config(config))
     if trainer_state is None:
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
@@ -154,9 +176,18 @@ def _restore_labels(config: RunConfig, trainer_state: TrainerState) -> None:
 
 
 def log_event(config: RunConfig, text: str) -> None:
-    """What happened to the run stays in its directory too, whatever the console shows."""
-    with (config.run_dir / "events.log").open("a") as file:
-        file.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')} {text}\n")
+    """What happened to the run stays in its directory too, whatever the console shows, as far as the disk takes it."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with suppress(OSError), (config.run_dir / "events.log").open("a", errors="backslashreplace") as file:
+        file.write(f"{now} {printable(text)}\n")
+
+
+def announce(config: RunConfig, text: str) -> None:
+    """A line for people outside of an attempt, which has a view for that; it goes to `events.log` too."""
+    if config.telemetry.console != "off":
+        with suppress(OSError):
+            say(text)
+    log_event(config, text)
 
 
 def resume_hint(config: RunConfig) -> str:
@@ -166,3 +197,13 @@ def resume_hint(config: RunConfig) -> str:
     if config.checkpoint.resume == "never":
         return f"with checkpoint.resume=auto the same command {where}"
     return f"the same command {where}, in {config.run_dir}"
+
+
+@contextmanager
+def interrupt_says_how_to_go_on(config: RunConfig) -> Iterator[None]:
+    """Ctrl-C ends a run at once; what it is told with says from where the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(resume_hint(config))
+        raise

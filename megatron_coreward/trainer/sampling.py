@@ -35,6 +35,8 @@ def sample_groups(
     seed: int,
     top_p: float = 1.0,
     answer_formats: Sequence[AnswerFormat] = ("boxed",),
+    stop_at: Sequence[str] = (),
+    stop: Sequence[str] = (),
 ) -> list[RolloutGroup]:
     """`n` completions for every view of every problem: one group each, problem after problem."""
     requests = requests_for(
@@ -48,6 +50,8 @@ def sample_groups(
         seed=seed,
         top_p=top_p,
         answer_formats=answer_formats,
+        stop_at=stop_at,
+        stop=stop,
     )
     return to_groups(problems, views, role, engines.sample(requests, version))
 
@@ -64,6 +68,8 @@ def requests_for(
     seed: int,
     top_p: float = 1.0,
     answer_formats: Sequence[AnswerFormat] = (),
+    stop_at: Sequence[str] = (),
+    stop: Sequence[str] = (),
 ) -> list[SamplingRequest]:
     """One request for every view of every problem, problem after problem."""
     return [
@@ -75,6 +81,8 @@ def requests_for(
             top_p=top_p,
             max_tokens=max_tokens,
             answer_formats=answer_formats,
+            stop_at=stop_at,
+            stop=stop,
         )
         for problem in problems
         for view in views

@@ -134,4 +134,6 @@ class RolloutSchedule:
             step=step,
             seed=config.seed,
             answer_formats=config.rewards.answer_formats,
+            stop_at=config.rewards.stop_at,
+            stop=config.rollout.stop,
         )

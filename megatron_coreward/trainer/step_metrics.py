@@ -97,6 +97,7 @@ def staleness(groups: Sequence[RolloutGroup], num_updates: int, updates_per_batc
 def _label_quality(experience: Experience) -> dict[str, float]:
     """Votes and how right they were. Ground truths are read here, after the update, and go nowhere but into the row."""
     groups, votes, equivalence = experience.rollouts.policy, experience.context.votes(), experience.context.equivalence
+    equivalence.compare([(*group.answers, experience.ground_truths.get(group.uid)) for group in groups])
     return (
         vote_metrics(votes)
         | agreement_metrics(votes, equivalence)

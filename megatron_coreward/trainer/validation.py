@@ -41,6 +41,8 @@ def validation_metrics(
                 version=version,
                 seed=config.seed,
                 answer_formats=config.rewards.answer_formats,
+                stop_at=config.rewards.stop_at,
+                stop=config.rollout.stop,
             )
 
     return engines.run(ask, timer)
@@ -55,7 +57,9 @@ def measure_accuracy(
     max_tokens: int,
     version: int,
     seed: int,
+    stop: Sequence[str] = (),
     answer_formats: Sequence[AnswerFormat] = ("boxed",),
+    stop_at: Sequence[str] = (),
 ) -> dict[str, float]:
     """Samples every problem as `settings.samples` says: once greedily, `settings.n` times at `settings.temperature`.
 
@@ -83,21 +87,27 @@ def measure_accuracy(
             version=version,
             step=0,
             seed=seed,
+            stop=stop,
             answer_formats=answer_formats,
+            stop_at=stop_at,
         )
 
     likeliest = None
     if settings.samples != "random":
+        greedy = draw(1, GREEDY)
+        _compare(equivalence, greedy, problems)
         likeliest = [
             equivalence.equivalent(group.answers[0], problem.ground_truth)
-            for problem, group in zip(problems, draw(1, GREEDY), strict=True)
+            for problem, group in zip(problems, greedy, strict=True)
         ]
     if settings.samples == "greedy":
         scores = {"pass@1": np.asarray(likeliest, dtype=np.float64)}
     else:
+        groups = draw(settings.n, settings.temperature)
+        _compare(equivalence, groups, problems)
         graded = [
             score_answers(group.answers, problem.ground_truth, equivalence)
-            for problem, group in zip(problems, draw(settings.n, settings.temperature), strict=True)
+            for problem, group in zip(problems, groups, strict=True)
         ]
         right, majority_right = [g.right for g in graded], [g.majority_right for g in graded]
         scores = sampled_scores(right, majority_right, likeliest)
@@ -114,3 +124,10 @@ def _by_data_set(scores: Mapping[str, NDArray[np.float64]], sizes: Mapping[str, 
             for source, own in zip(sizes, np.split(values, ends), strict=True):
                 metrics[f"val/{source}/{name}"] = float(own.mean())
     return metrics
+
+
+def _compare(equivalence: AnswerEquivalence, groups: Sequence[RolloutGroup], problems: Sequence[Problem]) -> None:
+    """All comparisons together, before they are asked for one by one."""
+    equivalence.compare(
+        [(*group.answers, problem.ground_truth) for group, problem in zip(groups, problems, strict=True)]
+    )

@@ -17,6 +17,14 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.config.layout_rules import (
+    VLLM_VOCAB_MULTIPLE,
+    actor_problems,
+    engine_problems,
+    expert_rank_problems,
+    pipeline_problems,
+    refuse_first,
+)
 from megatron_coreward.config.schema import ActorSettings
 from megatron_coreward.config.stages import divide_layers
 from megatron_coreward.errors import InputError
@@ -82,19 +90,8 @@ class ActorLayout:
     def __post_init__(self) -> None:
         """Raises InputError for sizes below 1, and for sizes that contradict each other."""
         _check_positive("actor", self)
-        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
-            raise InputError(
-                f"actor.virtual_pipeline: {self.virtual_pipeline} needs actor.pipeline_parallel of 2 or more, found 1"
-            )
-        for key in ("first_stage_layers", "last_stage_layers"):
-            if self.pipeline_parallel == 1 and getattr(self, key) is not None:
-                raise InputError(f"actor.{key}: needs actor.pipeline_parallel of 2 or more, found 1")
-        expert_ranks = self.expert_tp_size * self.expert_parallel
-        if self.stage_size % expert_ranks:
-            raise InputError(
-                f"actor.expert_parallel: {self.expert_parallel} x expert_tensor_parallel {self.expert_tp_size} does "
-                f"not divide the {self.stage_size} ranks of a pipeline stage (tensor x context x data parallel)"
-            )
+        refuse_first(pipeline_problems(self))
+        refuse_first(expert_rank_problems(self))
 
     @classmethod
     def of(cls, settings: ActorSettings) -> "ActorLayout":
@@ -119,26 +116,8 @@ class ActorLayout:
         return self.stage_size * self.pipeline_parallel
 
     def check(self, arch: Architecture) -> None:
-        """Raises InputError where the layout cannot hold the model, with the first number that does not fit."""
-        tp = self.tensor_parallel
-        _check_attention("actor", arch, tp)
-        fused_rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
-        _check_divides("actor.tensor_parallel", tp, "rows of the model's fused QKV", fused_rows)
-        if arch.experts is None:
-            _check_divides("actor.tensor_parallel", tp, "the model's feed-forward size", arch.ffn_size)
-            if self.expert_parallel > 1:
-                raise InputError(
-                    f"actor.expert_parallel: {self.expert_parallel} for a model without experts; allowed: 1"
-                )
-        else:
-            _check_divides("actor.expert_parallel", self.expert_parallel, "the model's experts", arch.experts.num)
-            _check_divides(
-                "actor.expert_tensor_parallel",
-                self.expert_tp_size,
-                "an expert's feed-forward size",
-                arch.experts.ffn_size,
-            )
-        self.chunks(arch.num_layers)
+        """Raises InputError if the layout cannot hold the model, with the first number that does not fit."""
+        refuse_first(actor_problems(self, arch))
 
     def place(self, rank: int) -> Place:
         """Raises IndexError for a rank that does not exist."""
@@ -215,8 +194,6 @@ class ActorLayout:
                     yield Shard(tuple(holders), _hf_blocks(mine, arch, shapes, rank, expert_tp))
 
 
-VLLM_VOCAB_MULTIPLE = 64  # vLLM pads the vocabulary to a multiple of this, whatever the tensor-parallel size
-
 # Families of which vLLM 0.32 builds embedding, final norm and head on every pipeline stage, used or not.
 _OUTER_ON_EVERY_STAGE = frozenset({"qwen3_moe"})
 
@@ -265,24 +242,8 @@ class EngineLayout:
         return self.tensor_parallel * self.pipeline_parallel
 
     def check(self, arch: Architecture) -> None:
-        """Raises InputError where an engine cannot hold the model, with the first number that does not fit."""
-        key, tp = "rollout.tensor_parallel", self.tensor_parallel
-        _check_attention("rollout", arch, tp)
-        padded = -(-arch.vocab_size // VLLM_VOCAB_MULTIPLE) * VLLM_VOCAB_MULTIPLE
-        _check_divides(key, tp, "the model's vocabulary as vLLM pads it", padded)
-        if self.pipeline_parallel > arch.num_layers:
-            raise InputError(
-                f"rollout.pipeline_parallel: {self.pipeline_parallel} stages for {arch.num_layers} layers; "
-                f"allowed: 1 to {arch.num_layers}"
-            )
-        if arch.experts is None:
-            _check_divides(key, tp, "the model's feed-forward size", arch.ffn_size)
-            if self.expert_parallel:
-                raise InputError("rollout.expert_parallel: true for a model without experts; allowed: false")
-        elif tp > arch.experts.num:
-            raise InputError(f"{key}: {tp} is more than the model's experts; allowed: 1 to {arch.experts.num}")
-        elif not self.expert_parallel:
-            _check_divides(key, tp, "an expert's feed-forward size", arch.experts.ffn_size)
+        """Raises InputError if an engine cannot hold the model, with the first number that does not fit."""
+        refuse_first(engine_problems(arch, self.tensor_parallel, self.pipeline_parallel, self.expert_parallel))
 
     def stage_layers(self, num_layers: int) -> tuple[range, ...]:
         """Layers of every pipeline stage; what is left over goes to the last stages but the very last.
@@ -367,17 +328,3 @@ def _check_positive(section: str, layout: ActorLayout | EngineLayout) -> None:
         size = getattr(layout, field.name)
         if size is not None and field.type is not bool and size < 1:
             raise InputError(f"{section}.{field.name}: {size}; must be at least 1")
-
-
-def _check_divides(key: str, divisor: int, what: str, number: int) -> None:
-    if number % divisor:
-        raise InputError(f"{key}: {divisor} does not divide {what} ({number})")
-
-
-def _check_attention(section: str, arch: Architecture, tp: int) -> None:
-    _check_divides(f"{section}.tensor_parallel", tp, "the model's attention heads", arch.num_heads)
-    if arch.num_kv_heads % tp and tp % arch.num_kv_heads:
-        raise InputError(
-            f"{section}.tensor_parallel: {tp} is neither a divisor nor a multiple of the model's key/value heads "
-            f"({arch.num_kv_heads})"
-        )

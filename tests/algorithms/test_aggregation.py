@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_coreward.algorithms.aggregation import Aggregation, token_weights
+from megatron_coreward.algorithms.aggregation import Aggregation, token_weights, token_weights_by_view
 from megatron_coreward.config.schema import LossSettings
+from megatron_coreward.types import View
 
 MAX_TOKENS = 20
 MODES = get_args(Aggregation)
@@ -21,6 +22,21 @@ DIRECT: dict[str, Callable[[Sequence[np.ndarray]], float]] = {
     "seq-mean-token-mean": lambda losses: np.mean([loss.mean() if len(loss) else 0.0 for loss in losses]),
     "constant": lambda losses: np.mean([loss.sum() / MAX_TOKENS for loss in losses]),
 }
+
+
+VIEWS: tuple[View, ...] = ("original", "rephrased")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(losses=LOSSES, split=st.integers(0, 255))
+def test_weights_by_view_give_the_sum_of_each_views_own_aggregation(
+    mode: Aggregation, losses: list[np.ndarray], split: int
+) -> None:
+    views = [VIEWS[split >> place & 1] for place in range(len(losses))]
+    weights = token_weights_by_view([len(loss) for loss in losses], views, mode, MAX_TOKENS)
+    total = sum(weight * loss.sum() for weight, loss in zip(weights, losses, strict=True))
+    parts = ([loss for loss, own in zip(losses, views, strict=True) if own == view] for view in set(views))
+    assert total == pytest.approx(sum(DIRECT[mode](part) for part in parts), rel=1e-4, abs=1e-4)
 
 
 def test_the_modes_are_those_of_the_configuration() -> None:

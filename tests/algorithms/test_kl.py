@@ -31,6 +31,24 @@ def test_k3_keeps_its_precision_near_equality_in_float32() -> None:
     assert k3.item() == pytest.approx(gap**2 / 2, rel=0.02)  # exp(d) - d - 1 in single precision would be off by 20%
 
 
+def test_k3_may_be_held_at_a_bound_and_then_gives_no_gradient_beyond_it() -> None:
+    """Both readings of a token that the policy has almost ruled out, against the formula."""
+    policy, reference = torch.tensor([-1.0, -5.0], requires_grad=True), torch.tensor([-1.5, -0.5])
+    free = [math.exp(d) - d - 1 for d in (-0.5, 4.5)]  # 0.107 and 84.5
+
+    def k3(clamp: float | None) -> tuple[list[float], list[float]]:
+        values = kl_penalty(policy, reference, "k3", clamp)
+        (gradient,) = torch.autograd.grad(values.sum(), policy)
+        return values.tolist(), gradient.tolist()
+
+    values, gradient = k3(None)
+    assert values == pytest.approx(free, rel=1e-5)
+    assert gradient == pytest.approx([1 - math.exp(-0.5), 1 - math.exp(4.5)], rel=1e-5)
+    values, gradient = k3(10.0)
+    assert values == pytest.approx([free[0], 10.0], rel=1e-5)
+    assert gradient == pytest.approx([1 - math.exp(-0.5), 0.0], rel=1e-5)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_gradients_are_those_of_finite_differences(estimator: KLEstimator) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -86,6 +86,9 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
         (["actor.sequence_parallel=true"], "actor.sequence_parallel: true needs actor.tensor_parallel"),
         (["rollout.tensor_parallel=3"], "rollout.tensor_parallel: 3 does not divide"),
         (["rollout.max_response_tokens=4000"], "4512 tokens, the model has positions for 4096"),
+        (["loss.kl_clamp=10", "loss.kl_estimator=k2"], "loss.kl_clamp: bounds the estimator k3 alone, found .*: k2"),
+        (["checkpoint.best_metric=val/avg@8", "validation.samples=greedy"], "best_metric: .*; allowed: val/pass@1$"),
+        (["checkpoint.best_metric=val/set/avg@16"], "checkpoint.best_metric: found 'val/set/avg@16'"),
         (["checkpoint.best_metric=val/avg@16"], "checkpoint.best_metric: found 'val/avg@16'.* val/avg@8, "),
         (["actor.tokens_per_microbatch=1000"], "actor.tokens_per_microbatch: 1000 does not hold one sequence"),
         (

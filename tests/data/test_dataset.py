@@ -3,11 +3,14 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_coreward.data.dataset import ProblemSet, load_problems
-from megatron_coreward.data.parquet import Message, Row, write_rows
+from megatron_coreward.data.parquet import PAIRS_SOURCE, Message, Row, write_rows
 from megatron_coreward.errors import InputError
 
 MATH = Path(__file__).parents[3] / "shared" / "data" / "math"
@@ -21,7 +24,11 @@ class WordTokenizer:
     def apply_chat_template(self, *_: object, **__: object) -> list[str]:
         raise AssertionError("there is no template")
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]:
+    added_tokens_decoder: ClassVar[Mapping[int, Any]] = {}
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> Mapping[str, list[list[int]]]:
         return {"input_ids": [[len(word) for word in one.split()] for one in text]}
 
 
@@ -37,6 +44,7 @@ def load(
     limit: int = 100,
     drop: bool = False,
     system: str | None = None,
+    unpaired: Literal["error", "drop"] = "error",
 ) -> ProblemSet:
     return load_problems(
         train,
@@ -45,7 +53,25 @@ def load(
         system_prompt=system,
         max_prompt_tokens=limit,
         over_length="drop" if drop else "error",
+        unpaired=unpaired,
     )
+
+
+def write_pairs(path: Path, texts: Mapping[int, tuple[str, str]], gold: str | None = "1") -> Path:
+    """The form of the sets that are published as pairs."""
+    rows = [
+        {
+            "idx": index,
+            "original_question": original,
+            "rephrased_question": rephrased,
+            "solution": gold,
+            "original_message": [{"role": "user", "content": original}],
+            "rephrased_message": [{"role": "user", "content": rephrased}],
+        }
+        for index, (original, rephrased) in texts.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
 
 
 def test_views_pair_by_index_whatever_the_order_of_the_files(tmp_path: Path) -> None:
@@ -115,9 +141,83 @@ def test_an_original_without_a_rephrasing_is_named(tmp_path: Path) -> None:
         load([train], [rephrased])
 
 
+def test_what_has_no_partner_is_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    """The published rephrasings lack some questions of the sets that they are made from, and `--skip-bad` others."""
+    train = write(tmp_path / "train.parquet", {0: "a", 5: "b", 6: "c"})
+    rephrased = write(tmp_path / "rephrased.parquet", {7: "w", 6: "x", 0: "y", 8: "z"})
+    problems = load([train], [rephrased], unpaired="drop")
+    assert [problem.uid for problem in problems] == ["set/0", "set/6"]
+    assert [problem.prompts["rephrased"].text for problem in problems] == ["y\n\n", "x\n\n"]
+    assert problems.num_unpaired == 3
+    with pytest.raises(InputError, match="no original"):  # no pair at all is the wrong file
+        load([train], [write(tmp_path / "other.parquet", {0: "a"}, source="other")], unpaired="drop")
+
+
+def test_a_file_of_pairs_is_both_views(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.parquet", {0: ("a", "x"), 3: ("b", "y")}, gold="7")
+    problems = load([pairs], [pairs])
+    assert [problem.uid for problem in problems] == [f"{PAIRS_SOURCE}/0", f"{PAIRS_SOURCE}/3"]
+    assert [(p.prompts["original"].text, p.prompts["rephrased"].text) for p in problems] == [
+        ("a\n\n", "x\n\n"),
+        ("b\n\n", "y\n\n"),
+    ]
+    assert [problem.ground_truth for problem in problems] == ["7", "7"]
+    assert [set(problem.prompts) for problem in load([pairs])] == [{"original"}] * 2
+
+
+def test_a_pair_without_an_answer_or_with_bad_columns_is_seen(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.parquet", {0: ("a", "x")}, gold=None)
+    assert load([pairs], [pairs]).num_without_ground_truth == 1
+    for column, kind in (("rephrased_message", "a list of structs"), ("idx", "integer or string")):
+        table = pq.read_table(pairs)
+        place = table.schema.get_field_index(column)
+        pq.write_table(table.set_column(place, column, pa.array([1.5])), tmp_path / "bad.parquet")
+        with pytest.raises(InputError, match=rf"bad\.parquet, column {column}: found type double; allowed: {kind}"):
+            load([tmp_path / "bad.parquet"], [tmp_path / "bad.parquet"])
+
+
+def test_the_same_file_as_both_views_is_refused_where_it_holds_no_pairs(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.parquet", {0: "a"})
+    with pytest.raises(InputError, match=r"data\.rephrased_files: .*is in data\.train_files too"):
+        load([train], [train])
+
+
+def answered(tmp_path: Path, golds: Sequence[str | None], sources: Sequence[str] | None = None) -> ProblemSet:
+    rows = [
+        Row((Message(role="user", content="a " * (i + 1)),), gold, source, i)
+        for i, (gold, source) in enumerate(zip(golds, sources or ["set"] * len(golds), strict=True))
+    ]
+    write_rows(tmp_path / "answered.parquet", rows, split="train")
+    return load([tmp_path / "answered.parquet"])
+
+
+def test_questions_without_a_ground_truth_are_refused_dropped_or_kept(tmp_path: Path) -> None:
+    problems = answered(tmp_path, ["1", " ", "3", None])
+    with pytest.raises(InputError, match=r"^2 of 4 lack one; allowed: .*data\.missing_gold of drop or keep"):
+        problems.with_ground_truth("error", "2 of 4 lack one")
+    dropped = problems.with_ground_truth("drop", "")
+    assert [problem.ground_truth for problem in dropped] == ["1", "3"]
+    assert (dropped.num_without_ground_truth, dropped.num_unanswered, dropped.longest_prompt) == (0, 2, 3)
+    kept = problems.with_ground_truth("keep", "")
+    assert (len(kept), kept.num_without_ground_truth, kept.num_unanswered) == (4, 2, 0)
+    assert dropped.with_ground_truth("error", "") is dropped
+    with pytest.raises(InputError, match="nothing left.*missing_gold=keep"):
+        answered(tmp_path, [None]).with_ground_truth("drop", "nothing left")
+
+
+def test_problems_fall_into_the_sets_that_they_come_from(tmp_path: Path) -> None:
+    parts = answered(tmp_path, ["1", None, "3"], ["gsm", "math", "gsm"]).by_source()
+    assert {name: [p.uid for p in part] for name, part in parts.items()} == {
+        "gsm": ["gsm/0", "gsm/2"],
+        "math": ["math/1"],
+    }
+    assert [part.num_without_ground_truth for part in parts.values()] == [0, 1]
+    assert [len(parts["gsm"].first(limit)) for limit in (None, 1, 9)] == [2, 1, 2]
+
+
 def test_an_index_in_two_files_is_named_with_both_places(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a.parquet", {0: "a", 5: "b"}), write(tmp_path / "b.parquet", {5: "c"})
-    with pytest.raises(InputError, match=r"b\.parquet, row 0, .*found 5 .*a\.parquet, row 1 has too"):
+    with pytest.raises(InputError, match=r"b\.parquet, row 0, .*found 5 .*a\.parquet, row 1 has too; .*--data-source"):
         load([first, second])
 
 
@@ -147,3 +247,26 @@ def test_all_of_math_loads_and_pairs_within_seconds() -> None:
     assert tokenizer.decode(sample.token_ids) == sample.text
     assert sample.text.startswith("<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n")
     assert seconds < 60
+
+
+@pytest.mark.skipif(not (MATH.parent / "open-rs").is_dir(), reason="the published files are not beside the checkout")
+@pytest.mark.parametrize(("folder", "count", "blank"), [("math", 7500, 2), ("open-rs", 6999, 1)])
+def test_ground_truth_can_train_on_the_published_sets(folder: str, count: int, blank: int) -> None:
+    files = MATH.parent / folder
+    limits: dict[str, Any] = {"system_prompt": None, "max_prompt_tokens": 10**6}
+    problems = load_problems([files / "train_original.parquet"], [], WordTokenizer(), **limits)
+    assert (len(problems), problems.num_without_ground_truth) == (count, blank)
+    assert len(problems.with_ground_truth("keep", "")) == count
+    assert len(problems.with_ground_truth("drop", "")) == count - blank
+    rephrased = [files / "train_rewrite_Qwen3-32B.parquet"]
+    assert len(load_problems([files / "train_original.parquet"], rephrased, WordTokenizer(), **limits)) == count
+
+
+@pytest.mark.skipif(not MATH.is_dir(), reason="the MATH files are not beside the checkout")
+def test_the_published_pairs_are_the_published_files(tmp_path: Path) -> None:
+    pairs = [MATH / "train_pairs.parquet"]
+    apart = [MATH / "train_original.parquet"], [MATH / "train_rewrite_Qwen3-32B.parquet"]
+    one, other = load(pairs, pairs, limit=10**6), load(*apart, limit=10**6)
+    assert [(p.prompts["rephrased"].text, p.ground_truth) for p in one] == [
+        (p.prompts["rephrased"].text, p.ground_truth) for p in other
+    ]

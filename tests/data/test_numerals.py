@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_coreward.data.numerals import spoken_numbers, written_numbers
+from megatron_coreward.data.numerals import number_lists, spoken_numbers, written_numbers
 
 SMALL = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -67,6 +67,19 @@ def test_all_ways_to_write_a_fraction_in_tex_are_one(a: int, b: int, command: st
 )
 def test_digits(text: str, values: set[int]) -> None:
     assert written_numbers(text) == set(map(Fraction, values))
+
+
+@pytest.mark.parametrize(
+    ("text", "lists"),
+    [
+        ("153,370,371,407", {153370371407: {153, 370, 371, 407}}),
+        ("(3,100)", {3100: {3, 100}}),
+        ("1,000 and 1,200.50 and 12 and 1{,}200", {}),
+        ("1,2345", {}),
+    ],
+)
+def test_numbers_that_may_be_lists(text: str, lists: dict[int, set[int]]) -> None:
+    assert dict(number_lists(text)) == {Fraction(whole): set(map(Fraction, of)) for whole, of in lists.items()}
 
 
 @pytest.mark.parametrize(

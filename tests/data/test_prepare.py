@@ -15,7 +15,7 @@ from megatron_coreward.cli import main
 from megatron_coreward.data import parquet as parquet_module
 from megatron_coreward.data import prepare as module
 from megatron_coreward.data.hub import split_files
-from megatron_coreward.data.parquet import SCHEMA, read_rows
+from megatron_coreward.data.parquet import SCHEMA, Message, Row, read_rows, write_rows
 from megatron_coreward.data.prepare import answer_type, describe, normalised, prepare, read_answer
 from megatron_coreward.data.sources import SOURCES, find_source
 from megatron_coreward.errors import InputError
@@ -61,6 +61,108 @@ def test_gsm8k_answers_stand_after_the_hashes_and_floats_of_amc_are_whole_number
     amc = write(tmp_path / "a.parquet", [{"problem": "How many?", "answer": 142.0}])
     run("amc", [amc], tmp_path / "out.parquet")
     assert read_rows(tmp_path / "out.parquet")[0].ground_truth == "142"
+
+
+def test_whole_numbers_that_a_source_writes_as_decimals_are_whole(tmp_path: Path) -> None:
+    answers = ["142.0", "-3.00", "2.50", "1.0.0", "x.0"]
+    file = write(tmp_path / "a.jsonl", [{"problem": "How many?", "answer": answer} for answer in answers])
+    run("amc", [file], tmp_path / "out.parquet")
+    assert [row.ground_truth for row in read_rows(tmp_path / "out.parquet")] == ["142", "-3", "2.50", "1.0.0", "x.0"]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("form", ["lines", "array", "indented array"])
+def test_json_may_be_lines_or_one_array_with_a_byte_order_mark(form: str, mark: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    lines = "".join(json.dumps(row) + "\n" for row in RAW)
+    text = lines if form == "lines" else json.dumps(RAW, indent=None if form == "array" else 2)
+    file.write_text(mark + text, encoding="utf-8")
+    run("math", [file], tmp_path / "out.parquet")
+    assert [row.ground_truth for row in read_rows(tmp_path / "out.parquet")] == [str(2 * i) for i in range(10)]
+
+
+def test_an_array_with_a_fault_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    for text, message in (("[{]", "not a JSON array"), ('[{"problem": "Q"}]', "row 0: found no column solution")):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message):
+            run("math", [file], tmp_path / "out.parquet")
+
+
+def test_rows_without_an_answer_are_left_out_and_listed_and_the_others_keep_their_indices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [RAW[0], RAW[1] | {"answer": " "}, RAW[2], RAW[3] | {"answer": None}, RAW[4] | {"problem": ""}]
+    file, out = write(tmp_path / "a.jsonl", rows), tmp_path / "out.parquet"
+    with pytest.raises(InputError, match="row 1, column answer: found ' '; allowed: an answer, or --skip-bad"):
+        run("open-rs", [file], out)
+    assert main(["prepare-data", "open-rs", "--input", str(file), "--out", str(out), "--skip-bad"]) == 0
+    said = capsys.readouterr().out
+    assert "out.parquet: 2 questions" in said
+    assert "left out: 3 rows" in said
+    for place in ("row 1, column answer", "row 3, column answer", "row 4, column problem"):
+        assert place in said
+    assert [row.index for row in read_rows(out)] == [0, 2]
+    second = write(tmp_path / "b.jsonl", RAW[:1])
+    summary = run("open-rs", [file, second], out, skip_bad=True)
+    assert [row.index for row in read_rows(out)] == [0, 2, 5]
+    assert len(summary.skipped) == 3
+
+
+def test_a_prepared_file_loses_its_blank_answers_too(tmp_path: Path) -> None:
+    blank = [Row((Message(role="user", content=f"Q{i}"),), "7" if i else None, "set", i) for i in range(3)]
+    write_rows(tmp_path / "in.parquet", blank, split="train")
+    run("math", [tmp_path / "in.parquet"], tmp_path / "all.parquet")
+    assert [row.ground_truth for row in read_rows(tmp_path / "all.parquet")] == [None, "7", "7"]
+    summary = run("math", [tmp_path / "in.parquet"], tmp_path / "some.parquet", skip_bad=True)
+    assert [row.index for row in read_rows(tmp_path / "some.parquet")] == [1, 2]
+    assert len(summary.skipped) == 1
+
+
+def test_two_sets_that_call_themselves_the_same_fit_into_one_run_under_another_name(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.parquet", tmp_path / "2.parquet"
+    run("math", [write(tmp_path / "a.jsonl", RAW)], first)
+    for again in ([write(tmp_path / "b.jsonl", RAW)], [first]):  # a raw file, and one that is prepared already
+        command = ["prepare-data", "math", "--input", *map(str, again), "--out", str(second)]
+        assert main(command) == 0
+        assert read_rows(second)[3].uid == read_rows(first)[3].uid
+        assert main([*command, "--data-source", "other"]) == 0
+        assert [row.uid for row in read_rows(second)] == [f"other/{i}" for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "path"),
+    [
+        ("math", "train", "data/math/train_original.parquet"),
+        ("math", "test", "data/math/test.parquet"),
+        ("dapo-math", "train", "data/dapo/train_original.parquet"),
+        ("open-rs", "train", "data/open-rs/train_original.parquet"),
+    ],
+)
+def test_what_is_prepared_lies_where_the_recipes_look_and_pairs_with_the_published_rephrasings(
+    source: str, split: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    question = SOURCES[source].question
+    rows = [{question: row["problem"], "solution": row["solution"], "answer": row["answer"]} for row in RAW]
+    write(tmp_path / "raw.jsonl", rows)
+    assert main(["prepare-data", source, "--input", "raw.jsonl", "--split", split]) == 0
+    parts = (Path(__file__).parents[2] / "configs" / "parts").glob("**/*.yaml")
+    assert any(path in part.read_text() for part in parts)
+    # The published sets all call themselves so, and count from 0.
+    assert [row.uid for row in read_rows(Path(path))] == [f"DigitalLearningGmbH/MATH-lighteval/{i}" for i in range(10)]
+
+
+def test_either_view_of_a_file_of_pairs_can_be_taken(tmp_path: Path) -> None:
+    messages = [[{"role": "user", "content": text}] for text in ("first", "second")]
+    pair = {"idx": 4, "original_message": messages[0], "rephrased_message": messages[1], "solution": "7"}
+    pq.write_table(pa.Table.from_pylist([pair]), tmp_path / "pairs.parquet")
+    for view, text in (("original", "first"), ("rephrased", "second")):
+        out = tmp_path / f"{view}.parquet"
+        options = ["--view", view, "--data-source", "mine", "--out", str(out)]
+        assert main(["prepare-data", "math", "--input", str(tmp_path / "pairs.parquet"), *options]) == 0
+        (row,) = read_rows(out)
+        assert (row.uid, row.messages[-1]["content"], row.ground_truth) == ("mine/4", text, "7")
 
 
 def test_a_set_of_any_size_is_written_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +304,8 @@ def test_the_command_prints_a_summary_and_answers_bad_input_with_status_2(
     assert main([*custom, "--question-column", "q", "--answer-column", "a", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answer_types"] == {"fraction": 1}
     assert main(["prepare-data", "math500", "--split", "train", "--out", "x.parquet"]) == 2
+    assert main(["prepare-data", *custom[1:4], "--question-column", "q", "--answer-column", "a"]) == 2
+    assert "--out: source custom needs a file to write" in capsys.readouterr().err
 
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_message(

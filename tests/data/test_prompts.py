@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import jinja2
 import numpy as np
@@ -31,7 +32,11 @@ class CharacterTokenizer:
         template = jinja2.Environment().from_string(self.chat_template)
         return [template.render(messages=messages, raise_exception=refuse, **variables) for messages in conversation]
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]:
+    added_tokens_decoder: ClassVar[Mapping[int, Any]] = {}
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> Mapping[str, list[list[int]]]:
         return {"input_ids": [[0] * add_special_tokens + [ord(letter) for letter in one] for one in text]}
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_coreward.data.rephrasing import check, numbers, parse_reply, rewriting_prompt, similarity
+from megatron_coreward.data.rewriting_prompts import PROMPTS
 
 QUESTION = (
     "Seven identical bowling balls weigh as much as four canoes. If three canoes weigh 84 pounds, how heavy is a ball?"
@@ -82,12 +83,64 @@ def test_a_rewriting_that_keeps_the_mathematics_passes() -> None:
             ["numbers", "new_numbers"],
         ),
         (GOOD + " The answer is in pounds.", ["no_answer"]),
+        (GOOD + " The final answer is 84.", ["no_answer"]),
         (GOOD + " It is $x.", ["formulas"]),
         ("84 7 4?", ["length"]),
     ],
 )
 def test_each_check_sees_its_fault(rewriting: str, failures: list[str]) -> None:
     assert check(QUESTION, rewriting).failures == failures
+
+
+@pytest.mark.parametrize(
+    "form", ["in the form $a/b$", "of the form $a$", "expressed in the simplest form", "to be given in its lowest form"]
+)
+def test_the_form_of_an_answer_gives_nothing_away(form: str) -> None:
+    assert check(QUESTION, f"{GOOD} The answer is {form}; find it.").passed
+    for given_away in ("three, ", "three ", "7 "):
+        assert check(QUESTION, f"{GOOD} The answer is {given_away}{form}.").failures[-1] == "no_answer"
+
+
+def test_numbers_in_a_list_without_spaces_are_not_one_number() -> None:
+    old = "Which of the numbers 153,370,371,407 are equal to the sum of the cubes of all of their own digits?"
+    new = "A clerk adds up digits to the third power. For 371, 153, 407 and 370: where does he get the number itself?"
+    assert check(old, new).passed
+    assert check(new, old).passed
+    assert check(old, new.replace("407", "408")).failures == ["numbers", "new_numbers"]
+    assert check(old, new.replace("407", "a few")).failures == ["numbers"]
+    large = "A city of 1,250,000 people grows by 4% a year. How many people live there when two years are over?"
+    told = "Each year 4% are added to a herd that counts 1,250,000 heads today. Tell its size after the second year."
+    assert check(large, told).passed
+    assert check(large, told.replace("1,250,000", "250,000")).failures == ["numbers", "new_numbers"]
+
+
+PAPER_REPLY = "### RESULT_START\nORIGINAL:\nOld?\nREWRITE:\nNew words?\n### RESULT_END"
+
+
+@pytest.mark.parametrize(
+    ("reply", "text", "why"),
+    [
+        (PAPER_REPLY, "New words?", ""),
+        (f"Sure!\n{PAPER_REPLY}\nHope that helps.", "New words?", ""),
+        (f"<think>hm</think>{PAPER_REPLY}", "New words?", ""),
+        (PAPER_REPLY.replace("New words?", "a REWRITE: b"), "a REWRITE: b", ""),
+        (PAPER_REPLY.replace("New words?", " "), None, "an empty rewriting"),
+        (PAPER_REPLY.replace("REWRITE:", ""), None, "no REWRITE: between the markers"),
+        (PAPER_REPLY.removesuffix("### RESULT_END"), None, "no result between the markers"),
+        ("<think>never closed", None, "the thinking was never closed"),
+    ],
+)
+def test_replies_to_the_papers_prompt(reply: str, text: str | None, why: str) -> None:
+    assert parse_reply(reply, "paper") == (text, why)
+
+
+def test_the_papers_prompt_comes_with_its_sampling() -> None:
+    prompt = PROMPTS["paper"]
+    assert (prompt.temperature, prompt.top_p, prompt.thinking) == (0.7, 0.8, False)
+    (message,) = rewriting_prompt(QUESTION, "paper")
+    assert message["content"].startswith("You are given a math problem.")
+    assert message["content"].endswith(f"### RESULT_END\n\n{QUESTION}")
+    assert prompt.hash != PROMPTS["own"].hash
 
 
 @given(st.text(min_size=1), st.text(min_size=1))

@@ -1,9 +1,9 @@
 """Rephrasing a file: nothing is lost or asked twice, whatever happens, and only what passes is written."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,11 @@ class Words:
 
     chat_template = None
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
+    added_tokens_decoder: ClassVar[Mapping[int, Any]] = {}
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> dict[str, list[list[int]]]:
         return {"input_ids": [[ord(c) for c in one] for one in text]}
 
     def apply_chat_template(self, *_: Any, **__: Any) -> Any:
@@ -151,6 +155,23 @@ def test_a_rewriting_that_is_too_long_for_the_solver_is_refused_not_fatal(rows: 
     assert done.replies(rows[2])[0]["checks"] | {"solver": False, "length": False} == done.replies(rows[2])[0]["checks"]
     assert done.report().failed_checks == {"solver": 2, "length": 1}  # the other is question 5
     assert done.report().left_out == ["fake/20", "fake/50"]
+
+
+def test_without_the_filter_every_reply_that_can_be_read_is_taken_and_its_checks_are_kept(
+    rows: list[Row], tmp_path: Path
+) -> None:
+    copied = FakeEngines(ALL_GOOD | {1: ["no tags"], 5: [f"<rewritten>{QUESTIONS[5]}</rewritten>"]})
+    (done,) = job(rows, tmp_path, copied, filter=False, attempts=1)
+    assert done.report().left_out == ["fake/10"]
+    assert done.report().failed_checks == {"not_a_copy": 1}
+
+
+def test_the_papers_prompt_asks_in_its_words_and_reads_its_markers(rows: list[Row], tmp_path: Path) -> None:
+    replies = {i: [good(i).replace("<rewritten>", "### RESULT_START\nORIGINAL:\nx\nREWRITE:\n")] for i in range(6)}
+    replies = {i: [texts[0].replace("</rewritten>", "\n### RESULT_END")] for i, texts in replies.items()}
+    (done,) = job(rows, tmp_path, FakeEngines(replies), prompt="paper")
+    assert done.report().written == 6
+    assert done.replies(rows[0])[0]["text"] == good(0).removeprefix("<rewritten>").removesuffix("</rewritten>")
 
 
 @pytest.fixture

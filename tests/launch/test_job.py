@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_coreward.config.load import load_config
 from megatron_coreward.errors import InputError
-from megatron_coreward.launch.job import MAX_NAME, SUFFIX, is_inside, is_name, make_job, name_after
-from tests.launch.arguments import ROOT, write_recipe
+from megatron_coreward.launch.job import MAX_NAME, SUFFIX, check_gpu, is_inside, is_name, make_job, name_after
+from tests.launch.arguments import ROOT, launch_command, write_recipe
 
 RECIPES = sorted(path for path in (ROOT / "configs").glob("**/*.yaml") if "parts" not in path.parts)
 
@@ -72,3 +72,15 @@ def test_engines_on_the_gpus_of_actor_ranks_stay_on_one_node(tmp_path: Path) -> 
     assert make_job(config, None, 2, 6, None).nodes == 2
     with pytest.raises(InputError, match="rollout.tensor_parallel: 3 does not divide the 4 GPUs of a node"):
         make_job(config, None, 3, 4, None)
+
+
+def test_fp8_is_refused_where_the_cluster_names_a_gpu_without_it(tmp_path: Path) -> None:
+    config = load_config(write_recipe(tmp_path), ["actor.fp8=delayed", "model.dtype=bfloat16"])
+    check_gpu(config, {"gpus": "H100:8", "constraint": None, "sbatch.gres": "gpu:8"})
+    with pytest.raises(InputError, match="actor.fp8: delayed needs compute capability 8.9.*found 8.0.*gpus: A100-80GB"):
+        check_gpu(config, {"gpus": "A100-80GB"})
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("kind: slurm\nconstraint: a100\n")
+    words = ("slurm", str(write_recipe(tmp_path)), "actor.fp8=delayed", "--cluster", str(cluster), "--dry-run")
+    with pytest.raises(InputError, match="actor.fp8: delayed .*constraint: a100"):
+        launch_command(*words)

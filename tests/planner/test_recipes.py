@@ -1,6 +1,8 @@
 """Every recipe loads, is allowed, fits the GPUs that its name says, and is told in three lines."""
 
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import yaml
 
 from megatron_coreward.config.load import load_config
+from megatron_coreward.config.paper import CHECKPOINT_EVERY, PAPER_STEPS, PaperRun, paper_runs
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import setting_problems
 from megatron_coreward.planner.models import CONFIGS, architecture_of
@@ -18,12 +21,7 @@ CONFIGS_DIR = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((*CONFIGS_DIR.glob("paper/*.yaml"), *CONFIGS_DIR.glob("large/*.yaml")))
 GPUS = {80: ("a100", "h100"), 141: ("h200",)}
 
-# Checkpoints that the paper's authors released (github.com/resistzzz/Co-rewarding), each for both instantiations.
-PAPER = {
-    "math": {"Qwen2.5-3B", "Qwen2.5-7B", "Qwen3-1.7B-Base", "Qwen3-4B-Base", "Qwen3-8B-Base", "Llama-3.2-3B-Instruct"},
-    "dapo": {"Qwen3-4B-Base", "Qwen3-8B-Base", "Llama-3.2-3B-Instruct"},
-    "open-rs": {"Qwen3-4B-Base", "Qwen3-8B-Base"},
-}
+FOLDERS = {"math": "math", "dapo": "dapo", "open_rs": "open-rs"}
 LARGE = {"Qwen3-14B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B", "Llama-3.1-70B", "Qwen2.5-72B"}
 
 
@@ -67,15 +65,66 @@ def test_a_recipe_is_sparse_and_has_the_papers_settings(recipe: Path) -> None:
     )
     assert (config.actor.lr, config.actor.lr_schedule, config.actor.lr_warmup) == (3e-6, "cosine", 0.1)
     assert (config.rollout.n, config.teacher.n, config.rollout.temperature) == (8, 8, 1.0)
-    assert config.loss.kl_coef == (0.005 if config.method == "co_rewarding_i" else 0.001)
+    assert config.loss.kl_coef == (0.001 if config.method == "co_rewarding_ii" else 0.005)
+    assert config.loss.views == ("sum" if config.method == "co_rewarding_i" else "mean")
+    assert config.rewards.equivalence == ("hendrycks" if config.method == "ground_truth" else "exact")
+    assert (config.validation.equivalence, config.validation.samples) == ("hendrycks", "greedy")
     assert bool(config.data.rephrased_files) == (config.method == "co_rewarding_i")
 
 
-def test_every_model_method_and_data_set_of_the_paper_has_a_recipe() -> None:
+def test_all_66_checkpoints_of_the_release_have_a_recipe_and_no_other_run_has() -> None:
+    """Six models on MATH, three on DAPO-14k, two on Open-RS, with six methods each."""
+    runs = list(paper_runs())
+    assert len(runs) == len({run.released for run in runs}) == 66
+    assert {run.recipe for run in runs} == {path.stem for path in CONFIGS_DIR.glob("paper/*.yaml")}
+    for run in runs:
+        config = load(CONFIGS_DIR / "paper" / f"{run.recipe}.yaml")
+        assert (config.model.hf_path.name, config.method, config.steps) == (run.model, run.method, run.steps)
+        assert config.data.train_files == (Path(f"data/{FOLDERS[run.data]}/train_original.parquet"),)
+    assert len({load(CONFIGS_DIR / "paper" / f"{run.recipe}.yaml").run_dir for run in runs}) == 66
+
+
+@pytest.mark.parametrize(
+    ("run", "released"),
+    [
+        (PaperRun("Qwen3-1.7B-Base", "math", "co_rewarding_i"), "Co-rewarding-I-Qwen3-1.7B-Base-MATH"),
+        (PaperRun("Llama-3.2-3B-Instruct", "dapo", "ground_truth"), "GT-Llama-3.2-3B-Instruct-DAPO14k"),
+        (PaperRun("Qwen3-8B-Base", "open_rs", "majority_voting"), "Majority-Voting-Qwen3-8B-Base-OpenRS"),
+        (PaperRun("Qwen2.5-7B", "math", "self_certainty"), "Self-Certainty-Qwen2.5-7B-MATH"),
+    ],
+)
+def test_checkpoints_are_called_as_on_the_hub(run: PaperRun, released: str) -> None:
+    assert run in paper_runs()
+    assert run.released == f"TMLR-Group-HF/{released}"
+
+
+def test_the_files_are_those_of_the_table() -> None:
+    check = [sys.executable, str(CONFIGS_DIR.parent / "tools" / "write_paper_recipes.py"), "--check"]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_steps_that_the_paper_can_mean_are_among_the_checkpoints_that_stay() -> None:
+    for run in paper_runs():
+        config = load(CONFIGS_DIR / "paper" / f"{run.recipe}.yaml")
+        assert config.checkpoint.every == CHECKPOINT_EVERY
+        saved = [step for step in range(1, config.steps + 1) if step % CHECKPOINT_EVERY == 0 or step == config.steps]
+        first, last = PAPER_STEPS[run.method]
+        assert set(range(first, last + 1, CHECKPOINT_EVERY)) <= set(saved[-config.checkpoint.keep :])
+
+
+@pytest.mark.parametrize("method", ["co_rewarding_i", "co_rewarding_ii"])
+def test_a_run_of_its_own_layout_is_as_long_as_the_papers(method: str) -> None:
+    plain = load(CONFIGS_DIR / f"math_{method}.yaml")
+    paper = load(CONFIGS_DIR / "paper" / f"qwen3_1_7b_base_math_{method}.yaml")
+    for key in ("steps", "data", "loss", "rewards", "teacher", "validation", "checkpoint"):
+        assert getattr(plain, key) == getattr(paper, key)
+
+
+def test_every_large_model_has_a_recipe_of_both_methods() -> None:
     found = {(load(r).data.train_files[0].parent.name, load(r).model.hf_path.name, load(r).method) for r in RECIPES}
-    methods = ("co_rewarding_i", "co_rewarding_ii")
-    assert {(data, model, method) for data, models in PAPER.items() for model in models for method in methods} <= found
-    assert {("math", model, method) for model in LARGE for method in methods} <= found
+    for method in ("co_rewarding_i", "co_rewarding_ii"):
+        assert {("math", model, method) for model in LARGE} <= found
     assert {model for _, model, _ in found} <= set(CONFIGS)
 
 

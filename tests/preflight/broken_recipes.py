@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from megatron_coreward.config.load import dump_config, load_config
 from megatron_coreward.data.parquet import write_rows
 from megatron_coreward.preflight import machine, packages
+from megatron_coreward.rollout import sockets
 from tests.preflight.recipe_world import QUESTIONS, rows, write_model
 
 Break = Callable[[Path, pytest.MonkeyPatch], None]
@@ -115,6 +116,14 @@ def resumed(*made_with: str, config: str | None = None) -> Break:
     return do
 
 
+def environment(**variables: str) -> Break:
+    def do(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return do
+
+
 def link(path: str, target: str) -> Break:
     def do(world: Path, _: pytest.MonkeyPatch) -> None:
         (world / target).mkdir(parents=True, exist_ok=True)
@@ -152,9 +161,9 @@ CASES: dict[str, Case] = {
     "no recipe": broken(remove("recipe.yaml"), says="config file recipe.yaml does not exist"),
     # layouts and combinations
     "heads": key("actor.tensor_parallel=3", says=r"actor.tensor_parallel: 3 does not divide .*\(4\); allowed: 1, 2, 4"),
-    "layers": key("actor.pipeline_parallel=3", says=r"3 does not divide the model's layers \(4\); allowed: 1, 2, 4"),
+    "layers": key("actor.pipeline_parallel=3", says="4 layers do not divide over 3 stages; actor.first_stage_layers 1"),
     "chunks without stages": key("actor.virtual_pipeline=2", says="actor.virtual_pipeline: 2 needs actor.pipeline_par"),
-    "chunks": key("actor.pipeline_parallel=2", "actor.virtual_pipeline=4", says="8 does not divide the model's layers"),
+    "chunks": key("actor.pipeline_parallel=2", "actor.virtual_pipeline=4", says="4 does not divide"),
     "experts of a dense model": key("actor.expert_parallel=2", says="actor.expert_parallel: 2 for a model without"),
     "experts": key("model.hf_path=experts", "actor.expert_parallel=3", says=r"3 does not divide the model's experts"),
     "experts without sequence parallel": key(
@@ -400,4 +409,53 @@ CASES: dict[str, Case] = {
     "other data": broken(resumed(), "data.train_files=[val.parquet]", says="data.train_files: .*was made with"),
     "no resume": broken(resumed(), "checkpoint.resume=never", says="holds checkpoints and checkpoint.resume is never"),
     "damaged config of the run": broken(resumed(config="a: ["), says="run/config.yaml is damaged"),
+    # what the file system and the environment say
+    "a name that is too long": key(
+        f"run_dir=runs/{'r' * 300}", says="run_dir: File name too long: a name of 300 bytes"
+    ),
+    "a path that is too long": key(
+        f"run_dir={'/'.join(['r' * 200] * 25)}", says="File name too long; choose a shorter"
+    ),
+    "a data file with a name that is too long": key(
+        f"data.train_files=[{'d' * 300}.parquet]", says="d+.parquet: File name too long; choose a shorter name"
+    ),
+    "a model with a name that is too long": key(
+        f"model.hf_path={'m' * 300}", says="model.hf_path: .*File name too long"
+    ),
+    "a folder in the place of the metrics": broken(
+        text("run/metrics.jsonl/file", ""), says="run/metrics.jsonl is no file, and the run needs one of this name"
+    ),
+    "a file in the place of the rollouts": broken(
+        text("run/rollouts", ""), says="run/rollouts is no directory, and the run needs one of this name; move it away"
+    ),
+    "damaged metrics": broken(
+        together(resumed(), text("run/metrics.jsonl", '{"step": 1, "step_time_s": 1}\n{"step": \n')),
+        says="run_dir: run/metrics.jsonl, line 2: not JSON .*; bring the file back, or remove the line",
+    ),
+    "damaged labels": broken(
+        together(resumed(), text("run/labels.jsonl", '{"step": 1}\n')),
+        says="run_dir: run/labels.jsonl, line 1: not the labels of a step .*; remove the file: checkpoints have copies",
+    ),
+    "replaced data": broken(
+        together(resumed(), text("run/checkpoints/step_000004/inputs.json", '{"data.train_files[0]": "another"}')),
+        says="data.train_files.0.: train.parquet, not the file that run/checkpoints/step_000004 was made from; bring",
+    ),
+    "a TMPDIR that is too long": broken(
+        together(environment(TMPDIR="/" + "t" * 60), patch(sockets, "FALLBACK", Path("/nowhere"))),
+        says="TMPDIR: /t+ has 61 bytes, and /nowhere cannot be written instead; allowed: up to 39 for Ray's sockets",
+    ),
+    "a garbage RAY_ADDRESS": broken(
+        environment(RAY_ADDRESS="\x1b[2J over there"),
+        says=r"RAY_ADDRESS: found '\\x1b\[2J over there'; allowed: HOST:PORT",
+    ),
+    "a RAY_ADDRESS without a port": broken(
+        environment(RAY_ADDRESS="head-node"), says="RAY_ADDRESS: found 'head-node'; allowed: HOST:PORT of the head node"
+    ),
+    "a dead RAY_ADDRESS": broken(
+        environment(RAY_ADDRESS="127.0.0.1:1"),
+        says="RAY_ADDRESS: nothing answers at 127.0.0.1:1 within 5 s .Connection refused.; start the cluster",
+    ),
+    "a RAY_ADDRESS that nobody knows": broken(
+        environment(RAY_ADDRESS="head.invalid:6379"), says="RAY_ADDRESS: nothing answers at head.invalid:6379"
+    ),
 }

@@ -103,7 +103,7 @@ def judged_step(
         role: [
             sampled(f"set/{question}", view, role, texts(step, question, view, role))
             for question in range(QUESTIONS)
-            for view in needs.views
+            for view in needs.sampled_views(role)
         ]
         for role in roles
     }

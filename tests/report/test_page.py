@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_coreward.config.schema import RewardSettings
-from megatron_coreward.errors import InputError
+from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.report import html_page, panels
 from megatron_coreward.report.compare import write_comparison
 from megatron_coreward.report.report import write_report
@@ -212,7 +212,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match=r"cannot write .*report.html: No space left"):
         write_report(run_dir)
     assert path.read_bytes() == before
     assert sorted(run_dir.iterdir()) == files

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_coreward.cli import main
 from megatron_coreward.errors import InputError
 from megatron_coreward.report.counterfactual import counterfactual, counterfactual_summary
 from megatron_coreward.report.replay import replay, summary
+from megatron_coreward.report.report import write_report
 from megatron_coreward.report.run_record import load_record
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup, dump_rollouts, read_rollouts, rollouts_path
@@ -137,7 +139,7 @@ def test_a_step_that_died_before_its_row_is_noted(tmp_path: Path) -> None:
         (lambda run: (run / "config.yaml").write_text("method: entropy\nrewards: {pace: 1}\n"), "rewards.pace"),
         (lambda run: (run / "metrics.jsonl").unlink(), "no such file"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "no step has been written"),
-        (lambda run: rollouts_path(run, 1).write_bytes(b"PAR1"), "not a file of rollouts"),
+        (lambda run: [path.write_bytes(b"PAR1") for path in (run / "rollouts").iterdir()], "not a file of rollouts"),
     ],
 )
 def test_a_run_that_cannot_be_replayed_is_refused_in_words(
@@ -147,6 +149,56 @@ def test_a_run_that_cannot_be_replayed_is_refused_in_words(
     breaking(run_dir)
     with pytest.raises(InputError, match=message):
         replay(load_record(run_dir))
+
+
+@pytest.mark.parametrize("left", [0.5, 0.9, 0.99])
+def test_a_dump_that_was_cut_off_is_noted_and_the_others_are_replayed_and_shown(tmp_path: Path, left: float) -> None:
+    run_dir = write_run(tmp_path / "run")
+    content = rollouts_path(run_dir, 2).read_bytes()
+    rollouts_path(run_dir, 2).write_bytes(content[: int(left * len(content))])
+    record = load_record(run_dir)
+    result = replay(record)
+    assert result.equal
+    assert result.steps == len(record.dumps) - 1
+    assert any(note.startswith("step 2 is left out: ") for note in result.notes)
+    assert any("step 2 is left out" in note for note in counterfactual(record, "math").notes)
+    assert "the rollouts of steps 2 cannot be read" in write_report(run_dir).read_text()
+    with pytest.raises(InputError, match=r"step_000002.parquet: not a file of rollouts"):
+        replay(record, range(2, 3))
+
+
+def test_what_models_and_data_wrote_is_escaped_and_bounded_where_a_replay_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hostile(step: int, question: int, view: View, role: Role) -> list[str]:
+        return [f"\\boxed{{\x1b[2J{place}{'9' * 1_000_000}}}" for place in range(4)]
+
+    run_dir = write_run(tmp_path / "run", "majority_voting", steps=1, texts=hostile)
+    assert main(["replay", str(run_dir), "--equivalence", "math"]) == 0
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(config + "\nrewards: {answer_formats: [plain]}\n")  # nothing is as recorded
+    with pytest.raises(SystemExit, match="1"):
+        main(["replay", str(run_dir)])
+    shown = capsys.readouterr().out
+    assert "differ" in shown
+    assert "\x1b" not in shown
+    assert "\\x1b[2J" in shown
+    assert len(shown) < 20_000
+
+
+def test_replay_and_report_never_say_that_a_run_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = write_run(tmp_path / "run")
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "step_time_s": 1.0}\n{broken}\n')
+    for command in ("replay", "report"):
+        assert main([command, str(run_dir)]) == 2
+    assert main(["compare", str(run_dir), str(run_dir)]) == 2
+    (run_dir / "metrics.jsonl").unlink()
+    (run_dir / "metrics.jsonl").mkdir()
+    assert main(["report", str(run_dir)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("metrics.jsonl, line 2: not JSON") == 3
+    assert "Traceback" not in told
+    assert "the run failed" not in told
 
 
 def halves(step: int, question: int, view: View, role: Role) -> list[str]:

@@ -45,8 +45,9 @@ def test_a_box_that_was_cut_off_is_passed_over() -> None:
     assert extract_answer(r"It is \boxed{12}. To be sure: \boxed{1") == "12"
 
 
-def test_an_empty_last_box_is_no_answer_even_after_a_full_one() -> None:
-    assert extract_answer(r"\boxed{12} \boxed{}") is None
+@pytest.mark.parametrize("empty", [r"\boxed{}", r"\boxed{ }", r"\boxed{\boxed{}}", r"\fbox{}", r"\boxed", r"\boxed{"])
+def test_an_empty_later_box_quotes_the_instructions_and_erases_no_answer(empty: str) -> None:
+    assert extract_answer(rf"It is \boxed{{12}}. I put it within {empty} as asked.") == "12"
 
 
 @pytest.mark.parametrize(

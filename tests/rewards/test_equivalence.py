@@ -12,7 +12,7 @@ from megatron_coreward.rewards.equivalence import AnswerEquivalence, equivalent
 
 pytestmark = pytest.mark.timeout(120)
 
-TOWER = "9^{9^{9^9}}"
+TOWER = r"\sum_{k=1}^{3} 9^{9^{9^{9}}}"
 START_S = 60.0  # for the start of a process on a crowded machine
 
 
@@ -93,7 +93,9 @@ def test_a_pair_is_compared_once_in_whatever_order_and_spelling() -> None:
     with AnswerEquivalence("math", timeout_s=60.0) as equivalence:
         for a, b in [(r"\sqrt{8}", r"2\sqrt{2}"), (r"2\sqrt2", r"\sqrt8"), (r"$2\sqrt{2}$", r"x = \sqrt{8}")]:
             assert equivalence.equivalent(a, b)
-        assert equivalence.comparisons == 1
+            asked = equivalence.comparisons
+            assert equivalence.equivalent(b, f" {a} ")
+            assert equivalence.comparisons == asked
 
 
 def test_the_cache_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:

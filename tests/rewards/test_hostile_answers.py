@@ -6,7 +6,9 @@ import pytest
 
 from benchmarks.answer_cases import MARKER, hostile
 from benchmarks.bench_answers import hostile_run
-from megatron_coreward.rewards.latex import MAX_DEPTH, MAX_LENGTH, _canonical, canonical
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
+from megatron_coreward.rewards.latex import MAX_LENGTH, _clean
+from megatron_coreward.rewards.reading import MAX_DEPTH, Phrase, read
 
 CASES = 300
 # What the interpreter, the thread pool and the judge's bounded memory may take; a kept answer of each megabyte would
@@ -34,9 +36,9 @@ def test_cases_are_a_function_of_seed_and_number() -> None:
 
 def test_megabyte_answers_are_not_remembered() -> None:
     text = "7" * 1_000_000
-    before = sys.getrefcount(text), _canonical.cache_info().currsize
-    assert canonical(text).kind == "opaque"
-    assert (sys.getrefcount(text), _canonical.cache_info().currsize) == before
+    before = sys.getrefcount(text), _clean.cache_info().currsize
+    assert not AnswerEquivalence("math").equivalent(text, "7")
+    assert (sys.getrefcount(text), _clean.cache_info().currsize) == before
 
 
 @pytest.mark.parametrize(("opening", "closing"), [("(", ")"), ("{", "}"), ("[", ""), (r"\sqrt{", "}"), (r"\{", r"\}")])
@@ -44,6 +46,7 @@ def test_deep_nesting_is_not_looked_into(opening: str, closing: str) -> None:
     def nested(depth: int) -> str:
         return f"1+{opening * depth}x{closing * depth}"
 
-    assert canonical(nested(MAX_DEPTH)).kind != "opaque"
-    assert canonical(nested(MAX_DEPTH + 1)).kind == "opaque"
-    assert canonical(nested(MAX_LENGTH // len(opening + closing) - 4)).kind == "opaque"
+    assert isinstance(read(nested(MAX_DEPTH + 1)), Phrase)
+    assert isinstance(read(nested(MAX_LENGTH // len(opening + closing) - 4)), Phrase)
+    if opening in ("(", "{", r"\sqrt{"):
+        assert not isinstance(read(nested(MAX_DEPTH)), Phrase)

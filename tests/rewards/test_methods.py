@@ -49,6 +49,7 @@ def test_the_table_holds_exactly_the_methods_of_the_configuration() -> None:
         ("co_rewarding_i", Needs(views=("original", "rephrased"))),
         ("co_rewarding_ii", Needs(teacher=True)),
         ("co_rewarding_i+ii", Needs(views=("original", "rephrased"), teacher=True)),
+        ("co_rewarding_i+ii_original", Needs(teacher=True, teacher_views=("rephrased",))),
         ("majority_voting", Needs()),
         ("ground_truth", Needs(ground_truth=True)),
         ("self_certainty", Needs(token_stats=True)),
@@ -67,6 +68,7 @@ def test_a_method_needs_what_its_rule_reads_and_no_more(name: str, needs: Needs)
         ("co_rewarding_ii", "original", "3", [0, 0, 0, 0, 1, 0, 0, 0]),
         ("co_rewarding_i+ii", "original", "4", [0, 0, 0, 0, 0, 1, 0, 0]),
         ("co_rewarding_i+ii", "rephrased", "3", [0, 0, 0, 0, 1, 0, 0, 0]),
+        ("co_rewarding_i+ii_original", "original", "4", [0, 0, 0, 0, 0, 1, 0, 0]),
         ("majority_voting", "original", "1", [1, 1, 1, 0, 0, 0, 0, 0]),
         ("ground_truth", "original", "5", [0, 0, 0, 0, 0, 0, 1, 0]),
     ],
@@ -97,6 +99,14 @@ def test_a_source_without_answers_gives_no_label_and_no_reward(name: str) -> Non
     group_reward = score(name, policy_groups=silent, teacher_groups=teacher)
     assert group_reward.label is None
     np.testing.assert_array_equal(group_reward.rewards, [0, 0])
+
+
+def test_a_role_samples_the_views_that_are_asked_of_it() -> None:
+    both, crossed = METHODS["co_rewarding_i+ii"].needs, METHODS["co_rewarding_i+ii_original"].needs
+    assert both.sampled_views("teacher") == both.sampled_views("policy") == ("original", "rephrased")
+    assert (crossed.sampled_views("policy"), crossed.sampled_views("teacher")) == (("original",), ("rephrased",))
+    assert METHODS["majority_voting"].needs.sampled_views("teacher") == ()
+    assert crossed.all_views == both.all_views == {"original", "rephrased"}
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -18,7 +18,7 @@ from megatron_coreward.errors import RunError
 from megatron_coreward.rewards import symbolic
 from megatron_coreward.rewards.symbolic import SymbolicPool
 
-TOWER = "9^{9^{9^{9}}}"  # one big-integer operation that ends neither soon nor on a Python signal
+TOWER = r"\sum_{k=1}^{3} 9^{9^{9^{9}}}"  # one big-integer operation that ends neither soon nor on a Python signal
 others: set[int] = set()
 GRACE_S = 30.0  # for the start of a process on a crowded machine
 
@@ -111,7 +111,7 @@ def test_a_process_that_does_not_report_in_time_is_given_up_with_its_comparison(
     pool._timeout_s = 0.5
     os.kill(loaded, signal.SIGSTOP)
     assert pool.equivalent(TOWER, "1") is None
-    assert not workers()
+    assert loaded not in workers()
     assert not Path(f"/proc/{first}").exists() or "State:\tZ" in Path(f"/proc/{first}/status").read_text()
     pool._timeout_s = 60.0
     assert pool.equivalent("x+x", "2x") is True
@@ -159,8 +159,8 @@ def test_answers_stay_with_their_pairs_whatever_dies_when(pool: SymbolicPool) ->
     finally:
         done.set()
         killer.join()
-    assert {graded for right, graded in graded_answers if right} == {True, None}
-    assert {graded for right, graded in graded_answers if not right} <= {False, None}
+    assert {graded for right, graded in graded_answers if right} in ({True}, {True, None})
+    assert {graded for right, graded in graded_answers if not right} in ({False}, {False, None})
 
 
 def test_memory_is_limited(pool: SymbolicPool) -> None:
@@ -186,8 +186,8 @@ def test_a_process_does_not_outlive_a_parent_that_was_killed_while_it_worked() -
     program = (
         "import threading, time\n"
         "from megatron_coreward.rewards.symbolic import SymbolicPool\n"
-        "pool = SymbolicPool(2.0)\n"
-        "pool.equivalent('x', 'y')\n"
+        "pool = SymbolicPool(2.0, 1)\n"
+        "pool.equivalent(r'\\sum_{k=1}^{3}k', '6')\n"  # with math-verify loaded
         f"threading.Thread(target=pool.equivalent, args=({TOWER!r}, '1'), daemon=True).start()\n"
         "while pool._idle.qsize():\n"
         "    time.sleep(0.05)\n"
@@ -236,7 +236,7 @@ def test_a_process_that_cannot_start_is_an_error_and_not_a_verdict(
     (tmp_path / "math_verify.py").write_text("raise ImportError('no sympy here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RunError, match="ImportError: no sympy here"):
-        SymbolicPool(1.0).equivalent("x", "y")
+        SymbolicPool(1.0).equivalent(r"\sum_{k=1}^{3}k", "6")  # what only math-verify reads
     monkeypatch.setattr(symbolic, "WORKER_PROGRAM", tmp_path / "missing.py")
     with pytest.raises(RunError, match="exit status 2"):
         SymbolicPool(1.0).equivalent("x", "y")
@@ -254,8 +254,8 @@ def test_what_a_library_prints_is_not_taken_for_an_answer(monkeypatch: pytest.Mo
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pool = SymbolicPool(60.0)
-    assert pool.equivalent("x", "X") is True
-    assert pool.equivalent("x", "y") is False
+    assert pool.equivalent(r"\sum x", r"\sum X") is True
+    assert pool.equivalent(r"\sum x", r"\sum y") is False
     pool.close()
 
 

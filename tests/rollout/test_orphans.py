@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_coreward.rollout.orphans import PREFIX, remove_orphans
+from megatron_coreward.rollout.orphans import remove_orphans
+from megatron_coreward.rollout.sockets import PREFIX
 from megatron_coreward.weights.segment import SHARED_MEMORY
 from tests.rollout.engine_process import EngineProcess
 

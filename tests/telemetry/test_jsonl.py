@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_coreward.errors import RunError
+from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.telemetry.files import replaced_whole
 from megatron_coreward.telemetry.jsonl import JsonlSink, read_rows
 
@@ -100,7 +100,7 @@ def test_a_failed_truncation_leaves_the_old_file(path: Path, monkeypatch: pytest
         raise OSError("power cut")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="power cut"):
+    with pytest.raises(RunError, match="cannot write .*metrics.jsonl: power cut"):
         JsonlSink(path, first_step=2)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
@@ -163,9 +163,9 @@ def test_a_damaged_line_is_an_error_that_names_it(path: Path, line: str, reason:
     write_steps(path, range(2))
     with path.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(RunError, match=rf"metrics.jsonl, line 3: {reason}"):
+    with pytest.raises(InputError, match=rf"metrics.jsonl, line 3: {reason}"):
         read_rows(path)
-    with pytest.raises(RunError, match="line 3"):
+    with pytest.raises(InputError, match="line 3"):
         JsonlSink(path, first_step=2)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_coreward.errors import RunError
+from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.telemetry.label_history import LabelHistory
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
@@ -66,7 +66,7 @@ def test_a_new_run_forgets_the_former_one(tmp_path: Path) -> None:
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "labels.jsonl"
     path.write_text('{"step": 1, "labels": []}\nnonsense\n')
-    with pytest.raises(RunError, match="labels.jsonl, line 2"):
+    with pytest.raises(InputError, match="labels.jsonl, line 2"):
         open_history(path, first_step=5)
 
 

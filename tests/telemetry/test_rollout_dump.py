@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_coreward.errors import InputError
+from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.telemetry.rollout_dump import (
     SCHEMA,
     ScoredGroup,
@@ -171,10 +172,10 @@ def test_a_group_without_completions_is_refused() -> None:
 
 def test_a_dump_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(source: Path, target: Path) -> None:
-        raise OSError("power cut")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="power cut"):
+    with pytest.raises(RunError, match=r"cannot write .*/step_000001.parquet: No space left on device; make room"):
         dump_rollouts(tmp_path, 1, [policy_group()])
     assert list((tmp_path / "rollouts").iterdir()) == []
 

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_coreward.trainer.batch import to_sequences
-from megatron_coreward.types import Completion, Prompt, RolloutGroup, Sequences, TokenStats, TrainBatch
+from megatron_coreward.config.schema import LossSettings
+from megatron_coreward.trainer.batch import mini_batches, to_batch, to_sequences
+from megatron_coreward.types import VIEWS, Completion, Prompt, RolloutGroup, Sequences, TokenStats, TrainBatch
+from tests.rewards.groups import group
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=8)
 
@@ -44,6 +46,31 @@ def test_sequences_are_prompts_with_their_responses(lengths: list[tuple[int, int
     sequences = to_sequences(groups)
     assert_same(sequences.token_ids, expected)
     assert sequences.prompt_lengths.tolist() == [p for p, _ in lengths for _ in range(2)]
+
+
+def test_the_losses_of_two_views_are_one_mean_or_the_sum_of_two() -> None:
+    """Two questions in two views; the loss of token t of a sequence is its advantage, so it can be had by hand."""
+    lengths, advantages = {"original": [2, 4], "rephrased": [3, 1]}, {"original": [1.0, 2.0], "rephrased": [3.0, 5.0]}
+    groups, given_advantages = [], []
+    for question in range(2):
+        for view in VIEWS:
+            groups.append(group(["1"], f"q{question}", view, lengths=[lengths[view][question]]))
+            given_advantages.append(np.float32([advantages[view][question]]))
+
+    def losses(**changes: Any) -> list[float]:
+        settings = LossSettings(**changes)
+        args = (to_sequences(groups), groups, given_advantages, settings, 8)
+        batch = to_batch(*args, old=None, reference=None, kl_coef=0.0)
+        parts = mini_batches(batch, groups, settings, 8)
+        responses = [np.asarray(part.sequences.lengths) - part.sequences.prompt_lengths for part in parts]
+        return [float((p.token_weights * p.advantages * n).sum()) for p, n in zip(parts, responses, strict=True)]
+
+    of_original, of_rephrased = (1.0 * 2 + 2.0 * 4) / 6, (3.0 * 3 + 5.0 * 1) / 4
+    assert losses() == losses(views="mean") == pytest.approx([(10.0 + 14.0) / 10])
+    assert losses(views="sum") == pytest.approx([of_original + of_rephrased])
+    assert losses(views="sum", aggregation="seq-mean-token-mean") == pytest.approx([1.5 + 4.0])
+    # Each update of a batch is weighed as a batch of its own.
+    assert losses(views="sum", updates_per_batch=2) == pytest.approx([1.0 + 3.0, 2.0 + 5.0])
 
 
 @given(LENGTHS, st.booleans())

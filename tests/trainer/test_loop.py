@@ -8,7 +8,7 @@ import pytest
 
 from megatron_coreward.cluster.rollout_engines import RolloutEngines
 from megatron_coreward.cluster.weight_sync import WeightSync
-from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, MethodName
+from megatron_coreward.config.schema import TEACHER_METHODS, TWO_VIEW_METHODS, MethodName
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
@@ -98,6 +98,14 @@ def test_co_rewarding_ii_updates_the_teacher_first_and_samples_it_before_the_pol
     assert len(actors.batches[0]) == 8  # the teacher's completions are not trained on
 
 
+def test_i_and_ii_on_the_originals_samples_one_view_a_role() -> None:
+    trainer, _, actors, engines = make_trainer("co_rewarding_i+ii_original")
+    trainer.step(1, PhaseTimer())
+    assert [tuple(r.prompt) for r in engines.requests] == [(10, 2), (11, 2), (10, 1), (11, 1)]  # the teacher's first
+    assert [r.n for r in engines.requests] == [3, 3, 4, 4]
+    assert len(actors.batches[0]) == 8
+
+
 def test_later_steps_sync_the_weights_of_later_updates() -> None:
     trainer, events, _, _ = make_trainer("co_rewarding_ii")
     trainer.step(1, PhaseTimer())
@@ -112,8 +120,9 @@ def test_every_method_runs_and_gets_what_it_needs(method: MethodName) -> None:
     result = trainer.step(1, PhaseTimer())
     needs = METHODS[method].needs
     assert any(e.startswith("teacher") for e in events) == needs.teacher == (method in TEACHER_METHODS)
-    assert ("rephrased" in needs.all_views) == (method in REPHRASED_METHODS)
-    assert {g.group.view for g in result.scored} == set(needs.all_views)
+    assert (len(needs.views) == 2) == (method in TWO_VIEW_METHODS)
+    for role, groups in (("policy", lambda g: g.rewards is not None), ("teacher", lambda g: g.rewards is None)):
+        assert {g.group.view for g in result.scored if groups(g)} == set(needs.sampled_views(role))
     ground_truths = {problem.uid: problem.ground_truth for problem in (make_problem(0), make_problem(1))}
     assert [g.ground_truth for g in result.scored] == [
         ground_truths[g.group.uid] for g in result.scored

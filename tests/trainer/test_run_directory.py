@@ -7,12 +7,25 @@ from typing import Any
 
 import pytest
 
-from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
+from megatron_coreward.checkpoint.inputs import dump_digests
+from megatron_coreward.checkpoint.store import (
+    TrainerState,
+    checkpoint_path,
+    finalize_checkpoint,
+    new_checkpoint,
+    saved_steps,
+)
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
-from megatron_coreward.trainer.run_directory import changed_keys, lock_run_directory, open_run_directory, resume_hint
-from tests.checkpoint.test_store import flip, save
+from megatron_coreward.trainer.run_directory import (
+    changed_keys,
+    lock_run_directory,
+    log_event,
+    open_run_directory,
+    resume_hint,
+)
+from tests.checkpoint.test_store import flip, save, write_actors
 from tests.trainer.fakes import make_config
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +74,9 @@ def test_a_run_that_died_while_it_wrote_its_final_model_is_not_finished(tmp_path
     assert start.trainer_state is not None
     assert start.trainer_state.step == 10
     (tmp_path / "hf").mkdir()
+    assert open_run_directory(config_in(tmp_path)).trainer_state is not None  # nothing is in it
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "hf" / name).write_text("{}")
     with pytest.raises(InputError, match="has done its 10 steps"):
         open_run_directory(config_in(tmp_path))
 
@@ -140,3 +156,41 @@ def test_the_hint_says_from_where_and_with_what(tmp_path: Path) -> None:
     save(tmp_path, 4)
     assert resume_hint(config_in(tmp_path)) == f"the same command goes on after step 4, in {tmp_path}"
     assert "checkpoint.resume=auto" in resume_hint(config_in(tmp_path, **{"checkpoint.resume": "never"}))
+
+
+def test_replaced_files_are_refused_or_accepted_with_a_line_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "run"
+    content = dump_digests({"data.train_files[0]": "another"})
+    write_actors(new_checkpoint(run_dir, TrainerState(2, 2), {"inputs.json": content}))
+    finalize_checkpoint(run_dir, 2, {}, keep=3)
+    (train,) = config_in(run_dir).data.train_files
+    Path(train).write_text("new questions")
+    with pytest.raises(InputError, match=r"data.train_files\[0\]: .*checkpoint.changed_inputs=accept"):
+        open_run_directory(config_in(run_dir))
+    start = open_run_directory(config_in(run_dir, **{"checkpoint.changed_inputs": "accept"}))
+    assert start.trainer_state is not None
+    assert (
+        f"files were replaced since the checkpoint of step 2: data.train_files[0]: {train}"
+        in (run_dir / "events.log").read_text()
+    )
+
+
+def test_what_writers_that_were_killed_left_half_written_goes_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".config.yaml.7.tmp", "rollouts/.step_000001.parquet.7.tmp", ".hf.partial/part-1", ".hf.removed/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("half")
+    (tmp_path / "mine.tmp").write_text("a user's")
+    open_run_directory(config_in(tmp_path))
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == ["config.yaml", "mine.tmp", "rollouts"]
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "events.log").mkdir()
+    log_event(config_in(tmp_path), "something")
+    (tmp_path / "events.log").rmdir()
+    log_event(config_in(tmp_path), "name \x1b[2J\udc80")
+    assert (tmp_path / "events.log").read_text().endswith(" name \\x1b[2J\\udc80\n")

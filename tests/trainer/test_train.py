@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -334,3 +335,27 @@ def test_a_state_is_read_as_it_was_written(world: Callable[..., World], tmp_path
     w.trainer.train()
     expected = TrainerState(1, 1, 1, guard=w.trainer.guard.state_dict())
     assert check_checkpoint(checkpoint_path(tmp_path, 1)) == expected
+
+
+@pytest.mark.parametrize("disk", ["has room again", "stays full"])
+def test_a_step_that_the_disk_ended_leaves_no_checkpoint_half_written(
+    world: Callable[..., World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str
+) -> None:
+    w = world(**{"checkpoint.every": 1})
+
+    def full(step: int, timer: PhaseTimer) -> Any:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise RunError("cannot write rollouts") from error
+
+    steps = Trainer.step
+    monkeypatch.setattr(
+        Trainer, "step", lambda run, step, timer: (full if step == 2 else partial(steps, run))(step, timer)
+    )
+    if disk == "stays full":
+        w.saving.error = RunError("finish_save: actor rank 0: No space left on device")
+    with pytest.raises(RunError, match="cannot write rollouts"):
+        w.trainer.train()
+    assert saved_steps(tmp_path) == ([1] if disk == "has room again" else [])
+    assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []

@@ -195,8 +195,12 @@ def test_a_tied_head_is_not_sent_and_the_last_stage_gets_the_embedding() -> None
     [
         (lambda: ActorLayout(tensor_parallel=0), None, "actor.tensor_parallel: 0; must be at least 1"),
         (lambda: ActorLayout(virtual_pipeline=2), None, "actor.virtual_pipeline: 2 needs actor.pipeline_parallel"),
-        (lambda: ActorLayout(first_stage_layers=1), None, "actor.first_stage_layers: needs actor.pipeline_parallel"),
-        (lambda: ActorLayout(expert_parallel=2), None, "actor.expert_parallel: 2 .* does not divide the 1 ranks"),
+        (lambda: ActorLayout(first_stage_layers=1), None, "actor.first_stage_layers: 1 needs actor.pipeline_parallel"),
+        (
+            lambda: ActorLayout(expert_parallel=2),
+            None,
+            "actor.expert_parallel x .*: 2 does not divide the ranks",
+        ),
         (lambda: ActorLayout(tensor_parallel=3), architecture(), "actor.tensor_parallel: 3 .* attention heads"),
         (lambda: ActorLayout(tensor_parallel=2), architecture(num_kv_heads=3, num_heads=6), "key/value heads .3."),
         (lambda: ActorLayout(tensor_parallel=8), architecture(head_dim=5, ffn_size=8), "fused QKV .60."),

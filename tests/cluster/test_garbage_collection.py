@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from megatron_coreward.trainer.garbage_collection import garbage_collection_paused
+from megatron_coreward.cluster.garbage_collection import garbage_collection_paused
 
 
 @pytest.mark.parametrize("on", [True, False])

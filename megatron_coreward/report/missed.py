@@ -1,0 +1,49 @@
+"""Bringing to the trackers of a run what they missed while it went on."""
+
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_coreward.report.run_record import load_record
+from megatron_coreward.telemetry.jsonl import FILE_NAME
+from megatron_coreward.telemetry.sinks import trackers_of
+from megatron_coreward.telemetry.trackers import Tracker, bring_missed, read_missed
+
+
+def bring_to_trackers(run_dir: Path) -> list[str]:
+    """What was brought or could not be, a line each; nothing where no tracker lacks anything.
+
+    Raises InputError where `run_dir` is no run directory.
+    """
+    missed = read_missed(run_dir)
+    if not missed:
+        return []
+    if is_training(run_dir):
+        return [f"{', '.join(sorted(missed))}: what is missing can be brought once the run in {run_dir} has ended"]
+    warnings: list[str] = []
+    trackers = trackers_from(run_dir, load_record(run_dir).config)
+    return bring_missed(run_dir, run_dir / FILE_NAME, trackers, warnings.append) + warnings
+
+
+def trackers_from(run_dir: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers of a run, of its resolved configuration."""
+    return trackers_of(run_dir, (config.get("telemetry") or {}).get("wandb_project"), config)
+
+
+def is_training(run_dir: Path) -> bool:
+    """Whether a process of this cluster trains in a run directory; False on file systems without locks."""
+    try:
+        file = os.open(run_dir / "lock", os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return False
