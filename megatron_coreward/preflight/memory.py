@@ -74,6 +74,10 @@ def host_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[
     def needed(changed: RunConfig) -> int:
         return sum(host_memory(changed, arch).values())
 
+    try:
+        ActorLayout.of(config.actor).check(arch)
+    except InputError:  # told by the checks of layouts
+        return
     if needed(config) > free:
         parts = host_memory(config, arch)
         largest = max(parts, key=lambda name: parts[name])
@@ -92,7 +96,7 @@ def gpu_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[s
         try:
             stages = actor_memory(changed, arch, machine.assumptions)
             engine = engine_memory(changed, arch, gpu, machine.assumptions)
-        except InputError:  # a layout that cannot hold the model, which other checks tell
+        except InputError:  # told by the checks of layouts
             return []
         found = actor_problems(stages, engine, machine)
         return [*found, *engine_problems(changed, stages, engine, machine)]
