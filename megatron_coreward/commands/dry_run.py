@@ -65,11 +65,7 @@ def _memory(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
     elif visible_gpus() or joins_cluster():
         yield f"`megatron-coreward plan` estimates it for {', '.join(GPUS)}"
     else:
-        try:
-            parts = host_memory(config, arch)
-        except InputError as error:
-            yield f"not known: {error}"
-            return
+        parts = host_memory(config, arch)
         yield from (f"{name:<40} {_size(size):>12}" for name, size in parts.items())
         yield f"{'all, at least':<40} {_size(sum(parts.values())):>12}"
 
