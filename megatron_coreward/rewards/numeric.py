@@ -109,7 +109,11 @@ def _same_at(a: Node, b: Node, index: int, complex_numbers: bool, digits: int) -
     if x is None or y is None:
         return True if digits != DIGITS[-1] else None
     with mp.workdps(digits + 10):
-        return bool(abs(x.value - y.value) <= x.radius + y.radius)
+        reach = x.radius + y.radius
+        if abs(x.value - y.value) > reach:
+            return False
+    # Numbers with more digits than the last precision may still differ in the ones that are left out.
+    return None if digits == DIGITS[-1] and reach > 1 else True
 
 
 def _infinity(node: Node) -> int:

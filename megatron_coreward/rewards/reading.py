@@ -82,7 +82,10 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
+    """determinant: it stands between bars."""
+
     rows: tuple[tuple["Reading", ...], ...]
+    determinant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,23 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Labelled:
+    """A letter of a multiple-choice question with the value behind it: `(D) 12`."""
+
+    letter: str
+    value: "Reading"
+
+
+@dataclass(frozen=True, slots=True)
+class Congruence:
+    r"""`x \equiv 3 \pmod 7`: the remainder, from 0 on; name: what has it, if named."""
+
+    remainder: int
+    modulus: int
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Phrase:
     """Words, and everything that is none of the other kinds: the same as nothing but the same text."""
 
@@ -140,8 +160,8 @@ class Alternatives:
 
 
 Reading = (
-    Scalar | Numeral | Ratio | Clock | Items | Region | Matrix | Equation | Named | Assignments | Choice | Phrase
-    | Foreign | Alternatives
+    Scalar | Numeral | Ratio | Clock | Items | Region | Matrix | Equation | Named | Assignments | Choice | Labelled
+    | Congruence | Phrase | Foreign | Alternatives
 )  # fmt: skip
 
 
@@ -172,8 +192,13 @@ def _read(text: str) -> Reading:
 
 
 def _choice(text: str) -> Reading | None:
-    match = _CHOICE.fullmatch(_TEXT.sub(r"\1", text).replace(" ", "")) if len(text) < 30 else None
+    match = _CHOICE.fullmatch(_TEXT.sub(r"\1", text).replace(" ", "")) if len(text) < 40 else None
     return Choice(match[1] or match[2]) if match else None
+
+
+def _labelled(text: str) -> Reading | None:
+    match = _LABEL.match(text)
+    return Labelled(match[1] or match[2] or match[3], _read(text[match.end() :].strip())) if match else None
 
 
 def _prefixed(text: str) -> Reading | None:
@@ -187,16 +212,25 @@ def _phrase(text: str) -> Reading | None:
     words = _TEXT.sub(r" \1 ", text)
     bare = " ".join(words.split()).strip(" .,;:!?'\"")
     if _WORD.fullmatch(bare) and bare.lower() not in _MATHEMATICAL_WORDS:
-        return Phrase(_words(text))
+        return _spoken(bare)
     if bare.lower() in ("infinity", "inf"):
         return Scalar(Node("constant", "infinity"))
     if any(ord(char) > 0x2E7F for char in bare) and not any(char.isdigit() for char in bare):  # CJK
         return Phrase(_words(text))
     if _SEVERAL_WORDS.fullmatch(bare):
         if _CONJUNCTION.search(bare) is None:
-            return Phrase(_words(text))
+            return _spoken(bare)
         return _read(bare) if bare != text else None
     return None
+
+
+def _spoken(words: str) -> Reading:
+    """Without the article in front, and in one of several customary wordings."""
+    words = _ARTICLE.sub("", words.lower())
+    words = _WORDINGS.get(words, words)
+    if words.replace("-", " ") in _NUMBER_WORDS:
+        return Scalar(number(_NUMBER_WORDS[words.replace("-", " ")]))
+    return Region("union", (_REALS,)) if words == "real" else Phrase(_words(words))
 
 
 def _unwrapped(text: str) -> Reading | None:
@@ -214,12 +248,24 @@ def _environment(text: str) -> Reading | None:
         return None
     body = match[3].strip()
     if match[1] in ("cases", "aligned", "align*", "gathered") or text.startswith(r"\{"):
-        lines = [line.replace("&", " ").strip(" ,;") for line in _top_level(body, r"\\")]
-        return _collected([line for line in lines if line])
+        lines = [line.strip(" ,;") for line in _top_level(body, r"\\")]
+        branches = [_branch(line) for line in lines if line]
+        if branches and all(branches):
+            return _items("", [branch for branch in branches if branch])
+        return _collected([line.replace("&", " ") for line in lines if line])
     rows = [row.strip() for row in _top_level(body, r"\\")]
     rows = [row for row in rows if row and row != r"\hline"]
     cells = tuple(tuple(_read(cell.strip()) for cell in _top_level(row, "&")) for row in rows)
-    return Matrix(cells) if cells else None
+    bars = match[1][0] in "vV" or text[0] == "|" or text.startswith(r"\|")
+    return Matrix(cells, bars) if cells else None
+
+
+def _branch(line: str) -> Reading | None:
+    r"""`x^2 & \text{if } x > 0`, a value with its condition; None for an equation that is cut for its alignment."""
+    cells = [cell.strip(" ,") for cell in _top_level(line, "&")]
+    if len(cells) != 2 or not all(cells) or _RELATION.match(cells[1]) or _RELATION.search(cells[0]):
+        return None
+    return Items("()", (_read(cells[0]), _read(_IF.sub("", cells[1]).strip())))
 
 
 def _conjunction(text: str) -> Reading | None:
@@ -302,7 +348,7 @@ def _relation(text: str) -> Reading | None:
     if not operators:
         return None
     if not all(sides):
-        return Phrase(_words(text))
+        return _congruence(text) or Phrase(_words(text))
     if set(operators) <= {"=", r"\approx"}:
         return _equality(sides, operators) or Phrase(_words(text))
     if operators == [r"\in"]:
@@ -320,6 +366,8 @@ def _equality(sides: list[str], operators: list[str]) -> Reading | None:
     if tuple_names and isinstance(values, Items) and len(values.items) == len(tuple_names):
         return _assignments(tuple_names, list(values.items))
     equation = _equation("=", lhs, rhs)
+    if _FOREIGN.search(lhs) and _is_constant(rhs):  # a sum and what it is
+        return Named(_words(lhs), _read(rhs))
     if left and (right is None or not _is_constant(lhs)):
         return _named(left, lhs, rhs)
     if right:
@@ -340,6 +388,15 @@ def _named(name: str, side: str, other: str) -> Named:
     if isinstance(value, Scalar) and node is not None:
         return Named(name, value, Equation("=", node, value.node))
     return Named(name, value, _equation("=", side, other))
+
+
+def _congruence(text: str) -> Congruence | None:
+    match = _CONGRUENCE.fullmatch(text)
+    if match is None or not int(match[3]):
+        return None
+    name = _name(match[1].strip()) if match[1] else ""
+    modulus = int(match[3])
+    return None if name is None else Congruence(int(match[2].replace(" ", "")) % modulus, modulus, name)
 
 
 def _chain(sides: list[str], names: list[str | None]) -> Reading | None:
@@ -415,7 +472,7 @@ def _clock(text: str) -> Reading | None:
 
 def _ratio(text: str) -> Reading | None:
     parts = [part.strip() for part in _top_level(text, ":")]
-    if len(parts) == 1:
+    if len(parts) == 1 and len(parts := [part.strip() for part in _TO.split(text)]) < 2:
         return None
     nodes = [_node(part) for part in parts]
     known = tuple(node for node in nodes if node is not None)
@@ -426,8 +483,8 @@ def _numeral(text: str) -> Reading | None:
     match = _NUMERAL.fullmatch(_TEXT.sub(r"\1", text).replace(" ", ""))
     if match is None:
         return None
-    base = match[2] or match[3]
-    return Numeral(match[1].lstrip("0") or "0", str(_NUMBER_WORDS.get(base.lower(), base)))
+    digits, base = match[1] or match[4], match[2] or match[3] or match[5]
+    return Numeral(digits.lstrip("0") or "0", str(_NUMBER_WORDS.get(base.lower(), base)))
 
 
 def _set(text: str) -> Reading | None:
@@ -449,6 +506,8 @@ def _set(text: str) -> Reading | None:
 
 
 def _bracketed(text: str) -> Reading | None:
+    if text.startswith(_ANGLES[0]) and text.endswith(_ANGLES[1]) and _encloses(text, len(_ANGLES[1]) - 1):
+        text = f"({text.removeprefix(_ANGLES[0]).removesuffix(_ANGLES[1])})"  # a vector
     if len(text) < 2 or text[0] not in "([" or text[-1] not in ")]" or not _encloses(text, 0):
         return None
     meanings = _groupings(text[1:-1])
@@ -502,10 +561,22 @@ def _plus_or_minus(text: str) -> Reading | None:
 
 
 def _scalar(text: str) -> Reading | None:
+    if price := _PRICE.match(text):
+        return _priced(price[2], f"{price[1]}{text[price.end() :]}".strip())
     if measured := _measured(text):
         return measured
     node = _node(text)
     return Scalar(node, text=text) if node is not None else None
+
+
+def _priced(currency: str, text: str) -> Reading | None:
+    """`\\text{USD}5 per hour`."""
+    value = _scalar(text)
+    unit = read_unit(currency, plain=False)
+    if not isinstance(value, Scalar) or unit is None:
+        return None
+    others = tuple(power for power in value.unit.dimension if power not in unit.dimension)
+    return Scalar(value.node, Unit(tuple(sorted((*unit.dimension, *others)))), value.text)
 
 
 def _measured(text: str) -> Scalar | None:
@@ -534,8 +605,8 @@ def _foreign(text: str) -> Reading | None:
 
 
 _READERS = (
-    _choice, _prefixed, _phrase, _unwrapped, _environment, _set, _conjunction, _list, _combined, _bracketed, _relation,
-    _clock, _numeral, _ratio, _plus_or_minus, _scalar, _foreign,
+    _choice, _labelled, _prefixed, _phrase, _unwrapped, _environment, _set, _conjunction, _list, _combined, _bracketed,
+    _relation, _clock, _numeral, _ratio, _plus_or_minus, _scalar, _foreign,
 )  # fmt: skip
 
 
@@ -545,20 +616,46 @@ _INFINITY = Node("constant", "infinity")
 _MINUS_INFINITY = Node("multiply", args=(number(-1), _INFINITY))
 _REALS = Piece(_MINUS_INFINITY, False, _INFINITY, False)
 _ALL_REALS = frozenset({r"\mathbb{R}", r"\mathbf{R}", r"\mathcal{R}", r"\Bbb{R}", r"\R", r"\text{R}"})
+_ANGLES = (r"\langle", r"\rangle")
 _MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_NUMERIC_TEXT = re.compile(r"\\text\{([^{}]*\d[^{}]*)\}")
+_NUMERIC_TEXT = re.compile(r"\\text\{([^{}]*(?<!\^)(?<!\^-)\d[^{}]*)\}")
 _TWO_LETTERS = re.compile(r"\\text\{\s*([A-Za-z]{1,2})\s*\}")
 _TEXT_CONJUNCTION = re.compile(r"\\text\{\s*(and|or)\s*\}|(?<![A-Za-z\\])(?:\\lor|\\vee)(?=\s+[a-z] ?[<>=\\])")
-_CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])")
+_CHOICE = re.compile(r"(?:(?:[Aa]nswer)?(?:[Oo]ption|[Cc]hoice):?)?(?:\(([A-Z])\)|([A-Z]))")
+_LABEL = re.compile(
+    r"\s*(?:\\text\{\s*\(?([A-E])\s*[).]\s*\}|\(\s*(?:\\text\{\s*)?([A-E])\s*\}?\s*\)(?=\s)|([A-E])\)(?=\s))\s*"
+    r"(?=[-+\d.$]|\\(?:frac|sqrt|text|pi))"
+)
+_ARTICLE = re.compile(r"^(?:the|an?) (?=[a-z]{3})")
+_WORDINGS = {  # other words for one thing, without an article
+    **dict.fromkeys(
+        ("no solutions", "there is no solution", "there are no solutions", "no solution exists"), "no solution"
+    ),
+    **dict.fromkeys(("no real solutions", "there are no real solutions"), "no real solution"),
+    **dict.fromkeys(("dne", "doesn't exist", "limit does not exist"), "does not exist"),
+    **dict.fromkeys(("infinitely many solutions", "infinite solutions", "infinite number of solutions"),
+                    "infinitely many"),
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers", "set of all real numbers", "any real number"),
+                    "real"),
+}  # fmt: skip
+_IF = re.compile(r"^\\text\{\s*,?\s*(?:if|for|when)\s*\}|^(?:if|for|when)\b")
+_TO = re.compile(r"(?<=[\d}])\s+(?:to|\\text\{\s*to\s*\})\s+|(?<=[\d}])\s*\\text\{\s*to\s*\}\s*")
+_PRICE = re.compile(r"([+-]?)\s*(?:\\text\{)?\s*(USD|EUR|GBP|JPY|INR|Rs)\.?\s*\}?\s*(?=[-+\d.\\(])")
+_CURRENCY = re.compile(r"(?<![A-Za-z\\])(?:USD|EUR|GBP|JPY|INR) ")
+_CONGRUENCE = re.compile(
+    r"(?:(.{1,30}?)\\equiv)?\s*(- ?\d{1,15}|\d{1,15})\s*\(?\\(?:pmod|bmod)\s*\{?\s*(\d{1,15})\s*\}?\s*\)?"
+)
 _WORD = re.compile(r"[A-Za-z]{3,}|no", re.IGNORECASE | re.ASCII)
-_SEVERAL_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z',.-]+(?: [A-Za-z',.-]+)*")
+_SEVERAL_WORDS = re.compile(
+    r"(?=.*[A-Za-z]{3})(?:[Aa](?= (?!sin|cos|tan|log|sqrt)[a-z]{3})|[A-Za-z][A-Za-z',.-]+)(?: [A-Za-z',.-]+)*"
+)
 _MATHEMATICAL_WORDS = frozenset({"infinity", "inf", "sin", "cos", "tan", "log"})
 _PREFIX = re.compile(
     r"(?:\\approx|\\therefore|\\implies|\\Rightarrow|\\sim(?= ?\d)|"
     r"\\text\{\s*(?:the )?(?:final )?answers?(?: is)?\s*:?\s*\}\s*:?|(?:the )?(?:final )?answer(?: is)?\s*:|"
-    r"(?:\\text\{)?\s*(?:USD|Rs|EUR|GBP|INR)\.?\s*\}?(?= ?\d))\s*",
+    r"\\text\{\s*\})\s*",
     re.IGNORECASE,
 )
 _ENVIRONMENT = re.compile(
@@ -571,18 +668,26 @@ _OTHER_RELATIONS = (
 _RELATION = re.compile(f"{_RELATION_OPERATORS}|{_OTHER_RELATIONS}")
 _CLOCK = re.compile(r"(\d{1,2})(?: ?: ?(\d{2}))?(?: ?: ?(\d{2}))? ?(a\.? ?m\.?|p\.? ?m\.?)?", re.IGNORECASE | re.ASCII)
 _NUMERAL = re.compile(
-    r"(?:\(|\\overline\{)?(\d[0-9A-F]*(?:\.[0-9A-F]+)?)[)}]?_(?:\{?(\d{1,2})\}?|\{?\(?([a-z]{3,11}|\d{1,2})\)?\}?)",
+    r"(?:\(|\\overline\{)?(\d[0-9A-F]*(?:\.[0-9A-F]+)?)[)}]?_(?:\{?(\d{1,2})\}?|\{?\(?([a-z]{3,11}|\d{1,2})\)?\}?)"
+    r"|(\d[0-9A-F]*)\(?(?:in)?base(\d{1,2}|[a-z]{3,11})\)?",
     re.ASCII,
 )
 _SMALL_NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _NUMBER_WORDS = {word: value for value, word in enumerate(_SMALL_NUMBERS)}
+_NUMBER_WORDS |= {ten: 10 * value for value, ten in enumerate(_TENS, 2)}
+_NUMBER_WORDS |= {
+    f"{ten} {unit}": 10 * value + one
+    for value, ten in enumerate(_TENS, 2)
+    for one, unit in enumerate(_SMALL_NUMBERS[1:10], 1)
+}
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _GROUP_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _CONJUNCTION = re.compile(r",?\s+(and|or)\s+|\s*(;)\s*|,\s*(and|or)\s+")
-_OPEN_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])[^()]*$")
+_OPEN_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)(?![A-Za-z])[^()]*$")
 _FOREIGN = re.compile(r"\\(?:sum|prod|int|iint|oint|lim|partial|nabla|begin)(?![A-Za-z])")
 _UNIT_START = re.compile(
     r"\\text\{|\\frac\{\s*\\text|\\mu|\^\{?\s*\\circ|\^\{?\s*\\text\{|\^\{?(?:th|st|nd|rd)\b|%|\\Omega|¢|\s(?=[A-Za-z°(\\])|"
@@ -758,7 +863,7 @@ def zero_form(equation: Equation) -> Node:
 def _node(text: str) -> Node | None:
     """The tree of a scalar expression; None if it is none."""
     text = _SINGLE_LETTER.sub(r"\1", text)
-    text = _REPEATING.sub(_repeating, text)
+    text = _REPEATING.sub(_repeating, _periodic(_CURRENCY.sub("", text)))
     if len(text) > MAX_LENGTH or not text or r"\text" in text:
         return None
     if _SPACED_GROUPS.fullmatch(text) or _GROUPED.fullmatch(text):
@@ -772,6 +877,16 @@ def _node(text: str) -> Node | None:
 _SINGLE_LETTER = re.compile(r"\\text\{\s*([A-Za-z])\s*\}")
 _SPACED_GROUPS = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))", re.ASCII)
+
+
+def _periodic(text: str) -> str:
+    r"""`0.\dot{1}2\dot{3}` and `0.(3)` with an overline over the digits that repeat."""
+    text = _DOTTED.sub(lambda m: rf"{m[1]}\overline{{{m[2]}{m[3]}{m[4]}}}", text)
+    return _PARENTHESISED.sub(r"\1.\\overline{\2}", text)
+
+
+_DOTTED = re.compile(r"(\d*\.\d*)\\dot\s*\{?\s*(\d)\s*\}?\s*(\d*)\s*\\dot\s*\{?\s*(\d)\s*\}?", re.ASCII)
+_PARENTHESISED = re.compile(r"(\d+)\.\((\d+)\)", re.ASCII)
 
 
 def _repeating(match: re.Match[str]) -> str:

@@ -8,6 +8,7 @@ Invariants: symmetric; no rule looks at how an answer is spelled, save for words
 """
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import cmp_to_key
 from typing import Protocol, TypeVar
 
@@ -17,9 +18,11 @@ from megatron_coreward.rewards.reading import (
     Assignments,
     Choice,
     Clock,
+    Congruence,
     Equation,
     Foreign,
     Items,
+    Labelled,
     Matrix,
     Named,
     Numeral,
@@ -33,6 +36,7 @@ from megatron_coreward.rewards.reading import (
     region_of,
     zero_form,
 )
+from megatron_coreward.rewards.units import NO_UNIT
 
 T = TypeVar("T")
 
@@ -87,7 +91,22 @@ def same(a: Reading, b: Reading, arithmetic: Arithmetic) -> bool:
 
 
 def _scalars(a: Scalar, b: Scalar, arithmetic: Arithmetic) -> bool:
-    return a.unit.agrees(b.unit) and arithmetic.same(a.node, b.node)
+    if a.unit.agrees(b.unit):
+        if arithmetic.same(a.node, b.node):
+            return True
+    elif {a.unit.dimension, b.unit.dimension} != {_DEGREES, _RADIANS}:
+        return False
+    if (a.unit.dimension == _DEGREES) == (b.unit.dimension == _DEGREES):
+        return False
+    in_radians = [_in_radians(x) if x.unit.dimension == _DEGREES else x.node for x in (a, b)]
+    return arithmetic.same(in_radians[0], in_radians[1])
+
+
+def _in_radians(angle: Scalar) -> Node:
+    return Node("multiply", args=(angle.node, Node("constant", "pi"), number(Fraction(1, 180))))
+
+
+_DEGREES, _RADIANS = (("deg", 1),), (("rad", 1),)
 
 
 def _clocks(a: Clock, b: Clock, arithmetic: Arithmetic) -> bool:
@@ -131,7 +150,7 @@ def _regions(a: Region, b: Region, arithmetic: Arithmetic) -> bool:
 
 
 def _matrices(a: Matrix, b: Matrix, arithmetic: Arithmetic) -> bool:
-    if [len(row) for row in a.rows] != [len(row) for row in b.rows]:
+    if a.determinant != b.determinant or [len(row) for row in a.rows] != [len(row) for row in b.rows]:
         return False
     cells = [[cell for row in matrix.rows for cell in row] for matrix in (a, b)]
     return _in_order(cells[0], cells[1], arithmetic)
@@ -166,6 +185,14 @@ def _assigned(a: Assignments, b: Assignments, arithmetic: Arithmetic) -> bool:
     return a.names == b.names and _in_order(a.values, b.values, arithmetic)
 
 
+def _labelled(a: Labelled, b: Labelled, arithmetic: Arithmetic) -> bool:
+    return a.letter == b.letter and same(a.value, b.value, arithmetic)
+
+
+def _congruences(a: Congruence, b: Congruence, arithmetic: Arithmetic) -> bool:
+    return (a.remainder, a.modulus) == (b.remainder, b.modulus) and (not a.name or not b.name or a.name == b.name)
+
+
 def _foreigners(a: Foreign, b: Foreign, arithmetic: Arithmetic) -> bool:
     return arithmetic.foreign(a.text, b.text)
 
@@ -184,6 +211,8 @@ _WITHIN: dict[type, Callable[..., bool]] = {
     Equation: _equations,
     Named: _named,
     Assignments: _assigned,
+    Labelled: _labelled,
+    Congruence: _congruences,
     Foreign: _foreigners,
     **dict.fromkeys((Numeral, Choice, Phrase), _never),  # the same only where they are equal
 }
@@ -251,6 +280,8 @@ def _interval(a: Region, b: Items, arithmetic: Arithmetic) -> bool:
 
 def _only_member(a: Items, b: Scalar, arithmetic: Arithmetic) -> bool:
     """`\\{5\\}` is 5."""
+    if a.brackets == "{}" and b.node.symbols():  # the fractional part of x
+        return False
     return a.brackets in ("{}", "") and len(a.items) == 1 and same(a.items[0], b, arithmetic)
 
 
@@ -278,11 +309,31 @@ def _digits(a: Numeral, b: Scalar, arithmetic: Arithmetic) -> bool:
     return a.digits.isdigit() and arithmetic.same(number(int(a.digits)), b.node) and b.node.op == "number"
 
 
+def _label_and_letter(a: Labelled, b: Choice, arithmetic: Arithmetic) -> bool:
+    return a.letter == b.letter
+
+
+def _label_and_value(a: Labelled, b: Reading, arithmetic: Arithmetic) -> bool:
+    return same(a.value, b, arithmetic)
+
+
+def _remainder(a: Congruence, b: Scalar, arithmetic: Arithmetic) -> bool:
+    """The question fixes the modulus."""
+    return b.unit == NO_UNIT and arithmetic.same(number(a.remainder), b.node)
+
+
+def _nothing(a: Phrase, b: Items, arithmetic: Arithmetic) -> bool:
+    """No solution is the empty set of solutions."""
+    return a.text == "nosolution" and b.brackets == "{}" and not b.items
+
+
 def _foreign_and_scalar(a: Foreign, b: Scalar, arithmetic: Arithmetic) -> bool:
     return arithmetic.foreign(a.text, b.text)
 
 
 _ACROSS: dict[tuple[type, type], Callable[..., bool]] = {
+    (Labelled, Choice): _label_and_letter,
+    (Labelled, object): _label_and_value,
     (Named, Equation): _name_and_equation,
     (Named, object): _name_and_value,
     (Equation, Scalar): _solution,
@@ -295,6 +346,8 @@ _ACROSS: dict[tuple[type, type], Callable[..., bool]] = {
     (Ratio, Scalar): _quotient,
     (Ratio, Clock): _ratio_and_clock,
     (Numeral, Scalar): _digits,
+    (Congruence, Scalar): _remainder,
+    (Phrase, Items): _nothing,
     (Foreign, Scalar): _foreign_and_scalar,
 }
 
