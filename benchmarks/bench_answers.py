@@ -36,6 +36,7 @@ from megatron_coreward.rewards import latex, reading
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.arithmetic import plain_value
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, _without_process
+from megatron_coreward.rewards.kinds import Scalar
 
 MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
 QUESTIONS, SAMPLES = 128, 16
@@ -98,7 +99,7 @@ def _look(answer: str) -> str:
 
 def _is_number(answer: str) -> bool:
     value = reading.read(answer)
-    return isinstance(value, reading.Scalar) and plain_value(value.node) is not None
+    return isinstance(value, Scalar) and plain_value(value.node) is not None
 
 
 def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share: float = 0.6) -> dict[str, Any]:

@@ -432,7 +432,8 @@ class _Reader:
             norm = self.sum(depth + 1)
             self._norms -= 1
             self.expect(r"\|")
-            return Node("free", "norm", args=(norm,))
+            # Nested bars look the same, and the norm of a number is its absolute value.
+            return Node("free", "norm", args=(norm,)) if norm.symbols() else Node("call", "abs", args=(norm,))
         if name == "langle":
             args = [self.sum(depth + 1)]
             while self.peek() == ",":

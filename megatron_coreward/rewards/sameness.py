@@ -13,7 +13,7 @@ from functools import cmp_to_key
 from typing import Protocol, TypeVar
 
 from megatron_coreward.rewards.expression import Node, difference, number, quotient
-from megatron_coreward.rewards.reading import (
+from megatron_coreward.rewards.kinds import (
     Alternatives,
     Assignments,
     Choice,

@@ -11,7 +11,8 @@ from benchmarks.bench_answers import _look
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.arithmetic import plain_value
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.reading import Scalar, read
+from megatron_coreward.rewards.kinds import Scalar
+from megatron_coreward.rewards.reading import read
 
 TEST_FILE = Path(__file__).parents[2] / "../shared/data/math/test.parquet"
 
