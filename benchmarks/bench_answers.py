@@ -3,8 +3,7 @@ r"""How well and how fast answers are judged: spellings, differences, groups, an
     python benchmarks/bench_answers.py [--answers FILE] [--pairs 20000] [--hostile 100000]
     python benchmarks/bench_answers.py --only lookalikes [--answers FILE | --generated dapo | --generated amc]
 
-FILE is a parquet file in the published format; without it the MATH test set beside the checkout is read if it is
-there, and what needs it is left out if it is not. Prints one JSON object:
+FILE is a parquet file in the published format; without it, what needs answers is left out. Prints one JSON object:
 
 spellings  share of (answer, respelling) pairs, weighted by the answer, that are equivalent; the failures by respelling
 different  share of random pairs of answers with different values that are told apart; the pairs that are not
@@ -42,7 +41,6 @@ from megatron_coreward.rewards.arithmetic import plain_value
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, _without_process
 from megatron_coreward.rewards.kinds import Scalar
 
-MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
 QUESTIONS, SAMPLES = 128, 16
 HOSTILE_TIMEOUT_S = 0.5
 START_SLACK_S = 60.0  # a new process on a crowded machine; the judge's own promise is its limit plus this
@@ -141,7 +139,8 @@ def generated(kind: str, count: int = 5000, seed: int = 0) -> list[str]:
         return rng.choice(
             (integer(), rf"\frac{{{a}}}{{{b}}}", rf"{a}\sqrt{{{b}}}", rf"\frac{{{a}\sqrt{{{b}}}}}{{{c}}}", rf"{a}\pi",
              rf"{a}+{b}\sqrt{{{c}}}", rf"({a}, {b})", rf"{a}\%", rf"\${a}.{b:02}", f"{a}:{b:02}",
-             rf"\textbf{{({rng.choice('ABCDE')})}}\ {a}", rng.choice("ABCDE"), rf"{a}^{{{b}}}", rf"{a}\frac{{1}}{{{b}}}")
+             rf"\textbf{{({rng.choice('ABCDE')})}}\ {a}", rng.choice("ABCDE"), rf"{a}^{{{b}}}",
+             rf"{a}\frac{{1}}{{{b}}}")
         )  # fmt: skip
 
     return [integer() if kind == "dapo" else of_amc() for _ in range(count)]
@@ -298,11 +297,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--only", choices=("spellings", "different", "lookalikes", "grouping", "hostile"))
     parser.add_argument("--generated", choices=("dapo", "amc"), help="answers drawn at random instead of a file's")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    file = options.answers or (MATH if MATH.exists() else None)
     if options.generated:
         answers = generated(options.generated, seed=options.seed)
     else:
-        answers = _ground_truths(file) if file is not None and options.only != "hostile" else []
+        answers = _ground_truths(options.answers) if options.answers and options.only != "hostile" else []
     wanted = (options.only,) if options.only else ("spellings", "different", "lookalikes", "grouping", "hostile")
     result: dict[str, Any] = {}
     if answers:
@@ -321,7 +319,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             result["step"] = step(answers)
             result["step_algebra_only"] = step(answers, algebra_only=True)
     elif options.only != "hostile":
-        result["left_out"] = f"{MATH} is not there: spellings, different and grouping need --answers"
+        result["left_out"] = "everything but hostile needs --answers or --generated"
     if "hostile" in wanted:
         result["hostile"] = hostile_run(options.hostile, options.workers, options.seed, options.timeout)
     print(json.dumps(result, indent=2))

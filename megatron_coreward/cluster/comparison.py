@@ -1,7 +1,7 @@
 """Comparison of answers on every node of a run: one pool of processes a node, which take from one heap of work.
 
-Invariants: a verdict does not depend on where it was found; what a node that died had taken is compared on this machine, so
-no verdict is lost with it. Few pairs are compared here alone: the way to another node takes longer.
+Invariants: a verdict does not depend on the node that found it; what a node that died had taken is compared on this
+machine, so no verdict is lost with it. Few pairs are compared here alone: the way to another node takes longer.
 """
 
 import queue
