@@ -9,10 +9,10 @@ Invariants: symmetric; no rule looks at how an answer is spelled, save for words
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import cmp_to_key
 from typing import Protocol, TypeVar
 
 from megatron_coreward.rewards.expression import Node, difference, number, quotient
+from megatron_coreward.rewards.intervals import pieces_of
 from megatron_coreward.rewards.kinds import (
     Alternatives,
     Assignments,
@@ -27,7 +27,6 @@ from megatron_coreward.rewards.kinds import (
     Named,
     Numeral,
     Phrase,
-    Piece,
     Ratio,
     Reading,
     Region,
@@ -139,7 +138,7 @@ def _item_lists(a: Items, b: Items, arithmetic: Arithmetic) -> bool:
 def _regions(a: Region, b: Region, arithmetic: Arithmetic) -> bool:
     if a.name and b.name and a.name != b.name:
         return False
-    x, y = _pieces(a, arithmetic), _pieces(b, arithmetic)
+    x, y = pieces_of(a, arithmetic.order), pieces_of(b, arithmetic.order)
     if x is None or y is None:
         return False
     return len(x) == len(y) and all(
@@ -404,86 +403,3 @@ def _in_any_order(a: Sequence[Reading], b: Sequence[Reading], arithmetic: Arithm
         if not any(fits[-1]):
             return False
     return all(paired(i, set()) for i in range(len(left)))
-
-
-def _pieces(region: Region, arithmetic: Arithmetic) -> list[Piece] | None:
-    """The intervals of a region from left to right, none of them touching; None if an end is no real number."""
-    parts: list[list[Piece]] = []
-    for piece in region.pieces:
-        part = [piece] if isinstance(piece, Piece) else _pieces(piece, arithmetic)
-        if part is None or not all(_is_proper(p, arithmetic) for p in part):
-            return None
-        parts.append(part)
-    order = _Order(arithmetic)
-    match region.operation:
-        case "union":
-            return order.union([piece for part in parts for piece in part])
-        case "intersection":
-            result = parts[0]
-            for part in parts[1:]:
-                result = order.union([c for p in result for q in part if (c := order.overlap(p, q)) is not None])
-            return order.union(result)
-        case _:
-            result = parts[0]
-            for part in parts[1:]:
-                for q in part:
-                    result = [left for p in result for left in order.without(p, q)]
-            return order.union(result)
-
-
-def _is_proper(piece: Piece, arithmetic: Arithmetic) -> bool:
-    order = arithmetic.order(piece.low, piece.high)
-    return order is not None and (order < 0 or (order == 0 and piece.low_closed and piece.high_closed))
-
-
-class _Order:
-    """Set operations on intervals whose ends can be ordered."""
-
-    def __init__(self, arithmetic: Arithmetic) -> None:
-        self._order = arithmetic.order
-
-    def _compare(self, a: Node, b: Node) -> int:
-        return self._order(a, b) or 0
-
-    def _starts_before(self, p: Piece, q: Piece) -> int:
-        return self._compare(p.low, q.low) or q.low_closed - p.low_closed
-
-    def union(self, pieces: list[Piece]) -> list[Piece]:
-        merged: list[Piece] = []
-        for piece in self._sorted(pieces):
-            if merged and self._touches(merged[-1], piece):
-                last = merged[-1]
-                further = self._compare(piece.high, last.high)
-                closed = {1: piece.high_closed, -1: last.high_closed}.get(
-                    further, piece.high_closed or last.high_closed
-                )
-                high = piece.high if further > 0 else last.high
-                merged[-1] = Piece(last.low, last.low_closed, high, closed)
-            else:
-                merged.append(piece)
-        return merged
-
-    def _sorted(self, pieces: list[Piece]) -> list[Piece]:
-        return sorted(pieces, key=cmp_to_key(self._starts_before))
-
-    def _touches(self, left: Piece, right: Piece) -> bool:
-        gap = self._compare(right.low, left.high)
-        return gap < 0 or (gap == 0 and (right.low_closed or left.high_closed))
-
-    def overlap(self, p: Piece, q: Piece) -> Piece | None:
-        low, high = self._compare(p.low, q.low), self._compare(p.high, q.high)
-        start, end = (p if low > 0 else q), (p if high < 0 else q)
-        low_closed = p.low_closed and q.low_closed if low == 0 else start.low_closed
-        high_closed = p.high_closed and q.high_closed if high == 0 else end.high_closed
-        size = self._compare(start.low, end.high)
-        if size > 0 or (size == 0 and not (low_closed and high_closed)):
-            return None
-        return Piece(start.low, low_closed, end.high, high_closed)
-
-    def without(self, p: Piece, q: Piece) -> list[Piece]:
-        infinity = Node("constant", "infinity")
-        outside = [
-            Piece(Node("multiply", args=(number(-1), infinity)), False, q.low, not q.low_closed),
-            Piece(q.high, not q.high_closed, infinity, False),
-        ]
-        return [left for side in outside if (left := self.overlap(p, side)) is not None]
