@@ -51,7 +51,7 @@ SCHEMA = pa.schema(
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as chat templates take it."""
+    """One message of a conversation, as chat templates take it."""
 
     role: Literal["system", "user", "assistant"]
     content: str

@@ -103,7 +103,7 @@ def prepare(
             answers, indices and, where they name them, sources, abilities and splits.
         system_prompt: put before each question; None: no system message.
         against: prepared files; questions that they share with this one are counted (train/test overlap).
-        limit: the first so many rows only.
+        limit: how many rows to take, the first ones; None: all.
         skip_bad: leave out rows without a question or an answer, and say which; those that stay keep their indices.
         view: which question of a row to take from a file of pairs.
         rename: call the rows of published files `source.data_source` too.
@@ -152,7 +152,7 @@ def _schema(inputs: Sequence[Path]) -> pa.Schema:
 
 
 def _index_type(file: Path) -> pa.DataType | None:
-    """Of the rows' names in a prepared file; None where it has none: faults are told when it is read."""
+    """Of the rows' names in a prepared file; None if it has none: reading it names its faults."""
     if not _is_published(file):
         return None
     schema = pq.read_schema(file)
@@ -300,7 +300,7 @@ def read_answer(value: Any, answer_from: AnswerFrom) -> str | None:
 
 
 def _short(value: Any) -> str:
-    return told if len(told := repr(value)) < 80 else f"{told[:77]}..."
+    return text if len(text := repr(value)) < 80 else f"{text[:77]}..."
 
 
 def _is_unicode(text: str) -> bool:
