@@ -1,6 +1,5 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
 from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import Equivalence, RunConfig
-from megatron_coreward.data.dataset import ProblemSet, load_problems
+from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.preflight import preflight
@@ -264,8 +263,7 @@ class _Attempt:
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
-    """The questions to train on, and those to validate on: a set for each source, by its name, which two files of one
-    source have with their own name behind it."""
+    """The questions to train on, and those to validate on (`data_sets`)."""
     data, needs = config.data, METHODS[config.method].needs
     limits: dict[str, Any] = {
         "system_prompt": data.system_prompt,
@@ -282,14 +280,6 @@ def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     held_out = []
     for file in data.val_files:
         found = load_problems([file], (), tokenizer, **limits)
-        found = found.with_ground_truth(data.missing_gold, found.missing_in_validation(file))
-        held_out += [(source, file, part) for source, part in found.by_source().items()]
-    sources = Counter(source for source, _, _ in held_out)
+        held_out.append((file, found.with_ground_truth(data.missing_gold, found.missing_in_validation(file))))
     limit = config.validation.max_problems
-    return _Data(
-        problems,
-        {
-            source if sources[source] == 1 else f"{source}/{file.stem}": part.first(limit)
-            for source, file, part in held_out
-        },
-    )
+    return _Data(problems, {name: part.first(limit) for name, part in data_sets(held_out).items()})
