@@ -103,7 +103,7 @@ def prepare(
             answers, indices and, if they name them, sources, abilities and splits.
         system_prompt: put before each question; None: no system message.
         against: prepared files; questions that they share with this one are counted (train/test overlap).
-        limit: the first so many rows only.
+        limit: the first rows only, this many.
         skip_bad: leave out rows without a question or an answer, and say which; those that stay keep their indices.
         view: which question of a row to take from a file of pairs.
         rename: call the rows of published files `source.data_source` too.
