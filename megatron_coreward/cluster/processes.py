@@ -16,7 +16,7 @@ from megatron_coreward.cluster.placement import ReservedPlacement
 from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.planner.placement import ResourceRequest
+from megatron_coreward.planner.placement import Node, ResourceRequest
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout import orphans
 from megatron_coreward.rollout.setup import EngineSetup
@@ -37,6 +37,7 @@ class Processes:
     transport: Transport
     colocation: Colocation | None  # None: the engines have GPUs of their own
     watchdog: Watchdog
+    nodes: tuple[Node, ...] = ()  # of the run, the driver's first
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def processes(config: RunConfig, watchdog: Watchdog | None = None) -> Iterator[P
             colocation = Colocation(actors, engines, slept)
         actors.wait()
         engines.wait()
-        yield Processes(actors, engines, transport, colocation, watchdog)
+        yield Processes(actors, engines, transport, colocation, watchdog, tuple(placement.nodes))
 
 
 def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: object) -> None:

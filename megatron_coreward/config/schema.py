@@ -196,7 +196,7 @@ class RolloutSettings(Component):
 
 
 class TeacherSettings(Component):
-    """The EMA teacher of co_rewarding_ii and co_rewarding_i+ii; other methods read none of these keys."""
+    """The EMA teacher of co_rewarding_ii and co_rewarding_i+ii(_original); other methods read none of these keys."""
 
     lookahead: NonNegative = 0
     """Further steps whose questions the teacher labels ahead of time, with one set of weights. 0: the teacher labels
@@ -260,7 +260,8 @@ class LossSettings(Component):
     of both; sum aggregates each view and adds the two, as the published implementation does. A sum is about twice as
     large, which Adam cancels and clip_grad does not."""
     updates_per_batch: Positive = 1
-    """Optimizer steps per rollout batch; divides the number of the batch's groups."""
+    """Optimizer steps per rollout batch; divides the number of the batch's groups, and data.batch_size if views is sum
+    and the method trains on both."""
     mismatch_correction: Literal["off", "tis", "icepop"] = "off"
     """Weights against the difference between the engine that sampled and the actor that learns: tis truncates the
     ratio of their probabilities at mismatch_cap, icepop leaves out tokens whose ratio is beyond [1/cap, cap]."""
@@ -306,8 +307,8 @@ class ValidationSettings(Component):
     at_start: bool = True
     """Whether the model is validated before the first step."""
     warn_below_start: Fraction = 0.1
-    """Drop of avg@n below the first validation, as an absolute difference, from which the run warns; nothing else
-    follows from it."""
+    """Drop of avg@n (pass@1 if samples is greedy) below the first validation, as an absolute difference, from which the
+    run warns; nothing else follows from it."""
 
 
 class CheckpointSettings(Component):
@@ -382,8 +383,9 @@ class RunConfig(Component):
     """Steps of the whole run: one batch of rollouts each. Schedules of learning rate and teacher span them."""
     method: MethodName
     """Where labels come from: co_rewarding_i from the votes on rephrased questions, co_rewarding_ii from the votes of
-    an EMA teacher, co_rewarding_i+ii from the teacher's votes across views. Baselines: majority_voting,
-    ground_truth, self_certainty and entropy."""
+    an EMA teacher, co_rewarding_i+ii from the teacher's votes across views, co_rewarding_i+ii_original from those on
+    rephrased questions for the original ones alone. Baselines: majority_voting, ground_truth, self_certainty and
+    entropy."""
     gpu: Literal["a100", "h100", "h200"] | None = None
     """GPU that the layout was made for, by which plan judges it unless it is given another; null: none in particular.
     It changes nothing in a run."""

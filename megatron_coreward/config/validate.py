@@ -75,10 +75,12 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
     yield from _staleness_problems(config)
     yield from _bound_problems(config)
     best, scores = config.checkpoint.best_metric, score_names(config.validation)
-    # A data set's own scores are named after its source, which only the file knows: val/<source>/<score>.
+    # A data set's own scores are named after its source, which only the file knows: val/<source>/<score> (preflight).
     if best is not None and best.startswith("val") and best.rpartition("/")[2] not in scores:
         allowed = ", ".join(f"val/{score}" for score in scores)
         yield f"checkpoint.best_metric: found {best!r}, which no validation has; allowed: {allowed}"
+    elif best is not None and best.startswith("val/") and not config.data.val_files:
+        yield f"checkpoint.best_metric: {best} needs data.val_files, none are given"
 
 
 def _batch_problems(config: RunConfig) -> Iterator[str]:
@@ -100,6 +102,12 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"loss.updates_per_batch: {loss.updates_per_batch} does not divide the batch's groups "
             f"({config.data.batch_size * views})"
+        )
+    elif loss.views == "sum" and views == 2 and config.data.batch_size % loss.updates_per_batch:
+        yield (
+            f"loss.updates_per_batch: {loss.updates_per_batch} does not divide data.batch_size "
+            f"({config.data.batch_size}), so the two views of a question would fall into different updates; "
+            "loss.views: sum needs both in one"
         )
 
 

@@ -5,8 +5,10 @@ exactly one rephrasing and every rephrasing an original, or is left out if that 
 original's.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal, overload
 
@@ -73,7 +75,7 @@ class ProblemSet(Sequence[Problem]):
         return f"data.val_files: {self.num_without_ground_truth} questions have no reward_model.ground_truth ({file})"
 
     def first(self, limit: int | None) -> "ProblemSet":
-        """The first problems, this many; None: all."""
+        """The first `limit` problems; None: all."""
         if limit is None or limit >= len(self):
             return self
         some = self.problems[:limit]
@@ -93,6 +95,23 @@ class ProblemSet(Sequence[Problem]):
             part = ProblemSet(own, 0, without, self.longest_prompt)
             parts[source] = part if parts else replace(part, num_dropped=self.num_dropped)
         return parts
+
+
+def data_sets(files: Sequence[tuple[Path, ProblemSet]]) -> dict[str, ProblemSet]:
+    """The problems of each source of each file, named after the source.
+
+    A source that several files have is followed by the name of the file, and by its whole path if two of them have that
+    name too: no set takes the place of another.
+    """
+    parts = [(source, file, part) for file, found in files for source, part in found.by_source().items()]
+    names = [source for source, _, _ in parts]
+    for longer in (attrgetter("stem"), Path.as_posix):
+        shared = {name for name, count in Counter(names).items() if count > 1}
+        names = [
+            f"{source}/{longer(file)}" if name in shared else name
+            for name, (source, file, _) in zip(names, parts, strict=True)
+        ]
+    return {name: part for name, (_, _, part) in zip(names, parts, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +197,8 @@ def _read_views(
     rephrasings = _read_view(rephrased_files, "rephrased")
     if unpaired == "error" or not originals.keys() & rephrasings.keys():
         _check_pairs(originals, rephrasings)
+    for rows, others in ((originals, rephrasings), (rephrasings, originals)):
+        _check_every_file_pairs(rows, others)
     paired = {uid: place for uid, place in originals.items() if uid in rephrasings}
     return {"original": paired, "rephrased": rephrasings}, len(originals.keys() ^ rephrasings.keys())
 
@@ -210,4 +231,16 @@ def _check_pairs(originals: dict[str, _Placed], rephrased: dict[str, _Placed]) -
                 f"{lonely[0]}, column extra_info.index: found {row.index!r} of the source {row.source!r}, for which "
                 f"there is no {name} ({len(lonely)} such rows in all); allowed: the same source and index in "
                 "data.train_files and data.rephrased_files, one row each, or data.unpaired=drop"
+            )
+
+
+def _check_every_file_pairs(rows: dict[str, _Placed], others: dict[str, _Placed]) -> None:
+    """A file of which nothing has a partner is the wrong one, or its partner is missing."""
+    paired = {place.file for uid, place in rows.items() if uid in others}
+    for place in rows.values():
+        if place.file not in paired:
+            raise InputError(
+                f"{place.file}: found no row with a partner, for example none for {place.row.index!r} of the source "
+                f"{place.row.source!r}; allowed: files of data.train_files and data.rephrased_files that share sources "
+                "and indices"
             )

@@ -1,4 +1,5 @@
-"""Published question sets that `prepare-data` knows, a row each: where they are, how question and answer are stored."""
+"""Published question sets that `prepare-data` knows, a row each: where they are, and which columns hold
+question and answer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

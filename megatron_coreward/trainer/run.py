@@ -1,6 +1,5 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,16 +10,16 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from megatron_coreward.checkpoint.store import ACTORS, TrainerState, checkpoint_path
-from megatron_coreward.cluster.actor_group import ActorGroup
+from megatron_coreward.cluster.comparison import comparer_for
 from megatron_coreward.cluster.preemption import Preempted, StopRequest, StopSignals
-from megatron_coreward.cluster.processes import LOGS, processes
+from megatron_coreward.cluster.processes import LOGS, Processes, processes
 from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollout_engines
 from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
 from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.architecture import Architecture
-from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.data.dataset import ProblemSet, load_problems
+from megatron_coreward.config.schema import Equivalence, RunConfig
+from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.preflight import preflight
@@ -161,7 +160,7 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
         if opened.trainer_state is not None:
             running.actors.call("load", (checkpoint_path(config.run_dir, opened.steps_done) / ACTORS).resolve())
             view.note(f"resumed after step {opened.steps_done}")
-        attempt.trainer(running.actors, engines).train()
+        attempt.trainer(running, engines).train()
         view.note("writing the final model")
         running.actors.call("export_hf", "policy", (config.run_dir / "hf").resolve())
         finish.try_report(config, attempt.notify)
@@ -183,14 +182,11 @@ class _Attempt:
         self.view.note(text)
         log_event(self.config, text)
 
-    def trainer(self, actors: ActorGroup, engines: RolloutEngines) -> Trainer:
+    def trainer(self, running: Processes, engines: RolloutEngines) -> Trainer:
         """The trainer, with all that it writes to."""
+        actors = running.actors
         config, method, state = self.config, METHODS[self.config.method], self.opened.trainer_state
-        equivalence = self.stack.enter_context(
-            AnswerEquivalence(
-                config.rewards.equivalence, config.rewards.comparison_timeout_s, config.rewards.comparison_workers
-            )
-        )
+        equivalence = self._equivalence(config.rewards.equivalence, running)
         problems_of = BatchSampler(self.data.train, config.data.batch_size, config.seed, config.data.shuffle).batch
         log = RolloutLog(
             config.run_dir,
@@ -219,7 +215,7 @@ class _Attempt:
             state=state or TrainerState(0, 0),
             guard=open_guard(config, state),
             stop=self.stop,
-            validate=self._validation(engines),
+            validate=self._validation(engines, running),
             observe=observe,
             record=self._recorder(),
             new_timer=lambda: PhaseTimer(self.view.phase),
@@ -250,23 +246,24 @@ class _Attempt:
 
         return record
 
-    def _validation(self, engines: RolloutEngines) -> Callable[[int, PhaseTimer], dict[str, float]] | None:
+    def _equivalence(self, relation: Equivalence, running: Processes) -> AnswerEquivalence:
+        """A relation whose processes are on every machine of the run."""
+        limits = self.config.rewards.comparison_timeout_s, self.config.rewards.comparison_workers
+        comparer = comparer_for(running.nodes, *limits) if running.nodes else None
+        return self.stack.enter_context(AnswerEquivalence(relation, *limits, comparer=comparer))
+
+    def _validation(
+        self, engines: RolloutEngines, running: Processes
+    ) -> Callable[[int, PhaseTimer], dict[str, float]] | None:
         if not self.data.held_out:
             return None
         config = self.config
-        equivalence = self.stack.enter_context(
-            AnswerEquivalence(
-                config.validation.equivalence or config.rewards.equivalence,
-                config.rewards.comparison_timeout_s,
-                config.rewards.comparison_workers,
-            )
-        )
+        equivalence = self._equivalence(config.validation.equivalence or config.rewards.equivalence, running)
         return partial(validation_metrics, config, self.data.held_out, engines, equivalence)
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
-    """The questions to train on, and those to validate on: a set for each source, by its name, which two files of one
-    source have with their own name behind it."""
+    """The questions to train on, and those to validate on (`data_sets`)."""
     data, needs = config.data, METHODS[config.method].needs
     limits: dict[str, Any] = {
         "system_prompt": data.system_prompt,
@@ -283,14 +280,6 @@ def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     held_out = []
     for file in data.val_files:
         found = load_problems([file], (), tokenizer, **limits)
-        found = found.with_ground_truth(data.missing_gold, found.missing_in_validation(file))
-        held_out += [(source, file, part) for source, part in found.by_source().items()]
-    sources = Counter(source for source, _, _ in held_out)
+        held_out.append((file, found.with_ground_truth(data.missing_gold, found.missing_in_validation(file))))
     limit = config.validation.max_problems
-    return _Data(
-        problems,
-        {
-            source if sources[source] == 1 else f"{source}/{file.stem}": part.first(limit)
-            for source, file, part in held_out
-        },
-    )
+    return _Data(problems, {name: part.first(limit) for name, part in data_sets(held_out).items()})

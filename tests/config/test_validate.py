@@ -90,6 +90,14 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
         (["checkpoint.best_metric=val/avg@8", "validation.samples=greedy"], "best_metric: .*; allowed: val/pass@1$"),
         (["checkpoint.best_metric=val/set/avg@16"], "checkpoint.best_metric: found 'val/set/avg@16'"),
         (["checkpoint.best_metric=val/avg@16"], "checkpoint.best_metric: found 'val/avg@16'.* val/avg@8, "),
+        (
+            ["checkpoint.best_metric=val/avg@8"],
+            "checkpoint.best_metric: val/avg@8 needs data.val_files, none are given",
+        ),
+        (
+            ["loss.views=sum", "data.batch_size=3", "loss.updates_per_batch=2"],
+            r"loss.updates_per_batch: 2 does not divide data.batch_size \(3\), so the two views",
+        ),
         (["actor.tokens_per_microbatch=1000"], "actor.tokens_per_microbatch: 1000 does not hold one sequence"),
         (
             ["data.batch_size=1", "rollout.n=2", "actor.data_parallel=8"],

@@ -352,6 +352,16 @@ CASES: dict[str, Case] = {
     "no answers to validate": broken(
         data("val", ["a"], ground_truth=None), says="data.val_files: 1 questions have no reward_mod"
     ),
+    "the best of a set that is not validated on": broken(
+        data("other", ["a"]),
+        "data.val_files=[val.parquet,other.parquet]",
+        "checkpoint.best_metric=val/gsm8k/avg@8",
+        says="checkpoint.best_metric: found 'val/gsm8k/avg@8', .* called gsm8k; allowed: set/val, set/other",
+    ),
+    "the best of one of one set": key(
+        "checkpoint.best_metric=val/set/avg@8",
+        says="checkpoint.best_metric: found 'val/set/avg@8', but one validation set has no name; allowed: val/avg@8",
+    ),
     # the machine
     "GPUs": broken(
         patch(machine, "visible_gpus", lambda: 2),
