@@ -135,7 +135,7 @@ def test_names_from_the_data_never_become_paths(tmp_path: Path, uid: str) -> Non
     assert files(tmp_path) == ["deep/run/rollouts/step_000001.parquet"]
 
 
-def test_the_process_that_judges_answers_has_no_secret_and_can_write_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_that_compares_answers_has_no_secret_and_can_write_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SECRETS:
         monkeypatch.setenv(name, "canary")
     pool = SymbolicPool(5.0)

@@ -225,7 +225,7 @@ def test_a_request_to_stop_does_not_wait_for_rollouts_that_nobody_will_use(monke
     assert actors.whole
 
 
-def test_engines_that_do_not_fit_beside_the_actors_weights_are_told() -> None:
+def test_engines_that_do_not_fit_beside_the_actors_weights_are_reported() -> None:
     trainer, events, _, colocation = colocated(Card(90 * GIB))
     colocation._engines_need = 85 * GIB
     with pytest.raises(RunError, match=r"the actors left 80.0 GiB .* the engines need 85.0 GiB.*gpu_memory_utiliz"):
@@ -233,7 +233,7 @@ def test_engines_that_do_not_fit_beside_the_actors_weights_are_told() -> None:
     assert "wake weights" not in events
 
 
-def test_actors_that_do_not_get_their_memory_back_are_told() -> None:
+def test_actors_that_do_not_get_their_memory_back_are_reported() -> None:
     card = Card(80 * GIB)
     _, events, _, colocation = colocated(card)
     with (

@@ -76,7 +76,7 @@ def test_a_calibrated_limit_stays_between_what_rounding_makes_and_what_the_confi
     assert report.limit == limit
 
 
-def test_after_an_error_all_parties_are_told_and_meet_again() -> None:
+def test_after_an_error_all_parties_are_notified_and_meet_again() -> None:
     events: list[str] = []
     given_up: list[str] = []
     sync = sync_of(events, given_up=given_up)

@@ -125,12 +125,12 @@ def test_a_machine_that_lacks_something_is_reported(
         (["sync.transport=ipc"], ["sync.transport: ipc", "colocated"]),
     ],
 )
-def test_contradictions_are_told(overrides: list[str], words: list[str]) -> None:
+def test_contradictions_are_reported(overrides: list[str], words: list[str]) -> None:
     problems = found(overrides)
     assert any(all(word in problem for word in words) for problem in problems), problems
 
 
-def test_sizes_that_fp8_cannot_take_are_told() -> None:
+def test_sizes_that_fp8_cannot_take_are_reported() -> None:
     problems = found(["actor.fp8=blockwise"], arch=architecture(hidden_size=2080, intermediate_size=6100))
     assert [problem.split(" is ")[1] for problem in problems] == ["2080", "6100"]
 

@@ -109,7 +109,7 @@ def test_the_same_index_in_two_sources_is_no_duplicate(tmp_path: Path) -> None:
 GIVEN_TURNS = [USER, {"role": "assistant", "content": "2"}, USER]
 
 
-def test_a_conversation_may_have_earlier_turns(tmp_path: Path) -> None:
+def test_a_conversation_may_have_earlier_messages(tmp_path: Path) -> None:
     assert list(read_rows(write(tmp_path / "x.parquet", record(prompt=GIVEN_TURNS)))[0].messages) == GIVEN_TURNS
 
 

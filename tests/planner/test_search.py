@@ -186,7 +186,7 @@ def recipe(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_plan_prints_memory_time_and_verdict_without_the_weights(
+def test_plan_prints_memory_time_and_outcome_without_the_weights(
     recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run([recipe])

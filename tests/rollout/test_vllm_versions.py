@@ -120,7 +120,7 @@ def test_an_engine_on_a_gpu_measures_where_its_workers_are_when_it_sleeps() -> N
         engine.sample([REQUEST], 2)
 
 
-def test_a_sample_of_other_weights_is_refused_where_vllm_tells() -> None:
+def test_a_sample_of_other_weights_is_refused_if_vllm_shows_it() -> None:
     engine = engine_of(NewLLM())
     engine.receive_weights({}, 0, 2)
     generate = engine._llm.generate

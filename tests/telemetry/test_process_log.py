@@ -48,7 +48,7 @@ def test_all_that_is_printed_goes_to_the_log_and_attempts_follow_each_other(tmp_
     assert "wait_for_a_peer" not in text  # nothing took long; time between calls does not count
 
 
-def test_a_call_that_takes_long_tells_where_it_stands_and_goes_on(tmp_path: Path) -> None:
+def test_a_call_that_takes_long_shows_where_it_stands_and_goes_on(tmp_path: Path) -> None:
     log = tmp_path / "rank.log"
     run_worker(log, 1.0)
     assert "Timeout (0:00:00.500000)!" in log.read_text()

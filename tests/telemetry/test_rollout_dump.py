@@ -180,7 +180,7 @@ def test_a_dump_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     assert list((tmp_path / "rollouts").iterdir()) == []
 
 
-def test_resuming_discards_what_will_be_sampled_anew(tmp_path: Path) -> None:
+def test_resuming_discards_what_will_be_sampled_again(tmp_path: Path) -> None:
     assert dumped_steps(tmp_path) == {}
     for step in (10, 2, 1_000_000, 9):
         dump_rollouts(tmp_path, step, [policy_group()])

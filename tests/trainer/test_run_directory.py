@@ -131,7 +131,7 @@ def test_what_a_killed_process_left_behind_goes(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
 
 
-def test_settings_that_changed_since_the_checkpoint_are_told(tmp_path: Path) -> None:
+def test_settings_that_changed_since_the_checkpoint_are_reported(tmp_path: Path) -> None:
     saved = tmp_path / "config.yaml"
     saved.write_text(dump_config(config_in(tmp_path)))
     assert changed_keys(saved, config_in(tmp_path)) == []

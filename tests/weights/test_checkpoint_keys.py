@@ -55,7 +55,7 @@ def test_rows_of_an_hf_tensor_come_in_order_within_one_slice(config: dict[str, A
             at[run.hf_name] = (tensor.name, run.hf_row + run.rows)
 
 
-def test_state_of_training_is_told_from_weights() -> None:
+def test_state_of_training_is_no_weight() -> None:
     keys = {tensor.key for config in (TINY, TINY_MOE) for tensor in checkpoint_tensors(architecture(config))}
     assert not any(is_other_state(key) for key in keys)
     for key in keys:
