@@ -15,6 +15,7 @@ from megatron_coreward.rewards.expression import number
 from megatron_coreward.rewards.kinds import (
     REALS,
     Alternatives,
+    Assignments,
     Choice,
     Clock,
     Foreign,
@@ -127,7 +128,10 @@ def _conjunction(text: str) -> Reading | None:
         words = {word for word, _ in parts[1:]}
         if words in ({"or"}, {"and"}):
             return Region("union" if words == {"or"} else "intersection", tuple(regions), names.pop())
-    return _collected([part for _, part in parts])
+    collected = _collected([part for _, part in parts])
+    if isinstance(collected, Assignments) and any(word == "or" for word, _ in parts):  # one of them, and not all
+        return Phrase(plain_words(text))
+    return collected
 
 
 def _list(text: str) -> Reading | None:

@@ -203,8 +203,8 @@ def _measure(text: str, plain: bool) -> Dimension | None:
         elif word in (" ", "*", "(", ")"):
             continue
         elif word in _COMPOUND:
-            for name, power in _COMPOUND[word]:
-                powers[name] = powers.get(name, 0) + sign * power
+            for part, power in _COMPOUND[word]:
+                powers[part] = powers.get(part, 0) + sign * power
             last = ""
         elif word in _QUALIFIERS:
             multiplier = _QUALIFIERS[word]

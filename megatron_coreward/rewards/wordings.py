@@ -18,7 +18,7 @@ _WORDINGS = {  # other words for one thing, without an article
     **dict.fromkeys(("infinitely many solutions", "infinite solutions", "infinite number of solutions"),
                     "infinitely many"),
     **dict.fromkeys(("all real numbers", "all reals", "real numbers", "set of all real numbers", "any real number"),
-                    "real"),
+                    "all real numbers"),
 }  # fmt: skip
 _WORD = re.compile(r"[A-Za-z]{3,}|no", re.IGNORECASE | re.ASCII)
 _SEVERAL_WORDS = re.compile(
@@ -62,7 +62,7 @@ def _spoken(words: str) -> Reading:
     words = _WORDINGS.get(words, words)
     if words.replace("-", " ") in NUMBER_WORDS:
         return Scalar(number(NUMBER_WORDS[words.replace("-", " ")]))
-    return Region("union", (REALS,)) if words == "real" else Phrase(plain_words(words))
+    return Region("union", (REALS,)) if words == "all real numbers" else Phrase(plain_words(words))
 
 
 def plain_words(text: str) -> str:
