@@ -110,7 +110,7 @@ def _kernel(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 
 def _pieces(num_rows: int, width: int, elements: int) -> Iterator[slice]:
-    """Rows in pieces of so many elements, a row at least."""
+    """Rows in pieces of this many elements, a row at least."""
     step = max(1, elements // max(1, width))
     return (slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step))
 

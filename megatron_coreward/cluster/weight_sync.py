@@ -86,7 +86,7 @@ class WeightSync:
         self.engine_epoch = 0  # grows when an engine was replaced
 
     def sync_weights(self, role: Role, update: int) -> SyncReport | None:
-        """Brings the role's weights after so many updates to every engine, and checks them; None if they are there.
+        """Brings the role's weights after this many updates to every engine, and checks them; None if they are there.
 
         Raises:
             RunError: an engine's log-probs of the canary differ from the actors' by more than arithmetic.

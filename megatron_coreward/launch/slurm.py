@@ -114,7 +114,7 @@ class Slurm:
 
     def interrupted(self, job: str) -> str:
         if not job:
-            return f"interrupted while {self.job.name} was submitted; the queue tells whether it was"
+            return f"interrupted while {self.job.name} was submitted; the queue shows whether it was"
         return f"job {job} goes on without us; `scancel {job}` ends it, and the same launch command shows it again"
 
     def _files(self) -> dict[str, str]:

@@ -245,7 +245,7 @@ def cache_bytes_per_token(arch: Architecture, tensor_parallel: int, item: int) -
 
 @cache
 def worker_elements(arch: Architecture, tensor_parallel: int) -> int:
-    """Parameters on the first worker of an engine. All layers are alike: two small models tell."""
+    """Parameters on the first worker of an engine. All layers are alike: two small models show it."""
     layout = EngineLayout(tensor_parallel=tensor_parallel)
     layout.check(arch)
 

@@ -202,7 +202,7 @@ def expert_seconds(arch: Architecture, layout: ActorLayout, hidden: float, gpu: 
 
 
 def product_rate(tokens: float, gpu: Gpu, assumptions: Assumptions) -> float:
-    """Operations a second of a product over so many tokens: few do not fill a GPU."""
+    """Operations a second of a product over this many tokens: few do not fill a GPU."""
     filled = tokens / (tokens + assumptions.half_rate_tokens)
     return assumptions.matmul_efficiency * filled * gpu.bf16_flops
 
@@ -210,7 +210,7 @@ def product_rate(tokens: float, gpu: Gpu, assumptions: Assumptions) -> float:
 def layer_seconds(
     arch: Architecture, layout: ActorLayout, tokens: float, context: float, gpu: Gpu, assumptions: Assumptions
 ) -> float:
-    """Of one layer on a rank, forwards, for a micro-batch of so many tokens: products alone."""
+    """Of one layer on a rank, forwards, for a micro-batch of this many tokens: products alone."""
     tp = layout.tensor_parallel
     dense = tokens * layer_flops(arch, context) / tp
     if arch.experts is None:
@@ -284,7 +284,7 @@ def rollout_time(
 
 
 def _weights_read(arch: Architecture, alive: float) -> float:
-    """Weights that one decoding step of so many sequences reads: of experts, those that some token goes to."""
+    """Weights that one decoding step of this many sequences reads: of experts, those that some token goes to."""
     dense = num_parameters(arch) - (0 if arch.tied else arch.vocab_size * arch.hidden_size)
     if arch.experts is None:
         return dense

@@ -209,12 +209,12 @@ def _measure(text: str, plain: bool) -> Dimension | None:
         elif word in _QUALIFIERS:
             multiplier = _QUALIFIERS[word]
         else:
-            name = UNITS.get(word) or (UNITS.get(word.lower()) if len(word) > 2 else None)
+            unit = UNITS.get(word) or (UNITS.get(word.lower()) if len(word) > 2 else None)
             single = len(word) == 1 and word.isalpha()
-            if name is None or (single and not (compound if plain else word in _SINGLE_LETTERS or compound)):
+            if unit is None or (single and not (compound if plain else word in _SINGLE_LETTERS or compound)):
                 return None
-            powers[name] = powers.get(name, 0) + sign * multiplier
-            last, multiplier = name, 1
+            powers[unit] = powers.get(unit, 0) + sign * multiplier
+            last, multiplier = unit, 1
     if not powers or multiplier != 1:
         return None
     return tuple(sorted((name, power) for name, power in powers.items() if power and name not in _ABSTRACT))
