@@ -1,12 +1,14 @@
-r"""How well and how fast answers are judged: spellings, differences, groups, and strings that want to break the judge.
+r"""How well and how fast answers are compared: spellings, differences, groups, and hostile strings.
 
     python benchmarks/bench_answers.py [--answers FILE] [--pairs 20000] [--hostile 100000]
+    python benchmarks/bench_answers.py --only lookalikes [--answers FILE | --generated dapo | --generated amc]
 
-FILE is a parquet file in the published format; without it the MATH test set beside the checkout is read where it is
-there, and what needs it is left out where it is not. Prints one JSON object:
+FILE is a parquet file in the published format; without it, what needs answers is left out. Prints one JSON object:
 
 spellings  share of (answer, respelling) pairs, weighted by the answer, that are equivalent; the failures by respelling
 different  share of random pairs of answers with different values that are told apart; the pairs that are not
+lookalikes of answers that differ in their digits alone: pairs, and how many are equated (each is listed); alone, with
+           spellings
 grouping   seconds for the classes of 128 questions x 16 answers, with and without what was learned before
 step       the same for 256 x 64, by one process and by two
 hostile    of N pairs: rate, slowest, comparisons that ran over the limit, memory of this process and of the workers
@@ -15,6 +17,7 @@ hostile    of N pairs: rate, slowest, comparisons that ran over the limit, memor
 import argparse
 import json
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -23,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, pairwise
 from os import chdir, getcwd, getpid
 from pathlib import Path
 from typing import Any
@@ -36,11 +39,11 @@ from megatron_coreward.rewards import latex, reading
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.arithmetic import plain_value
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, _without_process
+from megatron_coreward.rewards.kinds import Scalar
 
-MATH = Path(__file__).parents[1] / "../shared/data/math/test.parquet"
 QUESTIONS, SAMPLES = 128, 16
 HOSTILE_TIMEOUT_S = 0.5
-START_SLACK_S = 60.0  # a new process on a crowded machine; the judge's own promise is its limit plus this
+START_SLACK_S = 60.0  # a new process on a crowded machine; the comparison's own promise is its limit plus this
 
 
 def spellings(answers: Sequence[str]) -> dict[str, Any]:
@@ -90,6 +93,59 @@ def different(answers: Sequence[str], pairs: int, seed: int = 0) -> dict[str, An
         }
 
 
+def lookalikes(answers: Sequence[str], limit: int, seed: int = 0) -> dict[str, Any]:
+    """Answers of the set that another one equals but for its digits and white space: `\\frac{3}{4}`, `\\frac{4}{3}`.
+
+    Every answer is paired with the next of its shape. Of the equated, those that differ in white space and leading
+    or trailing zeros alone are the same, and the rest is listed for a person to judge.
+    """
+    shapes: dict[str, list[str]] = defaultdict(list)
+    for answer in sorted(set(answers)):
+        shapes[re.sub(r"\d+|\s+", lambda match: "0" if match[0].isdigit() else "", answer)].append(answer)
+    rng = random.Random(seed)
+    pairs = []
+    for alike in shapes.values():
+        rng.shuffle(alike)
+        pairs += list(pairwise(alike))
+    pairs = rng.sample(pairs, min(limit, len(pairs)))
+    with AnswerEquivalence("math", timeout_s=10.0) as equivalence:
+        equivalence.compare(pairs)
+        equated = [pair for pair in pairs if equivalence.equivalent(*pair)]
+        differing = [(a, b) for a, b in equated if _look(a) != _look(b)]
+        return {
+            "answers": len(set(answers)),
+            "pairs": len(pairs),
+            "equated": len(equated),
+            "equated_and_written_differently": differing,
+            "needed_a_process": equivalence.comparisons,
+            "over_the_limit": equivalence.timeouts,
+        }
+
+
+def generated(kind: str, count: int = 5000, seed: int = 0) -> list[str]:
+    """Answers like those of a benchmark, drawn at random, for data sets that are not at hand.
+
+    `dapo`: integers, most of them small, some with many digits or a sign, as DAPO-Math-17k has. `amc`: integers,
+    fractions, roots, multiples of pi, percentages, money, points and letters of choices, as AMC has.
+    """
+    rng = random.Random(seed)
+
+    def integer() -> str:
+        value = int(10 ** rng.uniform(0, rng.choice((2, 3, 3, 6, 12))))
+        return str(-value if rng.random() < 0.05 else value)
+
+    def of_amc() -> str:
+        a, b, c = (rng.randint(1, 60) for _ in range(3))
+        return rng.choice(
+            (integer(), rf"\frac{{{a}}}{{{b}}}", rf"{a}\sqrt{{{b}}}", rf"\frac{{{a}\sqrt{{{b}}}}}{{{c}}}", rf"{a}\pi",
+             rf"{a}+{b}\sqrt{{{c}}}", rf"({a}, {b})", rf"{a}\%", rf"\${a}.{b:02}", f"{a}:{b:02}",
+             rf"\textbf{{({rng.choice('ABCDE')})}}\ {a}", rng.choice("ABCDE"), rf"{a}^{{{b}}}",
+             rf"{a}\frac{{1}}{{{b}}}")
+        )  # fmt: skip
+
+    return [integer() if kind == "dapo" else of_amc() for _ in range(count)]
+
+
 def _look(answer: str) -> str:
     for piece in (" ", "\n", r"\left", r"\right", r"\text", r"\,", r"\;", r"\!", "$", "{", "}"):
         answer = answer.replace(piece, "")
@@ -98,7 +154,7 @@ def _look(answer: str) -> str:
 
 def _is_number(answer: str) -> bool:
     value = reading.read(answer)
-    return isinstance(value, reading.Scalar) and plain_value(value.node) is not None
+    return isinstance(value, Scalar) and plain_value(value.node) is not None
 
 
 def grouping(answers: Sequence[str], *, algebra_only: bool = False, right_share: float = 0.6) -> dict[str, Any]:
@@ -238,17 +294,24 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=HOSTILE_TIMEOUT_S, help="seconds for a hostile comparison")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("spellings", "different", "grouping", "hostile"))
+    parser.add_argument("--only", choices=("spellings", "different", "lookalikes", "grouping", "hostile"))
+    parser.add_argument("--generated", choices=("dapo", "amc"), help="answers drawn at random instead of a file's")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    file = options.answers or (MATH if MATH.exists() else None)
-    answers = _ground_truths(file) if file is not None and options.only != "hostile" else []
-    wanted = (options.only,) if options.only else ("spellings", "different", "grouping", "hostile")
+    if options.generated:
+        answers = generated(options.generated, seed=options.seed)
+    else:
+        answers = _ground_truths(options.answers) if options.answers and options.only != "hostile" else []
+    wanted = (options.only,) if options.only else ("spellings", "different", "lookalikes", "grouping", "hostile")
     result: dict[str, Any] = {}
     if answers:
         if "spellings" in wanted:
             result["spellings"] = spellings(answers)
         if "different" in wanted:
             result["different"] = different(answers, options.pairs, options.seed)
+        if "lookalikes" in wanted:
+            result["lookalikes"] = lookalikes(answers, options.pairs, options.seed)
+            if options.only:
+                result["spellings"] = spellings(answers)
         if "grouping" in wanted:
             result["grouping"] = grouping(answers)
             result["grouping_algebra_only"] = grouping(answers, algebra_only=True)
@@ -256,7 +319,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             result["step"] = step(answers)
             result["step_algebra_only"] = step(answers, algebra_only=True)
     elif options.only != "hostile":
-        result["left_out"] = f"{MATH} is not there: spellings, different and grouping need --answers"
+        result["left_out"] = "everything but hostile needs --answers or --generated"
     if "hostile" in wanted:
         result["hostile"] = hostile_run(options.hostile, options.workers, options.seed, options.timeout)
     print(json.dumps(result, indent=2))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_coreward.cluster.processes import processes
 from megatron_coreward.cluster.ray_start import start_ray, stop_ray
 from megatron_coreward.cluster.rollout_engines import open_rollout_engines
-from megatron_coreward.config.architecture import read_architecture
+from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
@@ -189,7 +189,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     method = METHODS[config.method]
     with processes(config) as running, AnswerEquivalence("exact") as equivalence:
-        engines = open_rollout_engines(config, read_architecture(config.model.hf_path), running)
+        engines = open_rollout_engines(config, running, canary_tokens(problems))
         schedule = RolloutSchedule(config, method.needs, engines, lambda step: problems)
         collector = Collector(config, method, running.actors, schedule, equivalence, lambda step: problems)
         trainer = Trainer(

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_coreward.config.architecture import Architecture, parse_architecture
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
-from megatron_coreward.weights.plan import Params, plan_transfers
+from megatron_coreward.weights.plan import ModelTensors, plan_transfers
+from megatron_coreward.weights.schedule import Schedule
 
 LLAMA_70B = {
     "model_type": "llama",
@@ -58,7 +59,54 @@ QWEN3_8B = {
     "max_position_embeddings": 40960,
 }
 
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+
 CASES: tuple[tuple[str, dict[str, Any], ActorLayout, EngineLayout], ...] = (
+    (
+        "Qwen3-8B, 8 GPUs colocated: TP2 x DP4 -> 8 engines of TP1",
+        QWEN3_8B,
+        ActorLayout(tensor_parallel=2, data_parallel=4),
+        EngineLayout(num_engines=8),
+    ),
+    (
+        "Qwen3-30B-A3B, 8 + 8 GPUs: EP8 -> 4 engines of TP2",
+        QWEN3_30B_A3B,
+        ActorLayout(expert_parallel=8, data_parallel=8),
+        EngineLayout(num_engines=4, tensor_parallel=2),
+    ),
+    (
+        "Llama-3.1-70B, 40 + 24 GPUs: TP8 x PP5 -> 6 engines of TP4",
+        LLAMA_70B,
+        ActorLayout(tensor_parallel=8, pipeline_parallel=5),
+        EngineLayout(num_engines=6, tensor_parallel=4),
+    ),
+    (
+        "Qwen3-235B-A22B, 64 + 64 GPUs: TP4 x PP8 x DP2 (EP2) -> 8 engines of TP8",
+        QWEN3_235B,
+        ActorLayout(
+            tensor_parallel=4,
+            pipeline_parallel=8,
+            expert_parallel=2,
+            expert_tensor_parallel=1,
+            data_parallel=2,
+            first_stage_layers=11,
+            last_stage_layers=11,
+        ),
+        EngineLayout(num_engines=8, tensor_parallel=8),
+    ),
     (
         "Llama-3.1-70B, TP8 x PP8 x DP4 -> 64 engines of TP4",
         LLAMA_70B,
@@ -79,7 +127,7 @@ CASES: tuple[tuple[str, dict[str, Any], ActorLayout, EngineLayout], ...] = (
         ),
         EngineLayout(num_engines=32, tensor_parallel=8),
     ),
-    ("Qwen3-8B, TP2 -> 4 engines of TP1", QWEN3_8B, ActorLayout(tensor_parallel=2), EngineLayout(num_engines=4)),
+    ("Qwen3-8B, one rank -> 8 engines of TP1, which pass on", QWEN3_8B, ActorLayout(), EngineLayout(num_engines=8)),
 )
 
 
@@ -91,7 +139,7 @@ def spread(sizes: np.ndarray) -> dict[str, float]:
 def measure(arch: Architecture, actor: ActorLayout, engines: EngineLayout, bytes_per_s: float) -> dict[str, Any]:
     """Plans once, with all sums, and lists one worker's transfers."""
     begin = time.perf_counter()
-    plan = plan_transfers(actor, engines, Params(arch, "bfloat16"))
+    plan = plan_transfers(actor, engines, ModelTensors(arch, "bfloat16"))
     imbalance, seconds = plan.sender_imbalance, plan.seconds(bytes_per_s)
     planned = time.perf_counter()
     transfers = sum(1 for _ in plan.incoming(0, 0))
@@ -109,8 +157,26 @@ def measure(arch: Architecture, actor: ActorLayout, engines: EngineLayout, bytes
         "sender_imbalance": imbalance,  # within the ranks that hold the same shards
         "rank_imbalance": float(plan.bytes_sent.max() / plan.bytes_sent.mean()),  # over all ranks: stages differ
         "predicted_s": seconds,
+        "busiest_gb": plan.busiest_bytes / 1e9,
+        "busiest_over_minimum": plan.busiest_bytes / plan.least_busiest_bytes,
+        "hops": plan.num_hops,
         "first_worker": {"transfers": transfers, "list_s": listed - planned},
     }
+
+
+def bucket_by_bucket(
+    arch: Architecture, actor: ActorLayout, engines: EngineLayout, bucket_bytes: int
+) -> dict[str, Any]:
+    """What the busiest link of every bucket carries, added up, and the messages of a worker."""
+    schedule = Schedule(actor, engines, ModelTensors(arch, "bfloat16"), bucket_bytes)
+    busiest = [0] * len(schedule.buckets)
+    for listed in (
+        *(schedule.outgoing(rank) for rank in range(actor.world_size)),
+        *(schedule.incoming(0, worker) for worker in range(engines.num_workers)),
+    ):
+        busiest = [max(most, sum(m.nbytes for m in of_one)) for most, of_one in zip(busiest, listed, strict=True)]
+    messages = sum(len(bucket) for bucket in listed)
+    return {"buckets": len(busiest), "by_bucket_gb": sum(busiest) / 1e9, "messages_of_a_worker": messages}
 
 
 def show(title: str, found: dict[str, Any], gigabytes_per_s: float) -> None:
@@ -125,7 +191,11 @@ def show(title: str, found: dict[str, Any], gigabytes_per_s: float) -> None:
     print(line("over a link", found["by_link_gb"]) + f"; {found['links']} links")
     print(f"  sender imbalance      {found['sender_imbalance']:10.4f}   among copies of a shard (aim: at most 1.2)")
     print(f"  busiest rank to mean  {found['rank_imbalance']:10.4f}   over all ranks (embedding and head lie on few)")
+    print(f"  busiest link          {found['busiest_gb']:10.3f}   GB, {found['busiest_over_minimum']:.3f} x the least")
+    print(f"  from a rank to the last engine: {found['hops']} links")
     print(f"  predicted             {found['predicted_s']:10.3f}   s at {gigabytes_per_s:g} GB/s a link")
+    if "by_bucket_gb" in found:
+        print(f"  bucket by bucket      {found['by_bucket_gb']:10.3f}   GB, the busiest link of each of them")
     first = found["first_worker"]
     print(f"  the first worker's {first['transfers']} transfers listed in {first['list_s']:.3f} s\n")
 
@@ -133,11 +203,17 @@ def show(title: str, found: dict[str, Any], gigabytes_per_s: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes-per-s", type=float, default=50.0, help="speed of a link")
+    parser.add_argument(
+        "--by-bucket", type=float, metavar="MIB", help="also list all messages; minutes for large models"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args()
     results = {}
     for title, config, actor, engines in CASES:
-        results[title] = measure(parse_architecture(config, title), actor, engines, options.gigabytes_per_s * 1e9)
+        arch = parse_architecture(config, title)
+        results[title] = measure(arch, actor, engines, options.gigabytes_per_s * 1e9)
+        if options.by_bucket is not None:
+            results[title] |= bucket_by_bucket(arch, actor, engines, int(options.by_bucket * 2**20))
         if not options.json:
             show(title, results[title], options.gigabytes_per_s)
     if options.json:

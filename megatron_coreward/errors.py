@@ -42,10 +42,10 @@ def environment_problem(error: OSError, path: Path | str | None = None) -> str:
     """`/data/run/rollouts: No space left on device; make room there, or choose another place`.
 
     Args:
-        path: what was read or written, where the error does not name it, or names a temporary file beside it.
+        path: what was read or written, if the error does not name it, or names a temporary file beside it.
     """
     named = error.filename is not None and not (path is not None and str(error.filename).endswith(".tmp"))
     where = error.filename if named else path
     what = error.strerror or str(error) or type(error).__name__
-    remedy = next((told for told, numbers in _REMEDIES.items() if error.errno in numbers), None)
+    remedy = next((words for words, numbers in _REMEDIES.items() if error.errno in numbers), None)
     return "; ".join(filter(None, [f"{where}: {what}" if where is not None else what, remedy]))

@@ -7,7 +7,7 @@ tokens, L response tokens. Everything here is plain data: numpy arrays, strings,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,24 @@ VIEWS: tuple[View, ...] = ("original", "rephrased")
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
+
+
+class WeightVersion(NamedTuple):
+    """Names the weights of a role. What is sent, stamped on completions and written to files is its number:
+    `WeightVersion("teacher", 3).number == 7`."""
+
+    role: Role
+    update: int  # optimizer steps before
+
+    @property
+    def number(self) -> int:
+        """2u for the policy after u updates, 2u + 1 for the teacher of that moment."""
+        return 2 * self.update + (self.role == "teacher")
+
+    @classmethod
+    def of(cls, number: int) -> "WeightVersion":
+        """The version that has this number."""
+        return cls("teacher" if number % 2 else "policy", number // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +126,7 @@ def _completions(
 @dataclass(frozen=True, slots=True)
 class TokenStats:
     """What a model says of the response tokens of S sequences; each entry an array [L_s]. Entropy and self-certainty
-    have no entries where the log-probs alone were asked for."""
+    have no entries if the log-probs alone were asked for."""
 
     logprobs: Sequence[FloatArray]  # of the tokens that were sampled
     entropy: Sequence[FloatArray]  # of the next-token distribution, nats

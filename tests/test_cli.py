@@ -30,7 +30,7 @@ def noted(error: BaseException, note: str) -> BaseException:
         ),
         (KeyboardInterrupt(), 1, "interrupted"),
         (InputError("steps: -1"), 2, "error: steps: -1"),
-        (HaltedError("signs of collapse"), 3, "the run is halted: signs of collapse"),
+        (HaltedError("indicators of collapse"), 3, "the run is halted: indicators of collapse"),
     ],
 )
 def test_the_exit_status_says_how_it_ended(
@@ -122,6 +122,13 @@ def test_a_command_under_its_former_name_says_the_new_one(
 ) -> None:
     assert cli.main(["evaluate", "harness", *arguments]) == 2
     assert "error: evaluate harness: this command is called `evaluate lm-eval` now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [["hashes"], ["boxed", "--n", "3"], []])
+def test_an_option_under_its_former_name_says_the_new_one(value: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["evaluate", "run", "MODEL", "q.parquet", "--out", "out", "--answer-form", *value])
+    assert "error: --answer-form: this option is called --answer-format now" in capsys.readouterr().err
 
 
 def all_parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

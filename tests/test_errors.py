@@ -44,7 +44,7 @@ def test_what_is_written_is_named_and_not_its_temporary_name(tmp_path: Path) -> 
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def test_an_error_of_the_machine_that_nobody_expected_is_told_without_a_traceback(
+def test_an_error_of_the_machine_that_nobody_expected_is_reported_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def end(options: object) -> None:
@@ -54,9 +54,9 @@ def test_an_error_of_the_machine_that_nobody_expected_is_told_without_a_tracebac
 
     monkeypatch.setattr(train, "_train", end)
     assert cli.main(["train", "recipe.yaml"]) == 1
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    assert told == (
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert printed == (
         "the run failed: /data/run/x\\x1b[2J: Read-only file system; make it writable for this user, or choose another "
         "place; the same command goes on after step 4\n"
     )

@@ -26,20 +26,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_coreward.config.accelerator import Machine, machine_problems, model_problems, setting_problems
+from megatron_coreward.config.accelerator import GpuSupport, machine_problems, model_problems, setting_problems
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import TEACHER_METHODS, RunConfig
 from megatron_coreward.planner.hardware import GPUS, Assumptions
 from megatron_coreward.planner.memory import actor_memory, engine_memory
 from megatron_coreward.planner.models import CONFIGS, published_architecture
-from megatron_coreward.planner.plan import Machine as PlannedMachine
-from megatron_coreward.planner.plan import actor_problems, engine_problems
+from megatron_coreward.planner.plan import Machine, actor_problems, engine_problems
 from megatron_coreward.planner.step_time import head_flops, layer_flops, num_parameters
 from megatron_coreward.weights.mapping import hf_tensors
 
 GPU = GPUS["h200"]
-H200 = Machine(1, (9, 0), (13, 0), {"transformer-engine": (2, 11, 0)})
+H200 = GpuSupport(1, (9, 0), (13, 0), {"transformer-engine": (2, 11, 0)})
 FP8 = ("tensorwise", "blockwise", "delayed")
 METHODS = ("co_rewarding_i", "co_rewarding_ii")
 PROMPT, RESPONSE, SEQUENCES = 128, 896, 256  # tokens of a sequence, sequences of an update: 262,144 tokens
@@ -103,7 +102,7 @@ def config_of(run: Run, model: Path, folder: Path) -> RunConfig:
 
 def planned(run: Run, config: RunConfig, arch: Architecture) -> tuple[int, list[str]]:
     """Bytes at the peak, as the planner sees it, and what of it the card cannot hold."""
-    machine = PlannedMachine(GPU, "disaggregated" if run.group == "actor" else "colocated", Assumptions())
+    machine = Machine(GPU, "disaggregated" if run.group == "actor" else "colocated", Assumptions())
     (stage,), engine = actor_memory(config, arch, machine.assumptions), engine_memory(config, arch, GPU, Assumptions())
     if run.group == "actor":
         return stage.peak, list(actor_problems((stage,), engine, machine))
@@ -211,7 +210,7 @@ def bench_actor(config: RunConfig, arch: Architecture) -> dict[str, Any]:
     from megatron_coreward.cluster.processes import actor_setup
     from megatron_coreward.config.accelerator import sequence_multiple, token_alignment
     from megatron_coreward.types import Sequences, TrainBatch
-    from megatron_coreward.weights.device import free_port
+    from megatron_coreward.weights.ports import free_port
 
     length = PROMPT + RESPONSE
     actor = MegatronActor(actor_setup(config, length), 0, "127.0.0.1", free_port())

@@ -5,7 +5,6 @@ data-parallel rank. Results come from the output ranks (last pipeline stage, fir
 return None.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_coreward.actor import parallel  # noqa: E402
 from megatron_coreward.actor.export import export_hf, partial_directory  # noqa: E402
 from megatron_coreward.actor.forward_backward import forward_backward, forward_only  # noqa: E402
-from megatron_coreward.actor.hf_weights import load_hf, load_megatron, local_blocks, owned_blocks  # noqa: E402
+from megatron_coreward.actor.hf_weights import load_hf, load_megatron, local_blocks  # noqa: E402
 from megatron_coreward.actor.microbatch import Pack, build_pack  # noqa: E402
 from megatron_coreward.actor.model import (  # noqa: E402
     DTYPES,
@@ -54,15 +53,10 @@ from megatron_coreward.checkpoint.new_directory import removed_on_error  # noqa:
 from megatron_coreward.config.accelerator import RECIPES, token_alignment  # noqa: E402
 from megatron_coreward.config.architecture import read_architecture  # noqa: E402
 from megatron_coreward.telemetry.memory import DeviceMemory  # noqa: E402
-from megatron_coreward.types import FloatArray, Sequences, TokenStats, TrainBatch  # noqa: E402
-from megatron_coreward.weights.buckets import check_tiling  # noqa: E402
-from megatron_coreward.weights.device import IpcSender, NcclSender, Staging, largest_bucket  # noqa: E402
-from megatron_coreward.weights.gloo import GlooSender, Session, serve_store  # noqa: E402
-from megatron_coreward.weights.layouts import ActorLayout  # noqa: E402
-from megatron_coreward.weights.mapping import Index  # noqa: E402
-from megatron_coreward.weights.plan import Params  # noqa: E402
-from megatron_coreward.weights.route import Route, tensors_to_send  # noqa: E402
-from megatron_coreward.weights.send import BlockHash, Sender, SharedMemorySender  # noqa: E402
+from megatron_coreward.types import FloatArray, Role, Sequences, TokenStats, TrainBatch  # noqa: E402
+from megatron_coreward.weights.meeting import serve_store  # noqa: E402
+from megatron_coreward.weights.senders import Sender, open_sender  # noqa: E402
+from megatron_coreward.weights.spec import TransferSpec  # noqa: E402
 
 
 class MegatronActor:
@@ -98,8 +92,8 @@ class MegatronActor:
         )
         self._context = ContextRank(parallel_state.get_context_parallel_rank(), setup.settings.context_parallel)
         self._address = address  # of rank 0
-        self._senders: dict[Weights, Sender] = {}
-        self._staging: Staging | None = None
+        self._sender: Sender | None = None
+        self._store: Any = None  # on rank 0: where the parties of a weight sync meet
         self._saving: Saving | None = None
         self._host_memory = HostMemory()
         self._cold_scales = setup.settings.fp8 is not None and RECIPES[setup.settings.fp8].keeps_state
@@ -284,50 +278,29 @@ class MegatronActor:
             self.teacher.update(decay)
             self.teacher.write_to(self.frozen["teacher"])
 
-    def open_sender(self, weights: Weights, route: Route) -> dict[str, Any]:
-        """Prepares to send one set of weights. Returns what the receiving engines need.
+    def open_sender(self, spec: TransferSpec) -> TransferSpec:
+        """Prepares to send weights, those of every role. Returns the spec with the place where all parties meet.
 
         Raises:
-            ValueError: the ranks' blocks do not cover every tensor exactly once.
+            ValueError: the plan wants something from this rank that it does not hold.
         """
-        if weights in self._senders:
-            self._senders[weights].close()
-        sender = self._gloo(weights, route) if route.transport == "gloo" else self._of_full_tensors(weights, route)
-        self._senders[weights] = sender
-        return sender.init_info
-
-    def _of_full_tensors(self, weights: Weights, route: Route) -> Sender:
-        blocks = owned_blocks(self._modules(weights), self.arch, self.ranks)
-        metas = tensors_to_send(self.arch, self.setup.dtype)
-        of_all_ranks: list[list[tuple[str, Index]]] = [[] for _ in range(self.ranks.world_size)]
-        dist.all_gather_object(of_all_ranks, [(block.name, block.index) for block in blocks])
-        check_tiling(metas, itertools.chain.from_iterable(of_all_ranks))
-        rank, size = self.ranks.rank, self.ranks.world_size
-        if route.transport == "shared_memory":
-            segment = f"{route.run_id}-{weights}"
-            return SharedMemorySender(blocks, metas, route.bucket_bytes, segment, rank, size)
-        if self._staging is None:  # policy and teacher alternate
-            self._staging = Staging(largest_bucket(metas, route.bucket_bytes), parallel.device())
-        if route.transport == "ipc":
-            return IpcSender(blocks, metas, route.bucket_bytes, rank, size, self._staging)
-        workers = route.engines.num_engines * route.engines.num_workers
-        return NcclSender(
-            *(blocks, metas, route.bucket_bytes, rank, size, self._staging), address=self._address, num_workers=workers
-        )
-
-    def _gloo(self, weights: Weights, route: Route) -> Sender:
-        store = serve_store(self._address, route.timeout_s) if self.ranks.rank == 0 else None
-        port = [store.port if store is not None else 0]
+        if self._sender is not None:
+            self._sender.close()
+        if self._store is None and self.ranks.rank == 0:
+            self._store = serve_store(self._address, spec.timeout_s)
+        port = [self._store.port if self._store is not None else 0]
         dist.broadcast_object_list(port, src=0)
-        layout = ActorLayout.of(self.setup.settings)
-        params = Params(self.arch, self.setup.dtype)
-        session = Session(self._address, port[0], route.timeout_s, layout, route.engines, params, route.bucket_bytes)
-        blocks = local_blocks(self._modules(weights), self.arch, self.ranks)
-        return GlooSender(blocks, session, self.ranks.rank, store)
+        spec = spec.at(self._address, port[0])
+        roles: tuple[Role, ...] = ("policy", "teacher") if "teacher" in self.frozen else ("policy",)
+        blocks = {role: local_blocks(self._modules(role), self.arch, self.ranks) for role in roles}
+        self._sender = open_sender(spec, self.arch, self.ranks.rank, blocks, parallel.device())
+        return spec
 
-    def write_bucket(self, weights: Weights, bucket: int, version: int, hashes: bool = False) -> list[BlockHash]:
-        """Sends this rank's part of a bucket; returns checksums for the engines to compare, if asked for them."""
-        return self._senders[weights].write(bucket, version, hashes)
+    def send_weights(self, role: Role, version: int) -> None:
+        """Sends a role's weights to all engines, which receive them at the same time (`Sender.send`)."""
+        if self._sender is None:
+            raise RuntimeError("no sender was opened")
+        self._sender.send(role, version)
 
     def _modules(self, weights: Weights) -> list[Any]:
         return [c.module for c in self.policy] if weights == "policy" else self.frozen[weights].chunks
@@ -378,8 +351,8 @@ class MegatronActor:
                 self.teacher.write_to(self.frozen["teacher"])
 
     def shutdown(self) -> None:
-        for sender in self._senders.values():
-            sender.close()
+        if self._sender is not None:
+            self._sender.close()
         parallel.shutdown()
 
 

@@ -34,9 +34,11 @@ def _weight(model: Any) -> torch.Tensor:
 def _scored_rows(hidden: torch.Tensor, pack: Pack, model: Any) -> torch.Tensor:
     """[n, H] of a stage's output [T, 1, H], whole on every tensor-parallel rank. Each of them scores its own part of
     the vocabulary, so backwards their gradients are summed."""
+    rows: torch.Tensor
     if _bare(model).config.sequence_parallel:
-        return gather_from_sequence_parallel_region(hidden[:, 0], tensor_parallel_output_grad=True)[pack.predicts]
-    rows: torch.Tensor = copy_to_tensor_model_parallel_region(hidden[:, 0][pack.predicts])
+        rows = gather_from_sequence_parallel_region(hidden[:, 0], tensor_parallel_output_grad=True)[pack.predicts]
+    else:
+        rows = copy_to_tensor_model_parallel_region(hidden[:, 0][pack.predicts])
     return rows
 
 

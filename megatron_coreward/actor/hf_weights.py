@@ -17,7 +17,7 @@ from megatron_coreward.checkpoint.torch_dist import MegatronWeights
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.weights.buckets import block_bounds
 from megatron_coreward.weights.mapping import Index, blocks, hf_tensors, is_expert, is_replicated
-from megatron_coreward.weights.send import LocalBlock
+from megatron_coreward.weights.senders import LocalBlock
 
 _LOCAL_EXPERT = re.compile(r"(\.local_experts\.|\.linear_fc[12]\.weight)(\d+)")
 

@@ -96,7 +96,7 @@ def fuse_gradients(model: torch.nn.Module, settings: ActorSettings) -> None:
     """Lets Transformer Engine's layers add weight gradients to the fp32 buffers within the product.
 
     Megatron's config has one switch for these layers and for its own output layer, which it refuses to build without
-    apex's kernel. So the switch stays off, and the layers are told what it would tell them. The output layer needs no
+    apex's kernel. So the switch stays off, and the layers get what it would give them. The output layer needs no
     kernel: `token_stats` adds to the buffer itself.
     """
     if settings.gradient_accumulation_fusion is not False:
@@ -110,6 +110,7 @@ def fuses_gradients(model: torch.nn.Module) -> bool:
     return any(getattr(module, "fuse_wgrad_accumulation", False) for module in model.modules())
 
 
+# Longer than 60 lines: it is one call of Megatron's constructor, one setting a line.
 def transformer_config(
     arch: Architecture, settings: ActorSettings, dtype: torch.dtype, backend: str, frozen: bool = False
 ) -> TransformerConfig:

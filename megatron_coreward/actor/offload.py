@@ -1,7 +1,7 @@
 """Parts of an actor's state that give their device memory away for a while. Their values wait in host memory.
 
 The storages are emptied and filled again; tensors and their views stay the objects that they are, so nobody who holds
-one has to be told. The host's copies are page-locked if there is a GPU, and are kept for the next time.
+one has to be notified. The host's copies are page-locked if there is a GPU, and are kept for the next time.
 
 Invariants (tests/actor/test_offload.py):
   1. A part that comes back has the bits with which it left.

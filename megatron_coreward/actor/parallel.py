@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_coreward.config.schema import ActorSettings
-from megatron_coreward.weights.gloo import own_address
+from megatron_coreward.weights.meeting import own_address
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 

@@ -75,7 +75,7 @@ class FlatWeights:
                 continue
             for bucket in buffer.buckets:
                 whole = flat[bucket.offset : bucket.offset + bucket.param_data.numel()].view(size, -1)
-                for part in whole.split(max(1, SLICE_ELEMENTS[flat.device.type] // size), dim=1):
+                for part in torch.split(whole, max(1, SLICE_ELEMENTS[flat.device.type] // size), dim=1):
                     gathered = torch.empty_like(part, memory_format=torch.contiguous_format)
                     dist.all_gather_into_tensor(
                         gathered.view(-1), part[rank].contiguous(), group=buffer.data_parallel_group

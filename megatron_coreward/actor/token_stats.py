@@ -9,7 +9,7 @@ With z = h W^T / temperature the logits over a vocabulary of V tokens, p = softm
 
 Rows are taken in chunks: a chunk's logits are computed into one buffer, reduced to a few numbers a row, and forgotten.
 The backward pass computes them again, turns them in place into p - onehot(t), and multiplies twice: the gradient of the
-hidden states, and that of the weight, which is added to Megatron's `main_grad` where there is one. Each rank reduces
+hidden states, and that of the weight, which is added to Megatron's `main_grad` if there is one. Each rank reduces
 its own columns against its own maximum; two all-reduces for all rows together then bring the ranks' sums to one
 maximum.
 
@@ -52,7 +52,7 @@ class VocabularyShard:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of N response tokens; only `logprobs` carries a gradient. The others are empty where they were not asked for."""
+    """Of N response tokens; only `logprobs` carries a gradient. The others are empty if they were not asked for."""
 
     logprobs: torch.Tensor  # [N] fp32
     entropy: torch.Tensor  # [N] or [0] fp32, nats
@@ -110,7 +110,7 @@ def _kernel(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 
 def _pieces(num_rows: int, width: int, elements: int) -> Iterator[slice]:
-    """Rows in pieces of so many elements, a row at least."""
+    """Rows in pieces of this many elements, a row at least."""
     step = max(1, elements // max(1, width))
     return (slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step))
 
@@ -143,7 +143,7 @@ def _row_sums(
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Over this rank's columns: the maximum m of each row [N], and [k, N] sums of it, with x = z - m: sum exp(x), x of
-    the target where it is here, and if wanted sum exp(x) x and sum x."""
+    the target if it is here, and if wanted sum exp(x) x and sum x."""
     device = hidden.device
     sums = torch.zeros(4 if statistics else 2, len(hidden), dtype=torch.float32, device=device)
     top = torch.full((len(hidden),), LEAST, dtype=torch.float32, device=device)
@@ -232,7 +232,7 @@ class _Score(torch.autograd.Function):
 
 
 def _add_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """target [W, H] += left [n, W]^T right [n, H]; slice by slice where the product has to be made in another dtype."""
+    """target [W, H] += left [n, W]^T right [n, H]; slice by slice if the product has to be made in another dtype."""
     if target.dtype == left.dtype:
         target.addmm_(left.t(), right)
         return

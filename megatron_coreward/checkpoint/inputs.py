@@ -34,7 +34,7 @@ def input_digests(config: RunConfig) -> dict[str, str]:
 def replaced_inputs(checkpoint: Path, config: RunConfig) -> list[str]:
     """`data.train_files[0]: train.parquet` for every file that is not what it was when the checkpoint was made.
 
-    Empty where nothing was replaced, or the checkpoint does not say what it was made from.
+    Empty if nothing was replaced, or the checkpoint does not say what it was made from.
     """
     try:
         saved = dict(json.loads((checkpoint / FILE_NAME).read_text()))

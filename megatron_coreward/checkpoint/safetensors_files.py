@@ -113,7 +113,7 @@ class HfWeights:
         return self.tensors[name].dtype
 
     def read_rows(self, name: str, first_row: int, out: torch.Tensor, first_column: int = 0) -> None:
-        """Fills `out`, which is contiguous and of the tensor's dtype, with rows from `first_row` on; where it is
+        """Fills `out`, which is contiguous and of the tensor's dtype, with rows from `first_row` on; if it is
         narrower than they are, with the columns from `first_column` on."""
         tensor = self.tensors[name]
         columns, item = math.prod(tensor.shape[1:]), tensor.dtype.itemsize

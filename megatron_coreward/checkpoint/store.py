@@ -47,6 +47,7 @@ class TrainerState:
     skipped_steps: int = 0  # in a row, without an update
     score: float | None = None  # of the metric by which the best checkpoint is kept
     first_accuracy: float | None = None  # avg@n of the run's first validation (pass@1 without random samples)
+    first_metric: str | None = None  # which score that was; null in earlier checkpoints: as the settings are
     guard: dict[str, Any] | None = None  # the guard's state
     unfinished_row: dict[str, float | None] | None = None  # of a step whose validation was interrupted; null: NaN
 

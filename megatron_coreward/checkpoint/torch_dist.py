@@ -263,7 +263,7 @@ class MegatronWeights:
 
     def read_rows(self, name: str, first_row: int, out: torch.Tensor, first_column: int = 0) -> None:
         """Fills `out`, which is contiguous and of the tensor's dtype, with rows from `first_row` of an HF tensor on;
-        where it is narrower than they are, with the columns from `first_column` on, and chunks of others are not
+        if it is narrower than they are, with the columns from `first_column` on, and chunks of others are not
         read."""
         stop = first_row + out.shape[0]
         grid = out.view(out.shape[0], -1)

@@ -90,13 +90,7 @@ class EngineGroup(WorkerGroup):
             return {}
         return {"rollout/slowest_engine_s": max(seconds), "rollout/fastest_engine_s": min(seconds)}
 
-    def start_update(self, init_info: dict[str, Any]) -> None:
-        """Begins an update of all weights on every engine; one that must know its number is given it."""
-        if "engine" in init_info:
-            self.call_parts("start_update", [(init_info | {"engine": i},) for i in self.part_of])
-        else:
-            self.call("start_update", init_info)
-
-    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any]) -> list[Any]:
-        """Starts loading a bucket on every engine; `ray.get` waits for the result. Hashes are serialised once."""
-        return self.begin("load_bucket", bucket, version, ray.put(list(hashes))).calls
+    def receive_weights(self, spec: dict[str, Any], version: int) -> Outstanding:
+        """Lets every engine receive what the actors send; each is given its number."""
+        calls = [engine.run.remote("receive_weights", spec, i, version) for i, engine in enumerate(self.workers)]
+        return Outstanding(Command("receive_weights"), calls, self.watchdog)

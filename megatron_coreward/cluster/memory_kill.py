@@ -1,7 +1,7 @@
 """Ray's memory monitor, in our words: whom it killed, how full the node was, and which keys take less.
 
 The monitor ends a process when the memory of its node is used beyond a threshold (95%), and says so in two thousand
-characters about Ray's own settings. Recorded with Ray 2.60; where its words are others, less is said.
+characters about Ray's own settings. Recorded with Ray 2.60; if its words are others, less is said.
 """
 
 import re

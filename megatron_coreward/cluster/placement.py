@@ -45,6 +45,7 @@ class ReservedPlacement:
         self.resource_request, self.placement, self._limit_s = resource_request, placement, limit_s
         self.on_gpus = any(node.gpus for node in nodes)
         used = {*placement.ranks, *placement.engines}
+        self.nodes = [nodes[0], *(node for node in nodes[1:] if node.id in used)]  # the driver's first
         self.num_hosts = len({node.address for node in nodes if node.id in used})
         unit = {"GPU": 1.0} if self.on_gpus else {"CPU": CPU_SHARE}
         of_engine = {"GPU": float(resource_request.engine_size)} if self.on_gpus else {"CPU": CPU_SHARE}

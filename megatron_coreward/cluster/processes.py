@@ -1,5 +1,6 @@
 """The processes of a run, started side by side and ended in any case."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,13 +16,14 @@ from megatron_coreward.cluster.placement import ReservedPlacement
 from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.planner.placement import ResourceRequest
+from megatron_coreward.planner.placement import Node, ResourceRequest
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout import orphans
 from megatron_coreward.rollout.setup import EngineSetup
-from megatron_coreward.weights import segment
-from megatron_coreward.weights.route import ENGINE_BACKENDS, Transport, choose_transport
+from megatron_coreward.weights import mailbox
+from megatron_coreward.weights.spec import Transport, choose_transport
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's, of which either may be set
 LOGS = "logs"  # in the run directory: what the processes print
 CANARY_TOKENS = 64  # whose log-probs check a weight sync: an engine reads them and writes one more
 
@@ -35,6 +37,7 @@ class Processes:
     transport: Transport
     colocation: Colocation | None  # None: the engines have GPUs of their own
     watchdog: Watchdog
+    nodes: tuple[Node, ...] = ()  # of the run, the driver's first
 
 
 @contextmanager
@@ -55,6 +58,7 @@ def processes(config: RunConfig, watchdog: Watchdog | None = None) -> Iterator[P
             gpus=placement.on_gpus,
             colocated=colocated,
             num_hosts=placement.num_hosts,
+            allocator_settings=",".join(os.environ.get(name, "") for name in ALLOCATOR_VARIABLES),
         )
 
         def start_actors() -> ActorGroup:
@@ -63,7 +67,7 @@ def processes(config: RunConfig, watchdog: Watchdog | None = None) -> Iterator[P
             return actors
 
         actors = None if colocated else start_actors()
-        setup = engine_setup(config, max(max_sequence, CANARY_TOKENS + 1), transport)
+        setup = engine_setup(config, max(max_sequence, CANARY_TOKENS + 1))
         engines = EngineGroup(setup, config.rollout.num_engines, placement, watchdog)
         stack.push(partial(_leave, engines))
         colocation = None
@@ -74,7 +78,7 @@ def processes(config: RunConfig, watchdog: Watchdog | None = None) -> Iterator[P
             colocation = Colocation(actors, engines, slept)
         actors.wait()
         engines.wait()
-        yield Processes(actors, engines, transport, colocation, watchdog)
+        yield Processes(actors, engines, transport, colocation, watchdog, tuple(placement.nodes))
 
 
 def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: object) -> None:
@@ -82,8 +86,8 @@ def _leave(group: ActorGroup | EngineGroup, kind: object, error: object, trace: 
         group.shutdown()
     else:
         group.shutdown(patience_s=0.5)
-        for _ in range(5):  # those who were killed need a moment to be gone, and hold their segments until then
-            segment.remove_orphans()
+        for _ in range(5):  # those who were killed need a moment to be gone, and hold their mailboxes until then
+            mailbox.remove_orphans()
             orphans.remove_orphans()
             time.sleep(0.2)
 
@@ -106,7 +110,7 @@ def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
     )
 
 
-def engine_setup(config: RunConfig, max_model_len: int, transport: Transport) -> EngineSetup:
+def engine_setup(config: RunConfig, max_model_len: int) -> EngineSetup:
     """What the engines of a run are built from."""
     settings = config.rollout
     return EngineSetup(
@@ -119,7 +123,6 @@ def engine_setup(config: RunConfig, max_model_len: int, transport: Transport) ->
         gpu_memory_utilization=settings.gpu_memory_utilization,
         cpu_threads=settings.cpu_threads,
         seed=config.seed,
-        weight_transfer=ENGINE_BACKENDS[transport],
         quantization=settings.quantization,
         cuda_graphs=settings.cuda_graphs,
     )

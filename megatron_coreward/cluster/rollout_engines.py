@@ -9,12 +9,11 @@ from typing import Protocol, TypeVar
 from megatron_coreward.cluster.colocation import Colocation, GpuHandoff, no_handoff
 from megatron_coreward.cluster.processes import Processes
 from megatron_coreward.cluster.watchdog import WorkerDied
-from megatron_coreward.cluster.weight_sync import ReceivingEngines, SyncReport, WeightSync, open_sync, weight_version
-from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.cluster.weight_sync import ReceivingEngines, SyncReport, WeightSync, open_sync
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.types import Completion, Role
+from megatron_coreward.types import Completion, IntArray, Role, WeightVersion
 
 T = TypeVar("T")
 
@@ -54,7 +53,7 @@ class RolloutEngines:
     def run(self, ask: Callable[[], T], timer: PhaseTimer) -> T:
         """`ask()`, which syncs weights and samples, and once more for every engine that dies in it, or in its restart.
 
-        Raises WorkerDied for an actor rank, and for an engine if no restart is left or others hang with it.
+        Raises WorkerDied for an actor rank, and for an engine if no restart is left.
         """
         dead: int | None = None
         while True:
@@ -68,7 +67,7 @@ class RolloutEngines:
                 with self._handoff(timer):
                     return ask()
             except WorkerDied as death:
-                if death.kind != "engine" or self._restarts_left == 0 or self.sync.poisoned:
+                if death.kind != "engine" or self._restarts_left == 0:
                     raise
                 self._restarts_left -= 1
                 self._notify(
@@ -78,12 +77,11 @@ class RolloutEngines:
 
     def sync_weights(self, role: Role, num_updates: int, timer: PhaseTimer) -> int:
         """Brings a role's present weights to the engines, unless they hold them already; returns their version."""
-        version = weight_version(role, num_updates)
         with timer.phase("sync"):
-            report = self.sync.sync_weights(role, version)
+            report = self.sync.sync_weights(role, num_updates)
         if report is not None:
             self._reports.append(report)
-        return version
+        return WeightVersion(role, num_updates).number
 
     def begin_sampling(
         self, requests: Sequence[SamplingRequest], expected_version: int
@@ -111,12 +109,16 @@ class RolloutEngines:
 
 
 def open_rollout_engines(
-    config: RunConfig, arch: Architecture, processes: Processes, notify: Callable[[str], None] = lambda text: None
+    config: RunConfig, processes: Processes, canary: IntArray, notify: Callable[[str], None] = lambda text: None
 ) -> RolloutEngines:
-    """The engines of a run, with the weight sync that it is configured for."""
-    sync = open_sync(config, arch, processes)
+    """The engines of a run, with the weight sync that it is configured for.
+
+    Args:
+        canary: tokens whose log-probs check every weight sync (`weight_sync.canary_tokens`).
+    """
+    sync = open_sync(config, processes, canary)
     if processes.colocation is not None:
-        sync.open("policy")  # buckets take memory on the GPU, which the first handoff has to know of
+        sync.open()  # buckets take memory on the GPU, which the first handoff has to know of
     return RolloutEngines(
         processes.engines,
         sync,

@@ -9,18 +9,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from transformers import AutoTokenizer
+
 from megatron_coreward.cluster.colocation import no_handoff
 from megatron_coreward.cluster.processes import processes
-from megatron_coreward.cluster.weight_sync import open_sync, weight_version
+from megatron_coreward.cluster.weight_sync import canary_tokens, open_sync
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import validate
+from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.errors import RunError
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.types import Role
+from megatron_coreward.types import Role, WeightVersion
 from megatron_coreward.weights.layouts import EngineLayout
-from megatron_coreward.weights.route import tensors_to_send
+from megatron_coreward.weights.spec import tensors_to_send
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,13 @@ def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
     roles: tuple[Role, ...] = ("policy", "teacher") if METHODS[config.method].needs.teacher else ("policy",)
     gigabytes = sum(meta.nbytes for meta in tensors_to_send(arch, config.model.dtype)) / 1e9
     with processes(config) as running, ExitStack() as stack:
-        sync = open_sync(config, arch, running)
+        sync = open_sync(config, running, canary_tokens(_problems(config)))
         stack.enter_context((running.colocation or no_handoff)(PhaseTimer()))
         for number in range(rounds):
             for role in roles:
-                version = weight_version(role, number)
-                report = sync.sync_weights(role, version)
+                report = sync.sync_weights(role, number)
                 assert report is not None
+                version = WeightVersion(role, number).number
                 yield SyncCheck(role, version, report.seconds, gigabytes, report.canary_gap)
         request = SamplingRequest([1], n=1, seed=0, temperature=1.0, top_p=1.0, max_tokens=1)
         try:
@@ -61,3 +64,15 @@ def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
         except RunError:
             return
         raise RunError(f"an engine sampled with weights of version {version + 2}, which were never synced")
+
+
+def _problems(config: RunConfig) -> ProblemSet:
+    """The questions that the run reads, as it renders them."""
+    return load_problems(
+        config.data.train_files,
+        (),
+        AutoTokenizer.from_pretrained(config.model.hf_path),
+        system_prompt=config.data.system_prompt,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        over_length="drop",
+    )

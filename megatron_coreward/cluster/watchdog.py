@@ -84,10 +84,24 @@ class Watchdog:
         self._clock = clock
         self._logs = logs
         self._names: dict[Any, tuple[Kind, int]] = {}  # of Ray actors, by id
+        self._behind: dict[Any, Callable[[], Sequence[int]]] = {}  # of Ray actors that stand for others
+        self._lives: list[Any] = []  # calls that only the end of a worker ends
+        self._ended: list[Any] = []  # of them
 
-    def name(self, worker: Any, kind: Kind, index: int) -> None:
-        """Makes a worker known."""
+    def name(self, worker: Any, kind: Kind, index: int, behind: Callable[[], Sequence[int]] | None = None) -> None:
+        """Makes a worker known.
+
+        Args:
+            behind: if the worker stands for several: those of them that are still at the work that is awaited.
+        """
         self._names[worker._actor_id] = (kind, index)
+        if behind is not None:
+            self._behind[worker._actor_id] = behind
+
+    def watch_life(self, call: Any) -> None:
+        """Takes a call that only the end of its worker ends: from then on every wait ends with it."""
+        self._lives.append(call)
+        call.future().add_done_callback(lambda _: self._ended.append(call))
 
     def log_of(self, kind: Kind, index: int) -> ProcessLog | None:
         """What a worker should do with its output."""
@@ -131,7 +145,9 @@ class Watchdog:
             if ready and pending:  # whatever else has come: one look at thousands of calls for each would cost seconds
                 more, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
                 ready = ready + more
-            others = [*ready, *pending]
+            others = [*ready, *pending, *self._lives]
+            for call in self._ended:
+                self._result(call, others, awaited)  # of a worker that was not asked to leave: an error
             for call in ready:
                 results[places[call]] = self._result(call, others, awaited)
                 if on_result is not None:
@@ -148,7 +164,12 @@ class Watchdog:
         return results
 
     def _who(self, calls: Sequence[Any]) -> str:
-        return ", ".join(f"{kind} {index}" for kind, index in sorted(map(self._name_of, calls)))
+        names: set[tuple[Kind, int]] = set()
+        for call in calls:
+            kind, index = self._name_of(call)
+            behind = self._behind.get(call.task_id().actor_id())
+            names.update((kind, i) for i in (behind() if behind is not None else ()) or (index,))
+        return ", ".join(f"{kind} {index}" for kind, index in sorted(names))
 
     def _name_of(self, call: Any) -> tuple[Kind, int]:
         return self._names.get(call.task_id().actor_id(), ("worker", 0))

@@ -1,9 +1,8 @@
 """One way to call the workers of a run: a command goes out, every worker carries it out, the wanted results come back.
 
 A command is data: a method of `MegatronActor` or `RolloutEngine`, its arguments, and the workers whose results are
-wanted. `WorkerGroup.dispatch` is the only place that knows how a command reaches the workers. Today it makes one call
-to each; whatever shortens that way (a call to rank 0 or to the leader of a node, who passes the command on) changes
-this method and nothing else.
+wanted. `WorkerGroup.dispatch` is the only place that knows how a command reaches the workers: here, one call to each.
+Ranks are reached through the leader of their replica (`ActorGroup.dispatch`).
 
 Calls that fail raise the worker's error, with its traceback, in the driver. Every wait goes through the watchdog, and
 awaits all workers, wanted result or not: the death of any of them is noticed.
@@ -35,8 +34,9 @@ class Outstanding:
     """A command that workers are carrying out."""
 
     command: Command
-    calls: list[Any]  # one for each worker, for `ray.wait`
+    calls: list[Any]  # for `ray.wait`: one for each worker, or one for all whom a leader stands for
     watchdog: Watchdog
+    by_worker: bool = False  # each call brings results by the number of the worker, the wanted ones alone
 
     def results(
         self,
@@ -61,6 +61,9 @@ class Outstanding:
             on_result=on_result,
         )
         wanted = self.command.results_of
+        if self.by_worker:
+            found = {worker: result for of_leader in results for worker, result in of_leader.items()}
+            return [found[worker] for worker in (sorted(found) if wanted is None else wanted)]
         return results if wanted is None else [results[worker] for worker in wanted]
 
 

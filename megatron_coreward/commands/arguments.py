@@ -2,8 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -25,6 +25,18 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": _Formatter, **settings})
+
+
+class FormerOption(argparse.Action):
+    """An option under its former name: refused with the present one, which is its `const`. Not in the help."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: str) -> None:
+        super().__init__(
+            option_strings, dest, nargs="?", const=const, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+
+    def __call__(self, parser: argparse.ArgumentParser, *ignored: Any) -> NoReturn:
+        parser.error(f"{self.option_strings[0]}: this option is called {self.const} now")
 
 
 SEED = 2**32 - 1  # the largest that all random number generators take

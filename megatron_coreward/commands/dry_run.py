@@ -26,7 +26,7 @@ _MOST_RANKS = 16  # that are shown one by one
 
 
 def describe_run(config: RunConfig) -> str:
-    """Everything that is known about a run before it starts; problems are for `preflight` to tell."""
+    """Everything that is known about a run before it starts; problems are reported by `preflight`."""
     try:
         arch: Architecture | None = read_architecture(config.model.hf_path)
     except InputError:
@@ -73,7 +73,7 @@ def _memory(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
 def _known_gpu() -> Gpu | None:
     """The kind of this machine's GPUs, if the planner has it."""
     try:
-        told = subprocess.run(
+        listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -82,7 +82,7 @@ def _known_gpu() -> Gpu | None:
         ).stdout.lower()
     except (OSError, subprocess.SubprocessError):
         return None
-    return next((gpu for name, gpu in GPUS.items() if name in told), None)
+    return next((gpu for name, gpu in GPUS.items() if name in listed), None)
 
 
 def _processes(config: RunConfig) -> Iterator[str]:
@@ -137,6 +137,7 @@ def written_files(config: RunConfig, arch: Architecture | None) -> dict[str, str
         "rollouts/": "the rollouts of every step" if config.telemetry.dump_rollouts else "rollouts since a checkpoint",
         "hf/": f"the final model{'' if arch is None else f', {_size(model_bytes(config, arch))}'}",
         "report.html": "the run as a page",
+        "missed.json": "the first step that a tracker lacks, while one does",
         "lock": "of the process that trains",
     }
     if config.guard.action == "rollback":

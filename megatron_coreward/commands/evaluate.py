@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_coreward.commands.arguments import SEED, number, whole
+from megatron_coreward.commands.arguments import SEED, FormerOption, number, whole
 from megatron_coreward.commands.engines import add_engine_options, answering, chosen_engines
 from megatron_coreward.config.schema import SYSTEM_PROMPT, AnswerFormat, Equivalence
 from megatron_coreward.telemetry.untrusted_text import say
@@ -47,6 +47,7 @@ def _add_run(actions: Any) -> None:
         choices=get_args(AnswerFormat),
         help="where final answers stand, tried in the order given; default: boxed",
     )
+    run.add_argument("--answer-form", action=FormerOption, const="--answer-format")
     run.add_argument(
         "--stop-at", action="append", metavar="TEXT", help="read no answer behind this text if one stands before it"
     )

@@ -64,14 +64,14 @@ def _plan(options: argparse.Namespace) -> None:
     model = config.model.hf_path.name
 
     if options.search:
-        stuck = fixed_problems(config, arch, machine)
-        found = [] if stuck else search(config, arch, machine, gpus)[: options.top]
+        unfixable = fixed_problems(config, arch, machine)
+        found = [] if unfixable else search(config, arch, machine, gpus)[: options.top]
         if options.json:
             print(json.dumps([plan.to_json() for plan in found], indent=1))
         else:
             print(ranking(found, gpus))
         if not found:
-            why = "".join(f"\n{problem}" for problem in stuck)
+            why = "".join(f"\n{problem}" for problem in unfixable)
             raise InputError(f"no layout of {model} fits on {gpus} x {machine.gpu.name}{':' if why else ''}{why}")
         return
 

@@ -61,6 +61,8 @@ def _prepare(options: argparse.Namespace) -> None:
     target = options.out or source.default_path(split)
     if target is None:
         raise InputError(f"--out: source {source.name} needs a file to write")
+    if options.out is None and target.exists():  # it may be a published file, which a small try would replace
+        raise InputError(f"{target} exists; give it as --out to replace it, or another file")
     tokenizer = None
     if options.tokenizer is not None:
         from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""What the keys for GPUs need, told before anything starts. Pure: config, architecture and a machine's description.
+"""What the keys for GPUs need, checked before anything starts. Pure: config, architecture and a machine's description.
 
 FP8 needs, by recipe (Transformer Engine 2.11, `pytorch/quantization.py` and `pytorch/utils.py`; Megatron-Core 0.16.1,
 `fp8_utils.get_fp8_recipe`):
@@ -51,7 +51,7 @@ FP8_LOGPROB_GAP = 0.25
 
 @dataclass(frozen=True, slots=True)
 class GpuSupport:
-    """What the GPU machine offers; None where it could not be told, and nothing is refused for it then."""
+    """What the GPU machine offers; None: it is not known, and nothing is refused for it."""
 
     num_gpus: int
     capability: Version | None = None  # of the GPU that can do least
@@ -60,7 +60,7 @@ class GpuSupport:
 
 
 def parse_version(text: str) -> Version:
-    """The leading numbers of a version: `2.11.0+cu130` -> (2, 11, 0); empty where there is none."""
+    """The leading numbers of a version: `2.11.0+cu130` -> (2, 11, 0); empty if there is none."""
     leading = re.match(r"\d+(?:\.\d+)*", text)
     return tuple(map(int, leading[0].split("."))) if leading else ()
 
@@ -138,7 +138,7 @@ def model_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
             yield f"actor.fp8: {a.fp8} needs sizes in multiples of {multiple}, {what} is {size}"
     try:
         stages = divide_layers(arch.num_layers, a.pipeline_parallel, a.first_stage_layers, a.last_stage_layers)
-    except InputError:  # told by what checks the layout
+    except InputError:  # reported by what checks the layout
         return
     most = min(stages[0], stages[-1])
     if a.fp8_bf16_layers > most:

@@ -25,7 +25,7 @@ class FamilyRow:
     kv_heads: int | None  # None: as many as heads
     kv_heads_nullable: bool  # null means as many as heads
     head_dim: int | None  # None: hidden_size / heads, which null means too
-    slides: bool = False  # attention slides where the file does not say that it does not
+    slides: bool = False  # attention slides if the file does not say that it does not
 
 
 FAMILIES: dict[str, FamilyRow] = {

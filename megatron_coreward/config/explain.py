@@ -20,7 +20,7 @@ def explain(where: str, model: type[BaseModel], failed: ValidationError, renamed
         renamed: old names of keys -> new ones.
     """
     keys = all_keys(model)
-    told: list[str] = []
+    messages: list[str] = []
     for error in failed.errors():
         name = ".".join(map(str, error["loc"]))
         key = _key_of(error["loc"], keys)
@@ -32,8 +32,8 @@ def explain(where: str, model: type[BaseModel], failed: ValidationError, renamed
             problem = _wrong_group(name, error)
         else:
             problem = _wrong_value(name, key, error)
-        told.append(f"{where}: {problem}{_about(key)}")
-    return "\n".join(dict.fromkeys(told))  # the branches of a union say the same
+        messages.append(f"{where}: {problem}{_about(key)}")
+    return "\n".join(dict.fromkeys(messages))  # the branches of a union say the same
 
 
 def _key_of(location: Sequence[Any], keys: Mapping[str, Key]) -> Key | None:

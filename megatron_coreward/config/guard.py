@@ -25,7 +25,7 @@ class GuardSettings(Component):
     kl_factor: Annotated[float, Field(gt=1)] = 3.0
     """Factor by which raise_kl and rollback raise the weight of the KL term."""
     max_actions: Positive = 3
-    """Actions in a run. After so many of raise_kl the guard only warns; after so many of rollback the run stops."""
+    """Actions in a run. After this many of raise_kl the guard only warns; after this many of rollback the run stops."""
     cooldown: NonNegative = 10
     """Steps after an action in which no indicator counts, so that the action can take effect."""
 

@@ -113,7 +113,7 @@ NEUTRAL: dict[str, Any] = {
     "sliding_window": None,
     "use_sliding_window": False,
 }
-# By family, where a key means something else. The bias of Qwen2 is fixed, and its window counts if it is used.
+# By family, what a key means otherwise. The bias of Qwen2 is fixed, and its window counts if it is used.
 _OF_FAMILY: dict[str, frozenset[str]] = {
     "qwen2": frozenset({"attention_bias", "qkv_bias", "sliding_window"}),
     "qwen3": frozenset({"sliding_window"}),
@@ -145,7 +145,7 @@ _SHOWN = 60  # characters of a value in a message
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """A value in a message, cut if it is long."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
@@ -173,7 +173,7 @@ class Keys:
         """A whole number of at least 1.
 
         Args:
-            default: what it is where the key is not there; None: an error.
+            default: what it is if the key is not there; None: an error.
             null: what null means; None: an error.
         """
         value = self._value(key, default)
@@ -187,21 +187,21 @@ class Keys:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0; `default` (None: an error) where the key is not there."""
+        """A finite number above 0; `default` (None: an error) if the key is not there."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self.error(key, "a number above 0")
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false; false where the key is not there."""
+        """True or false; false if the key is not there."""
         value = self._values.get(key, False)
         if not isinstance(value, bool):
             raise self.error(key, "true, false")
         return value
 
     def table(self, key: str) -> dict[str, Any]:
-        """An object; empty where there is none, or null."""
+        """An object; empty if there is none, or null."""
         value = self._values.get(key)
         if value is None:
             return {}
@@ -210,7 +210,7 @@ class Keys:
         return value
 
     def check(self, read: Collection[str], neutral: Mapping[str, Any]) -> None:
-        """Raises InputError where there is more than what is read and what has its neutral value."""
+        """Raises InputError if there is more than what is read and what has its neutral value."""
         for key, value in self._values.items():
             if key in neutral and not _says_nothing(value, neutral[key]):
                 raise self.error(key, _json(neutral[key]))

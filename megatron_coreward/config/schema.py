@@ -1,7 +1,7 @@
 """The configuration of a run: one typed model per component, every key with its description, default and limits.
 
 A recipe names only what differs from these defaults. Unknown keys are errors. Defaults are the paper's settings
-(arXiv 2508.00410, section 5 and appendix) where the paper has one. The docstring below a key is its description
+(arXiv 2508.00410, section 5 and appendix) if the paper has one. The docstring below a key is its description
 everywhere that the key is explained (see `config.component`).
 """
 
@@ -196,7 +196,7 @@ class RolloutSettings(Component):
 
 
 class TeacherSettings(Component):
-    """The EMA teacher of co_rewarding_ii and co_rewarding_i+ii; other methods read none of these keys."""
+    """The EMA teacher of co_rewarding_ii and co_rewarding_i+ii(_original); other methods read none of these keys."""
 
     lookahead: NonNegative = 0
     """Further steps whose questions the teacher labels ahead of time, with one set of weights. 0: the teacher labels
@@ -260,7 +260,8 @@ class LossSettings(Component):
     of both; sum aggregates each view and adds the two, as the published implementation does. A sum is about twice as
     large, which Adam cancels and clip_grad does not."""
     updates_per_batch: Positive = 1
-    """Optimizer steps per rollout batch; divides the number of the batch's groups."""
+    """Optimizer steps per rollout batch; divides the number of the batch's groups, and data.batch_size if views is sum
+    and the method trains on both."""
     mismatch_correction: Literal["off", "tis", "icepop"] = "off"
     """Weights against the difference between the engine that sampled and the actor that learns: tis truncates the
     ratio of their probabilities at mismatch_cap, icepop leaves out tokens whose ratio is beyond [1/cap, cap]."""
@@ -275,14 +276,16 @@ class SyncSettings(Component):
     """What carries the weights. auto chooses by placement, GPUs and hosts: without GPUs shared_memory on one host and
     gloo between hosts; with GPUs ipc if colocated and nccl otherwise."""
     bucket_mib: Annotated[float, Field(gt=0)] = 256.0
-    """Size of a bucket in MiB. An actor rank and an engine worker hold two buckets at most."""
+    """Size of a bucket in MiB, whatever the largest tensor. An actor rank and an engine worker hold two buckets at
+    most."""
     checksums: bool = False
-    """Whether every block is compared by checksum with what was sent when it is loaded."""
+    """Whether every message is compared by checksum with what was sent when it arrives."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that a message between hosts may take."""
+    """Seconds that a bucket may take, and that ranks and engines wait for each other to appear."""
     max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
     """Largest gap in nats between the log-probs of engines and actors on the canary tokens, their mean, after a weight
-    sync; the run ends above it. null: 0.001 for float32, 0.1 for bfloat16 and wider for FP8."""
+    sync; the run ends above it. null: 0.001 for float32, 0.1 for bfloat16 and wider for FP8. With rounded weights it is
+    the limit of the first sync, which sets that of later ones to five times its own gap, if that is less."""
 
 
 class ValidationSettings(Component):
@@ -304,8 +307,8 @@ class ValidationSettings(Component):
     at_start: bool = True
     """Whether the model is validated before the first step."""
     warn_below_start: Fraction = 0.1
-    """Drop of avg@n below the first validation, as an absolute difference, from which the run warns; nothing else
-    follows from it."""
+    """Drop of avg@n (pass@1 if samples is greedy) below the first validation, as an absolute difference, from which the
+    run warns; nothing else follows from it."""
 
 
 class CheckpointSettings(Component):
@@ -380,8 +383,9 @@ class RunConfig(Component):
     """Steps of the whole run: one batch of rollouts each. Schedules of learning rate and teacher span them."""
     method: MethodName
     """Where labels come from: co_rewarding_i from the votes on rephrased questions, co_rewarding_ii from the votes of
-    an EMA teacher, co_rewarding_i+ii from the teacher's votes across views. Baselines: majority_voting,
-    ground_truth, self_certainty and entropy."""
+    an EMA teacher, co_rewarding_i+ii from the teacher's votes across views, co_rewarding_i+ii_original from those on
+    rephrased questions for the original ones alone. Baselines: majority_voting, ground_truth, self_certainty and
+    entropy."""
     gpu: Literal["a100", "h100", "h200"] | None = None
     """GPU that the layout was made for, by which plan judges it unless it is given another; null: none in particular.
     It changes nothing in a run."""

@@ -69,13 +69,23 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
         if not math.isfinite(value):
             yield f"{key}: {value} is no finite number"
     yield from accelerator.setting_problems(config)
-    a, r, loss = config.actor, config.rollout, config.loss
+    yield from layout_rules.pipeline_problems(config.actor)
+    yield from _batch_problems(config)
+    yield from _method_problems(config)
+    yield from _staleness_problems(config)
+    yield from _bound_problems(config)
     best, scores = config.checkpoint.best_metric, score_names(config.validation)
-    # A data set's own scores are named after its source, which only the file knows: val/<source>/<score>.
+    # A data set's own scores are named after its source, which only the file knows: val/<source>/<score> (preflight).
     if best is not None and best.startswith("val") and best.rpartition("/")[2] not in scores:
         allowed = ", ".join(f"val/{score}" for score in scores)
         yield f"checkpoint.best_metric: found {best!r}, which no validation has; allowed: {allowed}"
-    yield from layout_rules.pipeline_problems(a)
+    elif best is not None and best.startswith("val/") and not config.data.val_files:
+        yield f"checkpoint.best_metric: {best} needs data.val_files, none are given"
+
+
+def _batch_problems(config: RunConfig) -> Iterator[str]:
+    """Of how a batch is divided among ranks, micro-batches and updates."""
+    a, r, loss = config.actor, config.rollout, config.loss
     if a.sequence_parallel and a.tensor_parallel == 1:
         yield "actor.sequence_parallel: true needs actor.tensor_parallel of 2 or more, found 1"
     longest = config.data.max_prompt_tokens + r.max_response_tokens
@@ -93,17 +103,29 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
             f"loss.updates_per_batch: {loss.updates_per_batch} does not divide the batch's groups "
             f"({config.data.batch_size * views})"
         )
+    elif loss.views == "sum" and views == 2 and config.data.batch_size % loss.updates_per_batch:
+        yield (
+            f"loss.updates_per_batch: {loss.updates_per_batch} does not divide data.batch_size "
+            f"({config.data.batch_size}), so the two views of a question would fall into different updates; "
+            "loss.views: sum needs both in one"
+        )
+
+
+def _method_problems(config: RunConfig) -> Iterator[str]:
+    """Of what a method has and what other keys ask of it."""
+    loss, guard = config.loss, config.guard.action
     if config.method in REPHRASED_METHODS and not config.data.rephrased_files:
         yield f"data.rephrased_files: method {config.method} needs rephrased questions, none are given"
-    if loss.kl_clamp is not None and loss.kl_estimator != "k3":
-        yield f"loss.kl_clamp: bounds the estimator k3 alone, found loss.kl_estimator: {loss.kl_estimator}"
     if config.method not in TEACHER_METHODS and loss.kl_reference == "teacher":
         yield f"loss.kl_reference: teacher, but method {config.method} keeps none; allowed: frozen, auto"
-    if config.teacher.decay_start > config.teacher.decay_end:
-        yield (
-            f"teacher.decay_start: {config.teacher.decay_start} is above teacher.decay_end "
-            f"({config.teacher.decay_end}); the decay grows"
-        )
+    if guard in ("raise_kl", "rollback") and not loss.kl_coef:
+        yield f"guard.action: {guard} raises loss.kl_coef, which is 0; allowed: off, warn, stop, or a KL term"
+    if guard == "freeze_teacher" and config.method not in TEACHER_METHODS:
+        yield f"guard.action: freeze_teacher, but method {config.method} keeps none"
+
+
+def _staleness_problems(config: RunConfig) -> Iterator[str]:
+    r, loss = config.rollout, config.loss
     if r.max_staleness and loss.mismatch_correction == "off":
         yield (
             "rollout.max_staleness: 1 samples from older weights; it needs loss.mismatch_correction of tis or icepop, "
@@ -111,11 +133,18 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
         )
     if r.max_staleness and r.placement == "colocated":
         yield "rollout.max_staleness: 1 needs engines that run while actors learn; found rollout.placement: colocated"
-    guard = config.guard.action
-    if guard in ("raise_kl", "rollback") and not loss.kl_coef:
-        yield f"guard.action: {guard} raises loss.kl_coef, which is 0; allowed: off, warn, stop, or a KL term"
-    if guard == "freeze_teacher" and config.method not in TEACHER_METHODS:
-        yield f"guard.action: freeze_teacher, but method {config.method} keeps none"
+
+
+def _bound_problems(config: RunConfig) -> Iterator[str]:
+    """Of numbers that bound each other."""
+    a, loss = config.actor, config.loss
+    if loss.kl_clamp is not None and loss.kl_estimator != "k3":
+        yield f"loss.kl_clamp: bounds the estimator k3 alone, found loss.kl_estimator: {loss.kl_estimator}"
+    if config.teacher.decay_start > config.teacher.decay_end:
+        yield (
+            f"teacher.decay_start: {config.teacher.decay_start} is above teacher.decay_end "
+            f"({config.teacher.decay_end}); the decay grows"
+        )
     if a.min_lr > a.lr:
         yield f"actor.min_lr: {a.min_lr} is above actor.lr ({a.lr})"
     if loss.clip_high < loss.clip_low:

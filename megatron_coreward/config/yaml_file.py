@@ -94,8 +94,8 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         node = yaml.compose(text, Loader=_CoreLoader)
     except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
-        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        place = e.problem_mark or e.context_mark
+        line = f", line {place.line + 1}, column {place.column + 1}" if place else ""
         raise InputError(f"{where}: not valid YAML{line}: {_cause(e)}") from None
     except yaml.YAMLError as e:  # a character that YAML does not allow, by its position
         raise InputError(f"{where}: not valid YAML ({str(e).splitlines()[0]})") from None

@@ -1,12 +1,14 @@
 """Published parquet files to Problems: originals, optionally paired with their rephrasings, rendered and tokenised.
 
 Pairs are made by source and `extra_info.index`, not by place, so files may differ in order; every original must have
-exactly one rephrasing and every rephrasing an original, or is left out where that is asked for. The ground truth is the
+exactly one rephrasing and every rephrasing an original, or is left out if that is asked for. The ground truth is the
 original's.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal, overload
 
@@ -73,7 +75,11 @@ class ProblemSet(Sequence[Problem]):
         return f"data.val_files: {self.num_without_ground_truth} questions have no reward_model.ground_truth ({file})"
 
     def first(self, limit: int | None) -> "ProblemSet":
-        """The first so many problems; None: all."""
+<<<<<<< HEAD
+        """The first `limit` problems; None: all."""
+=======
+        """The first problems, this many; None: all."""
+>>>>>>> house2
         if limit is None or limit >= len(self):
             return self
         some = self.problems[:limit]
@@ -93,6 +99,23 @@ class ProblemSet(Sequence[Problem]):
             part = ProblemSet(own, 0, without, self.longest_prompt)
             parts[source] = part if parts else replace(part, num_dropped=self.num_dropped)
         return parts
+
+
+def data_sets(files: Sequence[tuple[Path, ProblemSet]]) -> dict[str, ProblemSet]:
+    """The problems of each source of each file, named after the source.
+
+    A source that several files have is followed by the name of the file, and by its whole path if two of them have that
+    name too: no set takes the place of another.
+    """
+    parts = [(source, file, part) for file, found in files for source, part in found.by_source().items()]
+    names = [source for source, _, _ in parts]
+    for longer in (attrgetter("stem"), Path.as_posix):
+        shared = {name for name, count in Counter(names).items() if count > 1}
+        names = [
+            f"{source}/{longer(file)}" if name in shared else name
+            for name, (source, file, _) in zip(names, parts, strict=True)
+        ]
+    return {name: part for name, (_, _, part) in zip(names, parts, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,23 +152,8 @@ def load_problems(
     Raises InputError for every fault of the files (see `parquet.read_rows`), a pair without partner, an index that
     two files share, and prompts over the limit unless they are to be dropped (or all would be).
     """
-    for file in rephrased_files:
-        if file in train_files and not holds_pairs(file):
-            raise InputError(
-                f"data.rephrased_files: {file} is in data.train_files too; allowed: the rephrasings of those "
-                "questions, or a file that holds both"
-            )
-    originals = _read_view(train_files, "original")
-    views: dict[View, dict[str, _Placed]] = {"original": originals}
-    num_unpaired = 0
-    if rephrased_files:
-        rephrasings = _read_view(rephrased_files, "rephrased")
-        if unpaired == "error" or not originals.keys() & rephrasings.keys():
-            _check_pairs(originals, rephrasings)
-        num_unpaired = len(originals.keys() ^ rephrasings.keys())
-        originals = {uid: place for uid, place in originals.items() if uid in rephrasings}
-        views = {"original": originals, "rephrased": rephrasings}
-
+    views, num_unpaired = _read_views(train_files, rephrased_files, unpaired)
+    originals = views["original"]
     placed = [rows[uid] for uid in originals for rows in views.values()]
     conversations = [with_system_prompt(place.row.messages, system_prompt) for place in placed]
     prompts = build_prompts(tokenizer, conversations, thinking, control_tokens)
@@ -177,6 +185,28 @@ def load_problems(
     )
 
 
+def _read_views(
+    train_files: Sequence[Path], rephrased_files: Sequence[Path], unpaired: Literal["error", "drop"]
+) -> tuple[dict[View, dict[str, _Placed]], int]:
+    """The rows of each view by uid, all with a partner, and the number of those that had none."""
+    for file in rephrased_files:
+        if file in train_files and not holds_pairs(file):
+            raise InputError(
+                f"data.rephrased_files: {file} is in data.train_files too; allowed: the rephrasings of those "
+                "questions, or a file that holds both"
+            )
+    originals = _read_view(train_files, "original")
+    if not rephrased_files:
+        return {"original": originals}, 0
+    rephrasings = _read_view(rephrased_files, "rephrased")
+    if unpaired == "error" or not originals.keys() & rephrasings.keys():
+        _check_pairs(originals, rephrasings)
+    for rows, others in ((originals, rephrasings), (rephrasings, originals)):
+        _check_every_file_pairs(rows, others)
+    paired = {uid: place for uid, place in originals.items() if uid in rephrasings}
+    return {"original": paired, "rephrased": rephrasings}, len(originals.keys() ^ rephrasings.keys())
+
+
 def _read_view(files: Sequence[Path], view: View) -> dict[str, _Placed]:
     """The rows of one view by uid, in file order."""
     placed: dict[str, _Placed] = {}
@@ -205,4 +235,16 @@ def _check_pairs(originals: dict[str, _Placed], rephrased: dict[str, _Placed]) -
                 f"{lonely[0]}, column extra_info.index: found {row.index!r} of the source {row.source!r}, for which "
                 f"there is no {name} ({len(lonely)} such rows in all); allowed: the same source and index in "
                 "data.train_files and data.rephrased_files, one row each, or data.unpaired=drop"
+            )
+
+
+def _check_every_file_pairs(rows: dict[str, _Placed], others: dict[str, _Placed]) -> None:
+    """A file of which nothing has a partner is the wrong one, or its partner is missing."""
+    paired = {place.file for uid, place in rows.items() if uid in others}
+    for place in rows.values():
+        if place.file not in paired:
+            raise InputError(
+                f"{place.file}: found no row with a partner, for example none for {place.row.index!r} of the source "
+                f"{place.row.source!r}; allowed: files of data.train_files and data.rephrased_files that share sources "
+                "and indices"
             )

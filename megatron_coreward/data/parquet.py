@@ -51,7 +51,7 @@ SCHEMA = pa.schema(
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as chat templates take it."""
+    """One message of a conversation, as chat templates take it."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -72,9 +72,9 @@ class Row:
 
 
 def read_rows(file: Path, view: View = "original") -> list[Row]:
-    """All rows of a parquet file, in file order; `view`: which question of a row to read, where it has both.
+    """All rows of a parquet file, in file order; `view`: which question of a row to read, if it has both.
 
-    Raises InputError where the file is missing, unreadable or empty, a column is missing or has a wrong type, a
+    Raises InputError if the file is missing, unreadable or empty, a column is missing or has a wrong type, a
     value is missing, or two rows share source and index.
     """
     return list(iter_rows(file, view))

@@ -98,19 +98,23 @@ def prepare(
 ) -> Summary:
     """Writes `target` in the published schema and says what is in it.
 
-    Args:
-        inputs: parquet, jsonl or json files, in order. Files that have the published columns keep their prompts,
-            answers, indices and, where they name them, sources, abilities and splits.
-        system_prompt: put before each question; None: no system message.
-        against: prepared files; questions that they share with this one are counted (train/test overlap).
-        limit: the first so many rows only.
-        skip_bad: leave out rows without a question or an answer, and say which; those that stay keep their indices.
-        view: which question of a row to take from a file of pairs.
-        rename: call the rows of published files `source.data_source` too.
+        Args:
+            inputs: parquet, jsonl or json files, in order. Files that have the published columns keep their prompts,
+                answers, indices and, if they name them, sources, abilities and splits.
+            system_prompt: put before each question; None: no system message.
+            against: prepared files; questions that they share with this one are counted (train/test overlap).
+    <<<<<<< HEAD
+            limit: how many rows to take, the first ones; None: all.
+    =======
+            limit: the first rows only, this many.
+    >>>>>>> house2
+            skip_bad: leave out rows without a question or an answer, and say which; those that stay keep their indices.
+            view: which question of a row to take from a file of pairs.
+            rename: call the rows of published files `source.data_source` too.
 
-    Raises:
-        InputError: naming file, row and column: a file cannot be read, a column is missing, a question is blank, an
-            answer is absent where the source promises one, two rows share source and index, or there are no rows.
+        Raises:
+            InputError: naming file, row and column: a file cannot be read, a column is missing, a question is blank, an
+                answer is absent although the source promises one, two rows share source and index, or there are no rows.
     """
     if target.suffix != ".parquet":
         raise InputError(f"{target}: the prepared file must end with .parquet")
@@ -144,7 +148,7 @@ def describe(file: Path, *, against: Sequence[Path] = (), tokenizer: Tokenizer |
 
 
 def _schema(inputs: Sequence[Path]) -> pa.Schema:
-    """The published schema; indices are text where an input has them so (DAPO-Math names its questions)."""
+    """The published schema; indices are text if an input has them so (DAPO-Math names its questions)."""
     if all(pa.types.is_integer(kind) for kind in map(_index_type, inputs) if kind is not None):
         return SCHEMA
     extra_info = pa.struct([("index", pa.string()), ("split", pa.string())])
@@ -152,7 +156,7 @@ def _schema(inputs: Sequence[Path]) -> pa.Schema:
 
 
 def _index_type(file: Path) -> pa.DataType | None:
-    """Of the rows' names in a prepared file; None where it has none: faults are told when it is read."""
+    """Of the rows' names in a prepared file; None if it has none: faults are reported when it is read."""
     if not _is_published(file):
         return None
     schema = pq.read_schema(file)
@@ -270,7 +274,7 @@ class _Rows:
 
 
 def _labels(file: Path) -> Iterator[tuple[str | None, str | None]]:
-    """(ability, split) of each row of a prepared file; None where the file does not say."""
+    """(ability, split) of each row of a prepared file; None if the file does not say."""
     with pq.ParquetFile(file) as parquet:
         names = [name for name in ("ability", "extra_info") if name in parquet.schema_arrow.names]
         if not names:  # a file of pairs says neither
@@ -283,9 +287,9 @@ def _labels(file: Path) -> Iterator[tuple[str | None, str | None]]:
 
 
 def read_answer(value: Any, answer_from: AnswerFrom) -> str | None:
-    """The ground truth in a cell of text or a finite number; None where there is none.
+    """The ground truth in a cell of text or a finite number; None if there is none.
 
-    A whole number that is stored or, where the column is the answer, written as a decimal is written as a whole one.
+    A whole number that is stored or, if the column is the answer, written as a decimal is written as a whole one.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         return None
@@ -300,7 +304,7 @@ def read_answer(value: Any, answer_from: AnswerFrom) -> str | None:
 
 
 def _short(value: Any) -> str:
-    return told if len(told := repr(value)) < 80 else f"{told[:77]}..."
+    return text if len(text := repr(value)) < 80 else f"{text[:77]}..."
 
 
 def _is_unicode(text: str) -> bool:

@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
 
     @property
     def added_tokens_decoder(self) -> Mapping[int, Any]:
-        """Id to added token, which has its text as `content`, and `special` where it is one for control."""
+        """Id to added token, which has its text as `content`, and `special` if it is one for control."""
 
     def __call__(
         self, text: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
@@ -67,7 +67,7 @@ def build_prompts(
     `thinking` is what a template of a model with a thinking mode calls `enable_thinking` (Qwen3's); None leaves it to
     the template. Others do not read it. `control_tokens` says what the text of a control token within a message is.
 
-    Raises InputError where the template refuses a conversation, as some do with system messages.
+    Raises InputError if the template refuses a conversation, as some do with system messages.
     """
     ids = control.control_ids(tokenizer.added_tokens_decoder) if control_tokens == "text" else {}
     messages = [list(conversation) for conversation in conversations]

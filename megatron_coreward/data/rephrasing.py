@@ -79,7 +79,7 @@ def numbers(text: str) -> set[Fraction]:
 
 
 def similarity(one: str, other: str) -> float:
-    """Jaccard index of the word trigrams outside of formulas; of the words themselves where there are fewer than 6."""
+    """Jaccard index of the word trigrams outside of formulas; of the words themselves if there are fewer than 6."""
     first, second = ([w.lower() for w in _WORD.findall(_FORMULA.sub(" ", text))] for text in (one, other))
     size = 3 if min(len(first), len(second)) >= 6 else 1
     a, b = ({tuple(words[i : i + size]) for i in range(len(words) - size + 1)} for words in (first, second))

@@ -22,7 +22,7 @@ from megatron_coreward.types import Problem
 class BatchOrder:
     """Which problems, by position, make up the batch of a step.
 
-    Raises InputError where there are fewer problems than a batch holds: invariant 3 could not be kept.
+    Raises InputError if there are fewer problems than a batch holds: invariant 3 could not be kept.
     """
 
     num_problems: int

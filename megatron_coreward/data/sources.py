@@ -1,4 +1,5 @@
-"""Published question sets that `prepare-data` knows, a row each: where they are, how question and answer are told."""
+"""Published question sets that `prepare-data` knows, a row each: where they are, and which columns hold
+question and answer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ def find_source(
     answer_from: AnswerFrom | None = None,
     data_source: str | None = None,
 ) -> DataSource:
-    """The source of a name, with other columns and another `data_source` where they are given; `custom` needs columns.
+    """The source of a name, with other columns and another `data_source` if they are given; `custom` needs columns.
 
     Raises:
         InputError: a name that is not known, or columns missing.

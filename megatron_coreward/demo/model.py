@@ -47,6 +47,7 @@ LLAMA3_ROPE = {
 }
 
 
+# Longer than 60 lines: twenty sizes and what they mean come first, the work is short.
 def write_model(
     directory: Path,
     tokenizer: PreTrainedTokenizerFast,

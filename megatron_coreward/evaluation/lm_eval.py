@@ -84,16 +84,21 @@ def run_lm_eval(
         "thinking": thinking,
         "allow_code": allow_code,
     }
+    answer = _run_job(request, out)
+    if "error" in answer:
+        raise InputError(answer["error"])
+    return dict(answer["benchmarks"])
+
+
+def _run_job(request: Mapping[str, Any], out: Path) -> Mapping[str, Any]:
+    """Runs the harness in a process of its own and returns what it has left."""
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).unlink(missing_ok=True)
     with replaced_whole(out / REQUEST) as temporary:
         temporary.write_text(json.dumps(request, indent=1) + "\n")
     command = [sys.executable, "-m", "megatron_coreward.evaluation.lm_eval_job", str(out / REQUEST)]
     status = subprocess.run(command, check=False).returncode
-    answer = _answer(out / RESULTS, status)
-    if "error" in answer:
-        raise InputError(answer["error"])
-    return dict(answer["benchmarks"])
+    return _answer(out / RESULTS, status)
 
 
 def _check(benchmarks: Sequence[str], data: Path, allow_code: bool) -> None:

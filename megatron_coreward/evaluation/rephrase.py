@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
-from megatron_coreward.data.parquet import Message, Row, read_rows
+from megatron_coreward.data.parquet import Message, Row, holds_pairs, read_rows
 from megatron_coreward.data.prompts import Tokenizer, build_prompts, with_system_prompt
 from megatron_coreward.data.rephrasing import check, parse_reply, rewriting_prompt
 from megatron_coreward.data.rewriting_prompts import PROMPTS, PromptName
@@ -129,6 +129,11 @@ def rephrase_file(
     """
     if target.suffix != ".parquet":
         raise InputError(f"{target}: the file of rewritings must end with .parquet")
+    if holds_pairs(source):
+        raise InputError(
+            f"{source}: found pairs of questions and rephrasings; allowed: a file of questions "
+            "(prepare-data with --view original takes them out of it)"
+        )
     rows, table = read_rows(source), pq.read_table(source)
     with hf_model_dir(model) as hf_path:
         tokenizer = AutoTokenizer.from_pretrained(hf_path)

@@ -124,6 +124,6 @@ def check_gpu(config: RunConfig, settings: Mapping[str, str | None]) -> None:
 
 
 def is_inside(path: PurePosixPath, folders: Iterable[str]) -> bool:
-    """Whether a path lies in one of the folders, `..` in it followed as names alone tell."""
+    """Whether a path lies in one of the folders, `..` in it followed by the names alone."""
     plain = PurePosixPath(posixpath.normpath(path))
     return any(plain.is_relative_to(posixpath.normpath(folder)) for folder in folders)

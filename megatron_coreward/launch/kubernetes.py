@@ -130,7 +130,7 @@ class Kubernetes:
 
     def interrupted(self, job: str) -> str:
         if not job:
-            return f"interrupted while {self.job.name} was submitted; the queue tells whether it was"
+            return f"interrupted while {self.job.name} was submitted; the queue shows whether it was"
         return (
             f"RayJob {job} goes on without us; kubectl delete rayjob {job} -n {self.cluster.namespace} ends it, and "
             "without a launcher nobody submits it again"

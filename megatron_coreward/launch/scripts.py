@@ -74,6 +74,7 @@ def driver_script(
     return "\n".join(lines) + "\n"
 
 
+# Longer than 60 lines: it is the text of one shell script, which is read from top to bottom.
 def node_script(
     directory: PurePosixPath,
     python: str,

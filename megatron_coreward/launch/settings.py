@@ -16,7 +16,7 @@ from megatron_coreward.config.paths import expand_path
 from megatron_coreward.config.yaml_file import read_yaml
 from megatron_coreward.errors import InputError
 
-# What the launcher and the executors tell their own scripts; set otherwise, a job finds no Ray, no recipe or no end.
+# What the launcher and the executors set for their own scripts; set otherwise, a job finds no Ray, no recipe or no end.
 OWN_VARIABLES = frozenset(
     {
         "COREWARD_RAY_HEAD",
@@ -41,7 +41,7 @@ def _environment_name(name: str) -> str:
 
 
 def time_limit(text: str) -> str:
-    """Raises ValueError where `text` is no time limit."""
+    """Raises ValueError if `text` is no time limit."""
     if not re.fullmatch(r"(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d", text):
         raise ValueError("expected [days-]hours:minutes:seconds, such as 04:00:00")
     if not seconds(text):

@@ -83,7 +83,7 @@ class SkyPilot:
 
     def interrupted(self, job: str) -> str:
         if not job:
-            return f"interrupted while {self.job.name} was submitted; the queue tells whether it was"
+            return f"interrupted while {self.job.name} was submitted; the queue shows whether it was"
         return f"job {job} goes on without us; `sky jobs logs {job}` shows it, `sky jobs cancel {job}` ends it"
 
     def _app(self, job: str) -> str:

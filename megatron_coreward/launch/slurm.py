@@ -30,7 +30,7 @@ from megatron_coreward.launch.supervise import Outcome, exit_outcome
 SUBMIT = ("sbatch", "--requeue", "--parsable")
 SCRIPT = "job.sbatch"
 _JOB = "job_id"  # of the last submission
-# What nemo-run is given for the job's directories where it quotes nothing.
+# What nemo-run is given for the job's directories, of which it quotes nothing.
 _HERE, _LOGS = PurePosixPath("/COREWARD_PARENT/COREWARD_JOB"), PurePosixPath("/COREWARD_LOGS")
 MAX_REQUEUES = 100  # of one job by itself
 _RETRY_STATES = ("TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REQUEUED", "DEADLINE")
@@ -114,7 +114,7 @@ class Slurm:
 
     def interrupted(self, job: str) -> str:
         if not job:
-            return f"interrupted while {self.job.name} was submitted; the queue tells whether it was"
+            return f"interrupted while {self.job.name} was submitted; the queue shows whether it was"
         return f"job {job} goes on without us; `scancel {job}` ends it, and the same launch command shows it again"
 
     def _files(self) -> dict[str, str]:
@@ -229,7 +229,7 @@ class Slurm:
         return [f"case $head_node_ip in 127.*) head_node_ip=$({ask}) ;; esac"]
 
     def _requeue_lines(self) -> list[str]:
-        """The batch script puts its own job back into the queue where that is what the attempt needs."""
+        """The batch script puts its own job back into the queue if that is what the attempt needs."""
         status = str(self._here / scripts.STATUS)
         return [
             f"rm -f {status}",
@@ -254,7 +254,7 @@ class Slurm:
         return job if listed.return_code == 0 and listed.stdout.strip() else None
 
     def _state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED, TIMEOUT ...; UNKNOWN where neither controller nor accounting remember it."""
+        """PENDING, RUNNING, COMPLETED, TIMEOUT ...; UNKNOWN if neither controller nor accounting remember it."""
         shown = self._tunnel.run(f"scontrol show job -o {job}", warn=True, hide=True)
         found = re.search(r"\bJobState=(\w+)", shown.stdout)
         if found:

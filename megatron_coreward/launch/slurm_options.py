@@ -29,7 +29,7 @@ _REASONS = {
     "output": "the job's output is read where the launcher puts it",
     "parsable": "the launcher sets it",
     "requeue": "the launcher sets it",
-    "signal": "training would not be told to save; stop_before_s says how long before the limit it is",
+    "signal": "training would not be asked to save; stop_before_s says how long before the limit it is",
     "test-only": "--dry-run shows what would be submitted",
     "wait": "the launcher waits itself, and shows the log meanwhile",
     "wrap": "the launcher has a script of its own",
@@ -50,7 +50,7 @@ def check_options(cluster: SlurmCluster, time: str | None) -> None:
     if seconds(limit) <= cluster.stop_before_s + SIGNAL_SLACK_S:
         problems.append(
             f"{'--time' if time else 'time'}: {limit} is no longer than stop_before_s, {cluster.stop_before_s} s, and "
-            f"the {SIGNAL_SLACK_S} s by which Slurm's signal may come early: the job would be told to stop when it "
+            f"the {SIGNAL_SLACK_S} s by which Slurm's signal may come early: the job would be asked to stop when it "
             "begins, and go back into the queue again and again"
         )
     if problems:

@@ -35,7 +35,7 @@ class Backend(Protocol):
         """Called when the launcher leaves early; returns what becomes of the job, in words.
 
         Args:
-            job: empty where the launcher was interrupted while it submitted.
+            job: empty if the launcher was interrupted while it submitted.
         """
 
 

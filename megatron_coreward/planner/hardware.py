@@ -1,4 +1,4 @@
-"""GPUs a plan can be made for, and what a plan assumes where nobody can know: efficiencies, lengths, overheads."""
+"""GPUs a plan can be made for, and what a plan assumes of what nobody can know: efficiencies, lengths, overheads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -60,6 +60,8 @@ class Assumptions:
     iteration_overhead_s: float = 0.003  # of an engine for one decoding step: scheduling, sampling, launches
     sequence_overhead_s: float = 1e-5  # of an engine for every sequence of a decoding step
     allreduce_latency_s: float = 1e-5  # of a small all-reduce between tensor-parallel engine workers
+    message_overhead_s: float = 5e-5  # of a rank or worker for one message of a weight sync (docs/weight_sync.md)
+    connection_mib: float = 10.0  # of GPU memory for a connection of the weight sync's group
     packing: float = 0.95  # tokens in a micro-batch over its budget
     expert_imbalance: float = 1.2  # tokens of the busiest expert-parallel rank over the mean
     runtime_gib: float = 2.0  # CUDA context, NCCL and kernel workspaces of a process

@@ -21,7 +21,6 @@ from megatron_coreward.planner.hardware import GIB, Assumptions, Gpu
 from megatron_coreward.planner.parameters import layer_shapes, stage_parameters
 from megatron_coreward.weights.buckets import ITEM_BYTES
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
-from megatron_coreward.weights.mapping import hf_tensors
 
 MOMENT_BYTES, MAIN_BYTES, TEACHER_BYTES, GRADIENT_BYTES = 8, 4, 8, 4  # an element
 # Of actor.token_stats: logits of a chunk at most, and elements of a slice of the output layer's gradient.
@@ -116,7 +115,7 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
                 static=static,
                 update=update,
                 checkpoint=checkpoint,
-                buckets=bucket_bytes(config, arch),
+                buckets=bucket_bytes(config, assumptions),
                 runtime=assumptions.runtime_bytes,
                 fragmentation=int(assumptions.fragmentation * total),
             )
@@ -127,7 +126,7 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
 def fp8_copies(arch: Architecture, a: ActorSettings, layout: ActorLayout, stage: int, models: int) -> int:
     """What Transformer Engine keeps of the layers' weights in FP8: each as it is and transposed, a byte each.
 
-    Weights that are kept in FP8 themselves have no copies. A frozen model computes in BF16 where scales have a memory.
+    Weights that are kept in FP8 themselves have no copies. A frozen model computes in BF16 if scales have a memory.
     """
     if a.fp8 is None:
         return 0
@@ -207,16 +206,15 @@ def scoring_bytes(arch: Architecture, a: ActorSettings, stage: int, item: int, c
     return 6 * chunk + item * WEIGHT_SLICE + 4 * item * tokens * arch.hidden_size
 
 
-def bucket_bytes(config: RunConfig, arch: Architecture) -> int:
-    """Two buckets of the weight sync, each as large as the setting or the model's largest tensor."""
-    largest = ITEM_BYTES[config.model.dtype] * _largest_tensor(arch)
-    return 2 * max(int(config.sync.bucket_mib * 2**20), largest)
+def bucket_bytes(config: RunConfig, assumptions: Assumptions) -> int:
+    """Of the weight sync: two buckets, whatever the model's largest tensor, and connections to those who take part."""
+    return int(2 * config.sync.bucket_mib * 2**20 + sync_peers(config) * assumptions.connection_mib * 2**20)
 
 
-@cache
-def _largest_tensor(arch: Architecture) -> int:
-    """Its elements."""
-    return max(prod(shape) for shape in hf_tensors(replace(arch, num_layers=1)).values())
+def sync_peers(config: RunConfig) -> int:
+    """Ranks that an engine's worker receives from, about: one of each group that holds a part of the model."""
+    a, r = config.actor, config.rollout
+    return a.pipeline_parallel * a.expert_parallel * max(1, a.tensor_parallel // r.tensor_parallel)
 
 
 def engine_memory(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: Assumptions) -> EngineMemory:
@@ -229,7 +227,7 @@ def engine_memory(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: 
     claimed = int(r.gpu_memory_utilization * gpu.memory_bytes)
     weights = item * worker_elements(arch, r.tensor_parallel)
     logits = 8 * r.max_num_seqs * arch.vocab_size  # in fp32, and a copy
-    overhead = int(assumptions.engine_gib * GIB) + logits + bucket_bytes(config, arch)
+    overhead = int(assumptions.engine_gib * GIB) + logits + bucket_bytes(config, assumptions)
     return EngineMemory(
         claimed=claimed,
         weights=weights,
@@ -247,7 +245,7 @@ def cache_bytes_per_token(arch: Architecture, tensor_parallel: int, item: int) -
 
 @cache
 def worker_elements(arch: Architecture, tensor_parallel: int) -> int:
-    """Parameters on the first worker of an engine. All layers are alike: two small models tell."""
+    """Parameters on the first worker of an engine. All layers are alike: two small models show it."""
     layout = EngineLayout(tensor_parallel=tensor_parallel)
     layout.check(arch)
 

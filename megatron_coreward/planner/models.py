@@ -1,4 +1,4 @@
-"""The architectures of public models, so that a plan can be made where their files are not at hand.
+"""The architectures of public models, so that a plan can be made if their files are not at hand.
 
 Each row has the values of the model's `config.json` on the Hugging Face hub (Qwen/..., meta-llama/...). They were
 checked against the parameter counts of the model cards (tests/planner/test_models.py), and for four Qwen models against
@@ -79,7 +79,7 @@ def published_architecture(name: str) -> Architecture:
 
 
 def architecture_of(model: ModelSettings) -> Architecture:
-    """From the model's own files where they are, else from the table, by the last part of `model.hf_path`.
+    """From the model's own files if they are there, else from the table, by the last part of `model.hf_path`.
 
     Raises:
         InputError: neither has it.

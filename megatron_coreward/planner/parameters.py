@@ -103,7 +103,7 @@ def stage_parameters(arch: Architecture, layout: ActorLayout, stage: int) -> Sta
     dense_dp = layout.data_parallel * layout.context_parallel
     vocabulary = arch.padded_vocab_size(layout.tensor_parallel) // layout.tensor_parallel * arch.hidden_size
     layer = layer_shapes(arch, layout.tensor_parallel, layout.expert_tp_size, layout.expert_parallel)
-    # Experts have a buffer of their own where their replicas are others than those of the rest.
+    # Experts have a buffer of their own if their replicas are others than those of the rest.
     apart = layout.expert_parallel > 1 or layout.expert_tp_size != layout.tensor_parallel
     shared = arch.tied and layout.pipeline_parallel > 1
     dense, expert = [], []

@@ -180,7 +180,7 @@ def fixed_problems(config: RunConfig, arch: Architecture, machine: Machine) -> l
 
 
 def check_layout(config: RunConfig, arch: Architecture) -> None:
-    """Raises InputError where the model cannot take the layout at all, one problem a line."""
+    """Raises InputError if the model cannot take the layout at all, one problem a line."""
     problems = [*setting_problems(config), *model_problems(config, arch)]
     if problems:
         raise InputError("\n".join(problems))
@@ -216,7 +216,7 @@ def make_plan(
         engine=engine,
         actor=actor_times(config, arch, gpu, assumptions),
         rollout=rollout_time(config, arch, gpu, engine, assumptions),
-        sync=sync_time(busiest_bytes, work(config, assumptions).publications, gpu, assumptions),
+        sync=sync_time(busiest_bytes, config, arch, gpu, assumptions),
         problems=(
             *gpu_problems(config, gpu.capability),
             *actor_problems(stages, engine, machine),

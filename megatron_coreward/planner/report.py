@@ -29,7 +29,7 @@ def _head(plan: Plan, model: str) -> Iterator[str]:
 
 
 def shown(stages: Sequence[StageMemory]) -> list[StageMemory]:
-    """The stages that differ: first, last, and the fullest between them, where there are many."""
+    """The stages that differ: first, last, and the fullest between them, if there are many."""
     if len(stages) <= MOST_STAGES:
         return list(stages)
     between = max(stages[1:-1], key=lambda stage: stage.peak)

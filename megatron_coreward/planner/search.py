@@ -1,7 +1,7 @@
 """Layouts that fit: enumerated, planned, ranked by predicted seconds a step; and the nearest to one that does not.
 
 Actor and engines hardly depend on each other: for each way to divide the GPUs between them, the best actor and the best
-engines are found apart. What is enumerated (`Space`) are sizes that divide; powers of two where nothing else says more.
+engines are found apart. What is enumerated (`Space`) are sizes that divide; powers of two if nothing else says more.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,7 +53,7 @@ def _powers(limit: int) -> list[int]:
 
 
 def actor_layouts(config: RunConfig, arch: Architecture, ranks: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
-    """Changes of `actor` keys that lay the model over so many ranks or a few less; not all of them are allowed."""
+    """Changes of `actor` keys that lay the model over this many ranks or a few less; not all of them are allowed."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     least = 2 ** (longest - 1).bit_length()
     head = head_layers(arch, config, Assumptions())
@@ -108,7 +108,7 @@ def data_parallel_sizes(most: int) -> list[int]:
 
 
 def engine_layouts(workers: int, gpus_per_node: int, utilization: float) -> Iterator[dict[str, Any]]:
-    """Changes of `rollout` keys that lay engines over so many GPUs or a few less."""
+    """Changes of `rollout` keys that lay engines over this many GPUs or a few less."""
     for tp in _powers(gpus_per_node):
         if workers >= tp:
             for sequences in (256, 512, 1024):

@@ -14,13 +14,13 @@ from functools import cache
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import TEACHER_METHODS, TWO_VIEW_METHODS, RunConfig
 from megatron_coreward.planner.hardware import Assumptions, Gpu
-from megatron_coreward.planner.memory import EngineMemory, microbatch_tokens
+from megatron_coreward.planner.memory import EngineMemory, microbatch_tokens, sync_peers
 from megatron_coreward.planner.parameters import stage_parameters
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.weights.buckets import ITEM_BYTES
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.mapping import hf_tensors
-from megatron_coreward.weights.plan import Params, TransferPlan, plan_transfers
+from megatron_coreward.weights.plan import ModelTensors, TransferPlan, plan_transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Work:
     response: float
     longest: int  # tokens of the longest response
     passes: int  # forward passes of the actor beside the update: reference, statistics, old log-probs
-    publications: int  # of weights to the engines
+    syncs: int  # of weights to the engines
 
     @property
     def tokens(self) -> float:
@@ -72,7 +72,7 @@ def work(config: RunConfig, assumptions: Assumptions) -> Work:
         response=assumptions.mean_response * config.rollout.max_response_tokens,
         longest=config.rollout.max_response_tokens,
         passes=bool(config.loss.kl_coef) + statistics,
-        publications=2 if teacher else 1,
+        syncs=2 if teacher else 1,
     )
 
 
@@ -139,28 +139,16 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
     scored = per_pack * todo.response / (todo.prompt + todo.response)  # tokens that meet the output layer
     head = scored * head_flops(arch) / tp / product_rate(scored, gpu, assumptions)
 
-    def link(ranks: int) -> float:
-        """Bytes a second between neighbours of a group whose members lie so far apart."""
-        within = ranks <= assumptions.gpus_per_node
-        return assumptions.link_efficiency * (gpu.nvlink_bytes_s if within else gpu.network_bytes_s)
-
     hidden = per_pack * arch.hidden_size * item * max(layers)
     reduced = 1 if arch.experts else 2  # all-reduces of a layer, each of twice its share of the volume
-    tensor = reduced * 2 * (tp - 1) / tp * hidden / link(tp)
-    expert = 0.0
-    if arch.experts is not None:
-        copies = 2 * arch.experts.top_k * hidden / tp  # to the experts and back, from every rank
-        others = (a.expert_parallel - 1) / a.expert_parallel
-        spread = a.expert_parallel * layout.expert_tp_size
-        away = max(0.0, 1 - assumptions.gpus_per_node / spread)  # on other nodes
-        expert = copies * max(away / link(MANY), (others - away) / link(1))
-        expert += copies * (layout.expert_tp_size - 1) / link(layout.expert_tp_size)  # gathered
+    tensor = reduced * 2 * (tp - 1) / tp * hidden / link_bytes_s(tp, gpu, assumptions)
+    expert = expert_seconds(arch, layout, hidden, gpu, assumptions)
 
     held = max((stage_parameters(arch, layout, stage) for stage in (0, stages - 1)), key=lambda s: s.numel)
 
-    def phase(name: str, passes: float, of_head: float, travels: float, turns: int, **more: float) -> Phase:
-        """Passes of the rank's micro-batches through the slowest stage's layers, and through the output layer, in
-        pipeline `turns`."""
+    def phase(name: str, passes: float, of_head: float, travels: float, fills: int, **more: float) -> Phase:
+        """Passes of the rank's micro-batches through the slowest stage's layers, and through the output layer,
+        filling and emptying the pipeline `fills` times."""
         of_stages = [passes * n * layer for n in layers]
         of_stages[-1] += of_head * head
         seconds = {
@@ -171,7 +159,7 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
         }
         if name == "update":  # each micro-batch adds its gradients to the fp32 ones
             seconds["gradients (HBM)"] = packs * GRADIENT_TRAFFIC * held.numel / gpu.hbm_bytes_s
-        idle = turns * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
+        idle = fills * (stages - 1) / a.virtual_pipeline / packs  # share of the busy time
         return Phase(name, {**seconds, "pipeline bubble": idle * sum(seconds.values()), **more})
 
     updates = config.loss.updates_per_batch
@@ -187,15 +175,34 @@ def actor_times(config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: As
             3 if recompute else 2,
             updates,
             **{
-                "data-parallel link": updates * ring / link(tp * a.data_parallel),
+                "data-parallel link": updates * ring / link_bytes_s(tp * a.data_parallel, gpu, assumptions),
                 "optimizer (HBM)": updates * step / gpu.hbm_bytes_s,
             },
         ),
     )
 
 
+def link_bytes_s(ranks: int, gpu: Gpu, assumptions: Assumptions) -> float:
+    """Bytes a second between neighbours of a group whose members lie `ranks` apart."""
+    within = ranks <= assumptions.gpus_per_node
+    return assumptions.link_efficiency * (gpu.nvlink_bytes_s if within else gpu.network_bytes_s)
+
+
+def expert_seconds(arch: Architecture, layout: ActorLayout, hidden: float, gpu: Gpu, assumptions: Assumptions) -> float:
+    """To bring `hidden` bytes of activations to their experts and back; nothing for a dense model."""
+    if arch.experts is None:
+        return 0.0
+    ranks, expert_tp = layout.expert_parallel, layout.expert_tp_size
+    copies = 2 * arch.experts.top_k * hidden / layout.tensor_parallel  # from every rank
+    others = (ranks - 1) / ranks
+    away = max(0.0, 1 - assumptions.gpus_per_node / (ranks * expert_tp))  # on other nodes
+    far, near = link_bytes_s(MANY, gpu, assumptions), link_bytes_s(1, gpu, assumptions)
+    gathered = (expert_tp - 1) / link_bytes_s(expert_tp, gpu, assumptions)
+    return copies * (max(away / far, (others - away) / near) + gathered)
+
+
 def product_rate(tokens: float, gpu: Gpu, assumptions: Assumptions) -> float:
-    """Operations a second of a product over so many tokens: few do not fill a GPU."""
+    """Operations a second of a product over this many tokens: few do not fill a GPU."""
     filled = tokens / (tokens + assumptions.half_rate_tokens)
     return assumptions.matmul_efficiency * filled * gpu.bf16_flops
 
@@ -203,7 +210,7 @@ def product_rate(tokens: float, gpu: Gpu, assumptions: Assumptions) -> float:
 def layer_seconds(
     arch: Architecture, layout: ActorLayout, tokens: float, context: float, gpu: Gpu, assumptions: Assumptions
 ) -> float:
-    """Of one layer on a rank, forwards, for a micro-batch of so many tokens: products alone."""
+    """Of one layer on a rank, forwards, for a micro-batch of this many tokens: products alone."""
     tp = layout.tensor_parallel
     dense = tokens * layer_flops(arch, context) / tp
     if arch.experts is None:
@@ -277,7 +284,7 @@ def rollout_time(
 
 
 def _weights_read(arch: Architecture, alive: float) -> float:
-    """Weights that one decoding step of so many sequences reads: of experts, those that some token goes to."""
+    """Weights that one decoding step of this many sequences reads: of experts, those that some token goes to."""
     dense = num_parameters(arch) - (0 if arch.tied else arch.vocab_size * arch.hidden_size)
     if arch.experts is None:
         return dense
@@ -291,12 +298,19 @@ def _weights_read(arch: Architecture, alive: float) -> float:
 
 
 def transfers(config: RunConfig, arch: Architecture) -> TransferPlan:
-    """The plan of one publication."""
+    """The plan of one weight sync."""
     target = EngineLayout(num_engines=config.rollout.num_engines, tensor_parallel=config.rollout.tensor_parallel)
-    return plan_transfers(ActorLayout.of(config.actor), target, Params(arch, config.model.dtype))
+    return plan_transfers(ActorLayout.of(config.actor), target, ModelTensors(arch, config.model.dtype))
 
 
-def sync_time(busiest_bytes: float, publications: int, gpu: Gpu, assumptions: Assumptions) -> Phase:
-    """Bytes of the busiest sender or receiver over its share of the network."""
+def sync_time(busiest_bytes: float, config: RunConfig, arch: Architecture, gpu: Gpu, assumptions: Assumptions) -> Phase:
+    """Bytes of the busiest sender or receiver over its share of the network, and what its messages cost: one from each
+    peer in every bucket."""
+    syncs = work(config, assumptions).syncs
     rate = assumptions.link_efficiency * gpu.network_bytes_s
-    return Phase("sync", {"network": publications * busiest_bytes / rate})
+    model_bytes = ITEM_BYTES[config.model.dtype] * num_parameters(arch)
+    messages = math.ceil(model_bytes / (config.sync.bucket_mib * 2**20)) * sync_peers(config)
+    return Phase(
+        "sync",
+        {"network": syncs * busiest_bytes / rate, "messages": syncs * messages * assumptions.message_overhead_s},
+    )

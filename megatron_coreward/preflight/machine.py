@@ -20,9 +20,8 @@ from megatron_coreward.preflight.memory import gpu_problems, host_problems, para
 from megatron_coreward.preflight.packages import installed
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout import sockets
-from megatron_coreward.weights.buckets import SegmentLayout
-from megatron_coreward.weights.route import tensors_to_send
-from megatron_coreward.weights.segment import remove_orphans
+from megatron_coreward.weights.mailbox import NUM_SLOTS, remove_orphans
+from megatron_coreward.weights.spec import tensors_to_send
 
 SHARED_MEMORY = Path("/dev/shm")
 # What a run writes into its directory: a link there would lead its writes, and the removal of checkpoints, elsewhere.
@@ -156,14 +155,12 @@ def _shared_memory(config: RunConfig, arch: Architecture) -> Iterator[str]:
         return
     remove_orphans()  # of runs that were killed, or else they would count
     free = free_bytes(SHARED_MEMORY)
-    metas = tuple(tensors_to_send(arch, config.model.dtype))
-    segment = SegmentLayout("preflight", metas, max(1, int(config.sync.bucket_mib * 2**20)))
-    roles = 2 if METHODS[config.method].needs.teacher else 1
-    if free is not None and roles * segment.nbytes > free:
+    model = sum(meta.nbytes for meta in tensors_to_send(arch, config.model.dtype))
+    needed = NUM_SLOTS * min(model, int(config.sync.bucket_mib * 2**20))
+    if free is not None and needed > free:
         yield (
-            f"sync.bucket_mib: {config.sync.bucket_mib:g} takes {_gib(roles * segment.nbytes)} in {SHARED_MEMORY} (two "
-            f"buckets for each of {roles} sets of weights), {_gib(free)} are free; choose a smaller one, or more room "
-            "(docker: --shm-size)"
+            f"sync.bucket_mib: {config.sync.bucket_mib:g} takes {_gib(needed)} in {SHARED_MEMORY} (two buckets), "
+            f"{_gib(free)} are free; choose a smaller one, or more room (docker: --shm-size)"
         )
 
 

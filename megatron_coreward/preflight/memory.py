@@ -41,7 +41,8 @@ def host_memory(config: RunConfig, arch: Architecture) -> dict[str, int]:
     item = ITEM_BYTES[config.model.dtype]
     once = dense + expert
     # Replicas of a shard hold all of it; context-parallel ranks are replicas too.
-    copies = a.data_parallel * a.context_parallel * dense + ActorLayout.of(a).expert_dp_size * expert
+    replicas, expert_tp = a.data_parallel * a.context_parallel, a.expert_tensor_parallel or a.tensor_parallel
+    copies = replicas * dense + max(1, a.tensor_parallel * replicas // (a.expert_parallel * expert_tp)) * expert
     # Main parameters of an fp32 model are the model's own; two moments; value and compensation of the teacher.
     parts = {
         "weights and gradients": copies * (item + 4),
@@ -62,10 +63,14 @@ def _micro_batches(config: RunConfig, arch: Architecture) -> int:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     batch = config.data.batch_size * views * config.rollout.n * longest // a.data_parallel
     a = a.model_copy(update={"tokens_per_microbatch": min(a.tokens_per_microbatch, max(longest, batch))})
-    return ActorLayout.of(a).stage_size * sum(
-        activation_bytes(arch, a, stage, item, Assumptions()) + scoring_bytes(arch, a, stage, item, CPU_CHUNK_LOGITS)
-        for stage in range(a.pipeline_parallel)
-    )
+    try:
+        return ActorLayout.of(a).stage_size * sum(
+            activation_bytes(arch, a, stage, item, Assumptions())
+            + scoring_bytes(arch, a, stage, item, CPU_CHUNK_LOGITS)
+            for stage in range(a.pipeline_parallel)
+        )
+    except InputError:  # a layout that cannot hold the model, told by the checks of layouts
+        return 0
 
 
 def host_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[str]:
@@ -74,11 +79,15 @@ def host_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[
     def needed(changed: RunConfig) -> int:
         return sum(host_memory(changed, arch).values())
 
-    if needed(config) > free:
+    try:
         parts = host_memory(config, arch)
+    except InputError:  # a layout that cannot hold the model, which other checks report
+        return
+    total = sum(parts.values())
+    if total > free:
         largest = max(parts, key=lambda name: parts[name])
         yield (
-            f"memory: the run needs {_gib(needed(config))} at least ({largest}: {_gib(parts[largest])}), {_gib(free)} "
+            f"memory: the run needs {_gib(total)} at least ({largest}: {_gib(parts[largest])}), {_gib(free)} "
             f"are available; {_remedy(config, lambda changed: needed(changed) <= free)}"
         )
 
@@ -92,7 +101,7 @@ def gpu_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[s
         try:
             stages = actor_memory(changed, arch, machine.assumptions)
             engine = engine_memory(changed, arch, gpu, machine.assumptions)
-        except InputError:  # a layout that cannot hold the model, which other checks tell
+        except InputError:  # a layout that cannot hold the model, which other checks report
             return []
         found = actor_problems(stages, engine, machine)
         return [*found, *engine_problems(changed, stages, engine, machine)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.data.dataset import ProblemSet, load_problems
+from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.parquet import Message
 from megatron_coreward.data.sampler import BatchOrder
 from megatron_coreward.errors import InputError
@@ -36,14 +36,33 @@ def problems(config: RunConfig) -> Iterator[str]:
             BatchOrder(len(train), data.batch_size, config.seed, data.shuffle)
         except InputError as error:
             yield str(error)
+    held_out = []
     for file in data.val_files:
-        held_out, found = _load(config, "data.val_files", [file], (), tokenizer)
+        questions, found = _load(config, "data.val_files", [file], (), tokenizer)
         yield from found
-        if held_out is not None:
+        if questions is not None:
+            held_out.append((file, questions))
             try:
-                held_out.with_ground_truth(data.missing_gold, held_out.missing_in_validation(file))
+                questions.with_ground_truth(data.missing_gold, questions.missing_in_validation(file))
             except InputError as error:
                 yield str(error)
+    if len(held_out) == len(data.val_files):
+        yield from _best_metric(config, list(data_sets(held_out)))
+
+
+def _best_metric(config: RunConfig, names: list[str]) -> Iterator[str]:
+    """Whether the data set of `checkpoint.best_metric` is one of those that are validated on."""
+    best = config.checkpoint.best_metric
+    if best is None or not best.startswith("val/") or best.count("/") < 2:
+        return
+    name, _, score = best.removeprefix("val/").rpartition("/")
+    if len(names) < 2:
+        yield f"checkpoint.best_metric: found {best!r}, but one validation set has no name; allowed: val/{score}"
+    elif name not in names:
+        yield (
+            f"checkpoint.best_metric: found {best!r}, and no validation set is called {name}; allowed: "
+            f"{', '.join(names)}"
+        )
 
 
 def _load(

@@ -14,7 +14,7 @@ _ADDRESS = re.compile(r"(?:ray://)?(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-
 
 
 def problems(limit_s: float = CONNECT_S) -> Iterator[str]:
-    """What is wrong with `RAY_ADDRESS`; nothing where it is not set."""
+    """What is wrong with `RAY_ADDRESS`; nothing if it is not set."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address or address == "auto":
         return

@@ -29,6 +29,8 @@ FIXED = (
     "data.batch_size",
     "data.max_prompt_tokens",
     "data.over_length",
+    "data.missing_gold",
+    "data.unpaired",
     "data.system_prompt",
     "data.thinking",
     "data.control_tokens",

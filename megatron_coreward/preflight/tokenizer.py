@@ -73,7 +73,7 @@ class FileTokenizer:
     ) -> list[str]:
         """See `data.prompts.Tokenizer`."""
         if tokenize or self._template is None:
-            raise ValueError("this tokenizer renders text, and only where there is a template")
+            raise ValueError("this tokenizer renders text, and only if there is a template")
         return [
             self._template.render(
                 messages=messages,

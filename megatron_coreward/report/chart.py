@@ -20,6 +20,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 26
 MAX_POINTS = 500  # a line; longer ones are drawn as means of neighbours
 _SMOOTH_FROM = 40  # points; longer lines are drawn thin, with their moving mean over them
 _DOTS_UP_TO = 25
+_LEAST = 1e-300  # a range: below 1e-308 floating-point numbers lose digits, and quotients become 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def line_chart(
     values = [value for line in drawn for _, value in line.points if value is not None]
     if not values:
         raise ValueError(f"chart {title!r}: nothing to draw")
-    if scale == "log" and min(values) <= 0:
+    if scale == "log" and min(values) < _LEAST:
         scale = "linear"
     first, last = steps or _step_range(drawn)
     axis = _Axis.of(values, scale)
@@ -182,7 +183,8 @@ class _Axis:
         if low == high == 0.0:
             high = 1.0
         if high - low <= 1e-9 * max(abs(high), abs(low), 1e-9):
-            high, low = high + 0.05 * (abs(high) or 1.0), low - 0.05 * (abs(low) or 1.0)
+            slack = 0.05 * max(abs(high), abs(low), _LEAST)
+            high, low = high + slack, low - slack
         step = _nice((high - low) / 4)
         bottom, top = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         return cls(bottom * step, top * step, tuple(n * step for n in range(bottom, top + 1)), scale)

@@ -68,14 +68,15 @@ def _ends(runs: Sequence[tuple[str, RunRecord]], accuracy: Sequence[str]) -> str
     rows = []
     for place, (name, record) in enumerate(runs):
         ends = [_first_to_last(record, key) for key in accuracy]
-        average = next((key for key in accuracy if "avg@" in key and key in record.known_keys()), None)
+        known = [key for key in accuracy if key in record.known_keys()]
+        best_of = next((key for key in known if "avg@" in key), known[0] if known else None)  # pass@1 of greedy runs
         rows.append(
             [
                 f'<span style="color:{COLORS[place % len(COLORS)]}">■</span> {text(name)}',
                 text(record.config.get("method", "")),
                 str(int(record.rows[-1][keys.STEP] or 0)),
                 *ends,
-                _best(record, average) if average else "",
+                _best(record, best_of) if best_of else "",
                 _last(record, "vote/share", "{:.1%}"),
                 _last(record, "label/accuracy", "{:.1%}"),
                 _last(record, "loss/kl", "{:.3g}"),

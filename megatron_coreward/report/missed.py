@@ -13,9 +13,9 @@ from megatron_coreward.telemetry.trackers import Tracker, bring_missed, read_mis
 
 
 def bring_to_trackers(run_dir: Path) -> list[str]:
-    """What was brought or could not be, a line each; nothing where no tracker lacks anything.
+    """What was brought or could not be, a line each; nothing if no tracker lacks anything.
 
-    Raises InputError where `run_dir` is no run directory.
+    Raises InputError if `run_dir` is no run directory.
     """
     missed = read_missed(run_dir)
     if not missed:

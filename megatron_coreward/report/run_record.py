@@ -49,7 +49,7 @@ class RunRecord:
         return {key for row in self.rows for key, value in row.items() if value is not None}
 
     def settings(self, component: str, model: type[Settings]) -> Settings:
-        """A component of the configuration, defaults where the run's version did not have it.
+        """A component of the configuration, defaults if the run's version did not have it.
 
         Raises InputError for a component that this version does not understand.
         """

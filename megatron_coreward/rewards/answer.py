@@ -15,7 +15,7 @@ from megatron_coreward.config.schema import AnswerFormat
 # no brace), or a brace.
 _TOKEN = re.compile(r"\\{1,4}(?P<box>boxed|fbox)(?![A-Za-z])(?:\s*(?P<open>\{))?|\\.|[{}]", re.DOTALL)
 _UNBRACED = re.compile(r"\\boxed(?:[ \t]+|(?=\d))([^$\n{}]+)")
-_EMPTY = re.compile(r"(?:\s|\\(?:boxed|fbox)\s*+\{\s*+\})*+")
+_EMPTY = re.compile(r"(?:\s|\\[,;:! ]|\.{2,}+|…|\\[lcd]?dots\b|_|\\(?:boxed|fbox)\s*+\{\s*+\})*+")
 
 # "The final answer is", "Answer:", "**Answer** =", "The answer for x is", "答案是", each up to where the answer starts.
 _ANNOUNCED = re.compile(
@@ -37,7 +37,10 @@ _LEADING = re.compile(
 )
 _VALUE = re.compile(r"\d|\\[A-Za-z]|\$|^\W*[A-Z]\W*$")
 _TIME = re.compile(r"\d{1,2}(?::\d{2}){0,2}\s*[ap]\.?\s?m\b\.?", re.IGNORECASE | re.ASCII)
-_SENTENCE_END = re.compile(r"\.(?=\s|$|[\"”])|。|,? (?:because|since|as|so that) |, (?:which|where|so|and so|as|that) ")
+_SENTENCE_END = re.compile(
+    r"\.(?=\s|$|[\"”])|。|,? (?:because|since|as|so that) |, (?:which|where|so|and so|as|that) |"
+    r", and (?:the|this|that|it|we|he|she|they)\b| \((?:or|see|which|i\.e\.|that is|since|because|rounded|by)\b"
+)
 _LONE_VALUE = re.compile(r"[$*]*+[+\-−]?(?:\d[\d,]*+(?:\.\d++)?|\.\d++)(?:/\d++)?%?[$*.]*+|\${1,2}[^$]++\${1,2}\.?+")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`"), ('"', '"'), ("“", "”"))
 

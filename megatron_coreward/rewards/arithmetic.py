@@ -97,8 +97,7 @@ class Full:
 
     def proportional(self, a: Node, b: Node) -> int | None:
         """By the ratio at one point, which must be the ratio everywhere."""
-        names = sorted(a.symbols() | b.symbols())
-        if not names:  # without variables an equation is true or false: only the same one is the same
+        if not a.variables() | b.variables():  # true or false, or of one unknown value: only the same is the same
             return 1 if self.same(a, b) else None
         for index in (1, 2):
             ratio = quotient(_at(a, index), _at(b, index))

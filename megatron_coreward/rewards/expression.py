@@ -67,7 +67,7 @@ _INVERSE = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "asin": "asin"
 # Functions that are computed, with the numbers of arguments that they take.
 FUNCTIONS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(
-        (*_TRIGONOMETRIC, "asin", "acos", "atan", "exp", "ln", "abs", "floor", "ceil", "factorial"), (1, 1)
+        (*_TRIGONOMETRIC, "asin", "acos", "atan", "exp", "cis", "ln", "abs", "floor", "ceil", "factorial"), (1, 1)
     ),
     **dict.fromkeys(("log", "root", "binom", "mod"), (2, 2)),
     **dict.fromkeys(("gcd", "lcm", "max", "min"), (1, 99)),
@@ -78,6 +78,7 @@ _NAMED = {
     **_INVERSE,
     **{name: name for name in ("exp", "ln", "log", "gcd", "lcm", "max", "min")},
     "lg": "log",
+    "cis": "cis",
 }
 _CONSTANTS = {"pi": "pi", "infty": "infinity", "imath": "i"}
 _PREFIXES = frozenset(
@@ -91,11 +92,11 @@ _GREEK = {
     *("alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa"),
     *("lambda", "mu", "nu", "xi", "rho", "varrho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega"),
     *("Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega", "ell", "hbar"),
-    *("aleph", "Re", "Im", "ldots", "circ"),
+    *("aleph", "Re", "Im", "ldots"),
 }
 _OPERATORS = {  # binary operations without arithmetic meaning here: never the same as any other
     *("wedge", "vee", "oplus", "otimes", "cap", "cup", "setminus", "to", "rightarrow", "perp", "parallel", "implies"),
-    *("land", "lor", "iff", "Rightarrow", "leftrightarrow", "mapsto", "bullet", "ast", "cong"),
+    *("land", "lor", "iff", "Rightarrow", "leftrightarrow", "mapsto", "bullet", "ast", "cong", "circ"),
 }
 
 # `1.5e-3`, `1e-10` and `1e5` are numbers, `2e-1` and `2e+2` are sums with Euler's number.
@@ -431,7 +432,8 @@ class _Reader:
             norm = self.sum(depth + 1)
             self._norms -= 1
             self.expect(r"\|")
-            return Node("free", "norm", args=(norm,))
+            # Nested bars look the same, and the norm of a number is its absolute value.
+            return Node("free", "norm", args=(norm,)) if norm.symbols() else Node("call", "abs", args=(norm,))
         if name == "langle":
             args = [self.sum(depth + 1)]
             while self.peek() == ",":
@@ -493,6 +495,8 @@ class _Reader:
         fewest, most = FUNCTIONS[name]
         if not fewest <= len(args) <= most:
             raise Unreadable(f"{len(args)} arguments of {name}")
+        if name == "cis":  # cos + i sin
+            name, args = "exp", [Node("multiply", args=(Node("constant", "i"), args[0]))]
         node = Node("call", name, args=tuple(args))
         return node if exponent is None or inverse else Node("power", args=(node, exponent))
 

@@ -15,7 +15,7 @@ _NAME_ENDS = r"(?![A-Za-z])"
 _FONT_MACROS = "text|textbf|textit|textrm|textnormal|textsf|texttt|textup|emph|mbox|hbox|operatorname|rm|bf|it|" + (
     "mathrm|mathbf|mathit|mathsf|mathtt|mathnormal|boldsymbol|bm|pmb"
 )
-_FUNCTION_NAMES = "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|ln|log|lg|exp|gcd|lcm|max|min|Pr|det"
+_FUNCTION_NAMES = "sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|arcsin|arccos|arctan|ln|log|lg|exp|gcd|lcm|max|min|Pr|det|cis"
 
 
 class Rule(NamedTuple):
@@ -56,10 +56,16 @@ RULES = (
     ),
     Rule(r"\\(?:color|hspace|vspace|label|tag)\*?\s*\{[^{}]*\}", " ", "says how it looks"),
     Rule(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*", "", "says how it looks"),
+    Rule(r"\\f?boxed\s*(?=\{)|\\fbox\s*(?=\{)", "", "a box in the box"),
     Rule(r"\\(?:text)?(?:dollar|euro|sterling|yen)" + _NAME_ENDS, "$", "a currency sign"),
     Rule(r"\\text\s*\{\s*([,.:%])\s*\}", r"{\1}", "punctuation in a text macro"),
     Rule(r"\\text\s*\{\s*\\([%$])\s*\}", r"\\\1", "a sign in a text macro"),
-    Rule(r"\\?[$€£¥₹₩₽]|(?<!\\)\\[()\[\]]", "", "the question fixes the currency; math delimiters"),
+    Rule(r"(?:US)?\\\$\s*(?=[-+]?[\d.\\(])", r" USD ", "a sign as a word"),
+    Rule(r"€\s*(?=[-+]?[\d.\\(])", r" EUR ", "a sign as a word"),
+    Rule(r"£\s*(?=[-+]?[\d.\\(])", r" GBP ", "a sign as a word"),
+    Rule(r"¥\s*(?=[-+]?[\d.\\(])", r" JPY ", "a sign as a word"),
+    Rule(r"₹\s*(?=[-+]?[\d.\\(])", r" INR ", "a sign as a word"),
+    Rule(r"\\?[$€£¥₹₩₽]|(?<!\\)\\[()\[\]]", "", "a currency sign behind the value; math delimiters"),
     Rule(
         r"\s*\{\s*,\s*\}\s*(?=\d)|(?<=\d)(?:,?\s*\\!\s*|\\[,;: ]|~)(?=\d{3}(?!\d))",
         "",
@@ -122,6 +128,7 @@ RULES = (
         True,
     ),
     Rule(rf"\\(?:{_FONT_MACROS})" + _NAME_ENDS + r"\s*\{\s*", r"\\text{", "words are words in every font"),
+    Rule(r"(\\text\{[^{}]*\^)\s*\{\s*(-?\d+)\s*\}", r"\1\2", "powers of units", True),
 )
 
 _COMPILED = tuple((re.compile(rule.pattern), rule.replacement, rule.repeat) for rule in RULES)

@@ -109,7 +109,11 @@ def _same_at(a: Node, b: Node, index: int, complex_numbers: bool, digits: int) -
     if x is None or y is None:
         return True if digits != DIGITS[-1] else None
     with mp.workdps(digits + 10):
-        return bool(abs(x.value - y.value) <= x.radius + y.radius)
+        reach = x.radius + y.radius
+        if abs(x.value - y.value) > reach:
+            return False
+    # Numbers with more digits than the last precision may still differ in the ones that are left out.
+    return None if digits == DIGITS[-1] and reach > 1 else True
 
 
 def _infinity(node: Node) -> int:
@@ -237,83 +241,92 @@ class _Balls:
             raise Undefined
 
     def _call(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        """A function of `expression.FUNCTIONS`. Raises Undefined for one that has no proven digits."""
+        method = _FUNCTIONS.get(name)
+        if method is None:
+            raise Undefined
+        return method(self, name, balls, node)
+
+    def _root(self, name: str, balls: list[Ball], node: Node) -> Ball:
         first = balls[0]
         x, r = first.value, first.radius
-        match name:
-            case "root":
-                index = exact_value(node.args[1], self._index)
-                if index is None or index == 0:
-                    raise Undefined
-                if abs(x) <= 2 * r:
-                    return Ball(mpf(0), (abs(x) + r) ** _mpf(1 / index)) if index > 0 else self._unsure()
-                power = Node("number", number=1 / index)
-                if not self._complex and self._is_real(first) and mp.re(x) < 0 and index.numerator % 2 == 0:
-                    raise Undefined
-                return self._power(first, power)
-            case "abs":
-                return Ball(abs(x), r)
-            case "exp":
-                self._check_size(mp.e, x)
-                value = mp.exp(x)
-                return self._rounded(value, abs(value) * (r + abs(x) * mp.eps))
-            case "ln":
-                self._nonzero(first)
-                self._in_domain(first)
-                return self._rounded(mp.log(x), r / abs(x))
-            case "log":
-                base = balls[1]
-                self._nonzero(first)
-                self._nonzero(base)
-                self._in_domain(first)
-                self._in_domain(base)
-                above = self._rounded(mp.log(x), r / abs(x))
-                below = self._rounded(mp.log(base.value), base.radius / abs(base.value))
-                self._nonzero(below)
-                return self._product(above, self._inverse(below))
-            case "sin" | "cos":
-                if abs(mp.im(x)) > 10**6:
-                    raise Undefined
-                self._enough_for_period(first)
-                value = mp.sin(x) if name == "sin" else mp.cos(x)
-                growth = mp.cosh(mp.im(x)) if isinstance(x, mpc) else mpf(1)
-                return Ball(value, (r + (abs(x) + 2) * mp.eps) * growth)
-            case "tan" | "cot" | "sec" | "csc":
-                sine, cosine = self._call("sin", balls, node), self._call("cos", balls, node)
-                above = {"tan": sine, "cot": cosine}.get(name, Ball(mpf(1), mpf(0)))
-                below = cosine if name in ("tan", "sec") else sine
-                self._nonzero(below)
-                return self._product(above, self._inverse(below))
-            case "sinh" | "cosh" | "tanh":
-                value = {"sinh": mp.sinh, "cosh": mp.cosh, "tanh": mp.tanh}[name](self._moderate(x))
-                return self._rounded(value, (1 + abs(value)) * 2 * r)
-            case "asin" | "acos":
-                if not self._complex and abs(x) - r > 1:
-                    raise Undefined
-                x = max(min(x, mpf(1)), mpf(-1)) if not self._complex else x
-                value = mp.asin(x) if name == "asin" else mp.acos(x)
-                return self._rounded(
-                    value, mp.sqrt(2 * r) if abs(1 - x * x) < 4 * r else 2 * r / mp.sqrt(abs(1 - x * x))
-                )
-            case "atan":
-                return self._rounded(mp.atan(x), r)
-            case "floor" | "ceil":
-                return self._whole(first, math.floor if name == "floor" else math.ceil)
-            case "factorial":
-                return self._gamma(Ball(x + 1, r))
-            case "binom":
-                n, k = balls
-                above = self._gamma(Ball(n.value + 1, n.radius))
-                gammas = self._product(
-                    self._gamma(Ball(k.value + 1, k.radius)),
-                    self._gamma(Ball(n.value - k.value + 1, n.radius + k.radius)),
-                )
-                return self._product(above, self._inverse(gammas))
-            case "max" | "min":
-                if not all(self._is_real(ball) for ball in balls):
-                    raise Undefined
-                chosen = (max if name == "max" else min)(balls, key=lambda ball: ball.value)
-                return Ball(chosen.value, max(ball.radius for ball in balls))
-        raise Undefined
+        index = exact_value(node.args[1], self._index)
+        if index is None or index == 0:
+            raise Undefined
+        if abs(x) <= 2 * r:
+            return Ball(mpf(0), (abs(x) + r) ** _mpf(1 / index)) if index > 0 else self._unsure()
+        if not self._complex and self._is_real(first) and mp.re(x) < 0 and index.numerator % 2 == 0:
+            raise Undefined
+        return self._power(first, Node("number", number=1 / index))
+
+    def _abs(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        return Ball(abs(balls[0].value), balls[0].radius)
+
+    def _exp(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        x, r = balls[0].value, balls[0].radius
+        self._check_size(mp.e, x)
+        value = mp.exp(x)
+        return self._rounded(value, abs(value) * (r + abs(x) * mp.eps))
+
+    def _logarithm(self, ball: Ball) -> Ball:
+        self._nonzero(ball)
+        self._in_domain(ball)
+        return self._rounded(mp.log(ball.value), ball.radius / abs(ball.value))
+
+    def _ln(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        return self._logarithm(balls[0])
+
+    def _log(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        return self._product(self._logarithm(balls[0]), self._inverse(self._logarithm(balls[1])))
+
+    def _sine_or_cosine(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        x, r = balls[0].value, balls[0].radius
+        if abs(mp.im(x)) > 10**6:
+            raise Undefined
+        self._enough_for_period(balls[0])
+        value = mp.sin(x) if name == "sin" else mp.cos(x)
+        growth = mp.cosh(mp.im(x)) if isinstance(x, mpc) else mpf(1)
+        return Ball(value, (r + (abs(x) + 2) * mp.eps) * growth)
+
+    def _quotient_of_sines(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        sine, cosine = (self._sine_or_cosine(which, balls, node) for which in ("sin", "cos"))
+        above = {"tan": sine, "cot": cosine}.get(name, Ball(mpf(1), mpf(0)))
+        return self._product(above, self._inverse(cosine if name in ("tan", "sec") else sine))
+
+    def _hyperbolic(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        value = {"sinh": mp.sinh, "cosh": mp.cosh, "tanh": mp.tanh}[name](self._moderate(balls[0].value))
+        return self._rounded(value, (1 + abs(value)) * 2 * balls[0].radius)
+
+    def _arc(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        x, r = balls[0].value, balls[0].radius
+        if not self._complex and abs(x) - r > 1:
+            raise Undefined
+        x = max(min(x, mpf(1)), mpf(-1)) if not self._complex else x
+        value = mp.asin(x) if name == "asin" else mp.acos(x)
+        steep = abs(1 - x * x)  # the slope is one over its root
+        return self._rounded(value, mp.sqrt(2 * r) if steep < 4 * r else 2 * r / mp.sqrt(steep))
+
+    def _arctangent(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        return self._rounded(mp.atan(balls[0].value), balls[0].radius)
+
+    def _rounding(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        return self._whole(balls[0], math.floor if name == "floor" else math.ceil)
+
+    def _factorial(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        return self._gamma(Ball(balls[0].value + 1, balls[0].radius))
+
+    def _binomial(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        n, k = balls
+        above = self._gamma(Ball(n.value + 1, n.radius))
+        below = self._gamma(Ball(k.value + 1, k.radius))
+        rest = self._gamma(Ball(n.value - k.value + 1, n.radius + k.radius))
+        return self._product(above, self._inverse(self._product(below, rest)))
+
+    def _extreme(self, name: str, balls: list[Ball], node: Node) -> Ball:
+        if not all(self._is_real(ball) for ball in balls):
+            raise Undefined
+        chosen = (max if name == "max" else min)(balls, key=lambda ball: ball.value)
+        return Ball(chosen.value, max(ball.radius for ball in balls))
 
     def _unsure(self) -> Ball:
         if self._final:
@@ -350,3 +363,21 @@ class _Balls:
                 raise _Unsure
             return self._rounded(mpf(int(mp.nint(ball.value))), mpf(0))
         return self._rounded(mpf(low), mpf(0))
+
+
+_FUNCTIONS: dict[str, Callable[[_Balls, str, list[Ball], Node], Ball]] = {
+    "root": _Balls._root,
+    "abs": _Balls._abs,
+    "exp": _Balls._exp,
+    "ln": _Balls._ln,
+    "log": _Balls._log,
+    **dict.fromkeys(("sin", "cos"), _Balls._sine_or_cosine),
+    **dict.fromkeys(("tan", "cot", "sec", "csc"), _Balls._quotient_of_sines),
+    **dict.fromkeys(("sinh", "cosh", "tanh"), _Balls._hyperbolic),
+    **dict.fromkeys(("asin", "acos"), _Balls._arc),
+    "atan": _Balls._arctangent,
+    **dict.fromkeys(("floor", "ceil"), _Balls._rounding),
+    "factorial": _Balls._factorial,
+    "binom": _Balls._binomial,
+    **dict.fromkeys(("max", "min"), _Balls._extreme),
+}

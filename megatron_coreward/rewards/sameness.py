@@ -8,23 +8,25 @@ Invariants: symmetric; no rule looks at how an answer is spelled, save for words
 """
 
 from collections.abc import Callable, Sequence
-from functools import cmp_to_key
+from fractions import Fraction
 from typing import Protocol, TypeVar
 
 from megatron_coreward.rewards.expression import Node, difference, number, quotient
-from megatron_coreward.rewards.reading import (
+from megatron_coreward.rewards.intervals import pieces_of
+from megatron_coreward.rewards.kinds import (
     Alternatives,
     Assignments,
     Choice,
     Clock,
+    Congruence,
     Equation,
     Foreign,
     Items,
+    Labelled,
     Matrix,
     Named,
     Numeral,
     Phrase,
-    Piece,
     Ratio,
     Reading,
     Region,
@@ -33,6 +35,7 @@ from megatron_coreward.rewards.reading import (
     region_of,
     zero_form,
 )
+from megatron_coreward.rewards.units import NO_UNIT
 
 T = TypeVar("T")
 
@@ -87,7 +90,22 @@ def same(a: Reading, b: Reading, arithmetic: Arithmetic) -> bool:
 
 
 def _scalars(a: Scalar, b: Scalar, arithmetic: Arithmetic) -> bool:
-    return a.unit.agrees(b.unit) and arithmetic.same(a.node, b.node)
+    if a.unit.agrees(b.unit):
+        if arithmetic.same(a.node, b.node):
+            return True
+    elif {a.unit.dimension, b.unit.dimension} != {_DEGREES, _RADIANS}:
+        return False
+    if (a.unit.dimension == _DEGREES) == (b.unit.dimension == _DEGREES):
+        return False
+    in_radians = [_in_radians(x) if x.unit.dimension == _DEGREES else x.node for x in (a, b)]
+    return arithmetic.same(in_radians[0], in_radians[1])
+
+
+def _in_radians(angle: Scalar) -> Node:
+    return Node("multiply", args=(angle.node, Node("constant", "pi"), number(Fraction(1, 180))))
+
+
+_DEGREES, _RADIANS = (("deg", 1),), (("rad", 1),)
 
 
 def _clocks(a: Clock, b: Clock, arithmetic: Arithmetic) -> bool:
@@ -120,7 +138,7 @@ def _item_lists(a: Items, b: Items, arithmetic: Arithmetic) -> bool:
 def _regions(a: Region, b: Region, arithmetic: Arithmetic) -> bool:
     if a.name and b.name and a.name != b.name:
         return False
-    x, y = _pieces(a, arithmetic), _pieces(b, arithmetic)
+    x, y = pieces_of(a, arithmetic.order), pieces_of(b, arithmetic.order)
     if x is None or y is None:
         return False
     return len(x) == len(y) and all(
@@ -131,7 +149,7 @@ def _regions(a: Region, b: Region, arithmetic: Arithmetic) -> bool:
 
 
 def _matrices(a: Matrix, b: Matrix, arithmetic: Arithmetic) -> bool:
-    if [len(row) for row in a.rows] != [len(row) for row in b.rows]:
+    if a.determinant != b.determinant or [len(row) for row in a.rows] != [len(row) for row in b.rows]:
         return False
     cells = [[cell for row in matrix.rows for cell in row] for matrix in (a, b)]
     return _in_order(cells[0], cells[1], arithmetic)
@@ -166,6 +184,14 @@ def _assigned(a: Assignments, b: Assignments, arithmetic: Arithmetic) -> bool:
     return a.names == b.names and _in_order(a.values, b.values, arithmetic)
 
 
+def _labelled(a: Labelled, b: Labelled, arithmetic: Arithmetic) -> bool:
+    return a.letter == b.letter and same(a.value, b.value, arithmetic)
+
+
+def _congruences(a: Congruence, b: Congruence, arithmetic: Arithmetic) -> bool:
+    return (a.remainder, a.modulus) == (b.remainder, b.modulus) and (not a.name or not b.name or a.name == b.name)
+
+
 def _foreigners(a: Foreign, b: Foreign, arithmetic: Arithmetic) -> bool:
     return arithmetic.foreign(a.text, b.text)
 
@@ -184,6 +210,8 @@ _WITHIN: dict[type, Callable[..., bool]] = {
     Equation: _equations,
     Named: _named,
     Assignments: _assigned,
+    Labelled: _labelled,
+    Congruence: _congruences,
     Foreign: _foreigners,
     **dict.fromkeys((Numeral, Choice, Phrase), _never),  # the same only where they are equal
 }
@@ -251,6 +279,8 @@ def _interval(a: Region, b: Items, arithmetic: Arithmetic) -> bool:
 
 def _only_member(a: Items, b: Scalar, arithmetic: Arithmetic) -> bool:
     """`\\{5\\}` is 5."""
+    if a.brackets == "{}" and b.node.symbols():  # the fractional part of x
+        return False
     return a.brackets in ("{}", "") and len(a.items) == 1 and same(a.items[0], b, arithmetic)
 
 
@@ -278,11 +308,31 @@ def _digits(a: Numeral, b: Scalar, arithmetic: Arithmetic) -> bool:
     return a.digits.isdigit() and arithmetic.same(number(int(a.digits)), b.node) and b.node.op == "number"
 
 
+def _label_and_letter(a: Labelled, b: Choice, arithmetic: Arithmetic) -> bool:
+    return a.letter == b.letter
+
+
+def _label_and_value(a: Labelled, b: Reading, arithmetic: Arithmetic) -> bool:
+    return same(a.value, b, arithmetic)
+
+
+def _remainder(a: Congruence, b: Scalar, arithmetic: Arithmetic) -> bool:
+    """The question fixes the modulus."""
+    return b.unit == NO_UNIT and arithmetic.same(number(a.remainder), b.node)
+
+
+def _nothing(a: Phrase, b: Items, arithmetic: Arithmetic) -> bool:
+    """No solution is the empty set of solutions."""
+    return a.text == "nosolution" and b.brackets == "{}" and not b.items
+
+
 def _foreign_and_scalar(a: Foreign, b: Scalar, arithmetic: Arithmetic) -> bool:
     return arithmetic.foreign(a.text, b.text)
 
 
 _ACROSS: dict[tuple[type, type], Callable[..., bool]] = {
+    (Labelled, Choice): _label_and_letter,
+    (Labelled, object): _label_and_value,
     (Named, Equation): _name_and_equation,
     (Named, object): _name_and_value,
     (Equation, Scalar): _solution,
@@ -295,6 +345,8 @@ _ACROSS: dict[tuple[type, type], Callable[..., bool]] = {
     (Ratio, Scalar): _quotient,
     (Ratio, Clock): _ratio_and_clock,
     (Numeral, Scalar): _digits,
+    (Congruence, Scalar): _remainder,
+    (Phrase, Items): _nothing,
     (Foreign, Scalar): _foreign_and_scalar,
 }
 
@@ -351,86 +403,3 @@ def _in_any_order(a: Sequence[Reading], b: Sequence[Reading], arithmetic: Arithm
         if not any(fits[-1]):
             return False
     return all(paired(i, set()) for i in range(len(left)))
-
-
-def _pieces(region: Region, arithmetic: Arithmetic) -> list[Piece] | None:
-    """The intervals of a region from left to right, none of them touching; None if an end is no real number."""
-    parts: list[list[Piece]] = []
-    for piece in region.pieces:
-        part = [piece] if isinstance(piece, Piece) else _pieces(piece, arithmetic)
-        if part is None or not all(_is_proper(p, arithmetic) for p in part):
-            return None
-        parts.append(part)
-    order = _Order(arithmetic)
-    match region.operation:
-        case "union":
-            return order.union([piece for part in parts for piece in part])
-        case "intersection":
-            result = parts[0]
-            for part in parts[1:]:
-                result = order.union([c for p in result for q in part if (c := order.overlap(p, q)) is not None])
-            return order.union(result)
-        case _:
-            result = parts[0]
-            for part in parts[1:]:
-                for q in part:
-                    result = [left for p in result for left in order.without(p, q)]
-            return order.union(result)
-
-
-def _is_proper(piece: Piece, arithmetic: Arithmetic) -> bool:
-    order = arithmetic.order(piece.low, piece.high)
-    return order is not None and (order < 0 or (order == 0 and piece.low_closed and piece.high_closed))
-
-
-class _Order:
-    """Set operations on intervals whose ends can be ordered."""
-
-    def __init__(self, arithmetic: Arithmetic) -> None:
-        self._order = arithmetic.order
-
-    def _compare(self, a: Node, b: Node) -> int:
-        return self._order(a, b) or 0
-
-    def _starts_before(self, p: Piece, q: Piece) -> int:
-        return self._compare(p.low, q.low) or q.low_closed - p.low_closed
-
-    def union(self, pieces: list[Piece]) -> list[Piece]:
-        merged: list[Piece] = []
-        for piece in self._sorted(pieces):
-            if merged and self._touches(merged[-1], piece):
-                last = merged[-1]
-                further = self._compare(piece.high, last.high)
-                closed = {1: piece.high_closed, -1: last.high_closed}.get(
-                    further, piece.high_closed or last.high_closed
-                )
-                high = piece.high if further > 0 else last.high
-                merged[-1] = Piece(last.low, last.low_closed, high, closed)
-            else:
-                merged.append(piece)
-        return merged
-
-    def _sorted(self, pieces: list[Piece]) -> list[Piece]:
-        return sorted(pieces, key=cmp_to_key(self._starts_before))
-
-    def _touches(self, left: Piece, right: Piece) -> bool:
-        gap = self._compare(right.low, left.high)
-        return gap < 0 or (gap == 0 and (right.low_closed or left.high_closed))
-
-    def overlap(self, p: Piece, q: Piece) -> Piece | None:
-        low, high = self._compare(p.low, q.low), self._compare(p.high, q.high)
-        start, end = (p if low > 0 else q), (p if high < 0 else q)
-        low_closed = p.low_closed and q.low_closed if low == 0 else start.low_closed
-        high_closed = p.high_closed and q.high_closed if high == 0 else end.high_closed
-        size = self._compare(start.low, end.high)
-        if size > 0 or (size == 0 and not (low_closed and high_closed)):
-            return None
-        return Piece(start.low, low_closed, end.high, high_closed)
-
-    def without(self, p: Piece, q: Piece) -> list[Piece]:
-        infinity = Node("constant", "infinity")
-        outside = [
-            Piece(Node("multiply", args=(number(-1), infinity)), False, q.low, not q.low_closed),
-            Piece(q.high, not q.high_closed, infinity, False),
-        ]
-        return [left for side in outside if (left := self.overlap(p, side)) is not None]

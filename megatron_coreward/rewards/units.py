@@ -42,8 +42,6 @@ UNITS = _spellings(
     "ft foot feet",
     "yd yard yards yds",
     "mi mile miles",
-    "mph",
-    "kmh kph km/h",
     "g gram grams gm gms",
     "mg milligram milligrams",
     "kg kilogram kilograms kgs",
@@ -97,6 +95,7 @@ UNITS = _spellings(
     "unit units",
     "point points pt pts",
     "kWh",
+    "time times",
     "MW megawatt megawatts",
     "mA",
     "kV",
@@ -110,6 +109,10 @@ UNITS = _spellings(
     "bit bits",
     "byte bytes",
 )
+_COMPOUND: dict[str, Dimension] = {
+    **dict.fromkeys(("mph",), (("h", -1), ("mi", 1))),
+    **dict.fromkeys(("kmh", "kph"), (("h", -1), ("km", 1))),
+}
 _ABSTRACT = frozenset({"unit"})  # names a size but no measure: "square units" agrees with cm^2
 _SINGLE_LETTERS = frozenset("mgsLNJWV")  # in a text macro
 _IRREGULAR = frozenset(
@@ -145,13 +148,13 @@ _CHANGING = re.compile(
     "increase|decrease|loss|gain|profit|short|surplus|deficit|plays|wins|yes|always|this|thus|various|"
     "bc|ad|bce|ce|am|pm|noon|midnight|others|wrong|correct|incorrect|other|else|percent|odds|evens|cubes|negatives"
 )
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _QUALIFIERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _SAYS_OF_WHAT = frozenset(
     ["old", "long", "tall", "high", "wide", "deep", "thick", "total", "altogether"]
 )  # "12 years old"
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?: (?:place|term|grade|day|floor|row|position))?")
-_TOKEN = re.compile(r"\^\{?\(?(-?\d)\)?\}?|\\circ|[A-Za-z]+(?:/h)?|[/*().%]|[^\W\d_]+|.")
+_TOKEN = re.compile(r"\^\{?\(?(-?\d)\)?\}?|\\circ|[A-Za-z]+|[/*().%]|[^\W\d_]+|.")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 
@@ -199,15 +202,19 @@ def _measure(text: str, plain: bool) -> Dimension | None:
             sign, last = -1, ""
         elif word in (" ", "*", "(", ")"):
             continue
+        elif word in _COMPOUND:
+            for name, power in _COMPOUND[word]:
+                powers[name] = powers.get(name, 0) + sign * power
+            last = ""
         elif word in _QUALIFIERS:
             multiplier = _QUALIFIERS[word]
         else:
-            name = UNITS.get(word) or (UNITS.get(word.lower()) if len(word) > 2 else None)
+            unit = UNITS.get(word) or (UNITS.get(word.lower()) if len(word) > 2 else None)
             single = len(word) == 1 and word.isalpha()
-            if name is None or (single and not (compound if plain else word in _SINGLE_LETTERS or compound)):
+            if unit is None or (single and not (compound if plain else word in _SINGLE_LETTERS or compound)):
                 return None
-            powers[name] = powers.get(name, 0) + sign * multiplier
-            last, multiplier = name, 1
+            powers[unit] = powers.get(unit, 0) + sign * multiplier
+            last, multiplier = unit, 1
     if not powers or multiplier != 1:
         return None
     return tuple(sorted((name, power) for name, power in powers.items() if power and name not in _ABSTRACT))

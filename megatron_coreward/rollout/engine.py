@@ -9,8 +9,7 @@ Invariants (tests/rollout):
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -24,7 +23,7 @@ from megatron_coreward.rollout.orphans import EngineResources
 from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import Completion, Completions, FloatArray, IntArray
-from megatron_coreward.weights.buckets import NO_BUCKET
+from megatron_coreward.weights.spec import VLLM_BACKEND
 
 # Without chunked prefill a prompt is read in one step, so this is also the least number of tokens of a step.
 CPU_BATCHED_TOKENS = 8192
@@ -46,7 +45,7 @@ class SamplingRequest:
 
 
 class RolloutEngine:
-    """One vLLM engine with its tensor-parallel workers. Weights arrive through `start_update` ... `finish_update`."""
+    """One vLLM engine with its tensor-parallel workers. Weights arrive through `receive_weights`."""
 
     def __init__(self, setup: EngineSetup, on_worker_death: Callable[[], None] = lambda: None) -> None:
         """Starts the engine with meaningless weights, or with those of the model directory (`setup.own_weights`).
@@ -63,16 +62,14 @@ class RolloutEngine:
         from vllm import LLM
 
         if not on_cpu:
-            from megatron_coreward.weights.receive import register
+            from megatron_coreward.weights.receivers.engine import register
 
             register()  # in this process; workers of a tensor-parallel engine find the entry point of the package
         self._on_cpu = on_cpu
         self._max_model_len = setup.max_model_len
         self._tensor_parallel = setup.tensor_parallel
-        self._broken: str | None = None
         self._init_info: Mapping[str, Any] | None = None
         self._version: int | None = None
-        self._updating = False  # since an update was begun, until it is finished or has failed
         self._llm: Any = LLM(str(setup.model_path), **_engine_arguments(setup, on_cpu))
         if self._resources is not None:
             self._resources.note_segments()
@@ -164,61 +161,32 @@ class RolloutEngine:
             raise RunError(f"vLLM scored {len(logprobs)} of {len(token_ids) - 1} tokens")
         return cast(FloatArray, logprobs)
 
-    def start_update(self, init_info: Mapping[str, Any]) -> None:
-        """Begins an update of all weights; there is nothing to sample from until `finish_update`.
-
-        An update in progress is given up: it was interrupted when another engine died.
+    def receive_weights(self, spec: Mapping[str, Any], engine: int, version: int) -> None:
+        """Replaces all weights by those that the actor sends at the same time; there is nothing to sample from until
+        then, and after an error until the next time.
 
         Args:
-            init_info: what the backend needs to know of the sender (`SharedMemorySender.init_info`); it may change
-                from update to update, as it does between the weights of the policy and those of the teacher.
+            spec: `TransferSpec.to_json()` of the senders. It changes when an engine was replaced: then all meet again.
+            engine: the number of this engine.
 
         Raises:
-            RunError: an update failed before in a tensor-parallel engine. Other engines can be updated again.
+            RunError: the weights did not come, or not as they were sent. The engine can be used again.
         """
         self._version = None
-        self._give_up()
-        with self._all_workers():
-            if init_info != self._init_info:
-                self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
-                self._init_info = dict(init_info)
-            self._llm.start_weight_update()
-        self._updating = True
-
-    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any] = ()) -> None:
-        """Loads the bucket that the sender has written; its slot may be overwritten afterwards.
-
-        Args:
-            hashes: `BlockHash`es of the bucket's blocks, to compare them with what arrived.
-        """
-        plain = [[h.name, h.bounds, h.crc32] for h in hashes]
-        self.update({"bucket": bucket, "version": version, "hashes": plain})
-
-    def update(self, update_info: Mapping[str, Any]) -> None:
-        """Receives a part of the weights, described as the weight-transfer backend in use wants it."""
-        try:
-            with self._all_workers():
-                self._llm.update_weights({"update_info": dict(update_info)})
-        except Exception:
-            self._updating = False  # vLLM has ended it
-            raise
-
-    def finish_update(self, version: int) -> None:
-        """Ends an update that has brought all weights, and names them."""
-        self._finish(str(version))
+        init_info = {"spec": dict(spec), "engine": engine}
+        if init_info != self._init_info:
+            self._llm.init_weight_transfer_engine({"init_info": init_info})
+            self._init_info = init_info
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": {"version": version}})
+        failures = [failure for failure in self._llm.collective_rpc(_failure_of) if failure is not None]
+        name = {"weight_version": "given up" if failures else str(version)} if self._versions_known else {}
+        self._llm.finish_weight_update(**name)
+        if failures:
+            raise RunError(failures[0])
         if not self._llm.reset_prefix_cache():
             raise RunError("the prefix cache of the former weights could not be cleared: requests are still running")
         self._version = version
-
-    def _give_up(self) -> None:
-        if self._updating:
-            self.update({"bucket": NO_BUCKET, "version": 0})
-            self._finish("given up")
-
-    def _finish(self, name: str) -> None:
-        with self._all_workers():
-            self._llm.finish_weight_update(**({"weight_version": name} if self._versions_known else {}))
-        self._updating = False
 
     def sleep(self) -> DeviceMemory | None:
         """Frees the GPU's memory for a colocated actor: weights and key-value cache are dropped, and the next samples
@@ -226,7 +194,6 @@ class RolloutEngine:
         """
         if not self._on_cpu:
             self._version = None
-            self._give_up()  # vLLM copies every buffer before it sleeps; those of layers that wait have no memory
         return self._switch(lambda: self._llm.sleep(level=2))
 
     def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> DeviceMemory | None:
@@ -238,10 +205,9 @@ class RolloutEngine:
     def _switch(self, switch: Callable[[], object]) -> DeviceMemory | None:
         if self._on_cpu:
             return None
-        with self._all_workers():
-            before = min(self._llm.collective_rpc(_free_bytes))
-            switch()
-            after = min(self._llm.collective_rpc(_free_bytes))
+        before = min(self._llm.collective_rpc(_free_bytes))
+        switch()
+        after = min(self._llm.collective_rpc(_free_bytes))
         return DeviceMemory(after, after - before)
 
     def shutdown(self) -> None:
@@ -252,20 +218,6 @@ class RolloutEngine:
             self._version = None
         if self._resources is not None:
             self._resources.close()
-
-    @contextmanager
-    def _all_workers(self) -> Iterator[None]:
-        """Around a call to every worker. vLLM 0.32 leaves the replies of the other workers unread when one reports an
-        error, and would take them for the replies to the next call.
-        """
-        if self._broken is not None:
-            raise RunError(f"this rollout engine cannot be used any more since an update failed: {self._broken}")
-        try:
-            yield
-        except Exception as error:
-            if self._tensor_parallel > 1:
-                self._broken = str(error)
-            raise
 
     def _require(self, expected_version: int) -> None:
         if self._version is None:
@@ -290,6 +242,13 @@ class RolloutEngine:
             finish_reason=completion.finish_reason,
             weight_version=version,
         )
+
+
+def _failure_of(worker: object) -> str | None:
+    """What went wrong in a worker's last update."""
+    from megatron_coreward.weights.receivers.engine import failure_of
+
+    return failure_of(worker)
 
 
 def _engine_arguments(setup: EngineSetup, on_cpu: bool) -> dict[str, Any]:
@@ -321,7 +280,7 @@ def _engine_arguments(setup: EngineSetup, on_cpu: bool) -> dict[str, Any]:
         "max_num_seqs": setup.max_num_seqs,
         "seed": setup.seed,
         "load_format": "dummy" if setup.own_weights is None else "auto",  # mostly, a sync comes before the first use
-        "weight_transfer_config": WeightTransferConfig(backend=setup.weight_transfer),
+        "weight_transfer_config": WeightTransferConfig(backend=VLLM_BACKEND),
         "enable_prefix_caching": True,  # the n samples of a prompt share its keys and values
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from
         **device,

@@ -17,7 +17,7 @@ REQUIRED = {
     "TOKENIZERS_PARALLELISM": "false",  # threads before a fork; prompts arrive as tokens anyway
 }
 
-# Kept where the user has set them.
+# Kept if the user has set them.
 DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # the console is the trainer's, and a CPU engine alone warns a dozen times of what
     # is meant here (eager, no Triton, no chunked prefill; at each update, that rotary tables are not in checkpoints)

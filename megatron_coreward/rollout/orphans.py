@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from megatron_coreward.rollout.sockets import PREFIX, engine_folder, engine_folders
-from megatron_coreward.weights.segment import SHARED_MEMORY
+from megatron_coreward.weights.mailbox import SHARED_MEMORY
 
 _LOCK, _SEGMENTS = "lock", "segments"
 _MAPPED = re.compile(rf"{SHARED_MEMORY}/((?:psm_|vllm_dist_)[^/\s]+)$", re.MULTILINE)

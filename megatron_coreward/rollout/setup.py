@@ -18,9 +18,6 @@ class EngineSetup:
     gpu_memory_utilization: float = 0.5  # share of a GPU's memory that the engine takes
     cpu_threads: int = 1  # of each rank, without a GPU
     seed: int = 0
-    # vLLM weight-transfer backend: "shared_memory" for actors on this host, "gloo" for actors on any, "coreward_ipc"
-    # and "coreward_nccl" between GPUs, or one of vLLM's.
-    weight_transfer: str = "shared_memory"
     quantization: Literal["fp8"] | None = None  # of the weights as they are loaded, with a GPU; they travel unquantised
     cuda_graphs: bool = True  # decode with captured graphs, with a GPU
     own_weights: int | None = None  # sample from the directory's weights, under this version; None: await an update

@@ -19,13 +19,13 @@ IN_ENGINE = len(f"/.{PREFIX}12345678/") + 36  # vLLM names its sockets by a UUID
 
 
 def ray_folder() -> Path:
-    """The temporary directory for Ray's session. Raises ValueError where none is short enough."""
+    """The temporary directory for Ray's session. Raises ValueError if none is short enough."""
     named = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
     return _short(Path(named) if named else FALLBACK, IN_RAY)
 
 
 def engine_folder() -> Path:
-    """The temporary directory for a tensor-parallel engine's folder. Raises ValueError where none is short enough."""
+    """The temporary directory for a tensor-parallel engine's folder. Raises ValueError if none is short enough."""
     return _short(Path(tempfile.gettempdir()), IN_ENGINE)
 
 

@@ -86,8 +86,9 @@ MEANINGS: Mapping[str, str] = {
     "guard/indicators": "indicators of collapse that the guard sees, an alarm or not",
     "sync/logprob_gap": "mean absolute log-probability gap between rollout engine and actor",
     "sync/logprob_gap_max": "largest such gap of a single token",
-    "sync/canary_gap": "mean gap on the canary that every weight sync must pass, the worst engine's",
-    "sync/seconds": "time to sync the weights to every engine",
+    "sync/canary_gap": "mean gap on the canary after a weight sync, the worst engine's",
+    "sync/canary_limit": "largest such gap that is taken for arithmetic; a larger one ends the run",
+    "sync/seconds": "time to bring the weights to every engine",
 }
 
 # Validation keys carry their k: val/pass@1, val/avg@8, val/maj@8. Over several data sets each has keys of its own

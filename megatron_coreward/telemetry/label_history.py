@@ -34,7 +34,7 @@ class LabelHistory:
         compare: Callable[[Sequence[Sequence[str]]], None] = lambda groups: None,
     ) -> None:
         """`same` says whether two labels are one answer (`AnswerEquivalence.equivalent`); `first_step` comes next.
-        `compare` is told all pairs of labels before `same` is asked for them (`AnswerEquivalence.compare`).
+        `compare` is given all pairs of labels before `same` is asked for them (`AnswerEquivalence.compare`).
 
         Raises InputError if a whole line of the file is not a step's labels.
         """
@@ -99,7 +99,7 @@ class LabelHistory:
 def read_lines(path: Path) -> tuple[list[tuple[int, bytes, dict[Key, str]]], bytes]:
     """Step, line and labels of every whole line, and the part of a line at the end that a kill may have left.
 
-    Raises InputError where a whole line is not a step's labels.
+    Raises InputError if a whole line is not a step's labels.
     """
     *whole, part = path.read_bytes().split(b"\n")
     lines = []

@@ -44,6 +44,8 @@ class ProcessLog:
 class LoggedWorker:
     """A worker whose public methods are watched, and whose output is in its log."""
 
+    UNWATCHED: frozenset[str] = frozenset()  # methods that may take as long as the process lives
+
     def __init__(self, log: ProcessLog | None) -> None:
         """Args:
         log: None: the output stays where it goes anyway.
@@ -58,7 +60,7 @@ class LoggedWorker:
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
         for name, method in list(vars(cls).items()):
-            if callable(method) and not name.startswith("_"):
+            if callable(method) and not name.startswith("_") and name not in cls.UNWATCHED:
                 setattr(cls, name, _watched(method))
 
 

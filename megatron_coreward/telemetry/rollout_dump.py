@@ -94,7 +94,7 @@ def dump_rollouts(
 ) -> Path:
     """Writes the completions of a step, group by group in the given order; an older file of that step is replaced.
 
-    `notes` are kept beside them in the file (`read_notes`). Raises RunError where it cannot be written.
+    `notes` are kept beside them in the file (`read_notes`). Raises RunError if it cannot be written.
     """
     path = rollouts_path(run_dir, step)
     table = _to_table(scored).replace_schema_metadata({**(notes or {}), "step": str(step)})

@@ -1,7 +1,7 @@
 """Trackers: where people watch a run. None is ever worth a run.
 
 A tracker is opened, takes rows and is closed, and may fail or hang in each of them: a server is away, a disk is full, a
-folder is blocked, a package is broken. Then people are told once, the tracker is left alone for the rest of the
+folder is blocked, a package is broken. Then people are notified once, the tracker is left alone for the rest of the
 attempt, and RUN/missed.json notes the first step that it lacks. `metrics.jsonl` has every row, so what was missed is
 brought when the tracker is opened next: by the next attempt, or by `megatron-coreward report RUN` (`bring_missed`).
 
@@ -114,7 +114,7 @@ class GuardedTracker:
 def within(limit_s: float, call: Callable[[], Any]) -> Any:
     """What a call returns. Anything that it raises, and a call that takes too long, is an Exception here.
 
-    It runs on a thread of its own, which is left behind where it hangs and ends with the process.
+    It runs on a thread of its own, which is left behind if it hangs and ends with the process.
     """
     results: list[Any] = []
     errors: list[BaseException] = []
@@ -138,7 +138,7 @@ def within(limit_s: float, call: Callable[[], Any]) -> Any:
 
 
 def read_missed(run_dir: Path) -> dict[str, int]:
-    """Which trackers lack rows, and from which step on. Empty where the note is missing or damaged."""
+    """Which trackers lack rows, and from which step on. Empty if the note is missing or damaged."""
     with suppress(OSError, ValueError, AttributeError, TypeError):
         return {str(name): int(step) for name, step in json.loads((run_dir / MISSED).read_text()).items()}
     return {}
@@ -164,7 +164,7 @@ def bring_missed(
     run_dir: Path, metrics_file: Path, trackers: Sequence[Tracker], warn: Callable[[str], None]
 ) -> list[str]:
     """Gives trackers the rows that they lack, after the run. Returns what was brought, a line each."""
-    missed, told = read_missed(run_dir), []
+    missed, notes = read_missed(run_dir), []
     rows = _rows(metrics_file)
     for tracker in trackers:
         if tracker.name in missed and rows:
@@ -172,8 +172,8 @@ def bring_missed(
             guarded = GuardedTracker(tracker, run_dir, metrics_file, after, warn)
             guarded.close()
             if not guarded.failed:
-                told.append(f"{tracker.name} has the rows from step {max(missed[tracker.name], 0)} on")
-    return told
+                notes.append(f"{tracker.name} has the rows from step {max(missed[tracker.name], 0)} on")
+    return notes
 
 
 def _rows(metrics_file: Path) -> list[Row]:

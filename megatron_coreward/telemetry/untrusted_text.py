@@ -34,7 +34,7 @@ def shortened(text: str, limit: int) -> str:
 
 
 def excerpt(value: object, limit: int = MAX_EXCERPT) -> str:
-    """A value as Python writes it, on one line, without its middle where it is long."""
+    """A value as Python writes it, on one line, without its middle if it is long."""
     whole = value if isinstance(value, str) else repr(value)
     if len(whole) <= limit:
         return _escaped(repr(value))

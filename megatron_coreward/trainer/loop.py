@@ -191,8 +191,10 @@ class Trainer:
         metrics = self.validate(self.state.num_updates, timer)
         settings = self.config.validation
         key = "val/pass@1" if settings.samples == "greedy" else f"val/avg@{settings.n}"
-        first = metrics[key] if self.state.first_accuracy is None else self.state.first_accuracy
-        self.state = replace(self.state, first_accuracy=first)
+        comparable = self.state.first_metric in (key, None)  # a resumed run may validate in another way
+        known = self.state.first_accuracy if comparable else None
+        first = metrics[key] if known is None else known
+        self.state = replace(self.state, first_accuracy=first, first_metric=key)
         if metrics[key] < first - settings.warn_below_start:
             self.notify(
                 f"{key} is {metrics[key]:.1%}, and was {first:.1%} at first: training makes the model worse on the "

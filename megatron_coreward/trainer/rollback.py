@@ -9,9 +9,10 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
+from megatron_coreward.checkpoint.store import TrainerState, checkpoint_path, saved_steps
+from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import RunError
-from megatron_coreward.guard import Decision
+from megatron_coreward.guard import Decision, Guard
 from megatron_coreward.telemetry.files import fsync_directory, writing
 from megatron_coreward.telemetry.rollout_dump import discard_rollouts
 
@@ -30,6 +31,14 @@ def count_rollbacks(run_dir: Path) -> int:
     """How often this run has gone back. A part of a line that a kill left does not count."""
     path = run_dir / FILE_NAME
     return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def open_guard(config: RunConfig, state: TrainerState | None) -> Guard:
+    """The guard of an attempt, as it was when the state was saved; None: at the beginning of a run."""
+    guard = Guard(config.guard, rollbacks=count_rollbacks(config.run_dir))
+    if state is not None and state.guard is not None:
+        guard.load_state_dict(state.guard)
+    return guard
 
 
 def roll_back(run_dir: Path, decision: Decision) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_coreward.checkpoint.inputs import VALIDATION, input_digests
-from megatron_coreward.cluster.weight_sync import SyncReport, weight_version
+from megatron_coreward.cluster.weight_sync import SyncReport
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.methods.base import GroupReward
@@ -32,7 +32,7 @@ from megatron_coreward.telemetry.rollout_dump import (
 )
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.experience import Collector, Experience, Rollouts
-from megatron_coreward.types import Problem, View
+from megatron_coreward.types import Problem, View, WeightVersion
 
 # What has no part in what is sampled from given weights, and none in the weights.
 _WITHOUT_EFFECT = ("run_dir", "telemetry", "checkpoint", "faults", "watchdog", "validation", "sync")
@@ -95,7 +95,7 @@ class RolloutLog:
         """Records a step; it is on disk on return."""
         notes = {
             "fingerprint": self._fingerprint,
-            "syncs": json.dumps([[report.seconds, report.canary_gap] for report in syncs]),
+            "syncs": json.dumps([[report.seconds, report.canary_gap, report.limit] for report in syncs]),
         }
         dump_rollouts(self._run_dir, step, scored, notes)
 
@@ -124,9 +124,9 @@ class LoggedCollector:
         """The experience of a step, as `Collector.collect` has it. The recorded rewards count, whatever the method
         would make of the rollouts now."""
         collector, config = self._collector, self._collector.config
-        versions = {weight_version("policy", num_updates)}
+        versions = {WeightVersion("policy", num_updates).number}
         if config.rollout.max_staleness:
-            versions.add(weight_version("policy", num_updates - config.loss.updates_per_batch))
+            versions.add(WeightVersion("policy", num_updates - config.loss.updates_per_batch).number)
         problems = collector.problems_of(step - 1)
         logged = self._log.read(step, problems, collector.method.needs.views, versions)
         sampled = collector.source.sample(step, num_updates, timer)  # of a logged step: what later steps need

@@ -1,6 +1,5 @@
 """A training run from config to final model: what is built, in which order, and what is left in the run directory."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,18 +10,18 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from megatron_coreward.checkpoint.store import ACTORS, TrainerState, checkpoint_path
-from megatron_coreward.cluster.actor_group import ActorGroup
+from megatron_coreward.cluster.comparison import comparer_for
 from megatron_coreward.cluster.preemption import Preempted, StopRequest, StopSignals
-from megatron_coreward.cluster.processes import LOGS, processes
+from megatron_coreward.cluster.processes import LOGS, Processes, processes
 from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollout_engines
 from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
+from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.architecture import Architecture
-from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.data.dataset import ProblemSet, load_problems
+from megatron_coreward.config.schema import Equivalence, RunConfig
+from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
-from megatron_coreward.guard import Guard
 from megatron_coreward.preflight import preflight
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
@@ -36,7 +35,7 @@ from megatron_coreward.trainer import finish
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.rollback import Collapsing, count_rollbacks, roll_back
+from megatron_coreward.trainer.rollback import Collapsing, open_guard, roll_back
 from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog, fingerprint_of
 from megatron_coreward.trainer.run_directory import (
     OpenedRun,
@@ -96,42 +95,47 @@ def train(config: RunConfig, arch: Architecture | None = None) -> Path:
             finish.complete(config, partial(announce, config))
             return config.run_dir
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
-        data = _load_data(config, tokenizer)
-        restarts = config.faults.max_restarts
-        notes: list[str] = []
-        before: Exception | None = None  # what ended the attempt before
-        while True:
-            opened = open_run_directory(config, notes)
-            start_ray(config.watchdog.start_limit_s)
-            stop.take()
-            try:
-                with finish.nothing_after_it_counts(config, partial(announce, config)):
-                    _run(config, arch, data, opened, stop)
-                return config.run_dir
-            except Preempted as request:
-                raise Preempted(f"{request}; {resume_hint(config)}") from None
-            except WorkerDied as death:
-                if restarts == 0:
-                    raise RunError(f"{death}; {resume_hint(config)}") from death
-                restarts -= 1
-                before = death
-                notes = [f"{death}; all processes are started again (faults.max_restarts: {restarts} left)"]
-            except Collapsing as collapse:
-                if collapse.decision.action != "rollback":
-                    raise HaltedError(str(collapse)) from None
-                step = roll_back(config.run_dir, collapse.decision)
-                before = collapse
-                notes = [f"{collapse} Going on from step {step}."]
-            except RunError as error:
-                raise RunError(f"{error}; {resume_hint(config)}") from error
-            except InputError as error:
-                if before is None:
-                    raise
-                # The input was good once: it is the cluster that has changed, which has lost a node, say.
-                raise RunError(f"{before}; started again: {error}; {resume_hint(config)}") from error
-            except Exception as error:
-                error.add_note(resume_hint(config))
+        _run_to_the_end(config, arch, _load_data(config, tokenizer), stop)
+        return config.run_dir
+
+
+def _run_to_the_end(config: RunConfig, arch: Architecture, data: _Data, stop: StopSignals) -> None:
+    """As many attempts as `faults.max_restarts` and the guard's rollbacks allow."""
+    restarts = config.faults.max_restarts
+    notes: list[str] = []
+    before: Exception | None = None  # what ended the attempt before
+    while True:
+        opened = open_run_directory(config, notes)
+        start_ray(config.watchdog.start_limit_s)
+        stop.take()
+        try:
+            with finish.nothing_after_it_counts(config, partial(announce, config)):
+                _run(config, arch, data, opened, stop)
+            return
+        except Preempted as request:
+            raise Preempted(f"{request}; {resume_hint(config)}") from None
+        except WorkerDied as death:
+            if restarts == 0:
+                raise RunError(f"{death}; {resume_hint(config)}") from death
+            restarts -= 1
+            before = death
+            notes = [f"{death}; all processes are started again (faults.max_restarts: {restarts} left)"]
+        except Collapsing as collapse:
+            if collapse.decision.action != "rollback":
+                raise HaltedError(str(collapse)) from None
+            step = roll_back(config.run_dir, collapse.decision)
+            before = collapse
+            notes = [f"{collapse} Going on from step {step}."]
+        except RunError as error:
+            raise RunError(f"{error}; {resume_hint(config)}") from error
+        except InputError as error:
+            if before is None:
                 raise
+            # The input was good once: it is the cluster that has changed, which has lost a node, say.
+            raise RunError(f"{before}; started again: {error}; {resume_hint(config)}") from error
+        except Exception as error:
+            error.add_note(resume_hint(config))
+            raise
 
 
 def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, stop: StopRequest) -> None:
@@ -150,13 +154,13 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
         attempt = _Attempt(config, data, opened, stop, view, stack)
         watchdog = Watchdog(config.watchdog, attempt.notify, stop, logs=config.run_dir / LOGS)
         running = stack.enter_context(processes(config, watchdog))
-        engines = open_rollout_engines(config, arch, running, attempt.notify)
+        engines = open_rollout_engines(config, running, canary_tokens(data.train), attempt.notify)
         computes = running.actors.call("describe", results_of=(0,))[0]
         attempt.notify("actors compute with " + ", ".join(f"{what}: {how}" for what, how in computes.items()))
         if opened.trainer_state is not None:
             running.actors.call("load", (checkpoint_path(config.run_dir, opened.steps_done) / ACTORS).resolve())
             view.note(f"resumed after step {opened.steps_done}")
-        attempt.trainer(running.actors, engines).train()
+        attempt.trainer(running, engines).train()
         view.note("writing the final model")
         running.actors.call("export_hf", "policy", (config.run_dir / "hf").resolve())
         finish.try_report(config, attempt.notify)
@@ -178,14 +182,11 @@ class _Attempt:
         self.view.note(text)
         log_event(self.config, text)
 
-    def trainer(self, actors: ActorGroup, engines: RolloutEngines) -> Trainer:
+    def trainer(self, running: Processes, engines: RolloutEngines) -> Trainer:
         """The trainer, with all that it writes to."""
+        actors = running.actors
         config, method, state = self.config, METHODS[self.config.method], self.opened.trainer_state
-        equivalence = self.stack.enter_context(
-            AnswerEquivalence(
-                config.rewards.equivalence, config.rewards.comparison_timeout_s, config.rewards.comparison_workers
-            )
-        )
+        equivalence = self._equivalence(config.rewards.equivalence, running)
         problems_of = BatchSampler(self.data.train, config.data.batch_size, config.seed, config.data.shuffle).batch
         log = RolloutLog(
             config.run_dir,
@@ -197,9 +198,6 @@ class _Attempt:
             self.view.note(f"the rollout log has the rollouts of {log.num_recorded} further steps")
         schedule = RolloutSchedule(config, method.needs, engines, problems_of, log.has)
         collector = Collector(config, method, actors, schedule, equivalence, problems_of)
-        guard = Guard(config.guard, rollbacks=count_rollbacks(config.run_dir))
-        if state is not None and state.guard is not None:
-            guard.load_state_dict(state.guard)
         labels = self._label_history(equivalence)
 
         def observe(step: int, scored: Sequence[ScoredGroup]) -> dict[str, float]:
@@ -215,9 +213,9 @@ class _Attempt:
                 config, actors, on_complete=log.covered, labels=labels.snapshot, last_step=self.opened.steps_done
             ),
             state=state or TrainerState(0, 0),
-            guard=guard,
+            guard=open_guard(config, state),
             stop=self.stop,
-            validate=self._validation(engines),
+            validate=self._validation(engines, running),
             observe=observe,
             record=self._recorder(),
             new_timer=lambda: PhaseTimer(self.view.phase),
@@ -248,23 +246,24 @@ class _Attempt:
 
         return record
 
-    def _validation(self, engines: RolloutEngines) -> Callable[[int, PhaseTimer], dict[str, float]] | None:
+    def _equivalence(self, relation: Equivalence, running: Processes) -> AnswerEquivalence:
+        """A relation whose processes are on every machine of the run."""
+        limits = self.config.rewards.comparison_timeout_s, self.config.rewards.comparison_workers
+        comparer = comparer_for(running.nodes, *limits) if running.nodes else None
+        return self.stack.enter_context(AnswerEquivalence(relation, *limits, comparer=comparer))
+
+    def _validation(
+        self, engines: RolloutEngines, running: Processes
+    ) -> Callable[[int, PhaseTimer], dict[str, float]] | None:
         if not self.data.held_out:
             return None
         config = self.config
-        equivalence = self.stack.enter_context(
-            AnswerEquivalence(
-                config.validation.equivalence or config.rewards.equivalence,
-                config.rewards.comparison_timeout_s,
-                config.rewards.comparison_workers,
-            )
-        )
+        equivalence = self._equivalence(config.validation.equivalence or config.rewards.equivalence, running)
         return partial(validation_metrics, config, self.data.held_out, engines, equivalence)
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
-    """The questions to train on, and those to validate on: a set for each source, by its name, which two files of one
-    source have with their own name behind it."""
+    """The questions to train on, and those to validate on (`data_sets`)."""
     data, needs = config.data, METHODS[config.method].needs
     limits: dict[str, Any] = {
         "system_prompt": data.system_prompt,
@@ -281,14 +280,6 @@ def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     held_out = []
     for file in data.val_files:
         found = load_problems([file], (), tokenizer, **limits)
-        found = found.with_ground_truth(data.missing_gold, found.missing_in_validation(file))
-        held_out += [(source, file, part) for source, part in found.by_source().items()]
-    sources = Counter(source for source, _, _ in held_out)
+        held_out.append((file, found.with_ground_truth(data.missing_gold, found.missing_in_validation(file))))
     limit = config.validation.max_problems
-    return _Data(
-        problems,
-        {
-            source if sources[source] == 1 else f"{source}/{file.stem}": part.first(limit)
-            for source, file, part in held_out
-        },
-    )
+    return _Data(problems, {name: part.first(limit) for name, part in data_sets(held_out).items()})

@@ -58,7 +58,7 @@ def lock_run_directory(run_dir: Path, patience_s: float = 10.0) -> Iterator[None
                 time.sleep(0.2)
             except OSError:  # a file system without locks
                 break
-        with suppress(OSError):  # a full disk: then others are not told who it is
+        with suppress(OSError):  # a full disk: then others do not learn who it is
             os.ftruncate(file, 0)
             os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         yield
@@ -104,36 +104,12 @@ def open_run_directory(config: RunConfig, news: Sequence[str] = ()) -> OpenedRun
         raise InputError(
             f"run_dir: the run in {run_dir} has done its {saved[-1]} steps; raise steps or choose another run_dir"
         )
-    trainer_state, notes = None, [*news]
-    damaged: dict[int, DamagedCheckpoint] = {}
-    for step in reversed(saved):
-        try:
-            trainer_state = check_checkpoint(checkpoint_path(run_dir, step), contents=settings.verify == "full")
-            break
-        except DamagedCheckpoint as error:
-            damaged[step] = error
-    if saved and trainer_state is None:
-        raise InputError(
-            "\n".join([f"run_dir: {run_dir} has no checkpoint that is whole", *map(str, damaged.values())])
-        )
-    for step, reason in damaged.items():
-        aside = set_aside(checkpoint_path(run_dir, step))
-        notes.append(f"damaged checkpoint, set aside as {aside.name}: {reason}")
+    notes = [*news]
+    trainer_state = _newest_whole_checkpoint(config, saved, notes)
     discard_unfinished(run_dir)
     remove_leftovers(run_dir)
     if trainer_state is not None:
-        changed = changed_keys(checkpoint_path(run_dir, trainer_state.step) / "config.yaml", config)
-        if changed:
-            notes.append(
-                f"the checkpoint of step {trainer_state.step} was made with other settings: {', '.join(changed)}"
-            )
-        checkpoint = checkpoint_path(run_dir, trainer_state.step)
-        if refused := refused_inputs(checkpoint, config):
-            raise InputError("\n".join(refused))
-        if replaced := replaced_inputs(checkpoint, config):
-            notes.append(
-                f"files were replaced since the checkpoint of step {trainer_state.step}: {', '.join(replaced)}"
-            )
+        notes += _changes_since(trainer_state.step, config)
     done = trainer_state.step if trainer_state is not None else 0
     if (run_dir / "hf").exists() and done < config.steps:  # of a run that was shorter
         aside = run_dir / f"hf_step_{done:06d}"
@@ -152,6 +128,38 @@ def open_run_directory(config: RunConfig, news: Sequence[str] = ()) -> OpenedRun
     for note in notes:
         log_event(config, note)
     return OpenedRun(trainer_state, notes)
+
+
+def _newest_whole_checkpoint(config: RunConfig, saved: Sequence[int], notes: list[str]) -> TrainerState | None:
+    """The state of the newest checkpoint that is whole; newer ones are set aside, each with a note."""
+    run_dir, damaged = config.run_dir, dict[int, DamagedCheckpoint]()
+    trainer_state = None
+    for step in reversed(saved):
+        try:
+            contents = config.checkpoint.verify == "full"
+            trainer_state = check_checkpoint(checkpoint_path(run_dir, step), contents=contents)
+            break
+        except DamagedCheckpoint as error:
+            damaged[step] = error
+    if saved and trainer_state is None:
+        raise InputError(
+            "\n".join([f"run_dir: {run_dir} has no checkpoint that is whole", *map(str, damaged.values())])
+        )
+    for step, reason in damaged.items():
+        aside = set_aside(checkpoint_path(run_dir, step))
+        notes.append(f"damaged checkpoint, set aside as {aside.name}: {reason}")
+    return trainer_state
+
+
+def _changes_since(step: int, config: RunConfig) -> Iterator[str]:
+    """What differs from what the checkpoint of a step was made with; InputError for what may not differ."""
+    checkpoint = checkpoint_path(config.run_dir, step)
+    if changed := changed_keys(checkpoint / "config.yaml", config):
+        yield f"the checkpoint of step {step} was made with other settings: {', '.join(changed)}"
+    if refused := refused_inputs(checkpoint, config):
+        raise InputError("\n".join(refused))
+    if replaced := replaced_inputs(checkpoint, config):
+        yield f"files were replaced since the checkpoint of step {step}: {', '.join(replaced)}"
 
 
 def changed_keys(saved: Path, config: RunConfig) -> list[str]:
@@ -201,7 +209,7 @@ def resume_hint(config: RunConfig) -> str:
 
 @contextmanager
 def interrupt_says_how_to_go_on(config: RunConfig) -> Iterator[None]:
-    """Ctrl-C ends a run at once; what it is told with says from where the same command goes on."""
+    """Ctrl-C ends a run at once; the message says from where the same command goes on."""
     try:
         yield
     except KeyboardInterrupt as interrupt:

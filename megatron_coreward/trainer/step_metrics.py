@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_coreward.cluster.weight_sync import weight_version
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.agreement import (
     agreement_metrics,
@@ -18,7 +17,7 @@ from megatron_coreward.rewards.context import GroupKey
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import Vote, majority_vote
 from megatron_coreward.trainer.experience import Experience
-from megatron_coreward.types import RolloutGroup
+from megatron_coreward.types import RolloutGroup, WeightVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,9 @@ def of_step(
     if syncs:
         metrics["sync/seconds"] = sum(report.seconds for report in syncs)
         metrics["sync/canary_gap"] = max(report.canary_gap for report in syncs)
+        limits = [report.limit for report in syncs if report.limit is not None]
+        if limits:
+            metrics["sync/canary_limit"] = limits[-1]
     return metrics | _label_quality(experience)
 
 
@@ -90,8 +92,8 @@ def _loss(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def staleness(groups: Sequence[RolloutGroup], num_updates: int, updates_per_batch: int) -> dict[str, float]:
     """How many steps the weights that sampled were behind those of `num_updates`, which it began with."""
     version = groups[0].completions[0].weight_version
-    behind = weight_version("policy", num_updates) - version
-    return {"rollout/staleness": behind / weight_version("policy", updates_per_batch)}
+    behind = WeightVersion("policy", num_updates).number - version
+    return {"rollout/staleness": behind / WeightVersion("policy", updates_per_batch).number}
 
 
 def _label_quality(experience: Experience) -> dict[str, float]:

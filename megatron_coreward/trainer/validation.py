@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_coreward.algorithms.accuracy import sampled_scores
+from megatron_coreward.algorithms.accuracy import Float64Array, sampled_scores
 from megatron_coreward.cluster.rollout_engines import RolloutEngines
 from megatron_coreward.config.schema import AnswerFormat, RunConfig, ValidationSettings
 from megatron_coreward.config.validate import score_names
@@ -92,30 +91,39 @@ def measure_accuracy(
             stop_at=stop_at,
         )
 
+    greedy = None if settings.samples == "random" else draw(1, GREEDY)
+    sampled = None if settings.samples == "greedy" else draw(settings.n, settings.temperature)
+    scores = _scores(greedy, sampled, problems, settings, equivalence)
+    return _by_data_set(scores, {name: len(part) for name, part in held_out.items()})
+
+
+def _scores(
+    greedy: Sequence[RolloutGroup] | None,
+    sampled: Sequence[RolloutGroup] | None,
+    problems: Sequence[Problem],
+    settings: ValidationSettings,
+    equivalence: AnswerEquivalence,
+) -> dict[str, Float64Array]:
+    """[problems] of each score, from the groups that were drawn."""
     likeliest = None
-    if settings.samples != "random":
-        greedy = draw(1, GREEDY)
+    if greedy is not None:
         _compare(equivalence, greedy, problems)
         likeliest = [
             equivalence.equivalent(group.answers[0], problem.ground_truth)
             for problem, group in zip(problems, greedy, strict=True)
         ]
-    if settings.samples == "greedy":
-        scores = {"pass@1": np.asarray(likeliest, dtype=np.float64)}
-    else:
-        groups = draw(settings.n, settings.temperature)
-        _compare(equivalence, groups, problems)
-        graded = [
-            score_answers(group.answers, problem.ground_truth, equivalence)
-            for problem, group in zip(problems, groups, strict=True)
-        ]
-        right, majority_right = [g.right for g in graded], [g.majority_right for g in graded]
-        scores = sampled_scores(right, majority_right, likeliest)
-        scores = {name: scores[name] for name in score_names(settings)}
-    return _by_data_set(scores, {name: len(part) for name, part in held_out.items()})
+    if sampled is None:
+        return {"pass@1": np.asarray(likeliest, dtype=np.float64)}
+    _compare(equivalence, sampled, problems)
+    graded = [
+        score_answers(group.answers, problem.ground_truth, equivalence)
+        for problem, group in zip(problems, sampled, strict=True)
+    ]
+    scores = sampled_scores([g.right for g in graded], [g.majority_right for g in graded], likeliest)
+    return {name: scores[name] for name in score_names(settings)}
 
 
-def _by_data_set(scores: Mapping[str, NDArray[np.float64]], sizes: Mapping[str, int]) -> dict[str, float]:
+def _by_data_set(scores: Mapping[str, Float64Array], sizes: Mapping[str, int]) -> dict[str, float]:
     """Means of scores [Q] over all questions and, if there are several data sets, over those of each."""
     metrics = {f"val/{name}": float(values.mean()) for name, values in scores.items()}
     if len(sizes) > 1:

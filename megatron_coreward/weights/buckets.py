@@ -1,28 +1,24 @@
-"""How the tensors of a model are cut into buckets, and the buckets laid out in a shared segment. Pure.
+"""How the tensors of a model are cut into buckets. Pure.
 
-Every party of a transfer (the ranks that write, the engines that read) makes the same plan from the same few facts, so
-only bucket numbers travel between them.
+Every party of a transfer (the ranks that send, the workers that receive) cuts alike from the same few facts, so only
+bucket numbers travel between them.
+
+Tensors come in streams, one for each group of ranks that holds a part of the model (a pipeline stage, a share of the
+experts). Every bucket takes from all streams, in proportion to their bytes: so all ranks have something to send at all
+times, whatever the order of the checkpoint. Within a large tensor it takes from all tensor-parallel parts alike.
 
 Invariants (tests/weights/test_buckets.py):
-  1. The entries of all buckets, in order, are the tensors in the given order, each exactly once and never split.
-  2. Within a bucket, entries start at multiples of ALIGNMENT bytes and do not overlap.
-  3. A bucket with several entries holds at most `bucket_bytes`; a larger tensor is alone in its bucket.
+  1. The pieces of all buckets are the tensors of each stream in the given order, each row exactly once.
+  2. A bucket holds at most `bucket_bytes`, except that each stream brings one row at least.
+  3. Only tensors that are larger than a quarter of a stream's share of a bucket are cut.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import combinations
-from typing import Any
+from itertools import combinations, zip_longest
+from typing import NamedTuple
 
-ALIGNMENT = 64  # bytes: a cache line, and enough for any vector load
-HEADER_BYTES = 65536  # before the slots: the digest of the layout, and who has written what
-MARK_BYTES = 16  # version and bucket, two 64-bit integers
-NO_BUCKET = -1  # in place of a bucket: the update that is under way is given up
-_MARKS = 64  # byte of the first mark
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 Index = tuple[slice, ...]
@@ -47,114 +43,78 @@ class TensorMeta:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor and the byte at which it starts within its bucket."""
+class Rows(NamedTuple):
+    """Rows `start` to `stop - 1` of a tensor: `tensor[start:stop]`."""
 
-    meta: TensorMeta
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Tensors that travel together; `nbytes` is a multiple of ALIGNMENT."""
-
-    entries: tuple[Entry, ...]
+    name: str
+    start: int
+    stop: int
     nbytes: int
 
 
-def _align(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+Bucket = tuple[Rows, ...]
 
 
-def plan_buckets(metas: Sequence[TensorMeta], bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Fills buckets of at most `bucket_bytes` with the tensors, in order.
+def plan_buckets(
+    streams: Sequence[Sequence[TensorMeta]], bucket_bytes: int, lanes: Callable[[str], int] = lambda name: 1
+) -> tuple[Bucket, ...]:
+    """Fills buckets of at most `bucket_bytes` with the tensors of all streams.
+
+    Args:
+        lanes: equal runs of rows into which a tensor, by its name, is cut first. A bucket takes the same of each, so
+            that it has something for every tensor-parallel rank and worker.
+
+    Example: with streams [a, b] and [c], of 400, 400 and 800 bytes, and 800 bytes a bucket, the buckets are [a, the
+    first half of c] and [b, the second half of c].
 
     Raises:
         ValueError: no tensors, two tensors of the same name, or a bucket size below 1 byte.
     """
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes is {bucket_bytes}; it must be at least 1")
+    metas = [meta for stream in streams for meta in stream]
     if not metas:
         raise ValueError("there are no tensors to plan buckets for")
     seen: set[str] = set()
-    buckets: list[Bucket] = []
-    entries: list[Entry] = []
-    filled = 0
     for meta in metas:
         if meta.name in seen:
             raise ValueError(f"tensor {meta.name!r} appears twice")
         seen.add(meta.name)
-        if entries and filled + meta.nbytes > bucket_bytes:
-            buckets.append(Bucket(tuple(entries), filled))
-            entries, filled = [], 0
-        entries.append(Entry(meta, filled))
-        filled += _align(meta.nbytes)
-    return (*buckets, Bucket(tuple(entries), filled))
+    total = sum(meta.nbytes for meta in metas)
+    shares = [max(1, bucket_bytes * sum(meta.nbytes for meta in stream) // total) for stream in streams]
+    filled = [_fill(stream, share, lanes) for stream, share in zip(streams, shares, strict=True) if stream]
+    return tuple(tuple(rows for part in parts for rows in part) for parts in zip_longest(*filled, fillvalue=()))
 
 
-@dataclass(frozen=True)
-class SegmentLayout:
-    """A shared segment: a header page, then `num_slots` slots through which the buckets pass in turn."""
-
-    segment: str  # name of the segment on the host
-    metas: tuple[TensorMeta, ...]
-    bucket_bytes: int
-    num_slots: int = 2
-    num_writers: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_slots < 1:
-            raise ValueError(f"num_slots is {self.num_slots}; it must be at least 1")
-        most = (HEADER_BYTES - _MARKS) // (MARK_BYTES * self.num_slots)
-        if not 1 <= self.num_writers <= most:
-            raise ValueError(f"num_writers is {self.num_writers}; allowed for {self.num_slots} slots: 1 to {most}")
-
-    @cached_property
-    def buckets(self) -> tuple[Bucket, ...]:
-        return plan_buckets(self.metas, self.bucket_bytes)
-
-    @cached_property
-    def slot_bytes(self) -> int:
-        return max(bucket.nbytes for bucket in self.buckets)
-
-    @property
-    def nbytes(self) -> int:
-        return HEADER_BYTES + self.num_slots * self.slot_bytes
-
-    @cached_property
-    def digest(self) -> bytes:
-        """32 bytes that two parties share exactly if they mean the same layout."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).digest()
-
-    def bucket(self, index: int) -> Bucket:
-        """Raises IndexError for a number that no bucket has, negative ones included."""
-        if not 0 <= index < len(self.buckets):
-            raise IndexError(f"bucket {index} does not exist; there are {len(self.buckets)}, counted from 0")
-        return self.buckets[index]
-
-    def slot_start(self, bucket_index: int) -> int:
-        """The byte of the segment at which the slot of a bucket starts."""
-        return HEADER_BYTES + bucket_index % self.num_slots * self.slot_bytes
-
-    def mark_start(self, bucket_index: int, writer: int) -> int:
-        """The byte of the segment where a writer says that a bucket is in its slot, and of which version."""
-        return _MARKS + MARK_BYTES * (bucket_index % self.num_slots * self.num_writers + writer)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for any transport; `from_json` reads it."""
-        return {
-            "segment": self.segment,
-            "tensors": [[m.name, list(m.shape), m.dtype] for m in self.metas],
-            "bucket_bytes": self.bucket_bytes,
-            "num_slots": self.num_slots,
-            "num_writers": self.num_writers,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "SegmentLayout":
-        metas = tuple(TensorMeta(name, tuple(shape), dtype) for name, shape, dtype in data["tensors"])
-        return cls(data["segment"], metas, data["bucket_bytes"], data["num_slots"], data["num_writers"])
+def _fill(stream: Sequence[TensorMeta], share: int, lanes: Callable[[str], int]) -> list[list[Rows]]:
+    """A stream's part of every bucket."""
+    parts: list[list[Rows]] = [[]]
+    left = share
+    for meta in stream:
+        num_rows = meta.shape[0] if meta.shape else 1
+        row_bytes, cut = meta.nbytes // num_rows, meta.nbytes > share // 4
+        mine = lanes(meta.name) if cut else 1  # a tensor that fits is one piece, all lanes of it
+        while mine > 1 and (mine > num_rows or 4 * mine * row_bytes > share):
+            mine //= 2
+        length, start = -(-num_rows // mine), 0  # of a lane, and what of it is in a bucket
+        while start < length:
+            whole = start == 0 and meta.nbytes <= left
+            fitting = length if whole else min(length - start, max(0, left // (mine * row_bytes)) if cut else 0)
+            if fitting == 0 and not parts[-1]:
+                fitting = 1
+            if fitting == 0:
+                parts.append([])
+                left = share
+                continue
+            pieces = [Rows(meta.name, 0, num_rows, meta.nbytes)] if whole else []
+            for lane in range(0 if whole else mine):
+                first = lane * length + start
+                last = min(first + fitting, (lane + 1) * length, num_rows)
+                if first < last:
+                    pieces.append(Rows(meta.name, first, last, (last - first) * row_bytes))
+            parts[-1] += pieces
+            left, start = left - sum(rows.nbytes for rows in pieces), start + fitting
+    return [part for part in parts if part]
 
 
 def block_bounds(name: str, shape: Sequence[int], index: Index) -> tuple[tuple[int, int], ...]:
@@ -185,7 +145,7 @@ def check_tiling(metas: Iterable[TensorMeta], blocks: Iterable[tuple[str, Index]
     shapes = {meta.name: meta.shape for meta in metas}
     for name, index in blocks:
         if name not in held:
-            raise ValueError(f"a block belongs to tensor {name!r}, which is not published")
+            raise ValueError(f"a block belongs to tensor {name!r}, which is not among them")
         held[name].append(block_bounds(name, shapes[name], index))
     for name, bounds in held.items():
         for one, other in combinations(bounds, 2):

@@ -1,6 +1,6 @@
 """Who holds and who needs which block of every HF tensor: the layout of the actor and that of the engines. Pure.
 
-Both sides are told in the terms of the HF checkpoint (tensor name and a rectangular block of it), so that neither has
+Both sides are in the terms of the HF checkpoint (tensor name and a rectangular block of it), so that neither has
 to know the other. Invariants (tests/weights/test_layouts.py):
   1. Together, the ranks of one replica hold every HF tensor exactly once (but for the copy of a tied embedding that
      the last pipeline stage keeps, and for what every tensor-parallel rank holds whole).
@@ -68,6 +68,12 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 def expert_number(name: str) -> int | None:
     """The global number of the expert that a parameter belongs to, by its HF or its Megatron name."""
     found = _EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to, by its HF or its Megatron name."""
+    found = _LAYER.search(name)
     return int(found[1]) if found else None
 
 
@@ -200,7 +206,7 @@ _OUTER_ON_EVERY_STAGE = frozenset({"qwen3_moe"})
 _Cut = Literal["vocabulary", "rows", "kv_heads", "columns", "whole"]
 
 # Module of an HF tensor -> how a vLLM engine cuts it over tensor-parallel workers. Fused layers (QKV, gate and up) are
-# cut part by part, so the checkpoint's own tensors are the right place to tell it.
+# cut part by part, so the checkpoint's own tensors are the right place to see it.
 _CUTS: dict[str, _Cut] = {
     "embed_tokens": "vocabulary",
     "lm_head": "vocabulary",
@@ -218,6 +224,11 @@ _CUTS: dict[str, _Cut] = {
     "post_attention_layernorm": "whole",
     "norm": "whole",
 }
+
+
+def cut_by_rows(name: str) -> bool:
+    """Whether tensor-parallel ranks and workers have different rows of an HF tensor."""
+    return _CUTS[name.split(".")[-2]] in ("vocabulary", "rows", "kv_heads")
 
 
 @dataclass(frozen=True, slots=True)

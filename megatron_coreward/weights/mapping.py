@@ -1,6 +1,6 @@
-"""HF <-> Megatron, told once: which block of which HF tensor a Megatron parameter shard consists of.
+"""HF <-> Megatron, written down once: which block of which HF tensor a Megatron parameter shard consists of.
 
-Loading a checkpoint, publishing weights to rollout engines, exporting, converting and planning all read this table.
+Loading a checkpoint, syncing weights to rollout engines, exporting, converting and planning all read this table.
 
 Invariants (tests/weights/test_mapping.py):
   1. For every layout, the blocks of one replica's shards tile each HF tensor exactly once (`tied` output layers, which

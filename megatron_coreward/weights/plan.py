@@ -9,6 +9,12 @@ Invariants (tests/weights/test_plan.py):
      group's imbalance is at most (fair + slack) / (fair - slack): below 1.2 wherever a rank's slack is less than 1/11
      of its share.
   4. Sender and receiver list the transfers between them in the same order: that of the HF checkpoint.
+  5. No rank sends more than 1.2 times what the busiest link has to carry in any plan (`least_busiest_bytes`), and no
+     worker sends more than it receives.
+
+How replicas pass on. Engines are alike: worker w of every engine needs the same bytes. If the ranks cannot serve all
+engines without sending more than a worker receives, they serve the first `num_direct` engines, and worker w of engine e
+passes everything on to worker w of engine e + num_direct, bucket by bucket, while it receives the next bucket.
 
 How the load is spread. What all engines together need of one shard of one layer is laid out on a line, engine after
 engine, worker after worker, tensor after tensor. With R ranks that hold the shard, the line is cut into R pieces of the
@@ -44,7 +50,7 @@ ByteArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Params:
+class ModelTensors:
     """The tensors that travel: those of the HF checkpoint of an architecture, all in one dtype."""
 
     arch: Architecture
@@ -55,16 +61,24 @@ class Params:
             raise InputError(f"dtype of the weights that travel: {self.dtype!r}; allowed: {', '.join(ITEM_BYTES)}")
 
 
+Params = ModelTensors  # the name that scripts may know
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A block of an HF tensor that goes from a rank of the actor to a worker of an engine."""
+    """A block of an HF tensor that goes from a rank of the actor to a worker of an engine.
 
-    rank: int
+    Example: `Transfer(rank=3, engine=5, worker=0, name="model.norm.weight", bounds=((0, 64),), nbytes=128, via=1)` is
+    what rank 3 sent to worker 0 of engine 1, which passes it on to worker 0 of engine 5.
+    """
+
+    rank: int  # that holds the block and sent it
     engine: int
     worker: int  # of the engine: tensor-parallel rank + tensor-parallel size x pipeline stage
     name: str
     bounds: Bounds
     nbytes: int
+    via: int | None = None  # the engine whose same worker passes it on; None: the rank sends it itself
 
     @property
     def index(self) -> Index:
@@ -225,15 +239,27 @@ class _Placed(NamedTuple):
 class TransferPlan:
     """All transfers of one weight sync, and their sums. Sums are exact and cheap; transfers are made one by one."""
 
-    def __init__(self, source: ActorLayout, target: EngineLayout, params: Params, placed: Iterable[_Placed]) -> None:
-        """For `plan_transfers`; `placed` in HF order."""
-        self.source, self.target, self.params = source, target, params
+    def __init__(
+        self,
+        source: ActorLayout,
+        target: EngineLayout,
+        tensors: ModelTensors,
+        placed: Iterable[_Placed],
+        num_direct: int,
+    ) -> None:
+        """For `plan_transfers`.
+
+        Args:
+            placed: in HF order, planned for `num_direct` engines.
+            num_direct: engines that receive from ranks; each of the others receives from an engine before it.
+        """
+        self.source, self.target, self.tensors, self.num_direct = source, target, tensors, num_direct
         self._placed = tuple(placed)
-        shape = (source.world_size, target.num_engines, target.num_workers)
-        self.bytes_by_link: ByteArray = np.zeros(shape, dtype=np.int64)  # [ranks, engines, workers]; 0: no link
+        shape = (source.world_size, num_direct, target.num_workers)
+        self.bytes_by_link: ByteArray = np.zeros(shape, dtype=np.int64)  # [ranks, direct engines, workers]; 0: no link
         self.fair_bytes = np.zeros(source.world_size)  # [ranks] what each would send if rows could be cut
         self.slack_bytes: ByteArray = np.zeros(source.world_size, dtype=np.int64)  # [ranks] see invariant 3
-        engines = np.arange(target.num_engines)[:, None]
+        engines = np.arange(num_direct)[:, None]
         alike = Counter((segment, first_rank, workers) for segment, _, first_rank, workers in self._placed)
         for (segment, first_rank, workers), times in alike.items():
             for line in segment.lines:
@@ -250,11 +276,36 @@ class TransferPlan:
     @cached_property
     def bytes_received(self) -> ByteArray:
         """[engines, workers]"""
-        return np.asarray(self.bytes_by_link.sum(axis=0))
+        of_direct = self.bytes_by_link.sum(axis=0)
+        return np.asarray(of_direct[np.arange(self.target.num_engines) % self.num_direct])
+
+    @cached_property
+    def bytes_passed_on(self) -> ByteArray:
+        """[engines, workers]"""
+        passed = self.bytes_received.copy()
+        passed[max(0, self.target.num_engines - self.num_direct) :] = 0
+        return passed
 
     @property
     def total_bytes(self) -> int:
-        return int(self.bytes_by_link.sum())
+        """Over all links; exactly what all workers need."""
+        return int(self.bytes_received.sum())
+
+    @property
+    def busiest_bytes(self) -> int:
+        """Of the rank or worker that sends or receives the most."""
+        return max(int(self.bytes_sent.max()), int(self.bytes_received.max()))
+
+    @cached_property
+    def least_busiest_bytes(self) -> float:
+        """What the busiest link carries in the best of plans: a worker has to receive all that it needs, and the ranks
+        that hold a shard have to send what one engine needs of it."""
+        return max(float(self.bytes_received.max()), float(self.fair_bytes.max()) / self.num_direct)
+
+    @property
+    def num_hops(self) -> int:
+        """Links between a rank and the last engine that receives from it."""
+        return -(-self.target.num_engines // self.num_direct)
 
     @cached_property
     def replica_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -276,10 +327,10 @@ class TransferPlan:
 
     def seconds(self, bytes_per_s: float) -> float:
         """Time of the busiest rank or worker if each has a link of that speed and nothing else costs time."""
-        return max(int(self.bytes_sent.max()), int(self.bytes_received.max())) / bytes_per_s
+        return self.busiest_bytes / bytes_per_s
 
     def outgoing(self, rank: int) -> Iterator[Transfer]:
-        """What a rank sends: in HF order, then by engine, worker and block.
+        """What a rank sends itself: in HF order, then by engine, worker and block.
 
         Raises:
             IndexError: a rank that does not exist.
@@ -306,19 +357,21 @@ class TransferPlan:
         ):
             if not 0 <= number < count:
                 raise IndexError(f"{what} {number} does not exist; there are {count}, counted from 0")
+        direct = engine % self.num_direct
+        via = engine - self.num_direct if engine >= self.num_direct else None
         made: dict[tuple[_Segment, int], list[tuple[int, _Part]]] = {}
         for segment, prefix, first_rank, workers in self._placed:
             if worker not in workers:
                 continue
             key = (segment, workers.index(worker))
             if key not in made:
-                made[key] = segment.received(engine, key[1])
+                made[key] = segment.received(direct, key[1])
             for rank, part in made[key]:
                 name = prefix + segment.names[part.tensor]
-                yield Transfer(first_rank + rank, engine, worker, name, part.bounds, part.nbytes)
+                yield Transfer(first_rank + rank, engine, worker, name, part.bounds, part.nbytes, via)
 
 
-def plan_transfers(source_layout: ActorLayout, target_layout: EngineLayout, params: Params) -> TransferPlan:
+def plan_transfers(source_layout: ActorLayout, target_layout: EngineLayout, params: ModelTensors) -> TransferPlan:
     """Plans how the blocks that the actor's ranks hold get to the workers of all engines that need them.
 
     Raises:
@@ -327,15 +380,28 @@ def plan_transfers(source_layout: ActorLayout, target_layout: EngineLayout, para
     source, target, arch = source_layout, target_layout, params.arch
     source.check(arch)
     target.check(arch)
-    return TransferPlan(source, target, params, _place_segments(source, target, params))
 
+    def direct(engines: int) -> TransferPlan:
+        placed = _place_segments(source, replace(target, num_engines=engines), params)
+        return TransferPlan(source, target, params, placed, engines)
+
+    num_direct = target.num_engines
+    plan = direct(num_direct)
+    while num_direct > 1 and plan.bytes_sent.max() > _TOLERATED * plan.least_busiest_bytes:
+        fitting = int(num_direct * plan.least_busiest_bytes / plan.bytes_sent.max())
+        num_direct = max(1, min(num_direct - 1, fitting))
+        plan = direct(num_direct)
+    return plan
+
+
+_TOLERATED = 1.1  # of the best plan's busiest link, before replicas pass on
 
 _FIRST_LAYER = "model.layers.0."
 
 
-def _place_segments(source: ActorLayout, target: EngineLayout, params: Params) -> Iterator[_Placed]:
+def _place_segments(source: ActorLayout, target: EngineLayout, tensors: ModelTensors) -> Iterator[_Placed]:
     """Embedding, layers, final norm and head, in HF order."""
-    arch, one_layer = params.arch, replace(params.arch, num_layers=1)
+    arch, one_layer = tensors.arch, replace(tensors.arch, num_layers=1)
     shapes = hf_tensors(one_layer)
     last_rank = source.world_size - source.stage_size
     replicas = source.stage_size // source.tensor_parallel
@@ -353,7 +419,7 @@ def _place_segments(source: ActorLayout, target: EngineLayout, params: Params) -
         order = {name: number for number, name in enumerate(names)}
         lines = []
         for shard in shards:
-            pieces = list(_pieces(shard.blocks, needed, order, ITEM_BYTES[params.dtype]))
+            pieces = list(_pieces(shard.blocks, needed, order, ITEM_BYTES[tensors.dtype]))
             if pieces:
                 together = target.num_engines // replicas if shard.whole and not target.num_engines % replicas else 1
                 lines.append(_Line(shard.holders, pieces, num_slots, target.num_engines, together))

@@ -45,12 +45,16 @@ def checkpoint_keys(rank: int, path: Path, port: int, folder: Path) -> dict[str,
 
     actor = start(rank, make_setup(path, {}), port)
     scaled = actor.policy[0].module.decoder.layers[0].mlp.linear_fc1
-    told: list[Any] = []
+    extra: list[Any] = []
     state = {"get_extra_state": lambda self: torch.ones(5, dtype=torch.uint8)}
-    state |= {"set_extra_state": lambda self, value: told.append(value)}
+    state |= {"set_extra_state": lambda self, value: extra.append(value)}
     scaled.__class__ = type("Scaled", (type(scaled),), state)
     has = any("_extra_state" in key for key in actor.policy[0].module.state_dict())
     actor.save(folder)
     actor.load(folder)
     actor.shutdown()
-    return {"has": has, "told": told, "keys": list(FileSystemReader(folder).read_metadata().state_dict_metadata)}
+    return {
+        "has": has,
+        "extra": extra,
+        "keys": list(FileSystemReader(folder).read_metadata().state_dict_metadata),
+    }

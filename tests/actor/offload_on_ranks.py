@@ -33,7 +33,7 @@ def train(
             held.append(sum(c.buffers[0].grad_data.untyped_storage().nbytes() for c in actor.policy))
             actor.token_stats(
                 part.sequences, micro_batches, "policy", 1.0
-            )  # what a probe asks while the engines are awake
+            )  # what a canary asks while the engines are awake
             actor.token_stats(part.sequences, micro_batches, "teacher", 1.0)
             actor.onload()
         actor.update_ema_teacher(0.5)
@@ -45,7 +45,7 @@ def train(
     report = actor.update(part, micro_batches)
     stats = actor.token_stats(part.sequences, micro_batches, "reference", 1.0)
     weights = [param.detach().clone() for chunk in actor.policy for param in chunk.parameters()]
-    told = actor.describe()
+    described = actor.describe()
     actor.shutdown()
     return {
         "state": state,
@@ -54,7 +54,7 @@ def train(
         "reference": None if stats is None else stats.logprobs,
         "gradients held": held,
         "state held": at_rest,
-        "told": told,
+        "described": described,
     }
 
 

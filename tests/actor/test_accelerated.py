@@ -1,4 +1,4 @@
-"""What Megatron is told of FP8, recomputation and fusion; and how FP8's memory of former micro-batches is handled.
+"""What Megatron is given for FP8, recomputation and fusion; and how FP8's memory of former micro-batches is handled.
 
 Everything here runs without a GPU: the decisions are taken before a kernel is.
 """
@@ -18,17 +18,17 @@ from tests.actor.ranks import free_port, run_ranks
 from tests.actor.test_parity import make_batch
 
 
-def told(frozen: bool = False, **settings: Any) -> dict[str, Any]:
+def given(frozen: bool = False, **settings: Any) -> dict[str, Any]:
     from megatron_coreward.actor.model import fp8_config
 
     return fp8_config(ActorSettings(**settings), frozen)
 
 
 def test_every_recipe_has_its_format() -> None:
-    assert told() == {}
-    assert told(fp8="tensorwise") == {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
-    assert told(fp8="blockwise")["fp8"] == told(fp8="mxfp8")["fp8"] == "e4m3"
-    assert told(fp8="delayed")["fp8_amax_history_len"] == 1024
+    assert given() == {}
+    assert given(fp8="tensorwise") == {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+    assert given(fp8="blockwise")["fp8"] == given(fp8="mxfp8")["fp8"] == "e4m3"
+    assert given(fp8="delayed")["fp8_amax_history_len"] == 1024
 
 
 @pytest.mark.parametrize(
@@ -62,15 +62,15 @@ def test_copies_of_weights_in_fp8_are_forgotten_wherever_they_are() -> None:
 
 
 def test_first_and_last_layers_may_stay_in_bf16() -> None:
-    ends = told(fp8="tensorwise", fp8_bf16_layers=2)
+    ends = given(fp8="tensorwise", fp8_bf16_layers=2)
     assert ends["first_last_layers_bf16"]
     assert (ends["num_layers_at_start_in_bf16"], ends["num_layers_at_end_in_bf16"]) == (2, 2)
 
 
 def test_frozen_models_keep_bf16_weights_and_never_scale_by_a_past_that_they_do_not_have() -> None:
-    assert told(frozen=True, fp8="delayed") == {}
-    assert told(frozen=True, fp8="tensorwise", fp8_params=True) == {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
-    assert told(fp8="tensorwise", fp8_params=True)["fp8_param"]
+    assert given(frozen=True, fp8="delayed") == {}
+    assert given(frozen=True, fp8="tensorwise", fp8_params=True) == {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+    assert given(fp8="tensorwise", fp8_params=True)["fp8_param"]
 
 
 def test_recomputation_names_the_feed_forward_part() -> None:
@@ -84,7 +84,7 @@ def test_recomputation_names_the_feed_forward_part() -> None:
 
 
 @pytest.mark.parametrize(("setting", "fused"), [("auto", True), (True, True), (False, False)])
-def test_layers_that_can_fuse_gradients_are_told_to_unless_the_config_says_otherwise(setting: Any, fused: bool) -> None:
+def test_layers_that_can_fuse_gradients_do_unless_the_config_says_otherwise(setting: Any, fused: bool) -> None:
     from megatron_coreward.actor.model import fuse_gradients, fuses_gradients
 
     class Layer(torch.nn.Module):  # as Transformer Engine's
@@ -134,4 +134,4 @@ def test_a_checkpoint_holds_nothing_of_transformer_engines_pickles(model: Path, 
     (found,) = run_ranks(1, checkpoint_keys, model, free_port(), tmp_path)
     assert found["has"]  # the model has such a state
     assert [key for key in found["keys"] if "_extra_state" in key] == []
-    assert [value for value in found["told"] if value is not None] == []  # Megatron's own layers are told None
+    assert [value for value in found["extra"] if value is not None] == []  # Megatron's own layers get None

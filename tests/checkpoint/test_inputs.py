@@ -82,7 +82,7 @@ def test_copies_elsewhere_new_times_and_other_files_change_nothing(world: Path, 
     assert inputs.replaced_inputs(checkpoint, config()) == []
 
 
-def test_of_a_large_weight_file_samples_tell_other_weights(world: Path) -> None:
+def test_of_a_large_weight_file_samples_show_other_weights(world: Path) -> None:
     path = world / "model" / "model.safetensors"
     with path.open("wb") as file:
         file.truncate(64 << 20)  # sparse

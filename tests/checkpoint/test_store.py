@@ -80,7 +80,7 @@ def test_of_two_that_are_equally_good_the_newer_stays(tmp_path: Path) -> None:
     assert saved_steps(tmp_path) == [2, 3]
 
 
-def test_a_checkpoint_that_was_not_published_is_none_and_goes(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_not_complete_is_none_and_goes(tmp_path: Path) -> None:
     save(tmp_path, 1)
     write_actors(new_checkpoint(tmp_path, TrainerState(2, 2), {}))
     assert saved_steps(tmp_path) == [1]

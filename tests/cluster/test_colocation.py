@@ -1,4 +1,4 @@
-"""Actors and engines on one card: who holds its memory when, and what is told when it does not fit."""
+"""Actors and engines on one card: who holds its memory when, and what is reported when it does not fit."""
 
 import time
 from typing import Any
@@ -95,9 +95,9 @@ class CardEngines(FakeEngines):
         whose = {"weights": "weights of the engine", "kv_cache": "caches of the engine"}[part]
         return self.card.change(whose, size) if self.card else None
 
-    def start_update(self, init_info: dict[str, Any]) -> None:
+    def receive_weights(self, spec: dict[str, Any], version: int) -> Any:
         assert "weights" in self.awake
-        super().start_update(init_info)
+        return super().receive_weights(spec, version)
 
     def score(self, token_ids: Any) -> Any:
         assert self.awake == {"weights", "kv_cache"}
@@ -120,11 +120,11 @@ ORDER = [
     "teacher 0.9900",
     "offload",
     "wake weights",
-    "finish 1",
+    "receive 1",
     "wake kv_cache",
     "stats teacher",  # the canary
     "sample 1",
-    "finish 0",
+    "receive 0",
     "stats policy",  # the canary
     "sample 0",
     "sleep",
@@ -143,7 +143,7 @@ def test_a_step_takes_one_handoff_with_and_without_memory_to_move(card: Card | N
     trainer, events, _, _ = colocated(card)
     timer = PhaseTimer()
     trainer.step(1, timer)
-    watched = ("teacher", "offload", "wake", "finish", "sample", "sleep", "onload", "update", "stats")
+    watched = ("teacher", "offload", "wake", "receive", "sample", "sleep", "onload", "update", "stats")
     assert [event for event in events if event.split()[0] in watched] == ORDER
     assert "time/switch_s" in timer.metrics()
 
@@ -156,7 +156,7 @@ def test_weights_that_were_lost_in_sleep_are_synced_again() -> None:
     rollout_engines, timer = RolloutEngines(engines, sync, colocation=colocation), PhaseTimer()
     for _ in range(2):  # twice the same version, as in a validation and the step after it
         rollout_engines.run(lambda: rollout_engines.sync_weights("policy", 0, timer), timer)
-    assert actors.events.count("finish 0") == 2
+    assert actors.events.count("receive 0") == 2
 
 
 def test_the_actors_are_whole_after_a_handoff_that_failed() -> None:

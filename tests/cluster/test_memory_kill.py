@@ -1,4 +1,4 @@
-"""A process that Ray's memory monitor has ended is told with its name, how full the node was, and our keys."""
+"""A process that Ray's memory monitor has ended is reported with its name, how full the node was, and our keys."""
 
 import os
 import subprocess
@@ -43,14 +43,14 @@ stop_ray()
 
 
 def test_of_rays_advice_who_how_much_and_our_keys_are_left() -> None:
-    told = str(WorkerDied("engine", 1, "rollouts", RuntimeError(RECORDED), "logs/engine_1.log"))
-    assert told.startswith(
+    message = str(WorkerDied("engine", 1, "rollouts", RuntimeError(RECORDED), "logs/engine_1.log"))
+    assert message.startswith(
         "engine 1 was killed by Ray's memory monitor: 22.80 of 23.54 GB of node 192.0.2.2 were in use, 3.04 GB of them "
         "by it; less is taken with rollout.kv_cache_gib, "
     )
-    assert "rollouts was awaited of it; what it printed is in logs/engine_1.log" in told
-    assert "advice" not in told
-    assert len(told) < 700
+    assert "rollouts was awaited of it; what it printed is in logs/engine_1.log" in message
+    assert "advice" not in message
+    assert len(message) < 700
 
 
 def test_other_words_say_less_and_other_errors_nothing() -> None:
@@ -62,7 +62,7 @@ def test_other_words_say_less_and_other_errors_nothing() -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_rays_own_monitor_is_told_so() -> None:
+def test_rays_own_monitor_is_named_so() -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-c", KILLED],

@@ -127,8 +127,8 @@ with ReservedPlacement(request, limit_s=60) as reservation:
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_a_colocated_engine_can_be_started_anew_while_the_ranks_hold_its_gpus() -> None:
-    """Ray counts GPUs that it was told of, whether they exist or not."""
+def test_a_colocated_engine_can_be_started_again_while_the_ranks_hold_its_gpus() -> None:
+    """Ray counts GPUs that it was given, whether they exist or not."""
     environment = {**os.environ, "RAY_prestart_worker_first_driver": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     command = [sys.executable, "-c", TWICE]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)

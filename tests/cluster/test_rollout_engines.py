@@ -1,7 +1,7 @@
 """An engine that dies is started again, gets the weights, and is asked again; anything else ends the run."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.types import Completion
-from megatron_coreward.weights.route import Transport
-from tests.trainer.fakes import ROUTE, FakeActors, FakeEngines
+from megatron_coreward.weights.spec import Transport
+from tests.trainer.fakes import SPEC, FakeActors, FakeEngines
 from tests.trainer.test_loop import make_sync, make_trainer, story
 
 
@@ -26,12 +26,15 @@ class MortalEngines(FakeEngines):
 
 
 def trainer_with_deaths(
-    deaths: list[Kind], max_restarts: int, transport: Transport = "shared_memory"
+    deaths: list[Kind],
+    max_restarts: int,
+    transport: Transport = "shared_memory",
+    given_up: list[str] | None = None,
 ) -> tuple[Trainer, list[str], list[str], MortalEngines]:
     actors, notes = FakeActors([]), list[str]()
     engines = MortalEngines(actors.events)
     engines.deaths = deaths
-    sync = make_sync(actors, engines, replace(ROUTE, transport=transport))
+    sync = make_sync(actors, engines, given_up, spec=replace(SPEC, transport=transport))
     more = {"max_restarts": max_restarts, "notify": notes.append}
     trainer, events, _, _ = make_trainer(
         "co_rewarding_ii", actors=actors, engines=engines, sync=sync, more_of_engines=more
@@ -42,12 +45,12 @@ def trainer_with_deaths(
 def test_weights_are_synced_again_and_the_same_requests_are_made_again() -> None:
     trainer, events, notes, engines = trainer_with_deaths(["engine"], 1)
     result = trainer.step(1, PhaseTimer())
-    assert [e for e in events if e.split()[0] in ("restart", "finish", "sample")] == [
-        "finish 1",
+    assert [e for e in events if e.split()[0] in ("restart", "receive", "sample")] == [
+        "receive 1",
         "restart 1",
-        "finish 1",
+        "receive 1",
         "sample 1",
-        "finish 0",
+        "receive 0",
         "sample 0",
     ]
     assert "engine 1 died" in notes[0]
@@ -62,24 +65,20 @@ def seed_of(request: SamplingRequest) -> tuple[int, tuple[int, ...]]:
     return request.seed, tuple(np.asarray(request.prompt).tolist())
 
 
-@pytest.mark.parametrize(("transport", "goes_on"), [("shared_memory", True), ("gloo", True), ("nccl", False)])
-def test_a_death_while_weights_travel_is_passed_on_where_others_hang_with_it(
-    transport: Transport, goes_on: bool
-) -> None:
-    trainer, events, _, engines = trainer_with_deaths([], 1, transport)
-    load = engines.load_bucket
+@pytest.mark.parametrize("transport", get_args(Transport))
+def test_a_death_while_weights_travel_makes_the_others_give_up_and_all_meet_again(transport: Transport) -> None:
+    given_up: list[str] = []
+    trainer, events, _, engines = trainer_with_deaths([], 1, transport, given_up)
+    receive = engines.receive_weights
 
-    def die(bucket: int, version: int, hashes: Any) -> Any:
-        engines.load_bucket = load  # type: ignore[method-assign]
-        raise WorkerDied("engine", 1, "a bucket of weights", ConnectionError("gone"))
+    def die(spec: Any, version: int) -> Any:
+        engines.receive_weights = receive  # type: ignore[method-assign]
+        raise WorkerDied("engine", 1, "weights", ConnectionError("gone"))
 
-    engines.load_bucket = die  # type: ignore[method-assign]
-    if goes_on:
-        trainer.step(1, PhaseTimer())
-    else:
-        with pytest.raises(WorkerDied):
-            trainer.step(1, PhaseTimer())
-    assert ("restart 1" in events) is goes_on
+    engines.receive_weights = die  # type: ignore[method-assign]
+    trainer.step(1, PhaseTimer())
+    assert "engine 1 died" in given_up[0]
+    assert [event for event in events if event in ("open", "restart 1")] == ["open", "restart 1", "open"]
 
 
 @pytest.mark.parametrize(("restarts", "goes_on"), [(2, True), (1, False)])

@@ -74,13 +74,13 @@ def test_results_come_in_the_order_of_the_calls(pair: list[Any]) -> None:
     assert heard == [1, 0]
 
 
-def test_a_long_wait_is_told_and_a_stall_ends_it_naming_who_is_late(pair: list[Any]) -> None:
-    told: list[str] = []
-    watchdog = watching(pair, told.append, warn_after_s=0.6, limit_s=1.5)
+def test_a_long_wait_is_reported_and_a_stall_ends_it_naming_who_is_late(pair: list[Any]) -> None:
+    notes: list[str] = []
+    watchdog = watching(pair, notes.append, warn_after_s=0.6, limit_s=1.5)
     with pytest.raises(RunError, match=r"stalled: rollouts was awaited of actor rank 1 for \d s .*watchdog.limit_s"):
         watchdog.get([pair[0].sleep.remote(0.0), pair[1].sleep.remote(30.0)], "rollouts")
-    assert told
-    assert "still waiting for rollouts of actor rank 1 after" in told[0]
+    assert notes
+    assert "still waiting for rollouts of actor rank 1 after" in notes[0]
 
 
 def test_a_death_is_named_though_a_peer_that_noticed_it_reports_first(pair: list[Any]) -> None:

@@ -1,65 +1,109 @@
-"""Publishing: the order of the transfer, the version numbers, and the gate that refuses wrong weights."""
+"""A weight sync: one call to each side, the names of versions, and the gate that refuses wrong weights."""
 
-import numpy as np
+from typing import Any
+
 import pytest
 
-from megatron_coreward.cluster.weight_sync import WeightSync, weight_version
+from megatron_coreward.cluster.weight_sync import CALIBRATED, WeightSync, canary_tokens
 from megatron_coreward.errors import RunError
-from tests.trainer.fakes import ROUTE, FakeActors, FakeEngines
+from megatron_coreward.types import WeightVersion
+from tests.trainer.fakes import FakeActors, FakeEngines, make_problem
+from tests.trainer.test_loop import make_sync
 
 
-def make_sync(events: list[str], engine_score: float = -1.0, waited: list[list[str]] | None = None) -> WeightSync:
-    def wait(refs: list[str]) -> list[list[str]]:
-        if waited is not None:
-            waited.append(refs)
-        return [[] for _ in refs]
-
-    return WeightSync(
-        FakeActors(events),
-        FakeEngines(events, engine_score),
-        wait,
-        route=ROUTE,
-        num_buckets=3,
-        canary=np.arange(5, dtype=np.int32),
-        max_gap=1e-3,
-    )
+def sync_of(events: list[str], engine_score: float = -1.0, **options: Any) -> WeightSync:
+    return make_sync(FakeActors(events), FakeEngines(events, engine_score), **options)
 
 
-def test_every_policy_and_teacher_has_its_own_version() -> None:
-    versions = [weight_version(role, updates) for updates in range(3) for role in ("policy", "teacher")]
-    assert versions == [0, 1, 2, 3, 4, 5]
+def test_every_policy_and_teacher_has_a_number_of_its_own_which_names_it() -> None:
+    versions = [WeightVersion(role, updates) for updates in range(3) for role in ("policy", "teacher")]
+    assert [version.number for version in versions] == [0, 1, 2, 3, 4, 5]
+    assert [WeightVersion.of(number) for number in range(6)] == versions
 
 
-def test_a_bucket_is_written_while_the_one_before_it_is_loaded() -> None:
+def test_a_sync_is_one_call_to_the_engines_and_one_to_the_actors() -> None:
     events: list[str] = []
-    waited: list[list[str]] = []
-    make_sync(events, waited=waited).sync_weights("policy", 0)
-    transfer = [e for e in events if e.startswith(("write", "load"))]
-    assert transfer == ["write policy 0", "load 0", "write policy 1", "load 1", "write policy 2", "load 2"]
-    # bucket 2 goes into the slot of bucket 0, so bucket 0 must have been loaded before it is written
-    assert waited == [["written 0"], ["written 1", "loaded 0"], ["written 2", "loaded 1"], ["loaded 2"]]
+    sync = sync_of(events)
+    sync.sync_weights("policy", 0)
+    assert events == ["open", "receive 0", "send policy", "stats policy", "canary"]
+    events.clear()
+    sync.sync_weights("teacher", 0)  # the same sender
+    assert events == ["receive 1", "send teacher", "stats teacher", "canary"]
 
 
 def test_the_same_version_is_not_sent_twice() -> None:
     events: list[str] = []
-    sync = make_sync(events)
+    sync = sync_of(events)
     assert sync.sync_weights("policy", 0) is not None
     events.clear()
     assert sync.sync_weights("policy", 0) is None
     assert events == []
-    assert sync.sync_weights("teacher", 1) is not None
+    assert sync.sync_weights("teacher", 0) is not None
     assert sync.sync_weights("policy", 0) is not None  # the engines held the teacher since
 
 
-def test_wrong_weights_in_an_engine_are_refused_and_sent_anew() -> None:
+def test_wrong_weights_in_an_engine_are_refused_and_sent_again() -> None:
     events: list[str] = []
-    sync = make_sync(events, engine_score=-1.01)
+    sync = sync_of(events, engine_score=-1.01)
     for _ in range(2):
         with pytest.raises(RunError, match=r"weight sync.*1.00e-02.*sync.max_logprob_gap"):
             sync.sync_weights("policy", 0)
-    assert events.count("finish 0") == 2
+    assert events.count("receive 0") == 2
 
 
 def test_a_gap_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(RunError, match="nan"):
-        make_sync([], engine_score=float("nan")).sync_weights("policy", 0)
+        sync_of([], engine_score=float("nan")).sync_weights("policy", 0)
+
+
+def test_the_first_sync_of_rounded_weights_sets_the_limit_for_later_ones() -> None:
+    sync = sync_of([], engine_score=-1.02, max_gap=0.5, calibrate_above=1e-3)
+    first = sync.sync_weights("policy", 0)
+    assert first is not None
+    assert first.canary_gap == pytest.approx(0.02, rel=1e-3)
+    assert first.limit == pytest.approx(CALIBRATED * 0.02, rel=1e-3)
+    sync._engines.held = -1.3  # type: ignore[attr-defined]
+    with pytest.raises(RunError, match="3.00e-01 nats on average; allowed: 1e-01"):
+        sync.sync_weights("policy", 1)
+
+
+@pytest.mark.parametrize(("gap", "limit"), [(0.0, 1e-3), (0.3, 0.5)])
+def test_a_calibrated_limit_stays_between_what_rounding_makes_and_what_the_config_allows(
+    gap: float, limit: float
+) -> None:
+    report = sync_of([], engine_score=-1.0 - gap, max_gap=0.5, calibrate_above=1e-3).sync_weights("policy", 0)
+    assert report is not None
+    assert report.limit == limit
+
+
+def test_after_an_error_all_parties_are_told_and_meet_again() -> None:
+    events: list[str] = []
+    given_up: list[str] = []
+    sync = sync_of(events, given_up=given_up)
+    sync.sync_weights("policy", 0)
+    before = sync.open()
+    sync._wait = lambda refs: (_ for _ in ()).throw(RunError("a rank is gone"))
+    with pytest.raises(RunError, match="a rank is gone"):
+        sync.sync_weights("policy", 1)
+    assert given_up == [f"{before.name}: a rank is gone"]
+    sync._wait = list
+    sync.sync_weights("policy", 1)
+    assert events.count("open") == 2
+    assert sync.open().name != before.name  # nothing of the former transfer can be taken for one of the new
+
+
+def test_a_replaced_engine_makes_all_meet_again_and_gets_the_weights() -> None:
+    events: list[str] = []
+    sync = sync_of(events)
+    sync.sync_weights("policy", 0)
+    sync.reset()
+    assert sync.engine_epoch == 1
+    assert sync.sync_weights("policy", 0) is not None
+    assert events.count("open") == 2
+
+
+def test_the_canary_is_text_of_the_first_questions() -> None:
+    problems = [make_problem(number) for number in range(9)]  # two tokens each
+    assert canary_tokens(problems, 5).tolist() == [10, 1, 11, 1, 12]
+    with pytest.raises(ValueError, match="0 tokens"):
+        canary_tokens([])

@@ -30,17 +30,17 @@ def recipe(tmp_path: Path) -> str:
 
 def test_a_key_is_shown_with_type_default_and_description(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "guard.action"]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("guard.action\n  `off` or `warn` or `raise_kl` or ")
-    assert "  default: warn\n" in told
-    assert all_keys()["guard.action"].description in " ".join(told.split())
+    printed = capsys.readouterr().out
+    assert printed.startswith("guard.action\n  `off` or `warn` or `raise_kl` or ")
+    assert "  default: warn\n" in printed
+    assert all_keys()["guard.action"].description in " ".join(printed.split())
 
 
 def test_a_word_finds_keys_of_several_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "temperature"]) == 0
-    told = capsys.readouterr().out
-    assert "\nvalidation.temperature\n" in told
-    assert told.startswith("rollout.temperature\n")
+    printed = capsys.readouterr().out
+    assert "\nvalidation.temperature\n" in printed
+    assert printed.startswith("rollout.temperature\n")
 
 
 def test_the_overview_names_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,9 +52,9 @@ def test_the_overview_names_every_key_with_its_default(capsys: pytest.CaptureFix
 
 def test_a_recipes_values_are_those_it_resolves_to(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "loss.kl_coef", "actor.lr", "--recipe", recipe, "actor.lr=2e-5"]) == 0
-    told = capsys.readouterr().out
-    assert f"  default: null\n  under {recipe}: 0.001\n" in told  # the paper's value for the method
-    assert f"  default: 3e-06\n  under {recipe}: 2e-05\n" in told
+    printed = capsys.readouterr().out
+    assert f"  default: null\n  under {recipe}: 0.001\n" in printed  # the paper's value for the method
+    assert f"  default: 3e-06\n  under {recipe}: 2e-05\n" in printed
     assert main(["config", "--recipe", recipe]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert '  run_dir = "010"' in lines

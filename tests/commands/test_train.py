@@ -46,27 +46,27 @@ def test_a_dry_run_shows_all_there_is_to_know_and_leaves_no_trace(
     before = files(world)
     layout = ["actor.tensor_parallel=2", "actor.data_parallel=2", "rollout.num_engines=3"]
     assert main(["train", "--dry-run", "recipe.yaml", *layout, "actor.lr=2e-5"]) == 0
-    told = capsys.readouterr().out
-    assert "  method: co_rewarding_i\n" in told
-    assert "    lr: 2.0e-05\n" in told
-    assert "    kl_coef: 0.005\n" in told  # resolved
-    assert "4 questions in a step, in 2 views, 8 completions each\n" in told
-    assert "key-value caches (rollout.kv_cache_gib)       3.0 GiB\n" in told
-    assert "actor: 4 ranks (TP 2, CP 1, DP 2, PP 1, EP 1)\n" in told
-    assert "actor rank 3: stage 0, replica 1, context 0, tensor shard 1\n" in told
-    assert "rollout engines: 3 of 1 ranks each\n" in told
-    assert "written to run\n" in told
-    assert told.endswith("nothing was started and nothing was written\n")
+    printed = capsys.readouterr().out
+    assert "  method: co_rewarding_i\n" in printed
+    assert "    lr: 2.0e-05\n" in printed
+    assert "    kl_coef: 0.005\n" in printed  # resolved
+    assert "4 questions in a step, in 2 views, 8 completions each\n" in printed
+    assert "key-value caches (rollout.kv_cache_gib)       3.0 GiB\n" in printed
+    assert "actor: 4 ranks (TP 2, CP 1, DP 2, PP 1, EP 1)\n" in printed
+    assert "actor rank 3: stage 0, replica 1, context 0, tensor shard 1\n" in printed
+    assert "rollout engines: 3 of 1 ranks each\n" in printed
+    assert "written to run\n" in printed
+    assert printed.endswith("nothing was started and nothing was written\n")
     assert files(world) == before
 
 
 def test_a_dry_run_ends_as_the_run_would_where_it_cannot_work(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(world)
     assert main(["train", "recipe.yaml", "--dry-run", "actor.tensor_parallel=3"]) == 2
-    told = capsys.readouterr()
-    assert "actor: 3 ranks" in told.out
-    assert "nothing wrong" not in told.out
-    assert told.err.startswith("error: actor.tensor_parallel: 3 does not divide")
+    printed = capsys.readouterr()
+    assert "actor: 3 ranks" in printed.out
+    assert "nothing wrong" not in printed.out
+    assert printed.err.startswith("error: actor.tensor_parallel: 3 does not divide")
     assert files(world) == before
 
 
@@ -90,7 +90,7 @@ def test_a_dry_run_imports_neither_torch_nor_ray(world: Path) -> None:
     assert "imported: []" in done.stdout
 
 
-def test_a_resumed_run_is_told_from_where(world: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_says_from_where(world: Path, tmp_path: Path) -> None:
     for step in (2, 10):
         (tmp_path / f"run/checkpoints/step_{step:06d}").mkdir(parents=True)
     (tmp_path / "run/checkpoints/damaged_step_000012").mkdir()
@@ -98,16 +98,16 @@ def test_a_resumed_run_is_told_from_where(world: Path, tmp_path: Path) -> None:
     assert "20 in all, resumed after step 10\n" in describe_run(config)
 
 
-def test_ranks_of_a_cluster_are_told_with_the_rules_by_which_they_are_placed(
+def test_ranks_of_a_cluster_are_reported_with_the_rules_by_which_they_are_placed(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     overrides = ["actor.tensor_parallel=2", "actor.data_parallel=16", "rollout.placement=colocated"]
-    told = describe_run(load_config(world / "recipe.yaml", [*overrides, "rollout.tensor_parallel=2"]))
-    assert "on the nodes of the Ray cluster at 10.0.0.1:6379" in told
-    assert "actor rank 1: stage 0, replica 0, context 0, tensor shard 1, on the GPU of engine 0\n" in told
-    assert "actor rank 2: stage 0, replica 1, context 0, tensor shard 0\n" in told
-    assert "... and 16 further actor ranks\n" in told
+    printed = describe_run(load_config(world / "recipe.yaml", [*overrides, "rollout.tensor_parallel=2"]))
+    assert "on the nodes of the Ray cluster at 10.0.0.1:6379" in printed
+    assert "actor rank 1: stage 0, replica 0, context 0, tensor shard 1, on the GPU of engine 0\n" in printed
+    assert "actor rank 2: stage 0, replica 1, context 0, tensor shard 0\n" in printed
+    assert "... and 16 further actor ranks\n" in printed
 
 
 def test_the_plan_is_that_of_this_machines_gpus(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,10 +116,10 @@ def test_the_plan_is_that_of_this_machines_gpus(world: Path, tmp_path: Path, mon
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.setattr("megatron_coreward.commands.dry_run.visible_gpus", lambda: 2)
-    told = describe_run(load_config(world / "recipe.yaml"))
-    assert "on 2 x h200 (140.4 GiB)" in told
-    assert "GiB a GPU of the actor" in told
-    assert "ranks: on this machine, with a GPU each\n" in told
+    printed = describe_run(load_config(world / "recipe.yaml"))
+    assert "on 2 x h200 (140.4 GiB)" in printed
+    assert "GiB a GPU of the actor" in printed
+    assert "ranks: on this machine, with a GPU each\n" in printed
 
 
 def test_everything_that_a_run_writes_is_named(world: Path) -> None:
@@ -130,7 +130,7 @@ def test_everything_that_a_run_writes_is_named(world: Path) -> None:
 @pytest.mark.parametrize("entry", ["train", "attempt", "function"])
 @pytest.mark.timeout(120)
 def test_preflight_runs_once(entry: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_coreward.launch import attempt
+    from megatron_coreward import attempt
     from megatron_coreward.trainer import run
 
     checked: list[RunConfig] = []

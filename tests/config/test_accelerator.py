@@ -1,4 +1,4 @@
-"""What GPUs must offer is told before anything starts, and nothing is refused that they can do."""
+"""What GPUs must offer is checked before anything starts, and nothing is refused that they can do."""
 
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,9 @@ def test_what_an_h200_can_do_passes(overrides: list[str]) -> None:
         (["sync.transport=nccl"], GpuSupport(0), ["sync.transport: nccl needs a GPU"]),
     ],
 )
-def test_a_machine_that_lacks_something_is_told(overrides: list[str], machine: GpuSupport, words: list[str]) -> None:
+def test_a_machine_that_lacks_something_is_reported(
+    overrides: list[str], machine: GpuSupport, words: list[str]
+) -> None:
     (problem,) = found(overrides, machine)
     assert all(word in problem for word in words), problem
 
@@ -163,7 +165,7 @@ def test_preflight_describes_this_machine(tmp_path: Path, monkeypatch: pytest.Mo
     tool.write_text("#!/bin/sh\necho 9.0\necho 8.9\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    told = {"torch": "2.11.0+cu130", "transformer-engine": "2.11.0"}
-    monkeypatch.setattr(machine, "installed", told.get)
+    versions = {"torch": "2.11.0+cu130", "transformer-engine": "2.11.0"}
+    monkeypatch.setattr(machine, "installed", versions.get)
     assert machine.describe(2) == GpuSupport(2, (8, 9), (13, 0), {"transformer-engine": (2, 11, 0)})
     assert machine.describe(0).capability is None

@@ -128,7 +128,7 @@ def test_keys_are_found_by_name_group_and_word() -> None:
     assert names("steps", "model.dtype") == ["steps", "model.dtype"]
 
 
-def test_what_is_not_found_is_told_with_what_is_near() -> None:
+def test_what_is_not_found_is_reported_with_what_is_near() -> None:
     with pytest.raises(InputError, match="'temprature' .*did you mean 'temperature'"):
         find_keys(["temprature"])
     with pytest.raises(InputError, match="key 'sync.hashes' is called 'sync.checksums' now"):

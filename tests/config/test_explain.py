@@ -1,4 +1,4 @@
-"""What a recipe gets wrong is told with the key's description, what is allowed, and what may have been meant."""
+"""What a recipe gets wrong is reported with the key's description, what is allowed, and what may have been meant."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def message(*overrides: str, keys: dict[str, Any] | None = None) -> str:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("actor.lrr=1", "unknown key 'actor.lrr'; did you mean 'actor.lr'?"),
         ("actr.lr=1", "unknown key 'actr'; did you mean 'actor'?"),
@@ -50,9 +50,9 @@ def message(*overrides: str, keys: dict[str, Any] | None = None) -> str:
         ),
     ],
 )
-def test_the_nearest_name_or_value_is_offered(override: str, told: str) -> None:
+def test_the_nearest_name_or_value_is_offered(override: str, expected: str) -> None:
     said = message(override)
-    assert all(part in said for part in told.split(".*")), said
+    assert all(part in said for part in expected.split(".*")), said
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
@@ -72,7 +72,7 @@ def test_renamed_keys_are_refused_with_the_new_name(old: str, new: str) -> None:
         ("actor.gradient_accumulation_fusion=3", "actor.gradient_accumulation_fusion"),
     ],
 )
-def test_a_wrong_value_is_told_once_with_what_the_key_is_for(override: str, key: str) -> None:
+def test_a_wrong_value_is_reported_once_with_what_the_key_is_for(override: str, key: str) -> None:
     said = message(override)
     assert said.count(f"config: {key}: ") == 1
     assert said.splitlines()[-1].startswith(f"    {key}")
@@ -81,7 +81,7 @@ def test_a_wrong_value_is_told_once_with_what_the_key_is_for(override: str, key:
         assert f"({all_keys()[key].kind})" in said
 
 
-def test_a_missing_key_is_told_with_what_it_is_for() -> None:
+def test_a_missing_key_is_reported_with_what_it_is_for() -> None:
     incomplete = tree()
     del incomplete["model"]["hf_path"]
     with pytest.raises(
@@ -90,7 +90,7 @@ def test_a_missing_key_is_told_with_what_it_is_for() -> None:
         parse_config(incomplete)
 
 
-def test_all_problems_are_told_each_once() -> None:
+def test_all_problems_are_reported_each_once() -> None:
     said = message("steps=0", "actor.lrr=1", "rollout.n=1", "actor.backend=x")
     assert said.count("config: ") == 4
 

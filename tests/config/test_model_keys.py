@@ -140,10 +140,10 @@ def test_null_or_text_in_place_of_a_number_is_bad_input_that_names_the_key(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(DENSE | {key: value}))
     assert main(["convert", "to-megatron", str(tmp_path), str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {tmp_path / 'config.json'}: ")
-    assert key in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {tmp_path / 'config.json'}: ")
+    assert key in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize("key", ["factor", "low_freq_factor", "original_max_position_embeddings"])

@@ -86,7 +86,7 @@ def test_a_base_may_be_named_by_a_variable(tmp_path: Path, monkeypatch: pytest.M
         load_config(tmp_path / "recipe.yaml")
 
 
-def test_a_path_that_cannot_be_expanded_is_told_with_its_key() -> None:
+def test_a_path_that_cannot_be_expanded_is_reported_with_its_key() -> None:
     with pytest.raises(InputError, match="config: data.val_files: the environment variable NOT_SET is not set"):
         parse_config(tree(), ["data.val_files=[$NOT_SET/v.parquet]"])
 
@@ -94,7 +94,7 @@ def test_a_path_that_cannot_be_expanded_is_told_with_its_key() -> None:
 @pytest.mark.parametrize(
     "override", ["run_dir=run\udcff", "data.val_files=[run\udcff]", "telemetry.wandb_project=\udcff"]
 )
-def test_text_that_is_not_utf_8_is_told_as_such(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_is_not_utf_8_is_reported_as_such(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=f"not UTF-8 text from character {override.index(chr(0xDCFF)) + 1} on"):
         parse_config(tree(), [override])
     monkeypatch.setenv("DATA", "/data/\udcff")

@@ -90,6 +90,14 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
         (["checkpoint.best_metric=val/avg@8", "validation.samples=greedy"], "best_metric: .*; allowed: val/pass@1$"),
         (["checkpoint.best_metric=val/set/avg@16"], "checkpoint.best_metric: found 'val/set/avg@16'"),
         (["checkpoint.best_metric=val/avg@16"], "checkpoint.best_metric: found 'val/avg@16'.* val/avg@8, "),
+        (
+            ["checkpoint.best_metric=val/avg@8"],
+            "checkpoint.best_metric: val/avg@8 needs data.val_files, none are given",
+        ),
+        (
+            ["loss.views=sum", "data.batch_size=3", "loss.updates_per_batch=2"],
+            r"loss.updates_per_batch: 2 does not divide data.batch_size \(3\), so the two views",
+        ),
         (["actor.tokens_per_microbatch=1000"], "actor.tokens_per_microbatch: 1000 does not hold one sequence"),
         (
             ["data.batch_size=1", "rollout.n=2", "actor.data_parallel=8"],
@@ -163,7 +171,7 @@ def test_experts_may_lie_whole_on_the_tensor_parallel_ranks(tmp_path: Path) -> N
     assert validate(parse_config(tree(tmp_path, EXPERTS), changes)).experts is not None
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         validate(parse_config(tree(tmp_path), ["actor.tensor_parallel=3", "rollout.max_response_tokens=4000"]))
     assert str(error.value).count("\n") >= 2
@@ -175,7 +183,7 @@ def test_the_command_line_answers_with_status_2_and_the_message_alone(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_config(parse_config(tree(tmp_path))))
     assert main(["train", str(recipe), "actor.tensor_parallel=3"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: actor.tensor_parallel: 3 does not divide")
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: actor.tensor_parallel: 3 does not divide")
+    assert "Traceback" not in printed
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""YAML means what a person wrote, and what cannot be read is told with file, line and cause."""
+"""YAML means what a person wrote, and what cannot be read is reported with file, line and cause."""
 
 import math
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_what_pyyaml_writes_is_read_back(value: Any) -> None:
         ("[" * 3000, "nested too deeply"),
     ],
 )
-def test_what_cannot_be_read_is_told_with_line_and_cause(text: str, message: str) -> None:
+def test_what_cannot_be_read_is_reported_with_line_and_cause(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_yaml(text, "f.yaml")
 

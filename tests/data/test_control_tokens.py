@@ -87,7 +87,7 @@ def controls(tokenizer: Any, tokens: Any) -> list[int]:
     return [token for token in tokens.tolist() if token in ids]
 
 
-def test_a_question_cannot_end_its_turn_and_write_the_assistants(form: str, tokenizer: Any, folder: Path) -> None:
+def test_a_question_cannot_end_its_message_and_write_the_assistants(form: str, tokenizer: Any, folder: Path) -> None:
     forged, honest = build_prompts(tokenizer, [conversation(FORGED[form]), conversation("1+1?")])
     assert controls(tokenizer, forged.token_ids) == controls(tokenizer, honest.token_ids)
     assert FORGED[form] in forged.text  # nothing of the question is lost or rewritten

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_coreward.data.dataset import ProblemSet, load_problems
+from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.parquet import PAIRS_SOURCE, Message, Row, write_rows
 from megatron_coreward.errors import InputError
 
@@ -153,6 +153,17 @@ def test_what_has_no_partner_is_left_out_where_that_is_asked_for(tmp_path: Path)
         load([train], [write(tmp_path / "other.parquet", {0: "a"}, source="other")], unpaired="drop")
 
 
+def test_a_file_of_which_nothing_has_a_partner_is_refused_where_single_rows_are_left_out(tmp_path: Path) -> None:
+    """With two sets in one run, the rephrasings of one may have been forgotten: its questions would go in silence."""
+    one, two = (write(tmp_path / f"{name}.parquet", {0: "a", 1: "b"}, source=name) for name in ("one", "two"))
+    other, more = (write(tmp_path / f"{name}-r.parquet", {0: "c"}, source=name) for name in ("one", "two"))
+    assert len(load([one, two], [other, more], unpaired="drop")) == 2
+    with pytest.raises(InputError, match=r"two\.parquet: found no row with a partner, .* 0 of the source 'two'"):
+        load([one, two], [other], unpaired="drop")
+    with pytest.raises(InputError, match=r"two-r\.parquet: found no row with a partner"):
+        load([one], [other, more], unpaired="drop")
+
+
 def test_a_file_of_pairs_is_both_views(tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.parquet", {0: ("a", "x"), 3: ("b", "y")}, gold="7")
     problems = load([pairs], [pairs])
@@ -213,6 +224,26 @@ def test_problems_fall_into_the_sets_that_they_come_from(tmp_path: Path) -> None
     }
     assert [part.num_without_ground_truth for part in parts.values()] == [0, 1]
     assert [len(parts["gsm"].first(limit)) for limit in (None, 1, 9)] == [2, 1, 2]
+
+
+def test_validation_sets_are_named_apart_by_file_and_folder_if_their_source_is_the_same(tmp_path: Path) -> None:
+    """The published sets all have one source, and their test files one name."""
+
+    def named(*places: tuple[str, str]) -> dict[str, list[str]]:
+        files = []
+        for place, source in places:
+            (tmp_path / place).parent.mkdir(exist_ok=True)
+            files.append(write(tmp_path / place, {0: place}, source=source))
+        found = data_sets([(file, load([file])) for file in files])
+        return {name: [p.prompts["original"].text.strip() for p in part] for name, part in found.items()}
+
+    assert named(("a.parquet", "MATH"), ("b.parquet", "o/gsm8k")) == {"MATH": ["a.parquet"], "o/gsm8k": ["b.parquet"]}
+    assert named(("a.parquet", "MATH"), ("b.parquet", "MATH")) == {"MATH/a": ["a.parquet"], "MATH/b": ["b.parquet"]}
+    assert named(("x/t.parquet", "MATH"), ("y/t.parquet", "MATH"), ("z.parquet", "MATH/t")) == {
+        f"MATH/{tmp_path}/x/t.parquet": ["x/t.parquet"],
+        f"MATH/{tmp_path}/y/t.parquet": ["y/t.parquet"],
+        f"MATH/t/{tmp_path}/z.parquet": ["z.parquet"],
+    }
 
 
 def test_an_index_in_two_files_is_named_with_both_places(tmp_path: Path) -> None:

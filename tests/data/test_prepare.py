@@ -153,6 +153,21 @@ def test_what_is_prepared_lies_where_the_recipes_look_and_pairs_with_the_publish
     assert [row.uid for row in read_rows(Path(path))] == [f"DigitalLearningGmbH/MATH-lighteval/{i}" for i in range(10)]
 
 
+def test_a_file_where_the_recipes_look_is_replaced_only_if_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    published = Path("data/math/train_original.parquet")
+    command = ["prepare-data", "math", "--input", str(write(tmp_path / "raw.jsonl", RAW)), "--limit", "2"]
+    published.parent.mkdir(parents=True)
+    published.write_bytes(b"published")
+    assert main(command) == 2
+    assert "data/math/train_original.parquet exists; give it as --out to replace it" in capsys.readouterr().err
+    assert published.read_bytes() == b"published"
+    assert main([*command, "--out", str(published)]) == 0
+    assert len(read_rows(published)) == 2
+
+
 def test_either_view_of_a_file_of_pairs_can_be_taken(tmp_path: Path) -> None:
     messages = [[{"role": "user", "content": text}] for text in ("first", "second")]
     pair = {"idx": 4, "original_message": messages[0], "rephrased_message": messages[1], "solution": "7"}

@@ -70,7 +70,7 @@ QWEN3_ENDING = (  # as its template ends
 
 
 @pytest.mark.parametrize(("thinking", "ending"), [(None, ""), (True, ""), (False, "<think></think>")])
-def test_a_model_that_can_think_is_told_whether_to(thinking: bool | None, ending: str) -> None:
+def test_a_model_that_can_think_is_asked_to_or_not(thinking: bool | None, ending: str) -> None:
     (prompt,) = build_prompts(CharacterTokenizer(QWEN3_ENDING), [[USER]], thinking)
     assert prompt.text == f"{USER['content']}>{ending}"
 

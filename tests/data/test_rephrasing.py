@@ -1,4 +1,4 @@
-"""Rewritings: replies are read strictly, and the checks tell what changed."""
+"""Rewritings: replies are read strictly, and the checks find what changed."""
 
 from fractions import Fraction
 
@@ -50,10 +50,10 @@ def test_no_reply_raises(head: str, text: str, tail: str) -> None:
 
 def test_a_number_that_changed_behind_a_command_of_tex_is_seen() -> None:
     original = r"A recipe takes $\frac59$ of a cup of sugar for $2\times7$ small cakes. How much is that a cake?"
-    told = r"For $2\times7$ lamps a painter uses $\frac{5}{9}$ of a tin. Which share of the tin goes into one lamp?"
-    assert check(original, told).passed
-    assert check(original, told.replace("{5}", "{7}")).failures == ["numbers"]
-    assert check(original, told.replace("7$", "8$")).failures == ["numbers", "new_numbers"]
+    text = r"For $2\times7$ lamps a painter uses $\frac{5}{9}$ of a tin. Which share of the tin goes into one lamp?"
+    assert check(original, text).passed
+    assert check(original, text.replace("{5}", "{7}")).failures == ["numbers"]
+    assert check(original, text.replace("7$", "8$")).failures == ["numbers", "new_numbers"]
 
 
 def test_words_in_formulas_are_no_numbers() -> None:
@@ -109,9 +109,9 @@ def test_numbers_in_a_list_without_spaces_are_not_one_number() -> None:
     assert check(old, new.replace("407", "408")).failures == ["numbers", "new_numbers"]
     assert check(old, new.replace("407", "a few")).failures == ["numbers"]
     large = "A city of 1,250,000 people grows by 4% a year. How many people live there when two years are over?"
-    told = "Each year 4% are added to a herd that counts 1,250,000 heads today. Tell its size after the second year."
-    assert check(large, told).passed
-    assert check(large, told.replace("1,250,000", "250,000")).failures == ["numbers", "new_numbers"]
+    text = "Each year 4% are added to a herd that counts 1,250,000 heads today. Tell its size after the second year."
+    assert check(large, text).passed
+    assert check(large, text.replace("1,250,000", "250,000")).failures == ["numbers", "new_numbers"]
 
 
 PAPER_REPLY = "### RESULT_START\nORIGINAL:\nOld?\nREWRITE:\nNew words?\n### RESULT_END"

@@ -1,4 +1,4 @@
-"""Random models are what the rest of the tests takes them for: of their family, loadable, seeded, and told apart."""
+"""Random models are what the rest of the tests takes them for: of their family, loadable, seeded, no two alike."""
 
 import json
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_a_word_level_tokenizer_is_refused_for_the_family_that_would_load_anothe
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"family": "gpt2"}, "family: found 'gpt2'; allowed: qwen2, qwen3, llama, qwen3_moe"),
+        ({"family": "gpt2"}, "family: found 'gpt2'; allowed: qwen2, qwen3, llama, mistral, qwen3_moe"),
         ({"kv_heads": 3}, "kv_heads: found 3; allowed: a divisor of heads=4"),
         ({"heads": 6, "kv_heads": 2}, "heads: found 6; allowed: a divisor of hidden=32"),
         ({"family": "qwen2", "head_dim": 16}, "head_dim: found 16; allowed for qwen2: hidden / heads = 8"),

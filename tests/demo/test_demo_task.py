@@ -1,4 +1,4 @@
-"""The embedded task is right: what its texts say, read by a reader of its own, is what its answers claim."""
+"""The embedded task is right: what its texts say, read by a reader of its own, is what its answers say."""
 
 import re
 from itertools import pairwise

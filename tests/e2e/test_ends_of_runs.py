@@ -195,7 +195,7 @@ def fill(folder: Path) -> Path:
     return filler
 
 
-def test_a_disk_that_runs_full_is_told_with_the_file_and_leaves_nothing_half_written(
+def test_a_disk_that_runs_full_is_reported_with_the_file_and_leaves_nothing_half_written(
     task: Task, small_disk: Path, started: list[Attempt]
 ) -> None:
     options = (f"run_dir={small_disk / 'run'}", "actor.tensor_parallel=1", "checkpoint.every=1", "checkpoint.keep=1")

@@ -136,7 +136,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_with_0(
 
 
 @pytest.mark.slow
-def test_an_engine_that_dies_is_started_anew_and_the_run_goes_on(task: Task, reference: Callable[[str], Path]) -> None:
+def test_an_engine_that_dies_is_started_again_and_the_run_goes_on(task: Task, reference: Callable[[str], Path]) -> None:
     expected = reference("co_rewarding_ii")
     config = make_config(task, "engine", "co_rewarding_ii")
     attempt = start(config)
@@ -150,7 +150,7 @@ def test_an_engine_that_dies_is_started_anew_and_the_run_goes_on(task: Task, ref
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_run_with_its_name_and_by_setting_all_are_started_anew(
+def test_a_rank_that_dies_ends_the_run_with_its_name_and_by_setting_all_are_started_again(
     task: Task, reference: Callable[[str], Path]
 ) -> None:
     expected = reference("co_rewarding_ii")

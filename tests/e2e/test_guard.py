@@ -14,7 +14,7 @@ from tests.e2e.conftest import Task
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(600)]
 
-# Limits so tight that the second step shows two signs: any KL at all, and as many rollouts cut off as before.
+# Limits so tight that the second step shows two indicators: any KL at all, and as many rollouts cut off as before.
 HAIR_TRIGGER = (
     "guard.warmup=1",
     "guard.window=1",

@@ -1,5 +1,5 @@
-"""Proof that no label is read: with every gold answer replaced by noise, label-free methods give the same weights, bit
-by bit; training on gold answers does not."""
+"""Proof that no label is read: with every ground truth replaced by noise, label-free methods give the same weights, bit
+by bit; training on ground truths does not."""
 
 import dataclasses
 import hashlib
@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollout_engines
 from megatron_coreward.config.schema import MethodName
+from megatron_coreward.rewards.context import BatchRewardContext
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer
@@ -18,7 +20,7 @@ from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.schedule import RolloutSchedule
-from megatron_coreward.types import Problem
+from megatron_coreward.types import Problem, Role, RolloutGroup, View
 from tests.e2e.conftest import Task
 
 # Without KL and weight decay, weights move by rewards alone.
@@ -65,48 +67,45 @@ class Running:
 @pytest.fixture(scope="module")
 def running(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     from megatron_coreward.cluster.processes import processes
-    from megatron_coreward.config.architecture import read_architecture
 
     config = task.config("co_rewarding_i+ii", *ONLY_REWARDS)
     initial = tmp_path_factory.mktemp("initial")
     with processes(config) as started:
         started.actors.call("save", initial)
-        engines = open_rollout_engines(config, read_architecture(config.model.hf_path), started)
+        engines = open_rollout_engines(config, started, np.arange(3, 40, dtype=np.int32))
         yield Running(task, started.actors, engines, initial)
 
 
 @pytest.fixture(scope="module")
 def problems(task: Task, running: Running) -> list[Problem]:
-    """Two batches of problems. The first batch's gold answers are ones that the model gives in the first step: it is
-    too small to be right, and labels that no rollout ever meets would look like noise to any method."""
+    """Two batches of problems. The first one's questions are those that a vote across views rewards unevenly in the
+    first step, as far as there are any, and their ground truths are answers that the model gives then: it is too small
+    to be right, and labels that every rollout misses would look like noise to any method."""
     from transformers import AutoTokenizer
 
     from megatron_coreward.data.dataset import load_problems
     from megatron_coreward.trainer.sampling import sample_groups
 
-    data = task.config("co_rewarding_i").data
+    config, method = task.config("co_rewarding_i+ii_original"), METHODS["co_rewarding_i+ii_original"]
+    data = config.data
     tokenizer = AutoTokenizer.from_pretrained(task.folder / "start")
     loaded = load_problems(data.train_files, data.rephrased_files, tokenizer, system_prompt=None, max_prompt_tokens=64)
-    running.engines.sync_weights("policy", 0, PhaseTimer())
-    groups = sample_groups(
-        running.engines,
-        loaded[:8],
-        ("original",),
-        "policy",
-        n=4,
-        temperature=1.0,
-        max_tokens=32,
-        version=0,
-        step=1,
-        seed=1,
-    )
-    given = [next((answer for answer in group.answers if answer is not None), None) for group in groups]
-    assert sum(answer is not None for answer in given) >= 4
-    first = [
-        dataclasses.replace(p, ground_truth=answer or p.ground_truth)
-        for p, answer in zip(loaded[:8], given, strict=True)
-    ]
-    return [*first, *loaded[8:16]]
+    version = running.engines.sync_weights("policy", 0, PhaseTimer())  # the teacher's are the same in the first step
+
+    def draw(view: View, role: Role) -> list[RolloutGroup]:
+        how = {"n": 4, "temperature": 1.0, "max_tokens": 32, "step": 1, "seed": config.seed}
+        return sample_groups(running.engines, list(loaded), (view,), role, version=version, **how)
+
+    policy, teacher = draw("original", "policy"), draw("rephrased", "teacher")
+    with AnswerEquivalence("exact") as equivalence:
+        context = BatchRewardContext(method.needs, equivalence, policy_groups=policy, teacher_groups=teacher)
+        uneven = [len(set(method.score(group, context).rewards)) > 1 for group in policy]
+    assert sum(uneven) >= 2
+    given = [next((answer for answer in group.answers if answer is not None), None) for group in policy]
+    order = sorted(range(len(loaded)), key=lambda i: (not uneven[i], given[i] is None))
+    assert sum(given[i] is not None for i in order[:8]) >= 4
+    first = [dataclasses.replace(loaded[i], ground_truth=given[i] or loaded[i].ground_truth) for i in order[:8]]
+    return [*first, *(loaded[i] for i in order[8:16])]
 
 
 @pytest.mark.parametrize("method", get_args(MethodName))

@@ -22,7 +22,7 @@ def test_a_run_over_gloo_is_the_run_through_shared_memory(task: Task) -> None:
 
 
 def test_a_colocated_run_is_the_disaggregated_one(task: Task) -> None:
-    """Taking turns changes who holds memory when, and no number."""
+    """Handing the GPU over changes who holds memory when, and no number."""
     weights = {}
     for placement in ("disaggregated", "colocated"):
         changes = [f"run_dir={task.folder / placement}", f"rollout.placement={placement}"]
@@ -32,8 +32,8 @@ def test_a_colocated_run_is_the_disaggregated_one(task: Task) -> None:
 
 
 @pytest.mark.slow
-def test_context_parallel_ranks_publish_every_block_once_over_either_way(task: Task) -> None:
-    """The checks of a run (tiling, versions, checksums, log-probs of the probe) hold, and both ways give one model."""
+def test_context_parallel_ranks_send_every_block_once_over_either_way(task: Task) -> None:
+    """The checks of a run (tiling, versions, checksums, log-probs of the canary) hold, and both ways give one model."""
     weights = {}
     for transport in ("shared_memory", "gloo"):
         layout = ["actor.tensor_parallel=1", "actor.context_parallel=2", f"sync.transport={transport}"]
@@ -43,7 +43,7 @@ def test_context_parallel_ranks_publish_every_block_once_over_either_way(task: T
 
 
 @pytest.mark.parametrize("transport", ["gloo", pytest.param("shared_memory", marks=pytest.mark.slow)])
-def test_verify_sync_publishes_every_role_and_says_what_it_found(
+def test_verify_sync_syncs_every_role_and_says_what_it_found(
     transport: str, task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.yaml"

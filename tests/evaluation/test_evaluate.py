@@ -119,6 +119,20 @@ def test_the_result_says_what_was_measured(
     assert "<script" not in page
 
 
+def test_a_result_that_was_written_under_the_former_key_is_read(
+    monkeypatch: pytest.MonkeyPatch, model: Path, files: list[Path], tmp_path: Path
+) -> None:
+    result = run(monkeypatch, FakeEngines(), model, files, tmp_path)
+    content = json.loads((tmp_path / "result.json").read_text())
+    content["judging"] = content.pop("grading")
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    assert dict(read_result(tmp_path).grading) == json.loads(json.dumps(dict(result.grading)))
+    del content["judging"]
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="not a result of an evaluation"):
+        read_result(tmp_path)
+
+
 def test_a_killed_evaluation_goes_on_and_repeats_nothing(
     monkeypatch: pytest.MonkeyPatch, model: Path, files: list[Path], tmp_path: Path
 ) -> None:

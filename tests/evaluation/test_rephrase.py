@@ -229,6 +229,19 @@ def test_a_log_is_not_continued_with_other_questions_of_the_same_names(rows: lis
 
 
 @pytest.mark.usefixtures("no_engines")
+def test_a_file_of_pairs_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    """Its rows can be read, but what is written has the columns of a file of questions."""
+    source = tmp_path / "pairs.parquet"
+    message = [{"role": "user", "content": QUESTIONS[0]}]
+    pq.write_table(
+        pa.table({"idx": [0], "original_message": [message], "rephrased_message": [message], "solution": ["1"]}), source
+    )
+    with pytest.raises(InputError, match=r"pairs\.parquet: found pairs .*--view original"):
+        rephrase_file(tmp_path / "m", source, tmp_path / "out.parquet", Rewriting(), Engines())
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.usefixtures("no_engines")
 def test_a_question_without_rewriting_may_stay_as_it_is_and_says_so(rows: list[Row], tmp_path: Path) -> None:
     target = tmp_path / "out.parquet"
     source = tmp_path / "source.parquet"

@@ -45,7 +45,7 @@ def compute(rank: int, path: Path, layout: dict[str, Any], dtype: str, port: int
         "loss": float(sum(s["loss/total"] for s in sums)),
         "nll": float(sum(s["nll"] for s in sums)),  # of the pass with a gradient
         "gradients": {name: pieces[0][1] for name, pieces in whole_gradients(actor).items() if len(pieces) == 1},
-        "told": actor.describe(),
+        "described": actor.describe(),
         "peak": torch.cuda.max_memory_allocated(),
     }
     actor.shutdown()

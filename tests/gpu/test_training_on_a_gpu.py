@@ -43,7 +43,7 @@ def test_twenty_steps(model: Path, tmp_path: Path, method: str, precision: str) 
 
 
 def test_a_resumed_fp8_run_goes_on(model: Path, tmp_path: Path) -> None:
-    """Its checkpoint holds no pickle of Transformer Engine, and the scales are found anew."""
+    """Its checkpoint holds no pickle of Transformer Engine, and the scales are found again."""
     from megatron_coreward.cluster.ray_start import stop_ray
     from megatron_coreward.telemetry.jsonl import read_rows
     from megatron_coreward.trainer.run import train

@@ -74,14 +74,14 @@ def compare(found: dict[str, Any], exact: dict[str, Any], bounds: tuple[float, f
 @pytest.mark.parametrize("backend", ["local", "te"])
 def test_bf16_agrees_with_fp32(model: Path, exact: dict[str, Any], backend: str) -> None:
     found = run(model, {"backend": backend})
-    assert found["told"]["backend"] == backend
+    assert found["described"]["backend"] == backend
     compare(found, exact, BOUNDS["bf16"])
 
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_fp8_agrees_with_fp32_within_its_format(model: Path, exact: dict[str, Any], recipe: str) -> None:
     found = run(model, {"backend": "te", "fp8": recipe})
-    assert found["told"]["fp8"] == recipe
+    assert found["described"]["fp8"] == recipe
     compare(found, exact, BOUNDS["fp8"])
     bf16 = run(model, {"backend": "te"})
     assert any((found["gradients"][n] != bf16["gradients"][n]).any() for n in bf16["gradients"]), "nothing ran in FP8"
@@ -90,7 +90,7 @@ def test_fp8_agrees_with_fp32_within_its_format(model: Path, exact: dict[str, An
 @pytest.mark.parametrize("recipe", [name for name in recipes() if name in ("tensorwise", "blockwise")])
 def test_fp8_weights_agree_with_fp32_within_their_format(model: Path, exact: dict[str, Any], recipe: str) -> None:
     found = run(model, {"backend": "te", "fp8": recipe, "fp8_params": True})
-    assert "FP8 weights" in found["told"]["fp8"]
+    assert "FP8 weights" in found["described"]["fp8"]
     compare(found, exact, BOUNDS["fp8"])
 
 
@@ -111,4 +111,4 @@ def test_packing_changes_nothing_beyond_rounding(model: Path) -> None:
 
 
 def test_fused_adam_is_used_where_transformer_engine_is(model: Path) -> None:
-    assert run(model, {"backend": "te"})["told"]["adam"].split(".")[0] in ("transformer_engine", "apex")
+    assert run(model, {"backend": "te"})["described"]["adam"].split(".")[0] in ("transformer_engine", "apex")

@@ -39,7 +39,7 @@ DAMAGE = tuple(name for name in SIGNS if name not in CHANGE)
 
 
 def row(step: int, *indicators: str) -> Row:
-    """A step of the steady policy with some signs of collapse."""
+    """A step of the steady policy with some indicators of collapse."""
     values: Row = {"step": step, **STEADY}
     for indicator in indicators:
         values |= SIGNS[indicator]

@@ -42,7 +42,7 @@ def levels(decisions: list[Decision]) -> list[str]:
     return [decision.level for decision in decisions]
 
 
-def test_two_signs_with_damage_warn_when_they_last_and_act_when_they_go_on() -> None:
+def test_two_indicators_with_damage_warn_when_they_last_and_act_when_they_go_on() -> None:
     decisions = run(GuardSettings(**QUICK), rows_with(("kl", "length"), 6))
     assert levels(decisions) == ["none"] * 4 + ["warn", "warn", "act", "act", "act"]
     assert [decision.news for decision in decisions] == [False] * 4 + [True, False, True, False, False]
@@ -67,7 +67,7 @@ def test_certainty_and_distance_together_are_no_alarm_for_learning_shows_them_to
 
 
 @given(st.sets(st.sampled_from([name for name in DAMAGE if name != "entropy_rise"]), min_size=2), st.integers(1, 9))
-def test_signs_that_do_not_last_are_no_alarm(indicators: set[str], pause: int) -> None:
+def test_indicators_that_do_not_last_are_no_alarm(indicators: set[str], pause: int) -> None:
     rows = [row(step, *(sorted(indicators) if step % 2 and step > 3 + pause else ())) for step in range(1, 40)]
     assert set(levels(run(GuardSettings(**QUICK), rows))) == {"none"}
 
@@ -110,10 +110,12 @@ def test_a_replay_of_the_rows_is_the_run(settings: GuardSettings, history: list[
 
 
 @given(histories, st.floats(0, 1), st.floats(0, 1))
-def test_gold_answers_and_validation_change_no_decision(history: list[Row], accuracy: float, val: float) -> None:
+def test_ground_truths_and_validation_change_no_decision(history: list[Row], accuracy: float, val: float) -> None:
     rows: list[Row] = [{"step": step, **values} for step, values in enumerate(history, start=1)]
-    told: list[Row] = [{**r, "label/accuracy": accuracy, "rollout/accuracy": accuracy, "val/avg@8": val} for r in rows]
-    assert run(GuardSettings(**QUICK), rows) == run(GuardSettings(**QUICK), told)
+    labelled: list[Row] = [
+        {**r, "label/accuracy": accuracy, "rollout/accuracy": accuracy, "val/avg@8": val} for r in rows
+    ]
+    assert run(GuardSettings(**QUICK), rows) == run(GuardSettings(**QUICK), labelled)
     assert not any("accuracy" in key or key.startswith("val/") for key in METRICS)
 
 

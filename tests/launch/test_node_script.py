@@ -11,7 +11,7 @@ import pytest
 
 from megatron_coreward.launch import scripts
 
-# `ray start` stays until it is told to go; `ray status` counts who has started; everything it does is in `events`.
+# `ray start` stays until it is asked to go; `ray status` counts who has started; everything it does is in `events`.
 PYTHON = """#!/bin/bash
 here=$(dirname "$0")
 say() { echo "$1" >> "$here/events"; }

@@ -319,7 +319,7 @@ def test_bad_input_is_one_message(recipe: Path, words: tuple[str, ...], message:
         ("stop_before_s: 14400\n", "time: 04:00:00 is no longer than stop_before_s, 14400 s"),
         ("sbatch: {array: 0-3}\n", "sbatch.array: not to be set: each of its jobs would train in the same run dir"),
         ("sbatch: {nodes: '2'}\n", "sbatch.nodes: the launch command has an option for it: --nodes"),
-        ("sbatch: {signal: USR1@60}\n", "sbatch.signal: not to be set: training would not be told to save"),
+        ("sbatch: {signal: USR1@60}\n", "sbatch.signal: not to be set: training would not be asked to save"),
         ("sbatch: {output: x.log}\n", "sbatch.output: not to be set: the job's output is read"),
         ("sbatch: {ntasks_per_node: '8'}\n", "sbatch.ntasks_per_node: not to be set: a node runs one task"),
         ("sbatch: {no-requeue: ''}\n", "sbatch.no-requeue: not to be set: a preempted job could not go on"),

@@ -100,7 +100,7 @@ def test_exit_statuses_have_one_meaning(status: int | None, kind: str) -> None:
     assert exit_outcome(status, "node lost").kind == kind
 
 
-def test_an_interrupt_during_the_submission_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_during_the_submission_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs, lines = Jobs([FINISHED]), []
     monkeypatch.setattr(jobs, "submit", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Every recipe loads, is allowed, fits the GPUs that its name says, and is told in three lines."""
+"""Every recipe loads, is allowed, fits the GPUs that its name says, and is summed up in three lines."""
 
 import re
 import subprocess
@@ -149,3 +149,17 @@ def test_no_part_lies_unused() -> None:
     for recipe in RECIPES:
         supervise(recipe)
     assert {part.resolve() for part in CONFIGS_DIR.glob("parts/**/*.yaml")} == used
+
+
+def test_the_small_run_of_the_page_on_reproducing_can_be_had_of_every_recipe() -> None:
+    """The overrides of docs/reproduce.md, on two processes: nothing of a layout for many GPUs is left."""
+    page = (CONFIGS_DIR.parent / "docs" / "reproduce.md").read_text()
+    command = re.search(r"megatron-coreward train (\S+) (\\\n    run_dir=runs/tiny .*?)\n```", page, re.DOTALL)
+    assert command is not None
+    overrides = command[2].replace("\\\n", " ").split()
+    assert (CONFIGS_DIR.parent / command[1]).is_file()
+    for run in paper_runs():
+        config = load_config(CONFIGS_DIR / "paper" / f"{run.recipe}.yaml", overrides)
+        assert list(setting_problems(config)) == []
+        engines = config.rollout.num_engines * config.rollout.tensor_parallel
+        assert (config.actor.world_size, engines, config.steps) == (1, 1, 2)

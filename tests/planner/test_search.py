@@ -134,7 +134,7 @@ def test_fp8_needs_a_gpu_that_has_it() -> None:
 
 
 def test_ranks_and_engines_have_to_fit_on_nodes() -> None:
-    """The rules of a run (`planner.placement`), with nodes of 8 GPUs unless told otherwise."""
+    """The rules of a run (`planner.placement`), with nodes of 8 GPUs unless a test says otherwise."""
     c = config("Qwen3-8B-Base", rollout={"tensor_parallel": 16})
     assert placement_problems(c, machine(), None) == [
         "rollout.tensor_parallel: an engine of 16 GPUs, and the largest node has 8; allowed: up to 8, on one node"

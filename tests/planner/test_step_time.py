@@ -25,8 +25,8 @@ def plan(
 def test_the_work_of_a_step_is_what_the_loop_does() -> None:
     one = work(config("Qwen3-8B-Base", "co_rewarding_i"), Assumptions())
     two = work(config("Qwen3-8B-Base", "co_rewarding_ii"), Assumptions())
-    assert (one.trained, one.labelled, one.passes, one.publications) == (2048, 0, 1, 1)
-    assert (two.trained, two.labelled, two.passes, two.publications) == (1024, 1024, 1, 2)
+    assert (one.trained, one.labelled, one.passes, one.syncs) == (2048, 0, 1, 1)
+    assert (two.trained, two.labelled, two.passes, two.syncs) == (1024, 1024, 1, 2)
     assert work(config("Qwen3-8B-Base", "entropy"), Assumptions()).passes == 2  # statistics of the policy as well
     assert work(config("Qwen3-8B-Base", loss={"kl_coef": 0.0}), Assumptions()).passes == 0
     assert one.response == pytest.approx(0.4 * 3072)
@@ -76,7 +76,13 @@ def test_the_sync_moves_what_the_transfer_plan_says() -> None:
     moved = transfers(c, EIGHT)
     busiest = float(max(moved.bytes_sent.max(), moved.bytes_received.max()))
     planned = make_plan(c, EIGHT, machine(), busiest)
-    assert planned.sync.seconds == pytest.approx(busiest / (0.7 * find_gpu("h100").network_bytes_s))
+    network = busiest / (0.7 * find_gpu("h100").network_bytes_s)
+    assert planned.sync.seconds_by["network"] == pytest.approx(network)
+    coarse = make_plan(
+        c.model_copy(update={"sync": c.sync.model_copy(update={"bucket_mib": 1024.0})}), EIGHT, machine()
+    )
+    few, many = (p.sync.seconds_by["messages"] for p in (coarse, planned))
+    assert few == pytest.approx(many / 4, rel=0.1)
     assert make_plan(c, EIGHT, machine()).sync.seconds == pytest.approx(planned.sync.seconds, rel=0.02)  # the estimate
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe and what it names, and what must be told of it: the table of `test_preflight.py`."""
+"""What can be wrong with a recipe and what it names, and what must be said of it: the table of `test_preflight.py`."""
 
 import json
 import os
@@ -25,7 +25,7 @@ Break = Callable[[Path, pytest.MonkeyPatch], None]
 
 @dataclass(frozen=True)
 class Case:
-    """Something wrong with the world, and what must be told."""
+    """Something wrong with the world, and what the message must say."""
 
     message: str  # a regular expression
     changes: tuple[str, ...] = ()
@@ -219,7 +219,7 @@ CASES: dict[str, Case] = {
     "rope": broken(edit("model/config.json", rope_scaling={"rope_type": "yarn"}), says="rope scaling of type 'yarn'"),
     "rope without numbers": broken(
         edit("model/config.json", rope_scaling={"rope_type": "llama3"}),
-        says="rope scaling of type llama3 is incomplete",
+        says="model/config.json: key 'rope_scaling.factor' is missing",
     ),
     "head size": broken(
         lambda world, _: write_model(world / "model", {"head_dim": 24}),
@@ -352,6 +352,16 @@ CASES: dict[str, Case] = {
     "no answers to validate": broken(
         data("val", ["a"], ground_truth=None), says="data.val_files: 1 questions have no reward_mod"
     ),
+    "the best of a set that is not validated on": broken(
+        data("other", ["a"]),
+        "data.val_files=[val.parquet,other.parquet]",
+        "checkpoint.best_metric=val/gsm8k/avg@8",
+        says="checkpoint.best_metric: found 'val/gsm8k/avg@8', .* called gsm8k; allowed: set/val, set/other",
+    ),
+    "the best of one of one set": key(
+        "checkpoint.best_metric=val/set/avg@8",
+        says="checkpoint.best_metric: found 'val/set/avg@8', but one validation set has no name; allowed: val/avg@8",
+    ),
     # the machine
     "GPUs": broken(
         patch(machine, "visible_gpus", lambda: 2),
@@ -407,6 +417,12 @@ CASES: dict[str, Case] = {
         says=r"rewards.answer_formats: \['boxed'\], but the run in run was made with \['plain'\]",
     ),
     "other data": broken(resumed(), "data.train_files=[val.parquet]", says="data.train_files: .*was made with"),
+    "other questions left out": broken(
+        resumed(), "data.unpaired=drop", says="data.unpaired: 'drop', but the run in run was made with 'error'"
+    ),
+    "questions without ground truth left out": broken(
+        resumed(), "data.missing_gold=drop", says="data.missing_gold: 'drop', but the run in run was made with 'error'"
+    ),
     "no resume": broken(resumed(), "checkpoint.resume=never", says="holds checkpoints and checkpoint.resume is never"),
     "damaged config of the run": broken(resumed(config="a: ["), says="run/config.yaml is damaged"),
     # what the file system and the environment say

@@ -53,12 +53,12 @@ def test_what_cannot_work_is_answered_with_status_2_and_one_message(
     begin = time.perf_counter()
     status = main(["train", "recipe.yaml", *case.changes])
     SECONDS[name] = time.perf_counter() - begin
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert status == 2
-    assert told.out == ""
-    assert "Traceback" not in told.err
-    assert told.err.startswith("error: ")
-    assert re.search(case.message, told.err), told.err
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    assert printed.err.startswith("error: ")
+    assert re.search(case.message, printed.err), printed.err
     assert sorted(path for path in world.rglob("*")) == before  # nothing was made or removed
 
 
@@ -97,7 +97,7 @@ def test_a_cluster_is_not_measured_by_this_machine(world: Path, monkeypatch: pyt
     assert main(["train", "recipe.yaml", "actor.tensor_parallel=2"]) == 0
 
 
-def test_all_problems_are_told_at_once(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_reported_at_once(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "model/tokenizer.json").write_text("{")
     data("rephrased", ["a"])(world, pytest.MonkeyPatch())
     changes = [
@@ -107,10 +107,10 @@ def test_all_problems_are_told_at_once(world: Path, capsys: pytest.CaptureFixtur
         "run_dir=recipe.yaml",
     ]
     assert main(["train", "recipe.yaml", *changes]) == 2
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for part in ("actor.tensor_par", "loss.kl_ref", "memory:", "run_dir:", "tokenizer.json: not a", "no rephrasing"):
-        assert part in told
-    lines = told.splitlines()
+        assert part in printed
+    lines = printed.splitlines()
     assert len(lines) == len(set(lines))
 
 

@@ -157,7 +157,7 @@ def test_the_key_that_makes_a_run_fit_is_named() -> None:
     assert "choose a smaller model, more GPUs" in hopeless
 
 
-def test_a_host_that_is_too_small_is_told_the_packs_that_fit() -> None:
+def test_a_host_that_is_too_small_is_reported_the_packs_that_fit() -> None:
     arch = parse_architecture(SHAPE | {"vocab_size": 151_936}, "test")
     needed = sum(memory.host_memory(config(), arch).values())
     assert list(memory.host_problems(config(), arch, needed)) == []

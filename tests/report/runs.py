@@ -1,4 +1,4 @@
-"""Small run directories, written as a run writes them: dumps judged by the real methods, rows, configuration."""
+"""Small run directories, written as a run writes them: dumps scored by the real methods, rows, configuration."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

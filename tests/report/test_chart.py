@@ -45,6 +45,15 @@ def test_every_line_stays_inside_the_chart(many: list[list[tuple[int, float | No
         assert len(line["shown"]) == len(known)
 
 
+@pytest.mark.parametrize("scale", ["linear", "share", "log"])
+@pytest.mark.parametrize("values", [[5e-324], [0.0, 5e-324], [-1e-320, 1e-310], [1e-310, 1.0], [0.0, 1e-20]])
+def test_numbers_next_to_zero_are_drawn(scale: Scale, values: list[float]) -> None:
+    chart = line_chart("title", [Line("a", "#000000", list(enumerate(values)))], scale)
+    heights = [float(y) for y in re.findall(r' cy="(-?[\d.]+)"', chart.svg)]
+    assert len(heights) == len(values)
+    assert all(0 <= y <= HEIGHT for y in heights)
+
+
 def test_a_gap_stays_a_gap_and_the_range_can_be_given() -> None:
     chart = line_chart("t", [Line("a", "#000000", [(1, 1.0), (2, None), (3, 2.0), (4, 3.0)])], steps=(0, 8))
     (path,) = re.findall(r'class="line" d="([^"]*)"', chart.svg)

@@ -230,6 +230,14 @@ def test_several_runs_stand_over_each_other_and_in_a_table(tmp_path: Path) -> No
     assert page.count("figure") == len(page.data["charts"])
 
 
+def test_the_best_of_runs_that_validate_greedily_is_that_of_their_one_answer(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name / "run", "entropy") for name in ("a", "b")]
+    for run_dir in runs:
+        rows = (run_dir / "metrics.jsonl").read_text().replace("val/pass@1", "other").replace("val/avg@8", "val/pass@1")
+        (run_dir / "metrics.jsonl").write_text(rows)
+    assert "70.0% at 3" in read(write_comparison(runs, tmp_path / "all.html")).words
+
+
 def test_a_comparison_needs_two_runs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least two run directories"):
         write_comparison([write_run(tmp_path / "run")], tmp_path / "all.html")
@@ -251,7 +259,7 @@ def test_the_validation_before_training_is_no_step_of_the_time() -> None:
     assert panels.points_of(rows, "val/avg@8") == [(0, 0.5)]
 
 
-def test_going_back_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_going_back_is_reported_with_its_reason(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run")
     line = json.dumps({"from": 57, "to": 40, "reason": "<b>KL</b>"})
     (run_dir / "rollbacks.jsonl").write_text(f'{line}\n{{"from": 6')  # the last line was cut by a kill

@@ -195,10 +195,10 @@ def test_replay_and_report_never_say_that_a_run_failed(tmp_path: Path, capsys: p
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "metrics.jsonl").mkdir()
     assert main(["report", str(run_dir)]) == 2
-    told = capsys.readouterr().err
-    assert told.count("metrics.jsonl, line 2: not JSON") == 3
-    assert "Traceback" not in told
-    assert "the run failed" not in told
+    printed = capsys.readouterr().err
+    assert printed.count("metrics.jsonl, line 2: not JSON") == 3
+    assert "Traceback" not in printed
+    assert "the run failed" not in printed
 
 
 def halves(step: int, question: int, view: View, role: Role) -> list[str]:

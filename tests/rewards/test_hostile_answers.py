@@ -6,9 +6,11 @@ import pytest
 
 from benchmarks.answer_cases import MARKER, hostile
 from benchmarks.bench_answers import hostile_run
+from megatron_coreward.rewards.brackets import MAX_DEPTH
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
+from megatron_coreward.rewards.kinds import Phrase
 from megatron_coreward.rewards.latex import MAX_LENGTH, _clean
-from megatron_coreward.rewards.reading import MAX_DEPTH, Phrase, read
+from megatron_coreward.rewards.reading import read
 
 CASES = 300
 # What the interpreter, the thread pool and the judge's bounded memory may take; a kept answer of each megabyte would

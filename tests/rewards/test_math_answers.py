@@ -1,7 +1,9 @@
 r"""The answers of the MATH test set, in the spellings a model may give them."""
 
+import os
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,13 @@ from benchmarks.bench_answers import _look
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.arithmetic import plain_value
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.reading import Scalar, read
+from megatron_coreward.rewards.kinds import Scalar
+from megatron_coreward.rewards.reading import read
 
-TEST_FILE = Path(__file__).parents[2] / "../shared/data/math/test.parquet"
+TEST_FILE = Path(os.environ.get("MEGATRON_COREWARD_MATH_TEST", ""))  # a parquet file in the published format
 
 pytestmark = [
-    pytest.mark.skipif(not TEST_FILE.exists(), reason="the MATH files are not beside the checkout"),
+    pytest.mark.skipif(not TEST_FILE.is_file(), reason="MEGATRON_COREWARD_MATH_TEST names no file"),
     pytest.mark.timeout(300),
 ]
 
@@ -55,10 +58,17 @@ def test_four_fifths_of_the_answers_are_plain_numbers(answers: list[str]) -> Non
     assert len(numbers) > 0.8 * len(answers)
 
 
+def _decimal(answer: str) -> float | None:
+    """Of 7.5 and `\\$7.50`, which are one amount."""
+    with suppress(ValueError):
+        return float(answer.replace(r"\$", ""))
+    return None
+
+
 def test_different_answers_are_hardly_ever_equated(answers: list[str], equivalence: AnswerEquivalence) -> None:
     distinct = sorted({_look(answer): answer for answer in answers}.values())
     rng = random.Random(0)
     pairs = [rng.sample(distinct, 2) for _ in range(1000)]
     equated = [pair for pair in pairs if equivalence.equivalent(*pair)]
-    assert equated == []
+    assert [pair for pair in equated if _decimal(pair[0]) is None or _decimal(pair[0]) != _decimal(pair[1])] == []
     assert equivalence.timeouts == 0

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_coreward.rewards.latex import MAX_LENGTH
-from megatron_coreward.rewards.reading import (
+from megatron_coreward.rewards.kinds import (
     Alternatives,
     Assignments,
     Choice,
@@ -21,8 +20,9 @@ from megatron_coreward.rewards.reading import (
     Reading,
     Region,
     Scalar,
-    read,
 )
+from megatron_coreward.rewards.latex import MAX_LENGTH
+from megatron_coreward.rewards.reading import read
 
 
 @pytest.mark.parametrize(

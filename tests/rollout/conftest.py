@@ -8,7 +8,8 @@ import pytest
 
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
-from tests.rollout.engine_process import EngineProcess, send, two_ranks
+from megatron_coreward.weights.layouts import EngineLayout
+from tests.rollout.engine_process import EngineProcess, sync
 
 # Name of an engine -> (how its model is written, how it is started). 259 tokens: vLLM pads the vocabulary to 320 rows.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -16,7 +17,15 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({"pad_vocab_to": 1, "tie": True}, {}),
     "tied, TP 2": ({"tie": True}, {"tensor_parallel": 2}),
     "experts": ({"family": "qwen3_moe"}, {}),
+    "llama": ({"family": "llama"}, {}),
+    "qwen2, tied, TP 2": ({"family": "qwen2", "tie": True, "head_dim": 16}, {"tensor_parallel": 2}),
+    "experts, TP 2": ({"family": "qwen3_moe"}, {"tensor_parallel": 2}),
 }
+
+
+def tensor_parallel(kind: str) -> int:
+    """Of the engine of a kind."""
+    return int(KINDS[kind][1].get("tensor_parallel", 1))
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int],
         if not path.exists():
             model, _ = KINDS[kind]
             sizes = {"layers": 2, "hidden": 64, "ffn": 96, "head_dim": 32, "jitter": 0.15}
-            write_model(path, byte_level_tokenizer(), seed=seed, **sizes, **model)
+            write_model(path, byte_level_tokenizer(), seed=seed, **(sizes | model))
         return path
 
     return write
@@ -81,13 +90,13 @@ def start_engine(engine_of: Engines) -> Iterator[Callable[[str], EngineProcess]]
 
 
 @pytest.fixture
-def published(engine_of: Engines, checkpoint: Callable[[str, int], Path]) -> Callable[[str, int], Any]:
+def synced(engine_of: Engines, checkpoint: Callable[[str, int], Path]) -> Callable[[str, int], Any]:
     """The engine of a kind, holding the weights of a seed as version seed."""
 
     def sync_weights(kind: str, seed: int) -> Any:
         engine = engine_of(kind)
         if engine.version() != seed:
-            send(engine, *two_ranks(checkpoint(kind, seed)), seed)
+            sync(engine, checkpoint(kind, seed), seed, engines=EngineLayout(1, tensor_parallel(kind)))
         return engine
 
     return sync_weights

@@ -11,14 +11,16 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.rollout.worker import RolloutWorker
-from megatron_coreward.weights.buckets import TensorMeta, check_tiling
-from megatron_coreward.weights.send import BlockHash, LocalBlock, SharedMemorySender
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
+from megatron_coreward.weights.spec import Transport
+from tests.weights.ranks import Ranks
 
 START_TIMEOUT_S = 240  # on a machine that is busy with other things
 CALL_TIMEOUT_S = 60
-BUCKET_BYTES = 20_000  # less than a layer: fused weights (q, k and v; gate and up) straddle buckets
+TWO_RANKS, ONE_ENGINE = ActorLayout(tensor_parallel=2), EngineLayout()
 
 _worker: RolloutWorker
 
@@ -31,6 +33,10 @@ def _start(model_path: Path, settings: dict[str, Any]) -> int:
 
 def _call(method: str, args: Sequence[Any]) -> Any:
     return _worker.shutdown() if method == "shutdown" else _worker.run(method, *args)
+
+
+def _in_workers(function: Callable[..., Any], args: Sequence[Any]) -> list[Any]:
+    return _worker._engine._llm.collective_rpc(function, args=tuple(args))  # type: ignore[no-any-return]
 
 
 def _version() -> int | None:
@@ -55,6 +61,10 @@ class EngineProcess:
     def pid(self) -> int:
         return self._pid
 
+    def in_workers(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The function in every vLLM worker, with the worker before its arguments."""
+        return self._pool.submit(_in_workers, function, args).result(timeout=CALL_TIMEOUT_S)
+
     def version(self) -> int | None:
         return self._pool.submit(_version).result(timeout=CALL_TIMEOUT_S)
 
@@ -71,48 +81,32 @@ class EngineProcess:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def two_ranks(checkpoint: Path, dtype: str = "float32") -> tuple[list[TensorMeta], list[list[LocalBlock]]]:
-    """The tensors of a checkpoint, split over two ranks as tensor parallelism splits them."""
-    tensors = load_file(checkpoint / "model.safetensors")
-    metas = [TensorMeta(name, tuple(tensor.shape), dtype) for name, tensor in tensors.items()]
-    ranks: list[list[LocalBlock]] = [[], []]
-    for i, (name, tensor) in enumerate(tensors.items()):
-        whole = (slice(None),) * tensor.dim()
-        if tensor.dim() == 1:
-            ranks[i % 2].append(LocalBlock(name, whole, lambda t=tensor: t))
-            continue
-        dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
-        middle = (tensor.shape[dim] + 1) // 2
-        for rank, cut in enumerate((slice(0, middle), slice(middle, None))):
-            index = (*whole[:dim], cut, *whole[dim + 1 :])
-            ranks[rank].append(LocalBlock(name, index, lambda t=tensor, at=index: t[at]))
-    check_tiling(metas, [(block.name, block.index) for rank in ranks for block in rank])
-    return metas, ranks
-
-
-def send(
+def sync(
     engine: Any,
-    metas: Sequence[TensorMeta],
-    ranks: Sequence[Sequence[LocalBlock]],
+    checkpoint: Path,
     version: int,
-    bucket_bytes: int = BUCKET_BYTES,
-) -> int:
-    """One update of the engine's weights, as the trainer conducts it; returns the number of buckets."""
-    sent = {meta.name for meta in metas}
-    segment = f"test-{os.getpid()}"
-    senders = [
-        SharedMemorySender([b for b in blocks if b.name in sent], metas, bucket_bytes, segment, rank, len(ranks))
-        for rank, blocks in enumerate(ranks)
-    ]
+    *,
+    transport: Transport = "shared_memory",
+    actor: ActorLayout = TWO_RANKS,
+    engines: EngineLayout = ONE_ENGINE,
+    expected: int | None = None,
+    lacking: str | None = None,
+) -> None:
+    """Sends the tensors of a checkpoint to an engine, from ranks in threads of this process.
+
+    Args:
+        expected: the version that the engine waits for, if it is another one.
+        lacking: a tensor of which the ranks have no values.
+    """
+    tensors = load_file(checkpoint / "model.safetensors")
+    if lacking is not None:
+        tensors[lacking] = tensors[lacking].int()
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    ranks = Ranks(read_architecture(checkpoint), tensors, transport, actor, engines, dtype=dtype)
     try:
-        engine.start_update(senders[0].init_info)
-        for bucket in range(senders[0].num_buckets):
-            hashes: list[BlockHash] = []
-            for sender in senders:
-                hashes += sender.write(bucket, version, hashes=True)
-            engine.load_bucket(bucket, version, hashes)
-        engine.finish_update(version)
-        return senders[0].num_buckets
+        sending = ranks.start(version)
+        engine.receive_weights(ranks.spec.to_json(), 0, version if expected is None else expected)
+        for future in sending:
+            future.result(timeout=60)
     finally:
-        for sender in senders:
-            sender.close()
+        ranks.close()

@@ -1,4 +1,4 @@
-"""What an engine's process is told through its environment, and seeds that never meet."""
+"""What an engine's process gets through its environment, and seeds that never meet."""
 
 import os
 import subprocess

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_coreward.rollout.orphans import remove_orphans
 from megatron_coreward.rollout.sockets import PREFIX
-from megatron_coreward.weights.segment import SHARED_MEMORY
+from megatron_coreward.weights.mailbox import SHARED_MEMORY
 from tests.rollout.engine_process import EngineProcess
 
 ROOT = Path(__file__).parents[2]

@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.types import Completion
-from tests.rollout.engine_process import send, two_ranks
+from tests.rollout.engine_process import sync
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -23,8 +22,8 @@ REQUEST = SamplingRequest(PROMPT, n=8, seed=1, temperature=1.0, top_p=1.0, max_t
 
 
 @pytest.fixture
-def engine(published: Callable[[str, int], Any]) -> Any:
-    return published("untied", VERSION)
+def engine(synced: Callable[[str, int], Any]) -> Any:
+    return synced("untied", VERSION)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_the_same_seed_gives_the_same_samples_after_an_update_to_the_same_weight
     engine: Any, checkpoint: Callable[[str, int], Path]
 ) -> None:
     before = engine.sample([REQUEST], VERSION)
-    send(engine, *two_ranks(checkpoint("untied", VERSION)), VERSION)
+    sync(engine, checkpoint("untied", VERSION), VERSION)
     assert tokens(engine.sample([REQUEST], VERSION)) == tokens(before)
 
 
@@ -152,19 +151,3 @@ def test_sleeping_without_a_gpu_changes_nothing(engine: Any) -> None:
     engine.sleep()
     engine.wake()
     assert tokens(engine.sample([REQUEST], VERSION)) == before
-
-
-def test_there_is_nothing_to_score_or_sample_during_an_update(
-    engine: Any, checkpoint: Callable[[str, int], Path]
-) -> None:
-    class Asks:
-        def __getattr__(self, method: str) -> Callable[..., Any]:
-            return getattr(engine, method)
-
-        def load_bucket(self, bucket: int, *args: Any) -> None:
-            for ask in (lambda: engine.sample([REQUEST], VERSION), lambda: engine.score(PROMPT)):
-                with pytest.raises(RunError, match="no weights were synced"):
-                    ask()
-            engine.load_bucket(bucket, *args)
-
-    send(Asks(), *two_ranks(checkpoint("untied", VERSION)), VERSION, bucket_bytes=10**6)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
@@ -21,6 +20,7 @@ class OldLLM:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.failures: list[str | None] = [None, None]  # of its workers
 
     def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
         self.calls.append("init")
@@ -30,6 +30,9 @@ class OldLLM:
 
     def update_weights(self, request: dict[str, Any]) -> None:
         self.calls.append("update")
+
+    def collective_rpc(self, what: Any) -> list[str | None]:
+        return self.failures
 
     def finish_weight_update(self) -> None:
         self.calls.append("finish")
@@ -44,7 +47,7 @@ class OldLLM:
 
 
 class NewLLM(OldLLM):
-    """Of 0.32: tokens are marked with the version that `finish_weight_update` was told."""
+    """Of 0.32: tokens are marked with the version that `finish_weight_update` was given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,8 +71,8 @@ def engine_of(llm: Any) -> RolloutEngine:
     engine = RolloutEngine.__new__(RolloutEngine)
     tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ["text"] * len(ids))
     held = {"_llm": llm, "_tokenizer": tokenizer, "_versions_known": hasattr(llm, "get_weight_version")}
-    held |= {"_max_model_len": 64, "_tensor_parallel": 1, "_on_cpu": True, "_updating": False}
-    for name, value in (held | {"_broken": None, "_init_info": None, "_version": None}).items():
+    held |= {"_max_model_len": 64, "_tensor_parallel": 1, "_on_cpu": True}
+    for name, value in (held | {"_init_info": None, "_version": None}).items():
         setattr(engine, name, value)
     return engine
 
@@ -83,11 +86,7 @@ def test_samples_come_from_the_version_that_was_asked_for_with_either(llm: Any) 
     with pytest.raises(RunError, match="no weights were synced"):
         engine.sample([REQUEST], 0)
     for version in (2, 4):
-        engine.start_update({})
-        with pytest.raises(RunError, match="no weights were synced"):
-            engine.sample([REQUEST], version)
-        engine.load_bucket(0, version)
-        engine.finish_update(version)
+        engine.receive_weights({}, 0, version)
         samples = engine.sample([REQUEST], version)
         assert [sample.weight_version for sample in samples[0]] == [version] * 2
         with pytest.raises(RunError, match=f"holds weights of version {version}, expected version 9"):
@@ -95,33 +94,35 @@ def test_samples_come_from_the_version_that_was_asked_for_with_either(llm: Any) 
 
 
 @pytest.mark.parametrize("llm", [OldLLM, NewLLM])
-def test_an_update_that_was_left_half_way_is_given_up_with_either(llm: Any) -> None:
+def test_a_failure_in_any_worker_leaves_no_weights_to_sample_from_with_either(llm: Any) -> None:
     engine = engine_of(llm())
-    for _ in range(2):
-        engine.start_update({"sender": 1})
-        engine.load_bucket(0, 2)
-    engine.finish_update(2)
+    engine._llm.failures = [None, "rank 1 sent too little"]
+    with pytest.raises(RunError, match="rank 1 sent too little"):
+        engine.receive_weights({"sender": 1}, 0, 2)
+    with pytest.raises(RunError, match="no weights were synced"):
+        engine.sample([REQUEST], 2)
+    engine._llm.failures = [None, None]
+    engine.receive_weights({"sender": 1}, 0, 2)
     assert [sample.weight_version for sample in engine.sample([REQUEST], 2)[0]] == [2, 2]
-    assert engine._llm.calls == ["init", "start", "update", "update", "finish", "start", "update", "finish"]
+    assert engine._llm.calls == ["init", *["start", "update", "finish"] * 2]
 
 
-def test_an_engine_on_a_gpu_gives_an_update_up_before_it_sleeps_and_measures_where_its_workers_are() -> None:
-    """vLLM copies every buffer before it sleeps, and those of layers that wait for weights have no memory."""
+def test_an_engine_on_a_gpu_measures_where_its_workers_are_when_it_sleeps() -> None:
     engine = engine_of(NewLLM())
     engine._on_cpu = False
     free = iter([(30, 20), (70, 60)])  # bytes of the two workers' GPUs
+    engine.receive_weights({"sender": 1}, 0, 2)
     engine._llm.collective_rpc = lambda what: next(free)
     engine._llm.sleep = lambda level: engine._llm.calls.append(f"sleep {level}")
-    engine.start_update({"sender": 1})
-    engine.load_bucket(0, 2)
     assert engine.sleep() == DeviceMemory(free=60, freed=40)
-    assert engine._llm.calls == ["init", "start", "update", "update", "finish", "sleep 2"]
+    assert engine._llm.calls == ["init", "start", "update", "finish", "sleep 2"]
+    with pytest.raises(RunError, match="no weights were synced"):
+        engine.sample([REQUEST], 2)
 
 
 def test_a_sample_of_other_weights_is_refused_where_vllm_tells() -> None:
     engine = engine_of(NewLLM())
-    engine.start_update({})
-    engine.finish_update(2)
+    engine.receive_weights({}, 0, 2)
     generate = engine._llm.generate
 
     def mixed(*args: Any, **kwargs: Any) -> Any:
@@ -134,51 +135,46 @@ def test_a_sample_of_other_weights_is_refused_where_vllm_tells() -> None:
         engine.sample([REQUEST], 2)
 
 
-@pytest.mark.parametrize("release", ["0.26", "0.32"])
-def test_a_layer_that_lacks_weights_is_found_by_the_names_of_either(
-    monkeypatch: pytest.MonkeyPatch, release: str
-) -> None:
-    from vllm.model_executor.layers import attention
-    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, meta, record_metadata_for_reloading
+@pytest.mark.parametrize("lacking", ["_layerwise_process", "initialize_layerwise_reload"])
+def test_a_release_without_what_is_used_of_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    from vllm.model_executor.model_loader.reload import layerwise
 
-    from megatron_coreward.weights.receive import _incomplete_layers
+    from megatron_coreward.weights.receivers import relayout
 
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
-    record_metadata_for_reloading(model)
-    initialize_layerwise_reload(model)
-    weight: Any = model[0].weight
-    weight.weight_loader(weight, torch.ones(2, 3))
-    if release == "0.26":
-        monkeypatch.setattr(meta, "SKIP_TENSORS", meta.SKIP_LOAD_TENSORS, raising=False)
-        monkeypatch.delattr(meta, "SKIP_LOAD_TENSORS")
-        monkeypatch.delattr(attention, "is_deferred_attention_layer")
-    assert list(_incomplete_layers(model)) == ["'1' (0 of 4 elements)"]
+    monkeypatch.delattr(layerwise, lacking)
+    with pytest.raises(
+        RunError, match=f"has no {lacking} in its layerwise reload; weight syncs work with 0.26 to 0.33"
+    ):
+        relayout.layerwise()
 
 
-def test_receiving_engines_have_every_method_that_0_26_calls_abstract() -> None:
-    from megatron_coreward.weights.device_receive import IpcEngine, NcclEngine
-    from megatron_coreward.weights.receive import GlooEngine, SharedMemoryEngine
+def test_the_receiving_engine_has_every_method_that_any_release_calls_abstract_and_is_found_by_its_name() -> None:
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    from megatron_coreward.weights.receivers.engine import CorewardEngine, register
+    from megatron_coreward.weights.spec import VLLM_BACKEND
 
     wanted = ["init_transfer_engine", "start_weight_update", "finish_weight_update", "receive_weights", "shutdown"]
-    for engine in (SharedMemoryEngine, GlooEngine, IpcEngine, NcclEngine):
-        for name in (*wanted, "trainer_send_weights"):
-            assert not getattr(getattr(engine, name), "__isabstractmethod__", False), (engine, name)
+    for name in (*wanted, "trainer_send_weights"):
+        assert not getattr(getattr(CorewardEngine, name), "__isabstractmethod__", False), name
+    register()
+    assert WeightTransferEngineFactory._registry[VLLM_BACKEND]() is CorewardEngine
 
 
 @pytest.mark.parametrize(("tensor_parallel", "backend"), [(1, None), (2, "mp")])
 def test_the_processes_of_an_engine_are_its_own_even_within_a_placement_group(
     tensor_parallel: int, backend: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM would otherwise take Ray's, on GPUs that are taken; on CPU it never does: only what it is told shows."""
-    told: dict[str, Any] = {}
+    """vLLM would otherwise take Ray's, on GPUs that are taken; on CPU it never does: only what it is given shows."""
+    given: dict[str, Any] = {}
 
     def start(*_: Any, **settings: Any) -> Any:
-        told.update(settings)
+        given.update(settings)
         raise InterruptedError
 
     monkeypatch.setattr("megatron_coreward.rollout.environment.prepare", lambda cpu_threads: True)
     monkeypatch.setattr("vllm.LLM", start)
     with pytest.raises(InterruptedError):
         RolloutEngine(EngineSetup(Path("model"), "float32", 64, tensor_parallel=tensor_parallel))
-    assert told["tensor_parallel_size"] == tensor_parallel
-    assert told["distributed_executor_backend"] == backend
+    assert given["tensor_parallel_size"] == tensor_parallel
+    assert given["distributed_executor_backend"] == backend

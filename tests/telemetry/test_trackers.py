@@ -1,4 +1,4 @@
-"""A tracker may fail or hang in any phase: the run goes on, people are told once, and what it lacks can be brought."""
+"""A tracker may fail or hang in any phase: the run goes on, one note says so, and what it lacks can be brought."""
 
 import threading
 import time
@@ -61,25 +61,25 @@ class FakeTracker:
 
 
 def run(run_dir: Path, fake: FakeTracker, steps: range, limit_s: float = 5.0) -> list[str]:
-    """An attempt that writes some steps; returns what people were told."""
-    told: list[str] = []
+    """An attempt that writes some steps; returns the notes for people."""
+    notes: list[str] = []
     metrics_file = run_dir / FILE_NAME
     first = JsonlSink(metrics_file, steps.start)
-    guarded = GuardedTracker(fake.tracker(), run_dir, metrics_file, steps.start, told.append, limit_s)
+    guarded = GuardedTracker(fake.tracker(), run_dir, metrics_file, steps.start, notes.append, limit_s)
     with SinkGroup([first, guarded]) as sinks:
         for step in steps:
             sinks.write(step, {"step_time_s": 1.0, "reward": step / 10})
-    return told
+    return notes
 
 
 @pytest.mark.parametrize("phase", ["open", "log", "finish"])
 @pytest.mark.parametrize("error", [ConnectionError("no route\x1b[2J"), SystemExit(1), MemoryError()])
-def test_a_tracker_that_fails_in_any_phase_is_told_once_and_the_rows_are_kept(
+def test_a_tracker_that_fails_in_any_phase_is_reported_once_and_the_rows_are_kept(
     tmp_path: Path, phase: Phase, error: BaseException
 ) -> None:
-    told = run(tmp_path, FakeTracker(phase, error), range(5))
+    notes = run(tmp_path, FakeTracker(phase, error), range(5))
     assert [row["step"] for row in read_rows(tmp_path / FILE_NAME)] == [0, 1, 2, 3, 4]
-    (line,) = told
+    (line,) = notes
     assert line.startswith("fake failed when it was ")
     assert type(error).__name__ in line
     assert f"megatron-coreward report {tmp_path}" in line
@@ -108,27 +108,27 @@ def test_the_next_attempt_brings_what_was_missed(tmp_path: Path) -> None:
 
 
 def test_after_the_run_it_can_be_brought_and_what_fails_again_is_kept_for_later(tmp_path: Path) -> None:
-    fake, told = FakeTracker("log"), list[str]()
+    fake, notes = FakeTracker("log"), list[str]()
     run(tmp_path, fake, range(5))
-    assert bring_missed(tmp_path, tmp_path / FILE_NAME, [fake.tracker()], told.append) == []
-    assert len(told) == 1
+    assert bring_missed(tmp_path, tmp_path / FILE_NAME, [fake.tracker()], notes.append) == []
+    assert len(notes) == 1
     assert read_missed(tmp_path) == {"fake": 2}
     fake.fails_in = None
-    brought = bring_missed(tmp_path, tmp_path / FILE_NAME, [fake.tracker()], told.append)
+    brought = bring_missed(tmp_path, tmp_path / FILE_NAME, [fake.tracker()], notes.append)
     assert brought == ["fake has the rows from step 2 on"]
     assert sorted(fake.rows) == [0, 1, 2, 3, 4]
     assert read_missed(tmp_path) == {}
-    assert bring_missed(tmp_path, tmp_path / FILE_NAME, [fake.tracker()], told.append) == []
+    assert bring_missed(tmp_path, tmp_path / FILE_NAME, [fake.tracker()], notes.append) == []
 
 
 def test_a_blocked_tensorboard_folder_ends_no_run_and_report_brings_the_rows(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
-    told: list[str] = []
-    with open_sinks(tmp_path, first_step=0, warn=told.append) as sinks:
+    notes: list[str] = []
+    with open_sinks(tmp_path, first_step=0, warn=notes.append) as sinks:
         for step in (0, 1, 2):
             sinks.write(step, {"step_time_s": 1.0, "reward/mean": step / 4})
-    assert len(told) == 1
-    assert told[0].startswith("tensorboard failed when it was opened")
+    assert len(notes) == 1
+    assert notes[0].startswith("tensorboard failed when it was opened")
     (tmp_path / "tensorboard").unlink()
     assert bring_to_trackers(tmp_path) == ["tensorboard has the rows from step 0 on"]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -138,17 +138,17 @@ def test_a_blocked_tensorboard_folder_ends_no_run_and_report_brings_the_rows(tmp
 
 def test_a_full_disk_under_tensorboard_ends_no_run(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()
-    told: list[str] = []
-    with open_sinks(tmp_path, first_step=0, warn=told.append) as sinks:
+    notes: list[str] = []
+    with open_sinks(tmp_path, first_step=0, warn=notes.append) as sinks:
         sinks.write(0, {"step_time_s": 1.0})
         (events,) = (tmp_path / "tensorboard").iterdir()
         events.unlink()
-        events.symlink_to("/dev/full")  # TensorBoard opens its file anew for each write
+        events.symlink_to("/dev/full")  # TensorBoard opens its file again for each write
         for step in (1, 2, 3):
             sinks.write(step, {"step_time_s": 1.0})
     assert [row["step"] for row in read_rows(tmp_path / FILE_NAME)] == [0, 1, 2, 3]
-    assert len(told) == 1
-    assert "No space left on device" in told[0]
+    assert len(notes) == 1
+    assert "No space left on device" in notes[0]
 
 
 def test_rows_are_not_brought_while_the_run_goes_on(tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def rows(outside: float = 0.01) -> list[dict[str, float]]:
 
 def result(tool: Any, run: str, figures: dict[str, Any]) -> dict[str, Any]:
     versions = {"torch": "2.11.0", "vllm": "0.26.0"}
-    told = {"shape": "Qwen3-1.7B-Base", "gpu": "a GPU", "driver": "1", "versions": versions, "command": "python x"}
-    return {"run": run, "figures": figures, **told}
+    about = {"shape": "Qwen3-1.7B-Base", "gpu": "a GPU", "driver": "1", "versions": versions, "command": "python x"}
+    return {"run": run, "figures": figures, **about}
 
 
 def test_figures_of_a_run_leave_the_first_steps_out(tool: Any, tmp_path: Path) -> None:

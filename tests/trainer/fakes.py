@@ -17,15 +17,16 @@ from megatron_coreward.types import (
     IntArray,
     Problem,
     Prompt,
+    Role,
     Sequences,
     TokenStats,
     TrainBatch,
     View,
 )
-from megatron_coreward.weights.layouts import EngineLayout
-from megatron_coreward.weights.route import Route
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
+from megatron_coreward.weights.spec import TransferSpec
 
-ROUTE = Route("shared_memory", "test", 256, EngineLayout(), 60.0)
+SPEC = TransferSpec("shared_memory", "test", ActorLayout(), EngineLayout(), "float32", 256, 60.0)
 
 VIEWS: tuple[View, ...] = ("original", "rephrased")
 
@@ -84,13 +85,13 @@ class FakeActors(FakeWorkers):
         names = ["tokens", "clipped", "entropy", "self_certainty", "logprob_gap", "loss/policy", "loss/total"]
         return dict.fromkeys([*names, "max:logprob_gap", "lr", "grad_norm"], 1.0)
 
-    def open_sender(self, weights: Any, route: Route) -> dict[str, Any]:
-        self.events.append(f"open {weights}")
-        return {}
+    def open_sender(self, spec: TransferSpec) -> TransferSpec:
+        self.events.append("open")
+        return spec.at("here", len(self.events))
 
-    def write_bucket(self, weights: Any, bucket: int, version: int, hashes: bool) -> str:
-        self.events.append(f"write {weights} {bucket}")
-        return f"written {bucket}"
+    def send_weights(self, role: Role, version: int) -> str:
+        self.events.append(f"send {role}")
+        return f"sent {version}"
 
 
 class FakeEngines(FakeWorkers):
@@ -102,17 +103,10 @@ class FakeEngines(FakeWorkers):
         self.requests: list[SamplingRequest] = []
         self.version: int | None = None
 
-    def start_update(self, init_info: dict[str, Any]) -> None:
-        self.events.append("start")
-        self.version = None
-
-    def load_bucket(self, bucket: int, version: int, hashes: Sequence[Any]) -> list[Any]:
-        self.events.append(f"load {bucket}")
-        return [f"loaded {bucket}"]
-
-    def finish_update(self, version: int) -> None:
-        self.events.append(f"finish {version}")
+    def receive_weights(self, spec: dict[str, Any], version: int) -> Any:
+        self.events.append(f"receive {version}")
         self.version = version
+        return SimpleNamespace(calls=[f"received {version}"])
 
     def score(self, token_ids: IntArray) -> FloatArray:
         self.events.append("canary")

@@ -63,31 +63,31 @@ def test_a_run_that_is_shorter_than_asked_for_is_not_trained(config: RunConfig) 
 def test_the_page_and_the_rows_of_trackers_are_completed_once(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake, told = FakeTracker(), list[str]()
+    fake, notes = FakeTracker(), list[str]()
     monkeypatch.setattr(missed, "trackers_of", lambda *_: [fake.tracker()])
     monkeypatch.setattr(finish, "trackers_from", missed.trackers_from)
     write_model(config)
     note_missed(config.run_dir, "fake", 7)
     assert finish.missing(config) == ["report.html", "rows of fake"]
-    finish.complete(config, told.append)
+    finish.complete(config, notes.append)
     assert finish.missing(config) == []
     assert (config.run_dir / "report.html").read_text().startswith("<!doctype html>")
     assert sorted(fake.rows) == [7, 8, 9, 10]
-    assert told == ["fake has the rows from step 7 on"]
+    assert notes == ["fake has the rows from step 7 on"]
     written = (config.run_dir / "report.html").stat().st_mtime_ns
-    finish.complete(config, told.append)
+    finish.complete(config, notes.append)
     assert (config.run_dir / "report.html").stat().st_mtime_ns == written
     assert fake.finished == 1
 
 
-def test_what_cannot_be_completed_is_told_and_fails_nothing(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+def test_what_cannot_be_completed_fails_nothing(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
     monkeypatch.setattr(sinks, "TensorBoard", lambda *_: 1 / 0)
     write_model(config)
     (config.run_dir / "report.html").mkdir()
     note_missed(config.run_dir, "tensorboard", 3)
-    finish.complete(config, told.append)
-    page, tracker = told
+    finish.complete(config, notes.append)
+    page, tracker = notes
     assert page.startswith(
         f"report.html was not written: cannot write {config.run_dir / 'report.html'}: Is a directory; "
     )
@@ -96,27 +96,27 @@ def test_what_cannot_be_completed_is_told_and_fails_nothing(config: RunConfig, m
     assert read_missed(config.run_dir) == {"tensorboard": 3}
 
 
-def test_an_error_of_the_page_that_nobody_expected_is_told_with_its_kind(
+def test_an_error_of_the_page_that_nobody_expected_is_reported_with_its_kind(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
+    notes: list[str] = []
     monkeypatch.setattr(finish, "write_report", lambda run_dir: 1 // 0)
-    finish.try_report(config, told.append)
-    assert told == [
+    finish.try_report(config, notes.append)
+    assert notes == [
         "report.html was not written: ZeroDivisionError: integer division or modulo by zero; "
         f"`megatron-coreward report {config.run_dir}` tries again"
     ]
 
 
-def test_an_error_behind_the_final_model_is_told_and_one_before_it_is_raised(config: RunConfig) -> None:
-    told: list[str] = []
-    with pytest.raises(RuntimeError, match="in the export"), finish.nothing_after_it_counts(config, told.append):
+def test_an_error_behind_the_final_model_is_reported_and_one_before_it_is_raised(config: RunConfig) -> None:
+    notes: list[str] = []
+    with pytest.raises(RuntimeError, match="in the export"), finish.nothing_after_it_counts(config, notes.append):
         raise RuntimeError("in the export")
-    with finish.nothing_after_it_counts(config, told.append):
+    with finish.nothing_after_it_counts(config, notes.append):
         write_model(config)
         raise RuntimeError("a worker would not leave")
-    assert told == ["the run is complete; what came after it: RuntimeError: a worker would not leave"]
-    with pytest.raises(KeyboardInterrupt), finish.nothing_after_it_counts(config, told.append):
+    assert notes == ["the run is complete; what came after it: RuntimeError: a worker would not leave"]
+    with pytest.raises(KeyboardInterrupt), finish.nothing_after_it_counts(config, notes.append):
         raise KeyboardInterrupt
 
 
@@ -157,11 +157,11 @@ def test_a_real_ctrl_c_is_one_line_with_status_1(config: RunConfig) -> None:
         assert process.stdout.readline() == "begun\n"
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 1
-    assert told == f"interrupted; the same command goes on after step 10, in {config.run_dir}\n"
+    assert printed == f"interrupted; the same command goes on after step 10, in {config.run_dir}\n"
 
 
 def test_a_job_completes_what_is_missing_and_is_finished(

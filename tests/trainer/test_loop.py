@@ -17,23 +17,16 @@ from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog
 from megatron_coreward.trainer.schedule import RolloutSchedule
-from megatron_coreward.weights.route import Route
-from tests.trainer.fakes import ROUTE, FakeActors, FakeEngines, make_config, make_problem
+from tests.trainer.fakes import SPEC, FakeActors, FakeEngines, make_config, make_problem
 
 CANARY = np.arange(4, dtype=np.int32)
 
 
-def make_sync(actors: FakeActors, engines: FakeEngines, route: Route = ROUTE, **more: Any) -> WeightSync:
-    return WeightSync(
-        actors,
-        engines,
-        lambda refs: [[] for _ in refs],
-        route=route,
-        num_buckets=3,
-        canary=CANARY,
-        max_gap=1e-3,
-        **more,
-    )
+def make_sync(actors: FakeActors, engines: FakeEngines, given_up: list[str] | None = None, **more: Any) -> WeightSync:
+    """A weight sync whose calls are done when they are made."""
+    told = given_up if given_up is not None else []
+    settings = {"spec": SPEC, "canary": CANARY, "max_gap": 1e-3} | more
+    return WeightSync(actors, engines, list, lambda spec, reason: told.append(f"{spec.name}: {reason}"), **settings)
 
 
 def make_trainer(
@@ -68,14 +61,14 @@ def make_trainer(
 def story(events: list[str]) -> list[str]:
     """The events without the details of a weight sync."""
     return [
-        e for e in events if e.split()[0] in ("teacher", "finish", "sample", "stats", "update") and e != "stats policy"
+        e for e in events if e.split()[0] in ("teacher", "receive", "sample", "stats", "update") and e != "stats policy"
     ]
 
 
 def test_co_rewarding_i_syncs_samples_both_views_and_updates() -> None:
     trainer, events, actors, engines = make_trainer("co_rewarding_i")
     trainer.step(1, PhaseTimer())
-    assert story(events) == ["finish 0", "sample 0", "stats reference", "update"]
+    assert story(events) == ["receive 0", "sample 0", "stats reference", "update"]
     assert [tuple(r.prompt) for r in engines.requests] == [(10, 1), (10, 2), (11, 1), (11, 2)]
     assert [r.n for r in engines.requests] == [4] * 4
     assert len(actors.batches[0]) == 16
@@ -86,10 +79,10 @@ def test_co_rewarding_ii_updates_the_teacher_first_and_samples_it_before_the_pol
     trainer.step(1, PhaseTimer())
     assert story(events) == [
         "teacher 0.9900",
-        "finish 1",
+        "receive 1",
         "stats teacher",  # the canary of the sync
         "sample 1",
-        "finish 0",
+        "receive 0",
         "sample 0",
         "stats teacher",  # the KL reference
         "update",
@@ -111,7 +104,7 @@ def test_later_steps_sync_the_weights_of_later_updates() -> None:
     trainer.step(1, PhaseTimer())
     events.clear()
     trainer.step(2, PhaseTimer())
-    assert [e for e in events if e.startswith("finish")] == ["finish 3", "finish 2"]
+    assert [e for e in events if e.startswith("receive")] == ["receive 3", "receive 2"]
 
 
 @pytest.mark.parametrize("method", get_args(MethodName))
@@ -150,7 +143,7 @@ def test_rewards_become_advantages_of_the_batch_in_order() -> None:
 def test_one_update_a_batch_reads_no_old_log_probs() -> None:
     trainer, events, actors, _ = make_trainer("majority_voting", **{"loss.kl_coef": 0})
     trainer.step(1, PhaseTimer())
-    assert story(events) == ["finish 0", "sample 0", "update"]
+    assert story(events) == ["receive 0", "sample 0", "update"]
     assert actors.batches[0].old_logprobs is None
     assert actors.batches[0].reference_logprobs is None
 

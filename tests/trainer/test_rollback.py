@@ -1,4 +1,4 @@
-"""Going back leaves the checkpoint from before the signs as the newest, and a trace that it was done."""
+"""Going back leaves the checkpoint from before the indicators as the newest, and a trace that it was done."""
 
 import json
 import os
@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coreward.checkpoint.store import checkpoint_path, saved_steps
+from megatron_coreward.checkpoint.store import TrainerState, checkpoint_path, saved_steps
 from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.errors import RunError
 from megatron_coreward.guard import Decision, Guard
 from megatron_coreward.telemetry.rollout_dump import dumped_steps, rollouts_path
-from megatron_coreward.trainer.rollback import FILE_NAME, count_rollbacks, roll_back
+from megatron_coreward.trainer.rollback import FILE_NAME, count_rollbacks, open_guard, roll_back
+from tests.trainer.fakes import make_config
 
 
 @pytest.fixture
 def decision() -> Decision:
-    """Signs from step 44 on, acted on at step 57."""
+    """Indicators from step 44 on, acted on at step 57."""
     return Decision(57, "act", "rollback", (), lasted=14, good_step=39, news=True)
 
 
@@ -30,7 +31,7 @@ def run_dir_with(run_dir: Path, checkpoints: list[int], rollouts: range) -> Path
     return run_dir
 
 
-def test_the_newest_checkpoint_from_before_the_signs_is_gone_on_from(tmp_path: Path, decision: Decision) -> None:
+def test_the_newest_checkpoint_from_before_the_indicators_is_gone_on_from(tmp_path: Path, decision: Decision) -> None:
     run_dir = run_dir_with(tmp_path, [20, 30, 40, 50], range(1, 59))
     assert roll_back(run_dir, decision) == 30
     assert saved_steps(run_dir) == [20, 30]
@@ -81,3 +82,18 @@ def test_without_a_checkpoint_that_is_old_enough_nothing_is_touched(
     assert saved_steps(run_dir) == checkpoints
     assert len(dumped_steps(run_dir)) == 4
     assert count_rollbacks(run_dir) == 0
+
+
+def test_a_resumed_run_has_the_guard_that_was_saved_and_counts_its_rollbacks(
+    tmp_path: Path, decision: Decision
+) -> None:
+    config = make_config("majority_voting", run_dir=tmp_path)
+    guard = open_guard(config, None)
+    for step in range(1, 15):
+        guard.observe(step, {"vote/share": 0.5 + step / 100, "rollout/response_tokens_mean": 100.0 - step})
+    saved = guard.state_dict()
+    assert saved != open_guard(config, TrainerState(14, 14)).state_dict()  # of a run without a guard
+    roll_back(run_dir_with(tmp_path, [30], range(0)), decision)
+    again = open_guard(config, TrainerState(14, 14, guard=saved))
+    assert again.state_dict() == saved
+    assert again.kl_factor == config.guard.kl_factor != 1

@@ -30,10 +30,16 @@ def only(events: list[str], *words: str) -> list[str]:
 def test_rollouts_are_in_flight_while_the_actors_learn_from_those_before() -> None:
     trainer, events, _, _ = make_trainer("majority_voting", **STALE)
     rows = [trainer.step(step, PhaseTimer()).metrics for step in (1, 2, 3, 4)]
-    assert only(events, "finish", "sample", "took", "update") == [
-        *("finish 0", "sample 0", "took 0", "sample 0", "update"),  # the second step's rollouts begin before the update
-        *("took 0", "finish 2", "sample 2", "update"),
-        *("took 2", "finish 4", "sample 4", "update"),
+    assert only(events, "receive", "sample", "took", "update") == [
+        *(
+            "receive 0",
+            "sample 0",
+            "took 0",
+            "sample 0",
+            "update",
+        ),  # the second step's rollouts begin early
+        *("took 0", "receive 2", "sample 2", "update"),
+        *("took 2", "receive 4", "sample 4", "update"),
         *("took 4", "update"),  # nothing comes after the last step
     ]
     assert [row["rollout/staleness"] for row in rows] == [0, 1, 1, 1]
@@ -133,7 +139,7 @@ def test_a_teacher_that_looks_ahead_labels_windows_between_checkpoints(every: in
     for window in windows:
         versions = {c.weight_version for step in window for g in teachers[step - 1] for c in g.completions}
         assert versions == {2 * (window[0] - 1) + 1}
-    assert len(only(events, "finish")) == 7 + len(windows)
+    assert len(only(events, "receive")) == 7 + len(windows)
     in_time = make_trainer("co_rewarding_ii", steps=7)
     for step in range(1, 8):
         in_time[0].step(step, PhaseTimer())

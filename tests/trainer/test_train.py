@@ -128,7 +128,7 @@ def test_without_asynchronous_saving_a_checkpoint_is_complete_before_the_next_st
     assert only(w.events, "row", "complete")[:4] == ["row 1", "row 2", "complete 2", "row 3"]
 
 
-def test_accuracy_well_below_the_first_is_told_by_a_resumed_run_too(
+def test_accuracy_well_below_the_first_is_noticed_by_a_resumed_run_too(
     world: Callable[..., World], tmp_path: Path
 ) -> None:
     accuracies = iter([0.5, 0.41, 0.39, 0.45])
@@ -148,6 +148,26 @@ def test_accuracy_well_below_the_first_is_told_by_a_resumed_run_too(
     )
     again.trainer.train()
     assert [e for e in again.events if "30.0%, and was 50.0%" in e]
+
+
+def test_a_resumed_run_that_validates_in_another_way_begins_with_a_first_accuracy_of_its_own(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    """One greedy answer is not compared with the mean of eight random ones."""
+    options = {"validation.every": 1, "checkpoint.every": 1, "checkpoint.keep": 9}
+    w = world(validate=lambda timer: {"val/avg@8": 0.5}, steps=2, **options)
+    w.trainer.train()
+    greedy = iter([0.3, 0.25, 0.15])
+    state = check_checkpoint(checkpoint_path(tmp_path, 2))
+    assert (state.first_accuracy, state.first_metric) == (0.5, "val/avg@8")
+    options["validation.samples"] = "greedy"
+    again = world(validate=lambda timer: {"val/pass@1": next(greedy)}, steps=5, state=state, **options)
+    again.trainer.train()
+    assert only(again.events, "row", "note") == [
+        *("row 3", "row 4"),
+        "note val/pass@1 is 15.0%, and was 30.0% at first: training makes the model worse on the validation questions",
+        "row 5",
+    ]
 
 
 def interrupt_sampling(w: World, role_version: int) -> None:
@@ -219,7 +239,7 @@ def test_a_stop_between_steps_saves_what_no_checkpoint_covers(world: Callable[..
 
 
 class Alarm(Guard):
-    """Decides once what it is told to, whatever it sees."""
+    """Decides once what it was made for, whatever it sees."""
 
     def __init__(self, step: int, action: GuardAction) -> None:
         super().__init__(GuardSettings(action=action, warmup=1))

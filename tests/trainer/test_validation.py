@@ -17,7 +17,7 @@ from tests.trainer.fakes import make_problem
 
 
 class ScriptedEngines:
-    """Answers a prompt as it is told to: the first answer if greedy, else the others in order."""
+    """Answers a prompt as a test asks: the first answer if greedy, else the others in order."""
 
     def __init__(self, answers: Mapping[int, Sequence[str]]) -> None:
         self.answers = answers  # by the first token of the prompt
@@ -92,7 +92,7 @@ def test_only_what_is_asked_for_is_drawn(samples: Any, scores: list[str], draws:
     assert [(r.n, r.temperature) for r in requests] == [draw for draw in draws for _ in range(3)]
 
 
-def test_answers_are_compared_as_the_validation_is_told() -> None:
+def test_answers_are_compared_as_the_validation_is_reported() -> None:
     assert measure("exact")[0]["val/openai/two/pass@1"] == 0.0
     assert measure("hendrycks")[0]["val/openai/two/pass@1"] == 1.0
 

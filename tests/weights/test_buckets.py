@@ -1,4 +1,4 @@
-"""Properties of bucket plans, segment layouts and tilings."""
+"""Properties of bucket plans and tilings."""
 
 import math
 from itertools import pairwise
@@ -8,9 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_coreward.weights.buckets import (
-    ALIGNMENT,
     ITEM_BYTES,
-    SegmentLayout,
     TensorMeta,
     block_bounds,
     check_tiling,
@@ -23,30 +21,67 @@ metas = st.lists(st.tuples(shapes, st.sampled_from(sorted(ITEM_BYTES))), min_siz
 )
 
 
-@given(metas, st.integers(1, 20_000))
-def test_buckets_hold_every_tensor_once_in_order_and_whole(tensors: list[TensorMeta], bucket_bytes: int) -> None:
-    buckets = plan_buckets(tensors, bucket_bytes)
-    assert [entry.meta for bucket in buckets for entry in bucket.entries] == tensors
-    for bucket in buckets:
-        assert bucket.entries
-        assert bucket.nbytes % ALIGNMENT == 0
-        assert all(entry.offset % ALIGNMENT == 0 for entry in bucket.entries)
-        assert all(a.offset + a.meta.nbytes <= b.offset for a, b in pairwise(bucket.entries))
-        last = bucket.entries[-1]
-        assert last.offset + last.meta.nbytes <= bucket.nbytes < last.offset + last.meta.nbytes + ALIGNMENT
-        assert len(bucket.entries) == 1 or last.offset + last.meta.nbytes <= bucket_bytes
+def dealt(tensors: list[TensorMeta], num_streams: int) -> list[list[TensorMeta]]:
+    return [tensors[i::num_streams] for i in range(num_streams)]
 
 
-@given(metas, st.integers(1, 20_000))
-def test_no_two_neighbouring_buckets_would_fit_into_one(tensors: list[TensorMeta], bucket_bytes: int) -> None:
-    for one, other in pairwise(plan_buckets(tensors, bucket_bytes)):
-        assert one.nbytes + other.entries[0].meta.nbytes > bucket_bytes
+@given(metas, st.integers(1, 20_000), st.integers(1, 4))
+def test_buckets_hold_every_row_once_in_the_order_of_its_stream(
+    tensors: list[TensorMeta], bucket_bytes: int, num_streams: int
+) -> None:
+    streams = dealt(tensors, num_streams)
+    buckets = plan_buckets(streams, bucket_bytes)
+    assert all(buckets)
+    for stream in streams:
+        names = {meta.name for meta in stream}
+        pieces = [rows for bucket in buckets for rows in bucket if rows.name in names]
+        for meta in stream:
+            mine = [rows for rows in pieces if rows.name == meta.name]
+            assert [rows.start for rows in mine] == [0, *(rows.stop for rows in mine[:-1])]
+            assert mine[-1].stop == (meta.shape[0] if meta.shape else 1)
+            assert sum(rows.nbytes for rows in mine) == meta.nbytes
+        assert list(dict.fromkeys(rows.name for rows in pieces)) == [meta.name for meta in stream]
 
 
-def test_a_tensor_larger_than_a_bucket_travels_alone() -> None:
-    small, large = TensorMeta("small", (4,), "float32"), TensorMeta("large", (1000,), "float32")
-    buckets = plan_buckets([small, large, TensorMeta("last", (4,), "float32")], 256)
-    assert [[entry.meta.name for entry in bucket.entries] for bucket in buckets] == [["small"], ["large"], ["last"]]
+@given(metas, st.integers(1, 20_000), st.integers(1, 4))
+def test_a_bucket_is_bounded_except_for_one_row_of_each_stream(
+    tensors: list[TensorMeta], bucket_bytes: int, num_streams: int
+) -> None:
+    streams = [stream for stream in dealt(tensors, num_streams) if stream]
+    largest = [max(meta.nbytes // (meta.shape[0] if meta.shape else 1) for meta in stream) for stream in streams]
+    for bucket in plan_buckets(streams, bucket_bytes):
+        assert sum(rows.nbytes for rows in bucket) <= bucket_bytes + sum(largest)
+    if len(streams) == 1:
+        assert all(
+            sum(rows.nbytes for rows in bucket) <= max(bucket_bytes, largest[0])
+            for bucket in plan_buckets(streams, bucket_bytes)
+        )
+
+
+def test_all_streams_have_something_to_send_in_every_bucket() -> None:
+    long = [TensorMeta(f"long.{i}", (64, 16), "float32") for i in range(12)]
+    short = [TensorMeta(f"short.{i}", (64, 16), "float32") for i in range(4)]
+    for bucket in plan_buckets([long, short], 8192)[:-1]:
+        sizes = [sum(rows.nbytes for rows in bucket if rows.name.startswith(kind)) for kind in ("long", "short")]
+        assert sizes[0] == pytest.approx(3 * sizes[1], rel=0.05)
+
+
+def test_only_large_tensors_are_cut() -> None:
+    tensors = [
+        TensorMeta("a", (10, 25), "float32"),
+        TensorMeta("b", (3, 25), "float32"),
+        TensorMeta("c", (9, 25), "float32"),
+    ]
+    buckets = [[(rows.name, rows.start, rows.stop) for rows in bucket] for bucket in plan_buckets([tensors], 1200)]
+    assert buckets == [[("a", 0, 10)], [("b", 0, 3), ("c", 0, 9)]]
+    buckets = [[(rows.name, rows.start, rows.stop) for rows in bucket] for bucket in plan_buckets([tensors], 500)]
+    assert buckets == [
+        [("a", 0, 5)],
+        [("a", 5, 10)],
+        [("b", 0, 3), ("c", 0, 2)],
+        [("c", 2, 7)],
+        [("c", 7, 9)],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -59,45 +94,13 @@ def test_a_tensor_larger_than_a_bucket_travels_alone() -> None:
 )
 def test_plans_that_cannot_be_made_are_refused(tensors: list[TensorMeta], bucket_bytes: int, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        plan_buckets(tensors, bucket_bytes)
+        plan_buckets([tensors], bucket_bytes)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 0), "float32"), ((2,), "int8")])
 def test_tensors_that_cannot_travel_are_refused(shape: tuple[int, ...], dtype: str) -> None:
     with pytest.raises(ValueError, match="tensor 'a'"):
         TensorMeta("a", shape, dtype)
-
-
-@given(metas, st.integers(1, 20_000), st.integers(1, 4))
-def test_a_layout_is_the_same_after_its_journey_as_plain_data(
-    tensors: list[TensorMeta], bucket_bytes: int, num_slots: int
-) -> None:
-    layout = SegmentLayout("run", tuple(tensors), bucket_bytes, num_slots)
-    copy = SegmentLayout.from_json(layout.to_json())
-    assert copy == layout
-    assert copy.digest == layout.digest
-    assert SegmentLayout("run", tuple(tensors), bucket_bytes + 1, num_slots).digest != layout.digest
-
-
-@given(metas, st.integers(1, 20_000), st.integers(2, 4))
-def test_consecutive_buckets_lie_in_different_slots_within_the_segment(
-    tensors: list[TensorMeta], bucket_bytes: int, num_slots: int
-) -> None:
-    layout = SegmentLayout("run", tuple(tensors), bucket_bytes, num_slots)
-    starts = [layout.slot_start(i) for i in range(len(layout.buckets))]
-    for start, bucket in zip(starts, layout.buckets, strict=True):
-        assert start % ALIGNMENT == 0
-        assert start + bucket.nbytes <= layout.nbytes
-    for (a, bucket), b in zip(pairwise(zip(starts, layout.buckets, strict=True)), starts[1:], strict=True):
-        del bucket
-        assert abs(a[0] - b) >= layout.slot_bytes
-
-
-def test_a_bucket_that_does_not_exist_is_an_error() -> None:
-    layout = SegmentLayout("run", (TensorMeta("a", (1,), "float32"),), 64)
-    for index in (-1, 1):
-        with pytest.raises(IndexError, match=f"bucket {index} does not exist"):
-            layout.bucket(index)
 
 
 @given(st.data())
@@ -118,7 +121,7 @@ def test_any_grid_of_cuts_tiles_and_any_missing_or_doubled_piece_shows(data: st.
 
 
 def test_a_block_of_a_tensor_that_is_not_sent_is_an_error() -> None:
-    with pytest.raises(ValueError, match="'b', which is not published"):
+    with pytest.raises(ValueError, match="'b', which is not among them"):
         check_tiling([TensorMeta("a", (1,), "float32")], [("a", (slice(None),)), ("b", (slice(None),))])
 
 
