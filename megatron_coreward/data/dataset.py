@@ -75,11 +75,7 @@ class ProblemSet(Sequence[Problem]):
         return f"data.val_files: {self.num_without_ground_truth} questions have no reward_model.ground_truth ({file})"
 
     def first(self, limit: int | None) -> "ProblemSet":
-<<<<<<< HEAD
         """The first `limit` problems; None: all."""
-=======
-        """The first problems, this many; None: all."""
->>>>>>> house2
         if limit is None or limit >= len(self):
             return self
         some = self.problems[:limit]

@@ -98,23 +98,19 @@ def prepare(
 ) -> Summary:
     """Writes `target` in the published schema and says what is in it.
 
-        Args:
-            inputs: parquet, jsonl or json files, in order. Files that have the published columns keep their prompts,
-                answers, indices and, if they name them, sources, abilities and splits.
-            system_prompt: put before each question; None: no system message.
-            against: prepared files; questions that they share with this one are counted (train/test overlap).
-    <<<<<<< HEAD
-            limit: how many rows to take, the first ones; None: all.
-    =======
-            limit: the first rows only, this many.
-    >>>>>>> house2
-            skip_bad: leave out rows without a question or an answer, and say which; those that stay keep their indices.
-            view: which question of a row to take from a file of pairs.
-            rename: call the rows of published files `source.data_source` too.
+    Args:
+        inputs: parquet, jsonl or json files, in order. Files that have the published columns keep their prompts,
+            answers, indices and, if they name them, sources, abilities and splits.
+        system_prompt: put before each question; None: no system message.
+        against: prepared files; questions that they share with this one are counted (train/test overlap).
+        limit: how many rows to take, the first ones; None: all.
+        skip_bad: leave out rows without a question or an answer, and say which; those that stay keep their indices.
+        view: which question of a row to take from a file of pairs.
+        rename: call the rows of published files `source.data_source` too.
 
-        Raises:
-            InputError: naming file, row and column: a file cannot be read, a column is missing, a question is blank, an
-                answer is absent although the source promises one, two rows share source and index, or there are no rows.
+    Raises:
+        InputError: naming file, row and column: a file cannot be read, a column is missing, a question is blank, an
+            answer is absent although the source promises one, two rows share source and index, or there are no rows.
     """
     if target.suffix != ".parquet":
         raise InputError(f"{target}: the prepared file must end with .parquet")
