@@ -301,3 +301,17 @@ def test_the_published_pairs_are_the_published_files(tmp_path: Path) -> None:
     assert [(p.prompts["rephrased"].text, p.ground_truth) for p in one] == [
         (p.prompts["rephrased"].text, p.ground_truth) for p in other
     ]
+
+
+def test_rephrasings_of_another_set_that_shares_name_and_indices_are_refused_by_their_numbers(tmp_path: Path) -> None:
+    questions = {i: f"Add {i + 3} and {7 * i + 11}." for i in range(80)}
+    train = write(tmp_path / "train.parquet", questions)
+    good = {i: f"What is {7 * i + 11} plus {i + 3}?" for i in range(80)}
+    half = {i: text if i % 2 else f"What is {i} times nothing?" for i, text in good.items()}
+    other = {i: f"What is {1000 + i} minus {i}?" for i in range(80)}
+    for name, texts in (("good", good), ("half", half)):
+        assert len(load([train], [write(tmp_path / f"{name}.parquet", texts)])) == 80
+    with pytest.raises(InputError, match=r"numbers of the question in 0 of 80 rephrasings .* of other questions"):
+        load([train], [write(tmp_path / "other.parquet", other)])
+    few = write(tmp_path / "few.parquet", {i: questions[i] for i in range(20)})
+    assert len(load([few], [write(tmp_path / "few_other.parquet", {i: other[i] for i in range(20)})])) == 20
