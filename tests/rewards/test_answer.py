@@ -149,3 +149,40 @@ def test_hostile_megabytes_take_linear_time(unit: str) -> None:
     for form in ("boxed", "hashes", "plain"):
         extract_answer(text, (form,))
     assert time.monotonic() - start < 5.0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{5}" + "\n\n" + r"Question: what is 2+2? \boxed{4}", "5"),
+        (r"Question: x? \boxed{5} Question: y? \boxed{6}", "5"),  # the first has no answer before it
+        (r"\boxed{5} Problem: \boxed{6}", "6"),
+        (r"no answer. Question: \boxed{3}", "3"),
+        ("", None),
+    ],
+)
+def test_a_follow_up_that_nobody_asked_for_is_not_read(text: str, answer: str | None) -> None:
+    assert extract_answer(text, stop_at=("Question:",)) == answer
+    assert extract_answer(text, stop_at=("", "Human:", "Question:")) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is yes. Let me know if the answer is clear.", "yes"),
+        ("The answer is 12. I hope this answer is correct.", "12"),
+        ("## Final Answer\n\n42", "42"),
+        ("The answer is 5, since 2+3=5.", "5"),
+        ("The answer to the question is 7.", "7"),
+        ("答案为 $x=3$。", "x=3"),
+        ("The answer is 3, 4, and 5.", "3, 4, and 5"),
+        ("The answer is 6 p.m. sharp", "6 p.m."),
+    ],
+)
+def test_plain_answers_end_where_the_sentence_goes_on(text: str, answer: str) -> None:
+    assert extract_answer(text, ("plain",)) == answer
+
+
+def test_doubled_backslashes_are_those_of_an_escaped_text() -> None:
+    assert extract_answer(r"\\boxed{\\frac{1}{2}}") == r"\frac{1}{2}"
+    assert extract_answer(r"x = 1 \\\boxed{1 \\ 2}") == r"1 \\ 2"  # a line break before a box

@@ -51,7 +51,7 @@ def combined(children: st.SearchStrategy[Valued]) -> st.SearchStrategy[Valued]:
         pairs.map(lambda p: fraction(*p)),
         st.tuples(children, st.integers(1, 5)).map(lambda p: power(*p)),
         children.map(lambda c: (f"-({c[0]})", -c[1])),
-        children.map(lambda c: (rf"\left|{c[0]}\right|", abs(c[1]))),
+        children.map(lambda c: (rf"\left|({c[0]})\right|", abs(c[1]))),
         children.map(lambda c: (rf"\sqrt{{({c[0]})^2}}", abs(c[1]))),
     )
 

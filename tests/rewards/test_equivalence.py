@@ -1,7 +1,10 @@
 """The relation under votes and rewards: symmetric, deaf to spelling, exact on numbers, and never stuck."""
 
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_coreward.rewards import equivalence as module
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, equivalent
+from megatron_coreward.rewards.symbolic import Outcome, Request
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -165,3 +169,50 @@ def test_the_convenience_function_is_the_math_relation() -> None:
     assert not equivalent("1", "2")
     assert not equivalent("", "")
     module._shared_equivalence().close()
+
+
+class Scripted:
+    """Gives the outcomes that it was told, and keeps the requests."""
+
+    def __init__(self, *outcomes: Outcome) -> None:
+        self.outcomes, self.calls = list(outcomes), []  # type: ignore[var-annotated]
+
+    def compare(self, requests: Sequence[Request]) -> list[list[Outcome]]:
+        self.calls.append(list(requests))
+        return [[self.outcomes.pop(0) if self.outcomes else False for _ in r.pairs] for r in requests]
+
+    def close(self) -> None: ...
+
+
+def test_a_comparison_that_a_stalled_machine_lost_is_asked_again_and_one_over_its_limit_is_not() -> None:
+    comparer = Scripted("lost", True, "over_limit", True)
+    equivalence = AnswerEquivalence("math", comparer=comparer)
+    assert not equivalence.equivalent(r"\sqrt{8}", r"2\sqrt{2}")
+    assert equivalence.equivalent(r"\sqrt{8}", r"2\sqrt{2}")
+    assert equivalence.equivalent(r"2\sqrt{2}", r"\sqrt{8}")
+    assert not equivalence.equivalent(r"\sqrt{18}", r"3\sqrt{2}")
+    assert not equivalence.equivalent(r"\sqrt{18}", r"3\sqrt{2}")
+    assert (len(comparer.calls), equivalence.comparisons, equivalence.timeouts) == (3, 3, 2)
+
+
+def test_the_groups_of_a_step_are_handed_out_together_and_each_pair_once() -> None:
+    comparer = Scripted()
+    equivalence = AnswerEquivalence("math", comparer=comparer)
+    groups = [[rf"\sqrt{{{n}}}", rf"\sqrt{{{n}}}+0", None, f"{n}x", "1", "2"] for n in range(2, 42)]
+    equivalence.compare([*groups, groups[0]])
+    for group in groups:
+        equivalence.classes(group)
+    (requests,) = comparer.calls
+    assert len(requests) == len(groups)
+    assert len({frozenset((r.texts[i], r.texts[j])) for r in requests for i, j in r.pairs}) == equivalence.comparisons
+
+
+def test_a_busy_machine_changes_no_verdict() -> None:
+    """The process is stopped in the middle of a comparison, and goes on: only computing counts against the limit."""
+    with AnswerEquivalence("math", timeout_s=1.0, num_workers=1) as equivalence:
+        assert equivalence.equivalent(r"\sum_{k=1}^{3}k", "6")  # everything is loaded
+        group = os.getpgid(equivalence._pool._idle.queue[0]._process.pid)  # type: ignore[attr-defined]
+        os.killpg(group, signal.SIGSTOP)
+        threading.Timer(2.5, os.killpg, (group, signal.SIGCONT)).start()
+        assert equivalence.equivalent(r"\sqrt{8}", r"2\sqrt{2}")
+        assert equivalence.timeouts == 0
