@@ -114,7 +114,7 @@ def prepare(
 
         Raises:
             InputError: naming file, row and column: a file cannot be read, a column is missing, a question is blank, an
-                answer is absent although the source promises one, two rows share source and index, or there are no rows.
+                answer that the source promises is absent, two rows share source and index, or there are no rows.
     """
     if target.suffix != ".parquet":
         raise InputError(f"{target}: the prepared file must end with .parquet")
