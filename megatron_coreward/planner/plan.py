@@ -207,8 +207,8 @@ def make_plan(
     stages = actor_memory(config, arch, assumptions)
     engine = engine_memory(config, arch, gpu, assumptions)
     if busiest_bytes is None:
-        workers = config.rollout.num_engines * config.rollout.tensor_parallel
-        busiest_bytes = engine.weights * max(1.0, workers / config.actor.world_size)
+        # Engines pass weights on to each other, so ranks send to one engine at a time, however many there are.
+        busiest_bytes = engine.weights * max(1.0, config.rollout.tensor_parallel / config.actor.world_size)
     return Plan(
         config=config,
         machine=machine,

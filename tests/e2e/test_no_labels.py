@@ -78,9 +78,9 @@ def running(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 
 @pytest.fixture(scope="module")
 def problems(task: Task, running: Running) -> list[Problem]:
-    """Two batches of problems. The first one's questions are those that a vote across views rewards unevenly in the
-    first step, as far as there are any, and their ground truths are answers that the model gives then: it is too small
-    to be right, and labels that every rollout misses would look like noise to any method."""
+    """Two batches of problems, from which every method learns although the model is too small to be right, or to answer
+    two wordings alike: both views have the original's text; a vote of the other view rewards some rollouts of the first
+    batch and not others; and the ground truths of that batch are answers that the model gives in the first step."""
     from transformers import AutoTokenizer
 
     from megatron_coreward.data.dataset import load_problems
@@ -89,12 +89,13 @@ def problems(task: Task, running: Running) -> list[Problem]:
     config, method = task.config("co_rewarding_i+ii_original"), METHODS["co_rewarding_i+ii_original"]
     data = config.data
     tokenizer = AutoTokenizer.from_pretrained(task.folder / "start")
-    loaded = load_problems(data.train_files, data.rephrased_files, tokenizer, system_prompt=None, max_prompt_tokens=64)
+    read = load_problems(data.train_files, data.rephrased_files, tokenizer, system_prompt=None, max_prompt_tokens=64)
+    loaded = [dataclasses.replace(p, prompts=dict.fromkeys(p.prompts, p.prompts["original"])) for p in read]
     version = running.engines.sync_weights("policy", 0, PhaseTimer())  # the teacher's are the same in the first step
 
     def draw(view: View, role: Role) -> list[RolloutGroup]:
         how = {"n": 4, "temperature": 1.0, "max_tokens": 32, "step": 1, "seed": config.seed}
-        return sample_groups(running.engines, list(loaded), (view,), role, version=version, **how)
+        return sample_groups(running.engines, loaded, (view,), role, version=version, **how)
 
     policy, teacher = draw("original", "policy"), draw("rephrased", "teacher")
     with AnswerEquivalence("exact") as equivalence:
