@@ -22,7 +22,7 @@ GROWTH_MIB = 96
 def test_hostile_pairs_are_judged_on_time_and_leave_nothing_behind() -> None:
     report = hostile_run(CASES, workers=2, seed=7)  # holds the time limits and that nothing was executed
     assert report["pairs"] == CASES
-    assert report["comparisons"] > CASES / 4  # they reach the processes
+    assert report["comparisons"] > CASES / 10  # they reach the processes
     assert 0 < report["over_the_limit"] < report["comparisons"] / 2
     first, last = report["memory_mib"][0], report["memory_mib"][-1]
     assert last["driver"] - first["driver"] < GROWTH_MIB
