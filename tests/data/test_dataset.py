@@ -1,5 +1,6 @@
 """Files become problems: paired by source and index, cut by prompt length, and every mismatch is named."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.parquet import PAIRS_SOURCE, Message, Row, write_rows
 from megatron_coreward.errors import InputError
 
-MATH = Path(__file__).parents[3] / "shared" / "data" / "math"
+MATH = Path(os.environ.get("MEGATRON_COREWARD_PUBLISHED_DATA", "published")) / "math"  # and open-rs beside it
 
 
 class WordTokenizer:
@@ -257,7 +258,7 @@ def test_no_files_are_refused() -> None:
         load([])
 
 
-@pytest.mark.skipif(not MATH.is_dir(), reason="the MATH files are not beside the checkout")
+@pytest.mark.skipif(not MATH.is_dir(), reason="MEGATRON_COREWARD_PUBLISHED_DATA names no such files")
 def test_all_of_math_loads_and_pairs_within_seconds() -> None:
     tokenizer = pytest.importorskip("megatron_coreward.demo.tokenizer").byte_level_tokenizer()
     start = time.perf_counter()
@@ -280,7 +281,9 @@ def test_all_of_math_loads_and_pairs_within_seconds() -> None:
     assert seconds < 60
 
 
-@pytest.mark.skipif(not (MATH.parent / "open-rs").is_dir(), reason="the published files are not beside the checkout")
+@pytest.mark.skipif(
+    not (MATH.parent / "open-rs").is_dir(), reason="MEGATRON_COREWARD_PUBLISHED_DATA names no such files"
+)
 @pytest.mark.parametrize(("folder", "count", "blank"), [("math", 7500, 2), ("open-rs", 6999, 1)])
 def test_ground_truth_can_train_on_the_published_sets(folder: str, count: int, blank: int) -> None:
     files = MATH.parent / folder
@@ -293,7 +296,7 @@ def test_ground_truth_can_train_on_the_published_sets(folder: str, count: int, b
     assert len(load_problems([files / "train_original.parquet"], rephrased, WordTokenizer(), **limits)) == count
 
 
-@pytest.mark.skipif(not MATH.is_dir(), reason="the MATH files are not beside the checkout")
+@pytest.mark.skipif(not MATH.is_dir(), reason="MEGATRON_COREWARD_PUBLISHED_DATA names no such files")
 def test_the_published_pairs_are_the_published_files(tmp_path: Path) -> None:
     pairs = [MATH / "train_pairs.parquet"]
     apart = [MATH / "train_original.parquet"], [MATH / "train_rewrite_Qwen3-32B.parquet"]
