@@ -84,3 +84,14 @@ def test_every_file_of_the_package_is_installed_with_it() -> None:
     installed = {path for pattern in patterns for path in package.glob(pattern)}
     others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert others == installed
+
+
+def test_the_locks_of_one_environment_pin_each_package_once() -> None:
+    pins: dict[str, list[str]] = {}
+    for lock in sorted((ROOT / "requirements").glob("*.lock")):
+        for line in lock.read_text().splitlines():
+            name, equals, version = line.partition("==")
+            if equals and not line.startswith("#"):
+                pins.setdefault(name.lower().replace("_", "-"), []).append(f"{version} in {lock.name}")
+    assert len(pins) > 200
+    assert {name: found for name, found in pins.items() if len(found) > 1} == {}
