@@ -137,8 +137,11 @@ def read_trainer_state(path: Path) -> TrainerState:
     """Where the run stood. Raises DamagedCheckpoint if the description is missing or damaged."""
     try:
         tree = json.loads((path / TRAINER).read_text())
-        return TrainerState(**(tree | tree.pop("extra", {})))  # the former form had some under "extra"
-    except (OSError, ValueError, TypeError) as e:
+        tree |= tree.pop("extra", {})  # the former form had some under "extra", and another name for the teacher's
+        if "teacher_moves" in tree:
+            tree["teacher_updates"] = tree.pop("teacher_moves")
+        return TrainerState(**tree)
+    except (OSError, ValueError, TypeError, AttributeError) as e:
         raise DamagedCheckpoint(f"{path / TRAINER}: damaged ({e})") from None
 
 

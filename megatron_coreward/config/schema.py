@@ -228,7 +228,8 @@ class RewardSettings(Component):
     """Seconds of processor time that one comparison of two answers may take if equivalence is math; then they count as
     different."""
     comparison_workers: Positive | None = None
-    """Processes that compare answers if equivalence is math; null: one per core of the driver's machine."""
+    """Processes that compare answers if equivalence is math; null: one per core of
+    each machine of the run."""
 
 
 class LossSettings(Component):

@@ -98,7 +98,9 @@ class ProblemSet(Sequence[Problem]):
             own = tuple(problem for problem in self.problems if problem.source == source)
             without = sum(problem.ground_truth is None for problem in own)
             part = ProblemSet(own, 0, without, self.longest_prompt)
-            parts[source] = part if parts else replace(part, num_dropped=self.num_dropped)
+            parts[source] = (
+                part if parts else replace(part, num_dropped=self.num_dropped, num_unanswered=self.num_unanswered)
+            )
         return parts
 
 

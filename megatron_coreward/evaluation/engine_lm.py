@@ -3,7 +3,7 @@
 Only tasks that generate text can be asked (`generate_until`), as all of the paper's benchmarks are. Requests are
 sampled in batches, and each batch is in a log before the next one starts, so a killed evaluation goes on where it was.
 
-Invariants (tests/evaluation/test_engine_lm.py): the same request asked n times gets n samples of its own; a text ends
+Invariants (tests/evaluation/test_lm_eval.py): the same request asked n times gets n samples of its own; a text ends
 before the first of its stop texts; what is drawn for a request depends on the seed and the request alone; an engine
 starts only if something is left to ask, and is as long as the longest request needs.
 """
@@ -49,6 +49,7 @@ class _Asked:
     key: str
     request: SamplingRequest
     stop: tuple[str, ...]
+    copies: int  # of each text: one greedy text serves every request that asks for it
 
 
 class EngineLM(LM):
@@ -138,14 +139,14 @@ class EngineLM(LM):
         top_p = settings.get("top_p", 1.0) if chosen.top_p is None else chosen.top_p
         request = SamplingRequest(
             prompt=prompt,
-            n=n,
+            n=n if temperature else 1,
             seed=_seed(chosen.seed, key),
             temperature=temperature,
             top_p=float(top_p) if temperature else 1.0,
             max_tokens=min(chosen.max_tokens or settings.get("max_gen_toks", DEFAULT_MAX_TOKENS), room),
             stop=stop,
         )
-        return _Asked(key, request, stop)
+        return _Asked(key, request, stop, n // request.n)
 
     def _sample(self, todo: Sequence[_Asked], total: int) -> None:
         longest = max(len(asked.request.prompt) + asked.request.max_tokens for asked in todo)
@@ -157,7 +158,7 @@ class EngineLM(LM):
                 drawn = engines.sample([asked.request for asked in batch], VERSION)
                 self._job_log.append(
                     {
-                        asked.key: {"texts": [_cut(sample.text, asked.stop) for sample in samples]}
+                        asked.key: {"texts": [_cut(sample.text, asked.stop) for sample in samples] * asked.copies}
                         for asked, samples in zip(batch, drawn, strict=True)
                     }
                 )

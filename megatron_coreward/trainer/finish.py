@@ -49,7 +49,8 @@ def final_model_is_whole(run_dir: Path) -> bool:
 def missing(config: RunConfig) -> list[str]:
     """What a run that is trained lacks."""
     lacks = [] if (config.run_dir / REPORT).is_file() else [REPORT]
-    return lacks + [f"rows of {name}" for name in sorted(read_missed(config.run_dir))]
+    used = {tracker.name for tracker in trackers_from(config.run_dir, config.model_dump(mode="json"))}
+    return lacks + [f"rows of {name}" for name in sorted(used & set(read_missed(config.run_dir)))]
 
 
 def complete(config: RunConfig, notify: Callable[[str], None]) -> None:

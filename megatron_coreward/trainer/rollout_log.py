@@ -75,7 +75,11 @@ class RolloutLog:
         if not self._usable(step):
             return None
         path = rollouts_path(self._run_dir, step)
-        scored = read_rollouts(path)
+        try:
+            scored = read_rollouts(path)
+        except InputError:  # its notes are whole and its rows are not: the step is sampled again
+            discard_rollouts(self._run_dir, step)
+            return None
         policy = [item for item in scored if item.rewards is not None]
         asked = [(problem.uid, view) for problem in problems for view in views]
         sampled_from = {c.weight_version for item in policy for c in item.group.completions}

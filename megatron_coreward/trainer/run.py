@@ -96,6 +96,8 @@ def train(config: RunConfig, arch: Architecture | None = None) -> Path:
             return config.run_dir
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
         _run_to_the_end(config, arch, _load_data(config, tokenizer), stop)
+        if finish.missing(config):  # an error behind the model, which fails no run
+            finish.complete(config, partial(announce, config))
         return config.run_dir
 
 
@@ -105,10 +107,10 @@ def _run_to_the_end(config: RunConfig, arch: Architecture, data: _Data, stop: St
     notes: list[str] = []
     before: Exception | None = None  # what ended the attempt before
     while True:
-        opened = open_run_directory(config, notes)
-        start_ray(config.watchdog.start_limit_s)
-        stop.take()
         try:
+            opened = open_run_directory(config, notes)
+            start_ray(config.watchdog.start_limit_s)
+            stop.take()
             with finish.nothing_after_it_counts(config, partial(announce, config)):
                 _run(config, arch, data, opened, stop)
             return
@@ -162,6 +164,7 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
             view.note(f"resumed after step {opened.steps_done}")
         attempt.trainer(running, engines).train()
         view.note("writing the final model")
+        (config.run_dir / finish.REPORT).unlink(missing_ok=True)  # one of a run that had fewer steps, or that ran
         running.actors.call("export_hf", "policy", (config.run_dir / "hf").resolve())
         finish.try_report(config, attempt.notify)
 

@@ -98,13 +98,15 @@ def open_run_directory(config: RunConfig, news: Sequence[str] = ()) -> OpenedRun
     """
     run_dir, settings = config.run_dir, config.checkpoint
     saved = saved_steps(run_dir)
-    if saved and settings.resume == "never":
+    for note in news:
+        log_event(config, note)
+    if saved and settings.resume == "never" and not news:  # this run's own, of an attempt before
         raise InputError(f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir")
     if saved and saved[-1] >= config.steps and final_model_is_whole(run_dir):
         raise InputError(
             f"run_dir: the run in {run_dir} has done its {saved[-1]} steps; raise steps or choose another run_dir"
         )
-    notes = [*news]
+    notes: list[str] = []
     trainer_state = _newest_whole_checkpoint(config, saved, notes)
     discard_unfinished(run_dir)
     remove_leftovers(run_dir)
@@ -127,7 +129,7 @@ def open_run_directory(config: RunConfig, news: Sequence[str] = ()) -> OpenedRun
         _restore_labels(config, trainer_state)
     for note in notes:
         log_event(config, note)
-    return OpenedRun(trainer_state, notes)
+    return OpenedRun(trainer_state, [*news, *notes])
 
 
 def _newest_whole_checkpoint(config: RunConfig, saved: Sequence[int], notes: list[str]) -> TrainerState | None:

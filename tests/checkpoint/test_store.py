@@ -38,10 +38,10 @@ def save(run_dir: Path, step: int, keep: int = 2, score: float | None = None, **
 
 
 def test_a_description_of_the_former_form_is_read(tmp_path: Path) -> None:
-    former = {"step": 3, "num_updates": 3, "teacher_updates": 3, "score": 0.5}
+    former = {"step": 3, "num_updates": 3, "teacher_moves": 2, "score": 0.5}
     extra = {"guard": {"seen": 3}, "first_accuracy": 0.25, "unfinished_row": {"reward/mean": None}}
     (tmp_path / "trainer.json").write_text(json.dumps(former | {"extra": extra}))
-    expected = TrainerState(**former, **extra)
+    expected = TrainerState(step=3, num_updates=3, teacher_updates=2, score=0.5, **extra)
     assert read_trainer_state(tmp_path) == expected
 
 

@@ -155,6 +155,13 @@ class TestTasksOfOnesOwn:
         assert [r.n for r in fake.asked] == [3]
         assert found["tiny_sums"]["value"] == 1  # two of three
 
+    def test_a_greedy_request_that_comes_twice_is_sampled_once(self, measure: Any, tmp_path: Path) -> None:
+        task = write_task(tmp_path / "t", [ROWS[0], ROWS[1], ROWS[0]])
+        fake = FakeEngines(adds)
+        found = measure(fake, ["tiny_sums"], include_path=task, temperature=0.0)
+        assert [(r.n, r.temperature) for r in fake.asked] == [(1, 0.0), (1, 0.0)]  # vLLM refuses n > 1 of greedy ones
+        assert found["tiny_sums"]["value"] == pytest.approx(2 / 3)
+
     def test_log_likelihoods_are_refused_before_an_engine_starts(self, measure: Any, tmp_path: Path) -> None:
         fake = FakeEngines(adds)
         task = write_task(tmp_path / "t", ROWS, "loglikelihood", "acc")

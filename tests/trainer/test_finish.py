@@ -80,6 +80,14 @@ def test_the_page_and_the_rows_of_trackers_are_completed_once(
     assert fake.finished == 1
 
 
+def test_a_tracker_that_is_no_longer_used_is_not_missing(config: RunConfig) -> None:
+    write_model(config)
+    (config.run_dir / "report.html").touch()
+    note_missed(config.run_dir, "wandb", 5)
+    assert config.telemetry.wandb_project is None
+    assert finish.missing(config) == []
+
+
 def test_what_cannot_be_completed_fails_nothing(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     monkeypatch.setattr(sinks, "TensorBoard", lambda *_: 1 / 0)

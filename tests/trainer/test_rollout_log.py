@@ -91,6 +91,22 @@ def test_rollouts_of_other_weights_or_questions_are_dropped(tmp_path: Path, vers
     assert list(dumped_steps(tmp_path)) == []
 
 
+def test_a_step_whose_rows_are_damaged_is_sampled_again(tmp_path: Path) -> None:
+    first, _, _, _ = trainer_with(RolloutLog(tmp_path, "f", 1, keep=True), "majority_voting")
+    expected = first.step(1, PhaseTimer())
+    path = dumped_steps(tmp_path)[1]
+    content = bytearray(path.read_bytes())
+    footer = int.from_bytes(content[-8:-4], "little")  # it holds the notes, and stays whole
+    rows = slice(4, len(content) - 8 - footer)
+    content[rows] = bytes(rows.stop - rows.start)
+    path.write_bytes(content)
+    log = RolloutLog(tmp_path, "f", 1, keep=True)
+    assert log.num_recorded == 1
+    again, _, _, engines = trainer_with(log, "majority_voting")
+    assert untimed(again.step(1, PhaseTimer())) == untimed(expected)
+    assert engines.requests != []
+
+
 def test_without_a_dump_the_log_goes_when_a_checkpoint_covers_it(tmp_path: Path) -> None:
     rollout_log = RolloutLog(tmp_path, "f", 1, keep=False)
     trainer, _, _, _ = trainer_with(rollout_log, "majority_voting")

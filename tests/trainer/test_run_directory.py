@@ -51,6 +51,22 @@ def test_a_damaged_newest_checkpoint_is_named_set_aside_and_the_one_before_is_us
     assert six in (tmp_path / "events.log").read_text()
 
 
+def test_a_later_attempt_of_one_process_goes_on_from_its_own_checkpoints(tmp_path: Path) -> None:
+    config = config_in(tmp_path, **{"checkpoint.resume": "never"})
+    save(tmp_path, 2)
+    with pytest.raises(InputError, match="checkpoint.resume is never"):
+        open_run_directory(config)
+    opened = open_run_directory(config, ["actor rank 1 died; all processes are started again"])
+    assert opened.steps_done == 2
+
+
+def test_what_ended_the_attempt_before_is_logged_even_if_the_next_cannot_begin(tmp_path: Path) -> None:
+    flip(save(tmp_path, 2) / "megatron" / "common.pt")
+    with pytest.raises(InputError, match="has no checkpoint that is whole"):
+        open_run_directory(config_in(tmp_path), ["engine 3 died"])
+    assert "engine 3 died" in (tmp_path / "events.log").read_text()
+
+
 def test_with_only_damaged_checkpoints_the_run_is_refused_and_all_stays_as_it_is(tmp_path: Path) -> None:
     for step in (2, 4):
         flip(save(tmp_path, step) / "megatron" / "common.pt")
