@@ -159,7 +159,8 @@ def begin_save(
         whole.fill(slots())
         state |= _quantity_to_write(policy, name, whole, writers, host)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies are complete, and the next quantity may take the memory
+            torch.cuda.synchronize()  # the copies are complete
+        del whole  # the next quantity takes its memory
     state["scheduler"] = scheduler.state_dict()
     state["optimizer_steps"] = step_count(optimizer)
     live = [tensor for chunk in policy for tensor in (*chunk.parameters(), *chunk.module.buffers())]

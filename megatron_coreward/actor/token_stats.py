@@ -8,7 +8,7 @@ With z = h W^T / temperature the logits over a vocabulary of V tokens, p = softm
     self_certainty  = KL(uniform || p) = lse - mean_j z_j - log V
 
 Rows are taken in chunks: a chunk's logits are computed into one buffer, reduced to a few numbers a row, and forgotten.
-The backward pass computes them again, turns them in place into p - onehot(t), and multiplies twice: the gradient of the
+The backward pass computes them again, turns them in place into p - onehot(t), rounded once, and multiplies twice: the gradient of the
 hidden states, and that of the weight, which is added to Megatron's `main_grad` if there is one. Each rank reduces
 its own columns against its own maximum; two all-reduces for all rows together then bring the ranks' sums to one
 maximum.
@@ -199,7 +199,7 @@ class _Score(torch.autograd.Function):
         if statistics:
             entropy = log_sum - sums[2] / sums[0]
             certainty = log_sum - sums[3] / shard.size - math.log(shard.size)
-        ctx.save_for_backward(hidden, weight, targets, top + log_sum)
+        ctx.save_for_backward(hidden, weight, targets, top + log_sum, logprobs)
         ctx.shard, ctx.scale = shard, scale
         ctx.main_grad = getattr(weight, "main_grad", None)
         ctx.mark_non_differentiable(entropy, certainty)
@@ -207,7 +207,7 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, targets, lse = ctx.saved_tensors
+        hidden, weight, targets, lse, logprobs = ctx.saved_tensors
         shard, scale = ctx.shard, ctx.scale
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
@@ -221,7 +221,10 @@ class _Score(torch.autograd.Function):
             for piece in _pieces(len(z), shard.width, BLOCK_ELEMENTS[z.device.type]):
                 rows = slice(chunk.start + piece.start, chunk.start + piece.stop)
                 softmax_rows_(z[piece], lse[rows], scale)
-            z.scatter_add_(1, column[chunk, None], -here[chunk, None].to(z.dtype))
+            # p - 1 of the target from its log-prob: BF16 next to 1 is so coarse that it would be 0 from p = 0.998 on.
+            others = z.gather(1, column[chunk, None])[:, 0].float()
+            ours = torch.where(here[chunk], logprobs[chunk].expm1(), others)
+            z.scatter_(1, column[chunk, None], ours[:, None].to(z.dtype))
             if grad_hidden is not None:
                 torch.mm(z, weight[: shard.width], out=grad_hidden[chunk])
                 grad_hidden[chunk] *= factor[chunk]

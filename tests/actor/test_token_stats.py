@@ -1,5 +1,7 @@
 """Token statistics and their gradients against the definitions, in fp64, on a whole, uncut vocabulary."""
 
+import math
+
 import pytest
 import torch
 
@@ -104,6 +106,24 @@ def test_bf16_states_are_scored_in_fp32_and_their_gradient_reaches_an_fp32_buffe
     assert hidden.grad is not None
     for found, want in ((hidden.grad, of_hidden), (weight.main_grad, of_weight)):  # type: ignore[attr-defined]
         assert off(found, want) < 1e-2
+
+
+@pytest.mark.parametrize("probability", [0.9, 0.99, 0.999, 0.9999])
+def test_the_gradient_of_confident_tokens_survives_bf16(probability: float) -> None:
+    """In BF16 the next number below 1 is 0.996: p - 1 that is made of a rounded p would be 0, or wrong by half."""
+    hidden, weight, targets = inputs(torch.bfloat16)
+    with torch.no_grad():
+        weight.zero_()
+        weight[targets[0], 0] = 1.0
+        hidden.zero_()
+        hidden[:, 0] = math.log(probability / (1 - probability) * (V - 1))
+    targets = targets[:1].expand(len(hidden)).contiguous()
+    _, of_hidden, of_weight = in_fp64(hidden, weight, targets, 1.0)
+    weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
+    (score_tokens(hidden, weight, targets, WHOLE, 1.0).logprobs * FACTORS).sum().backward()
+    assert hidden.grad is not None
+    assert off(hidden.grad[:, 0], of_hidden[:, 0]) < 1e-2
+    assert off(weight.main_grad[targets[0], 0], of_weight[targets[0], 0]) < 1e-2  # type: ignore[attr-defined]
 
 
 def test_statistics_that_nobody_asked_for_are_not_computed() -> None:
