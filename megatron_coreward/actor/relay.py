@@ -12,7 +12,7 @@ Invariants (tests/actor/test_relay.py):
 
 import datetime
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -84,7 +84,10 @@ class Relay:
         """
         command = _Command(method, arguments, wanted)
         self._broadcast(command)
-        answers = self._collect(self._carry_out(command, run))
+        mine = self._carry_out(command, run)
+        # All answers travel in the size of the largest: the leader's own, which may be large, stays here.
+        others = self._collect(replace(mine, result=None))
+        answers = [mine if answer.rank == mine.rank else answer for answer in others]
         for answer in answers:
             if answer.error is not None:
                 raise answer.error

@@ -8,10 +8,10 @@ With z = h W^T / temperature the logits over a vocabulary of V tokens, p = softm
     self_certainty  = KL(uniform || p) = lse - mean_j z_j - log V
 
 Rows are taken in chunks: a chunk's logits are computed into one buffer, reduced to a few numbers a row, and forgotten.
-The backward pass computes them again, turns them in place into p - onehot(t), rounded once, and multiplies twice: the gradient of the
-hidden states, and that of the weight, which is added to Megatron's `main_grad` if there is one. Each rank reduces
-its own columns against its own maximum; two all-reduces for all rows together then bring the ranks' sums to one
-maximum.
+The backward pass computes them again, turns them in place into p - onehot(t), rounded once, and multiplies twice: the
+gradient of the hidden states, and that of the weight, which is added to Megatron's `main_grad` if there is one. Each
+rank reduces its own columns against its own maximum; two all-reduces for all rows together then bring the ranks' sums
+to one maximum.
 
 Invariants (tests/actor/test_token_stats.py, benchmarks/bench_loss.py):
   1. The results are the definitions above, and the gradient is that of log_softmax, to rounding in fp32.

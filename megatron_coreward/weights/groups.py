@@ -54,13 +54,13 @@ def _in_a_thread(wait: Callable[[], object], meeting: Meeting) -> None:
     Raises:
         RunError: another process has given up. The thread waits on until its own limit.
     """
-    errors: list[RuntimeError] = []
+    errors: list[Exception] = []
     done = threading.Event()
 
     def run() -> None:
         try:
             wait()
-        except RuntimeError as error:
+        except Exception as error:
             errors.append(error)
         finally:
             done.set()

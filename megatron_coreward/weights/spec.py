@@ -45,7 +45,7 @@ def choose_transport(
     if chosen == "ipc" and "expandable_segments:true" in allocator_settings.lower().replace(" ", ""):
         raise InputError(
             "PYTORCH_ALLOC_CONF: expandable_segments:True gives memory that another process cannot map, which "
-            "sync.transport ipc needs; unset it, or choose sync.transport nccl"
+            "sync.transport ipc needs; unset it"
         )
     return chosen
 

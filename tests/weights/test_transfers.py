@@ -190,7 +190,7 @@ def test_a_worker_on_another_gpu_than_its_rank_is_refused(
         raise ValueError("the memory is on GPU 1, this process on GPU 7")
 
     monkeypatch.setattr(cuda_ipc, "import_memory", elsewhere)
-    with pytest.raises(RunError, match="actor rank 0, and the memory is on GPU 1, this process on GPU 7.*use nccl"):
+    with pytest.raises(RunError, match="actor rank 0, and the memory is on GPU 1, this process on GPU 7.*use auto"):
         world.update(4)[0].result(timeout=20)
     with pytest.raises(RunError, match="given up.*GPU 7"):  # the rank does not wait for it
         world.sending[0].result(timeout=20)

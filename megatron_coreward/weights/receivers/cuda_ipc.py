@@ -32,7 +32,7 @@ class CudaIpcReceiver(Receiver):
         except ValueError as error:
             raise RunError(
                 f"worker {self.worker} of engine {self.engine} reads from actor rank {self._number}, and {error}: "
-                "sync.transport ipc needs both on the same GPU; use nccl"
+                "sync.transport ipc needs both on the same GPU; use auto"
             ) from error
         self._box = open_mailbox(counters_of(self.spec, self._number))
 

@@ -103,6 +103,9 @@ class Sender(ABC):
             self._failed = True
             self.meeting.give_up(f"rank {self.rank} of the actor: {error}")
             self.close()
+            if isinstance(error, RuntimeError) and not isinstance(error, (RunError, torch.OutOfMemoryError)):
+                # Torch says so of a peer that has gone, wherever it notices. Another weight sync can meet again.
+                raise RunError(f"weight sync: another process cannot be reached or is late: {error}") from error
             raise
 
     def _packer(self, role: Role, version: int, bucket: int) -> Callable[[int, torch.Tensor], None]:

@@ -57,7 +57,7 @@ class PointToPointSender(Sender):
 
     def close(self) -> None:
         if self.group is not None:
-            self.group.close(abort=any(self._under_way))
+            self.group.close(abort=self._failed or any(self._under_way))
         self.group, self._slots, self._under_way = None, [], [None, None]
 
 
