@@ -56,7 +56,7 @@ class Relay:
     """One rank's end."""
 
     def __init__(self, layout: ActorLayout, rank: int, store: Any) -> None:
-        """All ranks of a replica construct theirs together, when the default process group is there.
+        """All ranks construct theirs together, when the default process group is there.
 
         Args:
             store: a client of the ranks' store, for `PROGRESS`.
@@ -65,9 +65,13 @@ class Relay:
         self._rank, self._num_members = rank, 1 + len(others)
         self._store, self._count = store, 0
         self._group: Any = None
-        if others:
-            members = sorted([self.leader, *others])
-            self._group = dist.new_group(members, timeout=_FOREVER, backend="gloo", use_local_synchronization=True)
+        # Every rank makes the groups of all replicas: torch names a group that only its members make after how many
+        # groups each has so far, and pipeline stages have different numbers (they would wait for each other for ever).
+        for replica in range(layout.data_parallel if others else 0):
+            members = sorted(replica_of(layout, replica))
+            group = dist.new_group(members, timeout=_FOREVER, backend="gloo")
+            if rank in members:
+                self._group = group
 
     @property
     def leads(self) -> bool:

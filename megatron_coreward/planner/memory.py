@@ -38,10 +38,11 @@ class StageMemory:
     buckets: int  # of the weight sync
     runtime: int
     fragmentation: int
+    while_sampling: int  # colocated, when everything that neither a weight sync nor the canary needs is offloaded
 
     @property
     def resident(self) -> int:
-        """While engines sample."""
+        """Between updates."""
         return sum(self.static.values()) + self.buckets + self.runtime
 
     @property
@@ -109,15 +110,17 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
         }
         checkpoint = 4 * held.numel  # main parameters, moments and teacher are gathered one after the other
         total = sum(static.values()) + max(sum(update.values()), checkpoint)
+        buckets = bucket_bytes(config, assumptions)
         stages.append(
             StageMemory(
                 stage=stage,
                 static=static,
                 update=update,
                 checkpoint=checkpoint,
-                buckets=bucket_bytes(config, assumptions),
+                buckets=buckets,
                 runtime=assumptions.runtime_bytes,
                 fragmentation=int(assumptions.fragmentation * total),
+                while_sampling=item * held.numel * (1 + teacher) + buckets + assumptions.runtime_bytes,
             )
         )
     return tuple(stages)

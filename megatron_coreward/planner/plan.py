@@ -258,10 +258,10 @@ def engine_problems(
         )
     if machine.placement == "disaggregated":
         return
-    resident = max(stage.resident for stage in stages)
-    if resident + engine.claimed > total:
+    kept = max(stage.while_sampling for stage in stages)
+    if kept + engine.claimed > total:
         yield (
-            f"colocated: while engines sample, the actor keeps {gib(resident)} and an engine claims "
+            f"colocated: while engines sample, the actor keeps {gib(kept)} and an engine claims "
             f"{gib(engine.claimed)} (rollout.gpu_memory_utilization {r.gpu_memory_utilization}); "
             f"the GPU has {gib(total)}"
         )

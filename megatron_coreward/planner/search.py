@@ -161,7 +161,7 @@ def search(
                 utilization, workers = UTILIZATION, split.engines
                 if machine.placement == "colocated":
                     workers = actor.config.actor.world_size
-                    free = machine.gpu.memory_bytes - max(stage.resident for stage in actor.stages)
+                    free = machine.gpu.memory_bytes - max(stage.while_sampling for stage in actor.stages)
                     utilization = min(UTILIZATION, int(20 * free / machine.gpu.memory_bytes) / 20)
                 if utilization <= 0:
                     continue
