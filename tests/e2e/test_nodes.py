@@ -161,9 +161,10 @@ def test_a_run_over_two_hosts_is_the_run_on_one(two_hosts: TwoHosts, on_one_node
     recipe.write_text(dump_config(config))
     two_hosts.environment["RAY_ADDRESS"] = f"{two_hosts.ADDRESSES[0]}:{two_hosts.PORT}"
     canary = (
-        "from megatron_coreward.cluster.placement import living_nodes; from megatron_coreward.cluster import groups; "
+        "from megatron_coreward.cluster.placement import living_nodes; "
+        "from megatron_coreward.cluster.ray_start import start_ray; "
     )
-    canary += "cluster.start_ray(); print(sorted(node.address for node in living_nodes()))"
+    canary += "start_ray(); print(sorted(node.address for node in living_nodes()))"
     assert str(list(two_hosts.ADDRESSES)) in two_hosts.run(0, sys.executable, "-c", canary)
     two_hosts.run(0, sys.executable, "-m", "megatron_coreward", "train", str(recipe), timeout=600)
     assert digest(config.run_dir) == digest(on_one_node)
