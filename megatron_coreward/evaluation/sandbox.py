@@ -18,6 +18,7 @@ changes (with namespaces).
 """
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -118,5 +119,6 @@ def _prefix(level: Isolation) -> list[str]:
 
 
 def _numbers(limits: Limits) -> list[str]:
-    processor_s = max(1, int(limits.seconds + 0.999))
+    # Above what all threads can compute until the wall clock ends them: it is for the case that nobody watches them.
+    processor_s = math.ceil((limits.seconds + _GRACE_S) * limits.threads) + 1
     return [str(processor_s), str(limits.memory_bytes), str(limits.output_bytes), str(limits.threads)]
