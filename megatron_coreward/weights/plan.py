@@ -388,7 +388,7 @@ def plan_transfers(source_layout: ActorLayout, target_layout: EngineLayout, para
     num_direct = target.num_engines
     plan = direct(num_direct)
     while num_direct > 1 and plan.bytes_sent.max() > _TOLERATED * plan.least_busiest_bytes:
-        fitting = int(num_direct * plan.least_busiest_bytes / plan.bytes_sent.max())
+        fitting = int(_TOLERATED * num_direct * plan.least_busiest_bytes / plan.bytes_sent.max())
         num_direct = max(1, min(num_direct - 1, fitting))
         plan = direct(num_direct)
     return plan

@@ -187,11 +187,11 @@ def test_uneven_stages_and_chunks() -> None:
 
 def test_copies_serve_whole_engines_where_their_number_divides_that_of_the_engines() -> None:
     plan = plan_transfers(
-        ActorLayout(tensor_parallel=2, data_parallel=2), EngineLayout(4, 2), ModelTensors(architecture())
+        ActorLayout(tensor_parallel=2, data_parallel=2), EngineLayout(4), ModelTensors(architecture(vocab_size=256))
     )
     big = [t for rank in range(4) for t in plan.outgoing(rank) if t.name == "model.layers.2.mlp.down_proj.weight"]
     assert [(t.rank, t.engine, t.worker, t.bounds) for t in big] == [
-        (rank, engine, rank % 2, ((0, 24), (rank % 2 * 8, rank % 2 * 8 + 8)))
+        (rank, engine, 0, ((0, 24), (rank % 2 * 8, rank % 2 * 8 + 8)))
         for rank in range(4)
         for engine in ((0, 1), (2, 3))[rank // 2]
     ]
@@ -227,7 +227,7 @@ def test_all_copies_are_busy_in_every_layer(engines: int, copies: int) -> None:
 
 @pytest.mark.parametrize(("tp", "dp", "engines", "target_tp"), [(4, 2, 4, 2), (2, 2, 4, 4), (4, 1, 3, 1), (8, 2, 6, 2)])
 def test_norms_open_no_links_of_their_own(tp: int, dp: int, engines: int, target_tp: int) -> None:
-    arch = architecture(num_kv_heads=8, hidden_size=64)
+    arch = architecture(num_kv_heads=8, hidden_size=64, vocab_size=1024)  # no rank has the vocabulary alone
     plan = plan_transfers(ActorLayout(tp, 2, data_parallel=dp), EngineLayout(engines, target_tp), ModelTensors(arch))
     links: dict[bool, set[tuple[int, int, int]]] = {False: set(), True: set()}
     for rank in range(plan.source.world_size):
@@ -326,7 +326,7 @@ def test_replicas_pass_on_so_that_no_link_carries_much_more_than_it_must(case: s
 
 def test_engines_that_the_ranks_can_serve_receive_from_ranks() -> None:
     plan = plan_transfers(
-        ActorLayout(tensor_parallel=2, data_parallel=2), EngineLayout(4), ModelTensors(architecture())
+        ActorLayout(tensor_parallel=2, data_parallel=2), EngineLayout(4), ModelTensors(architecture(vocab_size=256))
     )
     assert plan.num_direct == 4
     assert plan.num_hops == 1
