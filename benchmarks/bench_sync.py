@@ -170,7 +170,7 @@ def finish(futures: Sequence["Future[Any]"]) -> list[Any]:
 
 
 def memcpy_seconds(nbytes: int) -> float:
-    """One copy of so many bytes by one thread into memory that is there already; the fastest of five."""
+    """Seconds to copy this many bytes on one thread into memory that is there already: the fastest of five copies."""
     torch.set_num_threads(1)
     source, target = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
     return timed(lambda _: target.copy_(source), 5)
