@@ -25,10 +25,17 @@ def test_a_sync_is_one_call_to_the_engines_and_one_to_the_actors() -> None:
     events: list[str] = []
     sync = sync_of(events)
     sync.sync_weights("policy", 0)
-    assert events == ["open", "receive 0", "send policy", "stats policy", "canary"]
+    assert events == ["open", "receive 0", "canary", "send policy", "stats policy"]
     events.clear()
     sync.sync_weights("teacher", 0)  # the same sender
-    assert events == ["receive 1", "send teacher", "stats teacher", "canary"]
+    assert events == ["receive 1", "canary", "send teacher", "stats teacher"]
+
+
+def test_engines_without_memory_to_compute_score_the_canary_when_they_have_got_it() -> None:
+    events: list[str] = []
+    sync = sync_of(events, wake_caches=lambda: events.append("wake"))
+    sync.sync_weights("policy", 0)
+    assert events == ["open", "receive 0", "send policy", "wake", "canary", "stats policy"]
 
 
 def test_the_same_version_is_not_sent_twice() -> None:
