@@ -82,7 +82,7 @@ class Sender(ABC):
                 return block, tuple(slice(c - a, d - a) for (a, _), (c, d) in cuts)
         raise ValueError(f"rank {self.rank} does not hold {part.bounds} of {part.name!r}, which it has to send")
 
-    def open(self) -> None:
+    def open(self) -> None:  # noqa: B027 - most transports need nothing
         """Gets what takes memory of the device for all weight syncs. All ranks do so together.
 
         Raises:
