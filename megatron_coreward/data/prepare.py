@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_coreward.data.parquet import BATCH_ROWS, SCHEMA, holds_pairs, iter_rows
+from megatron_coreward.data.parquet import BATCH_ROWS, SCHEMA, holds_pairs, iter_rows, iter_rows_or_faults
 from megatron_coreward.data.sources import AnswerFrom, DataSource
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.answer import extract_answer
@@ -222,8 +222,14 @@ class _Rows:
                     yield None
             return
         for number, (row, (ability, own_split)) in enumerate(
-            zip(iter_rows(file, self.view), _labels(file), strict=True)
+            zip(iter_rows_or_faults(file, self.view), _labels(file), strict=True)
         ):
+            if isinstance(row, InputError):
+                if self.skipped is None:
+                    raise row
+                self.skipped.append(str(row))
+                yield None
+                continue
             if row.ground_truth is None and self.skipped is not None:
                 self.skipped.append(f"{file}, row {number}: no answer")
                 yield None

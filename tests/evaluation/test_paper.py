@@ -11,7 +11,7 @@ import yaml
 
 from megatron_coreward.algorithms.accuracy import Estimate
 from megatron_coreward.data.parquet import Message, Row, write_rows
-from megatron_coreward.errors import InputError
+from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.evaluation import paper
 from megatron_coreward.evaluation.benchmarks import BENCHMARKS, MathBenchmark
 from megatron_coreward.evaluation.evaluate import Engines, Sampling
@@ -89,6 +89,50 @@ class TestEvaluation:
         assert read_paper_result(tmp_path / "out") == result
         evaluate_paper(model, tmp_path / "out", Engines(), data=data, labels=LABELS, settings=SETTINGS)
         assert len(sampled) == 2  # nothing is sampled again
+
+    def test_benchmarks_that_are_measured_one_by_one_stand_in_one_result(
+        self,
+        model: Path,  # noqa: F811
+        data: Path,
+        sampled: list[Sampling],
+        tmp_path: Path,
+    ) -> None:
+        def evaluate(name: str, settings: PaperSettings = SETTINGS, labels: ModelLabels = LABELS) -> PaperResult:
+            return evaluate_paper(
+                model, tmp_path / "out", Engines(), data=data, labels=labels, settings=settings, benchmarks=[name]
+            )
+
+        amc = evaluate("amc").measured["amc"]
+        both = evaluate("math500")
+        assert list(both.measured) == ["math500", "amc"]
+        assert both.measured["amc"] == amc
+        assert read_paper_result(tmp_path / "out") == both
+        with pytest.raises(InputError, match=r"another evaluation \(seed: 0, and 1 now\)"):
+            evaluate("amc", settings=PaperSettings(max_tokens=24, seed=1))
+        with pytest.raises(InputError, match="another evaluation .*model: co_rewarding_ii, and entropy now"):
+            evaluate("amc", labels=ModelLabels("Qwen3-8B-Base", "dapo", "entropy"))
+        assert len(sampled) == 2
+
+    def test_what_was_measured_is_written_before_the_harness_fails(
+        self,
+        model: Path,  # noqa: F811
+        data: Path,
+        sampled: list[Sampling],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        (data / "cruxeval").mkdir()
+        (data / "cruxeval" / "test.jsonl").write_text("{}\n")
+
+        def fail(*_: Any, **__: Any) -> dict[str, Any]:
+            raise RunError("the harness has ended")
+
+        monkeypatch.setattr(paper, "run_lm_eval", fail)
+        with pytest.raises(RunError):
+            evaluate_paper(
+                model, tmp_path / "out", Engines(), data=data, labels=LABELS, settings=SETTINGS, allow_code=True
+            )
+        assert list(read_paper_result(tmp_path / "out").measured) == ["math500", "amc"]
 
     def test_the_harness_measures_the_others(
         self,
