@@ -92,7 +92,8 @@ class EngineGroup(WorkerGroup):
 
     def receive_weights(self, spec: dict[str, Any], version: int, canary: IntArray | None) -> Outstanding:
         """Lets every engine receive what the actors send, and score the canary; each is given its number."""
+        tokens = None if canary is None else canary.tolist()  # plain data is sent for a fraction of an array's cost
         calls = [
-            engine.run.remote("receive_weights", spec, i, version, canary) for i, engine in enumerate(self.workers)
+            engine.run.remote("receive_weights", spec, i, version, tokens) for i, engine in enumerate(self.workers)
         ]
         return Outstanding(Command("receive_weights"), calls, self.watchdog)

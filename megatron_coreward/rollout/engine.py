@@ -162,7 +162,7 @@ class RolloutEngine:
         return cast(FloatArray, logprobs)
 
     def receive_weights(
-        self, spec: Mapping[str, Any], engine: int, version: int, canary: IntArray | None = None
+        self, spec: Mapping[str, Any], engine: int, version: int, canary: Sequence[int] | IntArray | None = None
     ) -> FloatArray | None:
         """Replaces all weights by those that the actor sends at the same time; there is nothing to sample from until
         then, and after an error until the next time. Returns what `score` says of the canary, if there is one.
