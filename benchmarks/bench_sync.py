@@ -1,6 +1,6 @@
 """How long a weight sync takes, and how many bytes it moves, against the least that is possible.
 
-    python benchmarks/bench_sync.py [--gigabytes 1.0] [--bucket-mib 16] [--only transfer sync bytes] [--json]
+    python benchmarks/bench_sync.py [--gigabytes 1.0] [--bucket-mib 16] [--only transfer sync bytes tensors] [--json]
 
 Ranks are processes that hold the blocks of an actor layout (no optimizer, so that a model of a gigabyte and more fits).
   transfer   every worker's blocks from the ranks' parameters into the worker's own memory, over shared memory, as a
@@ -9,6 +9,12 @@ Ranks are processes that hold the blocks of an actor layout (no optimizer, so th
              memory, nobody sending: what a training step pays.
   bytes      what each rank and worker sends and receives over gloo, counted where messages leave and arrive, as a
              multiple of the least: of all together, and of the busiest.
+  tensors    what a tensor costs that has hardly any bytes, in microseconds of a core: where a rank packs it, and where
+             a worker copies it into its place. A mixture has hundreds of them a layer.
+
+What is compared runs alternately, in memory that has been written before, and a figure is the median of the ratios of
+neighbours: whatever else the machine does meets both sides. `transfer_spread` and `sync_spread` are the lowest and the
+highest ratio; if they are far apart, the machine was busy.
 """
 
 import argparse
@@ -21,7 +27,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +39,7 @@ from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.meeting import serve_store
+from megatron_coreward.weights.message import parts_of
 from megatron_coreward.weights.plan import ModelTensors, plan_transfers
 from megatron_coreward.weights.receivers import Receiver, open_receiver
 from megatron_coreward.weights.senders import LocalBlock, Sender, open_sender
@@ -48,6 +56,10 @@ COUNTED = {
     "TP 1 -> 4 engines of TP 1": (False, ActorLayout(), EngineLayout(4, 1)),
     "experts, EP 2 -> TP 2": (True, ActorLayout(data_parallel=2, expert_parallel=2), EngineLayout(1, 2)),
 }
+WORST = (  # of whose figures the JSON object has the worst case's
+    *("transfer_over_memcpy", "sync_over_reload", "busiest_over_minimum", "total_over_minimum"),
+    *("packing_us", "landing_us"),
+)
 LIMIT_S = 600
 Pool = ProcessPoolExecutor
 
@@ -169,21 +181,34 @@ def finish(futures: Sequence["Future[Any]"]) -> list[Any]:
     return [future.result(LIMIT_S) for future in futures]
 
 
-def memcpy_seconds(nbytes: int) -> float:
-    """Seconds to copy this many bytes on one thread into memory that is there already: the fastest of five copies."""
+def memcpy_of(nbytes: int) -> Callable[[int], Any]:
+    """Copies this many bytes on one thread into memory that is there already."""
     torch.set_num_threads(1)
     source, target = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
-    return timed(lambda _: target.copy_(source), 5)
+    return lambda _: target.copy_(source)
 
 
-def timed(function: Callable[[int], Any], repeats: int) -> float:
-    """The fastest, in seconds; the first one meets untouched memory and is left out."""
-    seconds = []
+class Compared(NamedTuple):
+    """Two things that were timed alternately."""
+
+    seconds: float  # medians
+    reference_s: float
+    ratio: float  # the median of the ratios of neighbours
+    spread: tuple[float, float]  # the lowest and the highest of them
+
+
+def compare(function: Callable[[int], Any], reference: Callable[[int], Any], repeats: int) -> Compared:
+    """Both in turns; the first time, which meets untouched memory, is left out."""
+    pairs = []
     for version in range(1, repeats + 2):
-        begin = time.perf_counter()
-        function(version)
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:])
+        times = [time.perf_counter()]
+        for timed in (function, reference):
+            timed(version)
+            times.append(time.perf_counter())
+        pairs.append((times[1] - times[0], times[2] - times[1]))
+    seconds, references = zip(*pairs[1:], strict=True)
+    ratios = [a / b for a, b in pairs[1:]]
+    return Compared(median(seconds), median(references), median(ratios), (min(ratios), max(ratios)))
 
 
 def spec_of(transport: Any, actor: ActorLayout, engines: EngineLayout, options: Any, port: int) -> TransferSpec:
@@ -198,8 +223,8 @@ def open_ranks(processes: Processes, spec: TransferSpec, arch: Architecture) -> 
     return ranks
 
 
-def measure_transfer(arch: Architecture, case: str, options: Any, port: int) -> float:
-    """Seconds from parameters into the workers' own memory."""
+def measure_transfer(arch: Architecture, case: str, options: Any, port: int, memcpy: Callable[[int], Any]) -> Compared:
+    """From parameters into the workers' own memory, beside one memcpy."""
     actor, engines = TIMED[case]
     processes, spec = Processes(), spec_of("shared_memory", actor, engines, options, port)
     try:
@@ -210,15 +235,15 @@ def measure_transfer(arch: Architecture, case: str, options: Any, port: int) -> 
         def transfer(version: int) -> None:
             finish([pool.submit(receive, version) for pool in workers] + [pool.submit(send, version) for pool in ranks])
 
-        seconds = timed(transfer, options.repeats)
+        found = compare(transfer, memcpy, options.repeats)
         finish([pool.submit(close_rank) for pool in ranks])
-        return seconds
+        return found
     finally:
         processes.stop()
 
 
-def measure_sync(folder: Path, arch: Architecture, case: str, options: Any, port: int) -> tuple[float, float]:
-    """Seconds of a whole sync, and of vLLM's own reload in the same engine."""
+def measure_sync(folder: Path, arch: Architecture, case: str, options: Any, port: int) -> Compared:
+    """A whole sync beside vLLM's own reload in the same engine."""
     actor, engines = TIMED[case]
     processes, spec = Processes(), spec_of("shared_memory", actor, engines, options, port)
     try:
@@ -230,13 +255,12 @@ def measure_sync(folder: Path, arch: Architecture, case: str, options: Any, port
             receiving = engine.submit(engine_call, "receive_weights", spec.to_json(), 0, version)
             finish([*(pool.submit(send, version) for pool in ranks), receiving])
 
-        seconds = timed(sync, options.repeats)
         shapes = {meta.name: meta.shape for meta in tensors_to_send(arch, options.dtype)}
         engine.submit(in_workers, make_ready, shapes, options.dtype).result(LIMIT_S)
-        alone = timed(lambda _: engine.submit(in_workers, reload).result(LIMIT_S), options.repeats)
+        found = compare(sync, lambda _: engine.submit(in_workers, reload).result(LIMIT_S), options.repeats)
         finish([pool.submit(close_rank) for pool in ranks])
         engine.submit(engine_call, "shutdown").result(LIMIT_S)
-        return seconds, alone
+        return found
     finally:
         processes.stop()
 
@@ -272,6 +296,68 @@ def count_bytes(case: str, options: Any, port: int) -> dict[str, float]:
         processes.stop()
 
 
+def microseconds_a_tensor(options: Any, port: int) -> dict[str, float]:
+    """Of a mixture of tiny experts: the fastest of a few weight syncs in which nobody waits for anybody."""
+    from megatron_coreward.weights.receivers.engine import Landing, Places, _Layer
+    from megatron_coreward.weights.receivers.landing import Landing as Place
+    from megatron_coreward.weights.receivers.landing import Landings
+
+    torch.set_num_threads(1)
+    sizes = {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 64}
+    more = {"vocab_size": 512, "max_position": 128, "tied": False, "qkv_bias": False, "qk_norm": True}
+    rope: dict[str, Any] = {"rope_theta": 1e4, "rope_scaling": None, "norm_eps": 1e-6}
+    arch = Architecture(family="qwen3_moe", experts=Experts(128, 8, 32, True), **sizes, **more, **rope)  # type: ignore[arg-type]
+    spec = spec_of("gloo", ActorLayout(), EngineLayout(), options, port)
+    open_rank(spec, arch, 0)
+    receiver = open_receiver(spec, arch, 0, 0, torch.device("cpu"))
+    metas = receiver.schedule.metas
+    model = torch.nn.Module()
+    landings = Landings({}, [])
+    for number, meta in enumerate(metas):
+        # As the slices of a stacked parameter: a tensor lands in the second half of one of twice its size.
+        memory = torch.zeros(2, *meta.shape, dtype=getattr(torch, options.dtype))
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(memory, requires_grad=False)
+        model.add_module(str(number), layer)
+        bounds = tuple((0, size) for size in meta.shape)
+        place = Place(str(number), "weight", bounds, tuple(memory.stride()[1:]), memory[0].numel())
+        landings.of_tensor[meta.name] = [place]
+    places = object.__new__(Places)  # without a model of vLLM, whose loaders it would watch
+    places.landings, places.sharing = landings, {}
+    places.layers = [_Layer(str(number), layer, None) for number, layer in enumerate(model.children())]
+    places.number = {layer.name: number for number, layer in enumerate(places.layers)}
+    landing = Landing(places, receiver, torch.device("cpu"))
+    memories = [[torch.ones(m.nbytes, dtype=torch.uint8) for m in bucket] for bucket in receiver.messages]
+    payloads = [
+        [parts_of(memory, m, _sender._dtype) for memory, m in zip(of_bucket, bucket, strict=True)]
+        for of_bucket, bucket in zip(memories, receiver.messages, strict=True)
+    ]
+
+    def pack() -> None:
+        for bucket, of_bucket in enumerate(memories):
+            write = _sender._packer("policy", 1, bucket)
+            for number, memory in enumerate(of_bucket):
+                write(number, memory)
+
+    def land() -> None:
+        landing.begin()
+        for bucket, arrived in enumerate(payloads):
+            landing.land(bucket, arrived)
+        landing.end()
+
+    found = {"tensors": float(len(metas))}
+    for name, function in (("packing_us", pack), ("landing_us", land)):
+        seconds = []
+        for _ in range(options.repeats + 1):
+            begin = time.thread_time()  # of the CPU
+            function()
+            seconds.append(time.thread_time() - begin)
+        found[name] = min(seconds[1:]) / len(metas) * 1e6
+    receiver.close()
+    close_rank()
+    return found
+
+
 def write_benchmark_model(folder: Path, gigabytes: float) -> Architecture:
     sizes = {"hidden": 1024, "heads": 16, "kv_heads": 8, "head_dim": 64, "ffn": 3072}
     write_model(folder, byte_level_tokenizer(), layers=1, **sizes)
@@ -291,37 +377,48 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--case", choices=tuple(TIMED), action="append", help="of those that are timed")
     parser.add_argument(
-        "--only", choices=("transfer", "sync", "bytes"), nargs="+", default=["transfer", "sync", "bytes"]
+        "--only",
+        choices=("transfer", "sync", "bytes", "tensors"),
+        nargs="+",
+        default=["transfer", "sync", "bytes", "tensors"],
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object: the worst case of each figure")
     options = parser.parse_args()
     options.dtype = "bfloat16"
     found: dict[str, Any] = {"cases": {}}
 
-    def report(case: str, figures: dict[str, float]) -> None:
+    def report(case: str, figures: dict[str, Any]) -> None:
         found["cases"].setdefault(case, {}).update(figures)
-        for key in ("transfer_over_memcpy", "sync_over_reload", "busiest_over_minimum", "total_over_minimum"):
+        for key in WORST:
             if key in figures:
                 found[key] = max(found.get(key, 0.0), figures[key])
-        print(f"{case}: {', '.join(f'{name} {value:.3f}' for name, value in figures.items())}", flush=True)
+        shown = [
+            f"{name} {' to '.join(f'{number:.3f}' for number in (value if isinstance(value, tuple) else (value,)))}"
+            for name, value in figures.items()
+        ]
+        print(f"{case}: {', '.join(shown)}", flush=True)
 
     store = serve_store("127.0.0.1", 300)
     with tempfile.TemporaryDirectory() as name:
         arch = write_benchmark_model(Path(name), options.gigabytes)
         nbytes = sum(meta.nbytes for meta in tensors_to_send(arch, options.dtype))
-        memcpy = memcpy_seconds(nbytes)
-        found |= {"gigabytes": nbytes / 1e9, "memcpy_s": memcpy, "bucket_mib": options.bucket_mib}
-        print(f"{nbytes / 1e9:.2f} GB {options.dtype}; one memcpy: {memcpy:.3f} s ({nbytes / 1e9 / memcpy:.1f} GB/s)")
+        found |= {"gigabytes": nbytes / 1e9, "bucket_mib": options.bucket_mib}
+        print(f"{nbytes / 1e9:.2f} GB {options.dtype}, buckets of {options.bucket_mib:g} MiB", flush=True)
+        memcpy = memcpy_of(nbytes) if "transfer" in options.only else None
         for case in options.case or TIMED:
-            if "transfer" in options.only:
-                seconds = measure_transfer(arch, case, options, store.port)
-                report(case, {"transfer_over_memcpy": seconds / memcpy, "transfer_s": seconds})
+            if memcpy is not None:
+                figures = measure_transfer(arch, case, options, store.port, memcpy)._asdict()
+                names = ("transfer_s", "memcpy_s", "transfer_over_memcpy", "transfer_spread")
+                report(case, dict(zip(names, figures.values(), strict=True)))
             if "sync" in options.only:
-                seconds, alone = measure_sync(Path(name), arch, case, options, store.port)
-                report(case, {"sync_over_reload": seconds / alone, "sync_s": seconds, "reload_s": alone})
+                figures = measure_sync(Path(name), arch, case, options, store.port)._asdict()
+                names = ("sync_s", "reload_s", "sync_over_reload", "sync_spread")
+                report(case, dict(zip(names, figures.values(), strict=True)))
     if "bytes" in options.only:
         for case in COUNTED:
             report(case, count_bytes(case, options, store.port))
+    if "tensors" in options.only:
+        report("a mixture of 128 experts a layer", microseconds_a_tensor(options, store.port))
     if options.json:
         print(json.dumps(found))
     sys.stdout.flush()

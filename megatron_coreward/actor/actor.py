@@ -5,6 +5,7 @@ data-parallel rank. Results come from the output ranks (last pipeline stage, fir
 return None.
 """
 
+import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -286,6 +287,8 @@ class MegatronActor:
         """
         if self._sender is not None:
             self._sender.close()
+            self._sender = None
+            gc.collect()  # ranks do not collect by themselves, and an error may hold the memory of a sync that failed
         if self._store is None and self.ranks.rank == 0:
             self._store = serve_store(self._address, spec.timeout_s)
         port = [self._store.port if self._store is not None else 0]

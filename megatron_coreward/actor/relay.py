@@ -52,6 +52,15 @@ def replica_of(layout: ActorLayout, dp_rank: int) -> list[int]:
     return [leader, *(rank for rank in members if rank != leader)]
 
 
+def _without_frames(error: RunError) -> RunError:
+    """The error, as it would arrive in another process: without the frames that it has passed, which hold memory."""
+    passed: BaseException | None = error
+    while passed is not None:
+        passed.__traceback__ = None
+        passed = passed.__cause__ or passed.__context__
+    return error
+
+
 class Relay:
     """One rank's end."""
 
@@ -113,7 +122,7 @@ class Relay:
         except RunError as error:
             if command.method not in RECOVERABLE:
                 raise
-            failure = error
+            failure = _without_frames(error)
         self._count += 1
         self._store.set(f"{PROGRESS}/{self._rank}", str(self._count))
         wanted = command.wanted is None or self._rank in command.wanted

@@ -49,6 +49,8 @@ class TrainerState:
     first_accuracy: float | None = None  # avg@n of the run's first validation (pass@1 without random samples)
     first_metric: str | None = None  # which score that was; null in earlier checkpoints: as the settings are
     guard: dict[str, Any] | None = None  # the guard's state
+    canary_limit: float | None = None  # nats; what a weight sync may show since the run's first one
+    canary_allowed: float | None = None  # sync.max_logprob_gap at that time: another one lets the next sync set it
     unfinished_row: dict[str, float | None] | None = None  # of a step whose validation was interrupted; null: NaN
 
 

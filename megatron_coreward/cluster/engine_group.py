@@ -13,7 +13,7 @@ from megatron_coreward.cluster.worker_group import Command, Outstanding, WorkerG
 from megatron_coreward.rollout.engine import SamplingRequest
 from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.rollout.worker import RolloutWorker
-from megatron_coreward.types import Completion
+from megatron_coreward.types import Completion, IntArray
 
 
 class EngineGroup(WorkerGroup):
@@ -90,7 +90,10 @@ class EngineGroup(WorkerGroup):
             return {}
         return {"rollout/slowest_engine_s": max(seconds), "rollout/fastest_engine_s": min(seconds)}
 
-    def receive_weights(self, spec: dict[str, Any], version: int) -> Outstanding:
-        """Lets every engine receive what the actors send; each is given its number."""
-        calls = [engine.run.remote("receive_weights", spec, i, version) for i, engine in enumerate(self.workers)]
+    def receive_weights(self, spec: dict[str, Any], version: int, canary: IntArray | None) -> Outstanding:
+        """Lets every engine receive what the actors send, and score the canary; each is given its number."""
+        tokens = None if canary is None else canary.tolist()  # plain data is sent for a fraction of an array's cost
+        calls = [
+            engine.run.remote("receive_weights", spec, i, version, tokens) for i, engine in enumerate(self.workers)
+        ]
         return Outstanding(Command("receive_weights"), calls, self.watchdog)

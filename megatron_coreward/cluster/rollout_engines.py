@@ -109,14 +109,19 @@ class RolloutEngines:
 
 
 def open_rollout_engines(
-    config: RunConfig, processes: Processes, canary: IntArray, notify: Callable[[str], None] = lambda text: None
+    config: RunConfig,
+    processes: Processes,
+    canary: IntArray,
+    notify: Callable[[str], None] = lambda text: None,
+    canary_limit: float | None = None,
 ) -> RolloutEngines:
     """The engines of a run, with the weight sync that it is configured for.
 
     Args:
         canary: tokens whose log-probs check every weight sync (`weight_sync.canary_tokens`).
+        canary_limit: what an earlier attempt of the run found that they may differ by.
     """
-    sync = open_sync(config, processes, canary)
+    sync = open_sync(config, processes, canary, canary_limit)
     if processes.colocation is not None:
         sync.open()  # buckets take memory on the GPU, which the first handoff has to know of
     return RolloutEngines(

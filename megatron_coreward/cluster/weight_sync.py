@@ -38,7 +38,7 @@ class SendingActors(Workers, Protocol):
 class ReceivingEngines(Workers, Protocol):
     """What a weight sync needs of the engines (`cluster.engine_group.EngineGroup`)."""
 
-    def receive_weights(self, spec: dict[str, Any], version: int) -> Outstanding: ...
+    def receive_weights(self, spec: dict[str, Any], version: int, canary: IntArray | None) -> Outstanding: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class WeightSync:
         canary: IntArray,
         max_gap: float,
         calibrate_above: float | None = None,
-        on_loaded: Callable[[], None] = lambda: None,
+        wake_caches: Callable[[], None] | None = None,
     ) -> None:
         """`wait` resolves the calls of commands (`ray.get`).
 
@@ -75,12 +75,13 @@ class WeightSync:
             max_gap: mean absolute difference in nats that is still taken for arithmetic.
             calibrate_above: let the first weight sync's gap lower the limit, to `CALIBRATED` times itself but not below
                 this; None: the limit stays.
-            on_loaded: called when the engines hold the weights, before they are asked for the canary's log-probs.
+            wake_caches: called when the engines hold the weights, before they can compute with them; None: they can at
+                once, and score the canary in the same call.
         """
         self._actors, self._engines, self._wait, self._give_up = actors, engines, wait, give_up
         self._spec, self._run_name = spec, spec.name
         self._canary = Sequences([canary], np.asarray([1], dtype=np.int32))
-        self._limit, self._calibrate_above, self._on_loaded = max_gap, calibrate_above, on_loaded
+        self._limit, self._calibrate_above, self._wake_caches = max_gap, calibrate_above, wake_caches
         self._opened: TransferSpec | None = None
         self._synced: WeightVersion | None = None
         self.engine_epoch = 0  # grows when an engine was replaced
@@ -98,15 +99,18 @@ class WeightSync:
         self._synced = None
         spec = self.open()
         try:
-            receiving = self._engines.receive_weights(spec.to_json(), version.number)
+            canary = None if self._wake_caches is not None else self._canary.token_ids[0]
+            receiving = self._engines.receive_weights(spec.to_json(), version.number, canary)
             sending = self._actors.begin("send_weights", role, version.number)
-            self._wait([*sending.calls, *receiving.calls])
+            scores = self._wait([*sending.calls, *receiving.calls])[len(sending.calls) :]
         except BaseException as error:
             self._give_up(spec, str(error))
             self._opened = None  # everybody has left; the next time all meet again
             raise
-        self._on_loaded()
-        gap = self._canary_gap(role)
+        if self._wake_caches is not None:
+            self._wake_caches()
+            scores = self._engines.call("score", self._canary.token_ids[0])
+        gap = self._canary_gap(role, scores)
         if not gap <= self._limit:
             raise RunError(
                 f"weight sync: after syncing the {role} of update {update}, the engines' log-probs of the canary "
@@ -137,14 +141,19 @@ class WeightSync:
         self._opened = None
         self.engine_epoch += 1
 
-    def _canary_gap(self, role: Role) -> float:
+    def _canary_gap(self, role: Role, scores: Sequence[FloatArray]) -> float:
         expected = self._actors.token_stats(self._canary, role, 1.0, False).logprobs[0]
-        scores: Sequence[FloatArray] = self._engines.call("score", self._canary.token_ids[0])
-        return max(float(np.abs(score - expected).mean()) for score in scores)
+        return float(np.abs(np.stack(scores) - expected).mean(axis=1).max())
 
 
-def open_sync(config: RunConfig, processes: Processes, canary: IntArray) -> WeightSync:
-    """The weight sync that a run is configured for."""
+def open_sync(
+    config: RunConfig, processes: Processes, canary: IntArray, canary_limit: float | None = None
+) -> WeightSync:
+    """The weight sync that a run is configured for.
+
+    Args:
+        canary_limit: what an earlier attempt of the run has calibrated; None: the first weight sync does it.
+    """
     spec = TransferSpec(
         transport=processes.transport,
         name=f"coreward-{secrets.token_hex(6)}",
@@ -163,9 +172,9 @@ def open_sync(config: RunConfig, processes: Processes, canary: IntArray) -> Weig
         give_up,
         spec=spec,
         canary=canary,
-        max_gap=config.sync.max_logprob_gap or 0.0,
-        calibrate_above=LEAST_LOGPROB_GAP[config.model.dtype] if rounded else None,
-        on_loaded=(lambda: None) if colocation is None else colocation.wake_caches,
+        max_gap=canary_limit or config.sync.max_logprob_gap or 0.0,
+        calibrate_above=LEAST_LOGPROB_GAP[config.model.dtype] if rounded and canary_limit is None else None,
+        wake_caches=None if colocation is None else colocation.wake_caches,
     )
 
 

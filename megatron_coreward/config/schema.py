@@ -282,7 +282,8 @@ class SyncSettings(Component):
     checksums: bool = False
     """Whether every message is compared by checksum with what was sent when it arrives."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that a bucket may take, and that ranks and engines wait for each other to appear."""
+    """Seconds that a bucket of weights may take, and the connection of ranks and engines. It does not run while any of
+    them is still busy with what came before the weight sync, such as rollouts."""
     max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
     """Largest gap in nats between the log-probs of engines and actors on the canary tokens, their mean, after a weight
     sync; the run ends above it. null: 0.001 for float32, 0.1 for bfloat16 and wider for FP8. With rounded weights it is

@@ -89,17 +89,20 @@ class AnswerEquivalence:
         Which answers are in a class does not depend on their order; `classes.py` has the rule.
         """
         self.compare([answers])
-        given = Counter(self._form(answer) for answer in answers if has_answer(answer))
+        spelt = Counter(answers)  # a group has few spellings of few answers; each is read once
+        form_of = {answer: self._form(answer) for answer in spelt if has_answer(answer)}
+        given: Counter[Form] = Counter()
+        for answer, form in form_of.items():
+            given[form] += spelt[answer]
         forms = list(given)
         found = cliques(
             [form.text for form in forms], list(given.values()), lambda i, j: self._same(forms[i], forms[j])
         )
-        class_of = dict(zip(forms, found, strict=True))
+        founder_of = dict(zip(forms, found, strict=True))
         numbers: dict[int, int] = {}
-        return [
-            numbers.setdefault(class_of[self._form(answer)], len(numbers)) if has_answer(answer) else None
-            for answer in answers
-        ]
+        class_of: dict[str | None, int] = {}
+        class_of |= {a: numbers.setdefault(founder_of[form], len(numbers)) for a, form in form_of.items()}
+        return [class_of.get(answer) for answer in answers]
 
     def compare(self, groups: Iterable[Sequence[str | None]]) -> None:
         """Compares all answers of each group with each other, and remembers the verdicts.
@@ -111,7 +114,7 @@ class AnswerEquivalence:
         requests: list[Request] = []
         asked: set[PairKey] = set()
         for group in groups:
-            forms = list(dict.fromkeys(self._form(answer) for answer in group if has_answer(answer)))
+            forms = list(dict.fromkeys(self._form(answer) for answer in dict.fromkeys(group) if has_answer(answer)))
             pairs = []
             for i, first in enumerate(forms):
                 for j in range(i):
@@ -178,6 +181,7 @@ class AnswerEquivalence:
         return last
 
 
+@lru_cache(maxsize=65536)  # questions share answers, and metrics read them again
 def _math_form(answer: str) -> Form:
     text = answer.strip()
     if len(answer) > MAX_LENGTH:

@@ -161,13 +161,16 @@ class RolloutEngine:
             raise RunError(f"vLLM scored {len(logprobs)} of {len(token_ids) - 1} tokens")
         return cast(FloatArray, logprobs)
 
-    def receive_weights(self, spec: Mapping[str, Any], engine: int, version: int) -> None:
+    def receive_weights(
+        self, spec: Mapping[str, Any], engine: int, version: int, canary: Sequence[int] | IntArray | None = None
+    ) -> FloatArray | None:
         """Replaces all weights by those that the actor sends at the same time; there is nothing to sample from until
-        then, and after an error until the next time.
+        then, and after an error until the next time. Returns what `score` says of the canary, if there is one.
 
         Args:
             spec: `TransferSpec.to_json()` of the senders. It changes when an engine was replaced: then all meet again.
             engine: the number of this engine.
+            canary: [P] tokens.
 
         Raises:
             RunError: the weights did not come, or not as they were sent. The engine can be used again.
@@ -187,6 +190,7 @@ class RolloutEngine:
         if not self._llm.reset_prefix_cache():
             raise RunError("the prefix cache of the former weights could not be cleared: requests are still running")
         self._version = version
+        return None if canary is None else self.score(canary)
 
     def sleep(self) -> DeviceMemory | None:
         """Frees the GPU's memory for a colocated actor: weights and key-value cache are dropped, and the next samples

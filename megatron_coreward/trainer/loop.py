@@ -174,6 +174,8 @@ class Trainer:
             score=self._score(row),
             skipped_steps=self.state.skipped_steps + 1 if row.get("optim/skipped_updates") else 0,
             unfinished_row=None,
+            canary_limit=row.get("sync/canary_limit", self.state.canary_limit),
+            canary_allowed=self.config.sync.max_logprob_gap,
         )
         if decision.news:
             self.notify(str(decision))

@@ -156,7 +156,10 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
         attempt = _Attempt(config, data, opened, stop, view, stack)
         watchdog = Watchdog(config.watchdog, attempt.notify, stop, logs=config.run_dir / LOGS)
         running = stack.enter_context(processes(config, watchdog))
-        engines = open_rollout_engines(config, running, canary_tokens(data.train), attempt.notify)
+        state = opened.trainer_state
+        calibrated = state is not None and state.canary_allowed == config.sync.max_logprob_gap
+        canary_limit = state.canary_limit if state is not None and calibrated else None
+        engines = open_rollout_engines(config, running, canary_tokens(data.train), attempt.notify, canary_limit)
         computes = running.actors.call("describe", results_of=(0,))[0]
         attempt.notify("actors compute with " + ", ".join(f"{what}: {how}" for what, how in computes.items()))
         if opened.trainer_state is not None:

@@ -18,7 +18,8 @@ def gpu_name(device: torch.device) -> str:
 
 
 def export_memory(memory: torch.Tensor) -> str:
-    """What another process on the same GPU maps the memory with, as text. It must live as long as its users.
+    """What another process on the same GPU maps the memory with, as text. It must live as long as its users: nothing
+    but the caller keeps it.
 
     Args:
         memory: [bytes], a tensor of its own, no view.
@@ -26,6 +27,9 @@ def export_memory(memory: torch.Tensor) -> str:
     from torch.multiprocessing.reductions import reduce_tensor
 
     _, arguments = reduce_tensor(memory)  # type: ignore[no-untyped-call]
+    # Torch counts an export as a use, and keeps the memory until whoever maps it lets go. One that dies, or never
+    # comes because the weight sync has failed, would keep it for ever.
+    torch.UntypedStorage._release_ipc_counter_cuda(arguments[_BYTES["counter"]], arguments[_NUMBERS["counter_offset"]])
     numbers = {name: arguments[place] for name, place in _NUMBERS.items()}
     raw = {name: base64.b64encode(arguments[place]).decode() for name, place in _BYTES.items()}
     return json.dumps({"gpu": gpu_name(memory.device), "nbytes": memory.nbytes, **numbers, **raw})

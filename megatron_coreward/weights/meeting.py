@@ -46,10 +46,24 @@ class Meeting:
     """One party's view of a spec's store."""
 
     def __init__(self, spec: TransferSpec) -> None:
-        timeout = datetime.timedelta(seconds=spec.timeout_s)
-        self._timeout_s = spec.timeout_s
-        store = dist.TCPStore(spec.address, spec.port, is_master=False, timeout=timeout)
-        self.store = dist.PrefixStore(spec.name, store)
+        """Raises RunError if the store cannot be reached."""
+        self._spec, self.timeout_s = spec, spec.timeout_s
+        self.store = self.new_client()
+
+    def new_client(self) -> Any:
+        """A connection to the store for one more thread: whoever waits in one keeps all others from it.
+
+        Raises:
+            RunError: the store cannot be reached.
+        """
+        spec, timeout = self._spec, datetime.timedelta(seconds=self.timeout_s)
+        try:
+            store = dist.TCPStore(spec.address, spec.port, is_master=False, timeout=timeout)
+        except RuntimeError as error:  # torch's DistNetworkError among them
+            raise RunError(
+                f"weight sync: rank 0 of the actor cannot be reached at {spec.address}:{spec.port} ({error})"
+            ) from error
+        return dist.PrefixStore(spec.name, store)
 
     def give_up(self, reason: str) -> None:
         """Tells everybody that this spec's transfers are over."""
@@ -63,8 +77,16 @@ class Meeting:
                 return
             reason = self.store.get(_GIVEN_UP).decode()
         except RuntimeError as error:  # torch's DistStoreError among them
-            raise RunError(f"weight sync: rank 0 of the actor cannot be reached any more ({error})") from error
+            raise _gone(error) from error
         raise RunError(f"weight sync: given up, because of another process: {reason}")
+
+    def _is_there(self, key: str) -> bool:
+        """Raises as `check`."""
+        self.check()
+        try:
+            return bool(self.store.check([key]))
+        except RuntimeError as error:
+            raise _gone(error) from error
 
     def wait_until(self, ready: Callable[[], bool], awaited: str) -> None:
         """Returns once `ready()` is true.
@@ -79,17 +101,35 @@ class Meeting:
             if now - looked > LOOK_EVERY_S:
                 looked = now
                 self.check()
-            if now - begin > self._timeout_s:
-                raise RunError(f"weight sync: {awaited} took longer than {self._timeout_s:g} s (sync.timeout_s)")
+            if now - begin > self.timeout_s:
+                raise self.late(awaited)
             time.sleep(pause)  # first only lets others run
             pause = min(pause + 1e-5, 2e-4)
 
-    def everybody(self, number: int, size: int) -> None:
-        """Returns once parties 0 to size - 1 have come; this one is `number`.
+    def late(self, awaited: str) -> RunError:
+        """What to raise when the spec's limit has passed."""
+        return RunError(f"weight sync: {awaited} took longer than {self.timeout_s:g} s (sync.timeout_s)")
+
+    def everybody(self, occasion: str, size: int) -> None:
+        """Returns once `size` parties have come to an occasion, each of them once.
+
+        There is no limit: some may still be busy with what they were asked before, engines with rollouts, say. The
+        driver, who asked all of them, knows how long that may take, and gives up for them.
 
         Raises:
-            RunError: as `wait_until`.
+            RunError: a party has given up.
         """
-        self.store.set(f"here/{number}", "")
-        keys = [f"here/{i}" for i in range(size)]
-        self.wait_until(lambda: bool(self.store.check(keys)), f"the arrival of all {size} ranks and workers")
+        complete = f"{occasion}/complete"
+        try:
+            if self.store.add(f"{occasion}/arrived", 1) == size:
+                self.store.set(complete, "")
+        except RuntimeError as error:
+            raise _gone(error) from error
+        begin = time.monotonic()
+        while not self._is_there(complete):
+            waited = time.monotonic() - begin
+            time.sleep(min(LOOK_EVERY_S, 1e-3 + waited / 10))  # thousands may ask
+
+
+def _gone(error: Exception) -> RunError:
+    return RunError(f"weight sync: rank 0 of the actor cannot be reached any more ({error})")

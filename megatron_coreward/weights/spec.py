@@ -60,7 +60,7 @@ class TransferSpec:
     engines: EngineLayout
     dtype: str  # of the tensors, a key of buckets.ITEM_BYTES
     bucket_bytes: int
-    timeout_s: float  # for a bucket, and for everybody to appear
+    timeout_s: float  # for a bucket, and for the connection of all parties
     checksums: bool = False  # of every message, compared where it arrives
     address: str = ""  # of the store at which all parties meet; rank 0 of the actor serves it and fills it in
     port: int = 0
@@ -68,6 +68,11 @@ class TransferSpec:
     def at(self, address: str, port: int) -> Self:
         """The same, with the place where everybody meets."""
         return replace(self, address=address, port=port)
+
+    @property
+    def num_parties(self) -> int:
+        """Ranks and workers that meet in every weight sync."""
+        return self.actor.world_size + self.engines.num_engines * self.engines.num_workers
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it."""

@@ -6,7 +6,10 @@ import torch.distributed as dist
 
 from megatron_coreward.actor.relay import PROGRESS, Relay
 from megatron_coreward.errors import RunError
-from megatron_coreward.weights.layouts import ActorLayout
+from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
+from megatron_coreward.weights.meeting import Meeting
+from tests.actor.ranks import free_port
+from tests.weights.ranks import spec_of
 
 LAYOUT = ActorLayout(tensor_parallel=1, pipeline_parallel=2, data_parallel=2)
 
@@ -24,16 +27,19 @@ def commands(rank: int, num_ranks: int, port: int) -> dict[str, Any]:
         done.append((method, *arguments))
         if method == "send_weights" and rank == 0:
             raise RunError("rank 0 gave up")
+        if method == "open_sender" and rank == 0:
+            Meeting(spec_of("gloo", ActorLayout(), EngineLayout(), free_port(), timeout_s=1.0))  # nobody serves it
         return (method, rank)
 
     found: list[Any] = []
     if relay.leads:
         found.append(relay.lead("offload", (), None, run))
         found.append(relay.lead("token_stats", ("part", rank), (relay.leader,), run))
-        try:
-            relay.lead("send_weights", (), (), run)
-        except RunError as error:
-            found.append(str(error))
+        for method in ("open_sender", "send_weights"):
+            try:
+                relay.lead(method, (), (), run)
+            except RunError as error:
+                found.append(str(error))
         found.append(relay.lead("save", ("folder",), (), run))
         relay.dismiss()
     else:

@@ -1,8 +1,13 @@
 """Commands reach every rank of a replica through its leader, and a rank that fails is heard of."""
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 
-from megatron_coreward.actor.relay import replica_of
+from megatron_coreward.actor.relay import Relay, replica_of
+from megatron_coreward.errors import RunError
 from megatron_coreward.weights.layouts import ActorLayout
 from tests.actor.ranks import free_port, run_ranks
 from tests.actor.relay_on_ranks import commands, failing
@@ -24,14 +29,17 @@ def test_every_rank_carries_out_every_command_once_and_the_wanted_answers_come_b
     ranks = run_ranks(4, commands, 4, free_port())
     for replica in ((2, 0), (3, 1)):
         leader = replica[0]
-        expected = [("offload",), ("token_stats", "part", leader), ("send_weights",), ("save", "folder")]
+        expected: list[tuple[object, ...]] = [("offload",), ("token_stats", "part", leader)]
+        expected += [("open_sender",), ("send_weights",), ("save", "folder")]
         for rank in replica:
             assert ranks[rank]["done"] == expected
-            assert ranks[rank]["progress"] == 4
+            assert ranks[rank]["progress"] == 5
         everybody = {rank: ("offload", rank) for rank in replica}
         assert ranks[leader]["found"][:2] == [everybody, {leader: ("token_stats", leader)}]
-    # The error from which a run can go on came to the leader, and the command after it was carried out.
-    assert ranks[2]["found"][2:] == ["rank 0 gave up", {}]
+    # The errors from which a run can go on came to the leader, and the commands after them were carried out.
+    unreachable, *found = ranks[2]["found"][2:]
+    assert unreachable.startswith("weight sync: rank 0 of the actor cannot be reached at 127.0.0.1")
+    assert found == ["rank 0 gave up", {}]
     assert ranks[3]["found"][2:] == [{}]
 
 
@@ -42,3 +50,33 @@ def test_a_rank_that_fails_ends_its_loop_with_the_error() -> None:
         "ended with: the gradient is not finite",
         "could not collect",
     ]
+
+
+def test_an_error_from_which_a_run_goes_on_keeps_no_memory_of_the_rank() -> None:
+    """Ranks do not collect cycles of garbage by themselves, and an error holds the frames that it has passed."""
+
+    class Slots:
+        pass
+
+    held: list[weakref.ref[Slots]] = []
+
+    def lose_a_peer(slots: Slots) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    def run(method: str) -> None:
+        slots = Slots()
+        held.append(weakref.ref(slots))
+        try:
+            lose_a_peer(slots)
+        except RuntimeError as error:
+            raise RunError("another process cannot be reached") from error
+
+    relay = Relay(ActorLayout(), 0, SimpleNamespace(set=lambda key, value: None))
+    gc.disable()
+    try:
+        with pytest.raises(RunError, match="another process") as caught:
+            relay.lead("send_weights", (), (), run)
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        assert held[0]() is None
+    finally:
+        gc.enable()

@@ -95,9 +95,9 @@ class CardEngines(FakeEngines):
         whose = {"weights": "weights of the engine", "kv_cache": "caches of the engine"}[part]
         return self.card.change(whose, size) if self.card else None
 
-    def receive_weights(self, spec: dict[str, Any], version: int) -> Any:
+    def receive_weights(self, spec: dict[str, Any], version: int, canary: Any) -> Any:
         assert "weights" in self.awake
-        return super().receive_weights(spec, version)
+        return super().receive_weights(spec, version, canary)
 
     def score(self, token_ids: Any) -> Any:
         assert self.awake == {"weights", "kv_cache"}
@@ -109,7 +109,7 @@ def colocated(card: Card | None, method: str = "co_rewarding_ii") -> tuple[Train
     engines = CardEngines(actors.events, card)
     slept = [None if card is None else DeviceMemory(card.total, engines.WEIGHTS + engines.CACHES)]
     colocation = Colocation(actors, engines, slept)
-    sync = make_sync(actors, engines, on_loaded=colocation.wake_caches)
+    sync = make_sync(actors, engines, wake_caches=colocation.wake_caches)
     trainer, events, _, _ = make_trainer(
         method, actors=actors, engines=engines, sync=sync, more_of_engines={"colocation": colocation}
     )
@@ -152,7 +152,7 @@ def test_weights_that_were_lost_in_sleep_are_synced_again() -> None:
     actors = CardActors([], Card(80 * GIB))
     engines = CardEngines(actors.events, actors.card)
     colocation = Colocation(actors, engines)
-    sync = make_sync(actors, engines, on_loaded=colocation.wake_caches)
+    sync = make_sync(actors, engines, wake_caches=colocation.wake_caches)
     rollout_engines, timer = RolloutEngines(engines, sync, colocation=colocation), PhaseTimer()
     for _ in range(2):  # twice the same version, as in a validation and the step after it
         rollout_engines.run(lambda: rollout_engines.sync_weights("policy", 0, timer), timer)

@@ -71,7 +71,7 @@ def test_a_death_while_weights_travel_makes_the_others_give_up_and_all_meet_agai
     trainer, events, _, engines = trainer_with_deaths([], 1, transport, given_up)
     receive = engines.receive_weights
 
-    def die(spec: Any, version: int) -> Any:
+    def die(*arguments: Any) -> Any:
         engines.receive_weights = receive  # type: ignore[method-assign]
         raise WorkerDied("engine", 1, "weights", ConnectionError("gone"))
 

@@ -1,13 +1,15 @@
 """A weight sync: one call to each side, the names of versions, and the gate that refuses wrong weights."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megatron_coreward.cluster.weight_sync import CALIBRATED, WeightSync, canary_tokens
+from megatron_coreward.cluster.weight_sync import CALIBRATED, WeightSync, canary_tokens, open_sync
 from megatron_coreward.errors import RunError
 from megatron_coreward.types import WeightVersion
-from tests.trainer.fakes import FakeActors, FakeEngines, make_problem
+from tests.trainer.fakes import FakeActors, FakeEngines, make_config, make_problem
 from tests.trainer.test_loop import make_sync
 
 
@@ -25,10 +27,17 @@ def test_a_sync_is_one_call_to_the_engines_and_one_to_the_actors() -> None:
     events: list[str] = []
     sync = sync_of(events)
     sync.sync_weights("policy", 0)
-    assert events == ["open", "receive 0", "send policy", "stats policy", "canary"]
+    assert events == ["open", "receive 0", "canary", "send policy", "stats policy"]
     events.clear()
     sync.sync_weights("teacher", 0)  # the same sender
-    assert events == ["receive 1", "send teacher", "stats teacher", "canary"]
+    assert events == ["receive 1", "canary", "send teacher", "stats teacher"]
+
+
+def test_engines_without_memory_to_compute_score_the_canary_when_they_have_got_it() -> None:
+    events: list[str] = []
+    sync = sync_of(events, wake_caches=lambda: events.append("wake"))
+    sync.sync_weights("policy", 0)
+    assert events == ["open", "receive 0", "send policy", "wake", "canary", "stats policy"]
 
 
 def test_the_same_version_is_not_sent_twice() -> None:
@@ -74,6 +83,25 @@ def test_a_calibrated_limit_stays_between_what_rounding_makes_and_what_the_confi
     report = sync_of([], engine_score=-1.0 - gap, max_gap=0.5, calibrate_above=1e-3).sync_weights("policy", 0)
     assert report is not None
     assert report.limit == limit
+
+
+@pytest.mark.parametrize(("known", "limit"), [(None, 0.1), (0.03, 0.03)])
+def test_a_limit_that_an_earlier_attempt_has_calibrated_is_not_calibrated_again(
+    known: float | None, limit: float
+) -> None:
+    config = make_config(**{"model.dtype": "bfloat16", "sync.max_logprob_gap": 0.5})
+    events: list[str] = []
+    processes: Any = SimpleNamespace(
+        actors=FakeActors(events),
+        engines=FakeEngines(events, -1.02),
+        transport="gloo",
+        colocation=None,
+        watchdog=SimpleNamespace(get=lambda calls, awaited: list(calls)),
+    )
+    sync = open_sync(config, processes, np.arange(3, dtype=np.int32), known)
+    report = sync.sync_weights("policy", 0)
+    assert report is not None
+    assert report.limit == pytest.approx(limit, rel=1e-3)
 
 
 def test_after_an_error_all_parties_are_notified_and_meet_again() -> None:

@@ -103,10 +103,10 @@ class FakeEngines(FakeWorkers):
         self.requests: list[SamplingRequest] = []
         self.version: int | None = None
 
-    def receive_weights(self, spec: dict[str, Any], version: int) -> Any:
+    def receive_weights(self, spec: dict[str, Any], version: int, canary: IntArray | None) -> Any:
         self.events.append(f"receive {version}")
         self.version = version
-        return SimpleNamespace(calls=[f"received {version}"])
+        return SimpleNamespace(calls=[None if canary is None else self.score(canary)])
 
     def score(self, token_ids: IntArray) -> FloatArray:
         self.events.append("canary")

@@ -169,3 +169,10 @@ def test_requests_of_a_step_are_seeded_by_what_is_sampled() -> None:
     one[3].requests.clear()
     one[0].step(4, PhaseTimer())
     assert not set(seeds) & {r.seed for r in one[3].requests}
+
+
+def test_the_limit_of_the_canary_is_part_of_where_a_run_stands() -> None:
+    trainer, *_ = make_trainer("co_rewarding_i", **{"sync.max_logprob_gap": 0.5})
+    trainer._complete(1, {"sync/canary_limit": 0.02}, PhaseTimer())
+    trainer._complete(2, {}, PhaseTimer())  # a step without a weight sync
+    assert (trainer.state.step, trainer.state.canary_limit, trainer.state.canary_allowed) == (2, 0.02, 0.5)

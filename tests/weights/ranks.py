@@ -60,7 +60,7 @@ class Ranks:
         self.store = serve_store("127.0.0.1", 60)
         self.spec = spec_of(transport, actor, engines, self.store.port, **options)  # type: ignore[arg-type]
         self._pool = ThreadPoolExecutor(actor.world_size)
-        self.senders: list[Sender] = [self._open(rank) for rank in range(actor.world_size)]
+        self.senders: list[Sender] = list(self._pool.map(self._open, range(actor.world_size)))
 
     def _open(self, rank: int) -> Sender:
         blocks = blocks_of(self.spec.actor, rank, self.arch, self.tensors)

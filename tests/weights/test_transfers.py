@@ -4,8 +4,11 @@ goes wrong on the way all hear.
 CUDA IPC itself is faked: mapping memory of another process. Who packs, sends, collects and waits for what is real.
 """
 
+import functools
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
@@ -16,15 +19,16 @@ import torch
 
 from megatron_coreward.config.architecture import Architecture, Experts
 from megatron_coreward.errors import RunError
-from megatron_coreward.weights import cuda_ipc
+from megatron_coreward.weights import cuda_ipc, groups
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.mailbox import SHARED_MEMORY
 from megatron_coreward.weights.mapping import hf_tensors
-from megatron_coreward.weights.meeting import give_up
+from megatron_coreward.weights.meeting import Meeting, give_up
+from megatron_coreward.weights.ports import free_port
 from megatron_coreward.weights.receivers import Receiver, open_receiver
 from megatron_coreward.weights.senders import open_sender
 from megatron_coreward.weights.spec import Transport
-from tests.weights.ranks import Ranks
+from tests.weights.ranks import Ranks, spec_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -271,10 +275,94 @@ def test_the_driver_can_end_a_transfer_in_which_somebody_is_missing(transport: T
             future.result(timeout=10)
 
 
-def test_whoever_does_not_come_is_not_waited_for_longer_than_the_limit(start: Start) -> None:
-    world = start("gloo", CASES["TP 2 to TP 1"], timeout_s=1.0)
-    with pytest.raises(RunError, match=r"the arrival of all 3 ranks and workers took longer than 1 s \(sync.timeout_s"):
-        world.receive(world.receivers[0], 4)
+@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
+def test_the_limit_of_a_transfer_does_not_run_while_an_engine_is_still_busy(transport: Transport, start: Start) -> None:
+    world = start(transport, CASES["PP 2 to two engines"], timeout_s=1.0)
+    sending = world.ranks.start(4)
+    first = world.pool.submit(world.receive, world.receivers[0], 4)
+    time.sleep(2.0)  # the other engine samples
+    assert not any(future.done() for future in (*sending, first))
+    world.sending = sending
+    world.check([first, world.pool.submit(world.receive, world.receivers[1], 4)])
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
+def test_a_party_that_came_and_then_hangs_is_not_waited_for_longer_than_the_limit(
+    transport: Transport, start: Start
+) -> None:
+    world = start(transport, CASES["TP 2 to TP 1"], timeout_s=1.0)
+    hung = threading.Event()
+
+    def hang(receiver: Receiver, version: int) -> Any:
+        receiver.meeting.everybody("sync 1", 3)
+        hung.wait(20)
+
+    world.receive = hang  # type: ignore[method-assign,assignment]
+    world.update(4)
+    try:
+        for future in world.sending:
+            with pytest.raises(RunError, match=r"weight sync: .*(took longer than 1 s|is late|given up)"):
+                future.result(timeout=15)
+    finally:
+        hung.set()
+
+
+def test_while_connections_are_made_everybody_learns_that_one_has_given_up(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gloo waits in native code, for as long as the limit, for a process that has gone before it was connected."""
+    world = start("gloo", CASES["TP 2 to TP 1"])
+    waiting = threading.Event()
+    monkeypatch.setattr(groups, "_gloo", lambda *arguments: waiting.wait(20))
+    world.update(4)
+    threading.Timer(0.5, give_up, [world.ranks.spec, "engine 0 died"]).start()
+    begin = time.monotonic()
+    for future in world.sending:
+        with pytest.raises(RunError, match="given up.*engine 0 died"):
+            future.result(timeout=10)
+    assert time.monotonic() - begin < 5
+    waiting.set()
+
+
+def test_after_a_failure_no_error_keeps_the_memory_of_messages(start: Start) -> None:
+    """Ranks do not collect cycles of garbage by themselves."""
+    world = start("gloo", CASES["TP 2 to TP 1"])
+    slots: list[weakref.ref[Any]] = []
+    send = type(world.ranks.senders[0])._send
+
+    def watch(sender: Any, bucket: int, write: Any) -> None:
+        slots.extend(map(weakref.ref, sender._slots))
+        send(sender, bucket, write)
+
+    def run(sender: Any, version: int) -> None:
+        sender._send = functools.partial(watch, sender)
+        with pytest.raises(RunError, match="weight sync"):
+            sender.send("policy", version)
+
+    gc.disable()
+    try:
+        sending = world.ranks.start(4, run)
+        received = world.pool.submit(world.receive, world.receivers[0], 6)
+        with pytest.raises(RunError, match="expected bucket 0 of version 6"):
+            received.result(timeout=20)
+        for future in sending:
+            future.result(timeout=20)
+        for sender in world.ranks.senders:
+            del sender._send
+        deadline = time.monotonic() + 10  # of gloo's own threads
+        while any(slot() is not None for slot in slots) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert slots
+        assert all(slot() is None for slot in slots)
+    finally:
+        gc.enable()
+
+
+def test_a_store_that_cannot_be_reached_is_an_error_of_the_weight_sync() -> None:
+    """Torch's own is a plain RuntimeError, which would end a rank."""
+    spec = spec_of("gloo", ActorLayout(), EngineLayout(), free_port(), timeout_s=1.0)
+    with pytest.raises(RunError, match="weight sync: rank 0 of the actor cannot be reached at 127.0.0.1"):
+        Meeting(spec)
 
 
 def test_a_rank_that_lacks_what_it_has_to_send_says_so_before_anything_is_sent(start: Start) -> None:

@@ -33,16 +33,19 @@ class Receiver(ABC):
         self.messages = schedule.incoming(engine % schedule.target.num_engines, worker)
         self.meeting = Meeting(spec)
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._failed = False
+        self._failed, self._syncs = False, 0
 
     def receive(self, version: int) -> Iterator[Arrived]:
-        """The messages of each bucket of a weight sync. They may be read until the next bucket is asked for.
+        """The messages of each bucket of a weight sync, once all ranks and engines have come. They may be read until
+        the next bucket is asked for.
 
         Raises:
             RunError: a message is not the one that is expected; another party has ended or given up, or is late.
         """
         if self._failed:
             raise RunError("weight sync: this receiver failed before; the next weight sync has to open another")
+        self._syncs += 1
+        self.meeting.everybody(f"sync {self._syncs}", self.spec.num_parties)
         self._begin()
         for bucket, messages in enumerate(self.messages):
             memory = self._take(bucket)

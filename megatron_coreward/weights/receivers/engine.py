@@ -29,6 +29,7 @@ from vllm.distributed.weight_transfer.base import (
 from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.errors import RunError
 from megatron_coreward.weights.buckets import Index, TensorMeta
+from megatron_coreward.weights.meeting import give_up
 from megatron_coreward.weights.receivers import Receiver, open_receiver
 from megatron_coreward.weights.receivers.landing import (
     Landings,
@@ -248,6 +249,8 @@ class CorewardEngine(WeightTransferEngine[CorewardInitInfo, CorewardUpdateInfo])
             self.failure = f"{error}" if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
             if self._receiver is not None:
                 self._receiver.abandon(self.failure)
+            else:  # nobody else would learn of it before vLLM has the replies of all workers, which wait for this one
+                give_up(TransferSpec.from_json(self._init_info.spec), self.failure)
             if self._landing is not None:
                 self._landing.put_back()
             self._receiver = None

@@ -7,6 +7,7 @@ own layerwise reload makes of them what its kernels want. Everything else lands 
 These functions of vLLM are no public interface: what is missing is named when the engine starts to receive.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -146,17 +147,30 @@ def keeps_layout(name: str, module: torch.nn.Module, model_config: Any) -> bool:
         loaded = {}
         for key, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
-                pattern = torch.arange(parameter.numel(), device=parameter.device).remainder(251)
-                parameter.data.copy_(pattern.view(parameter.shape))
-                loaded[key] = parameter.data.clone()
+                for rows, pattern in _patterned(parameter.data):
+                    rows.copy_(pattern)
+                loaded[key] = parameter.shape, parameter.dtype
         relayout.finish()
     finally:
         relayout.put_back()
     own = dict(module._parameters)
     return all(
         (found := own.get(key)) is not None
-        and found.shape == value.shape
-        and found.dtype == value.dtype
-        and torch.equal(found.data, value)
-        for key, value in loaded.items()
+        and (found.shape, found.dtype) == wanted
+        and all(torch.equal(rows, pattern) for rows, pattern in _patterned(found.data))
+        for key, wanted in loaded.items()
     )
+
+
+_COMPARED_AT_A_TIME = 2**20  # elements: a pattern takes many times the memory of the weights, which may fill a GPU
+
+
+def _patterned(weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A few rows of the weights at a time, and numbers of their own to load into them, in their dtype."""
+    rows = weights if weights.dim() else weights.view(1)
+    row = max(1, rows[:1].numel())
+    step = max(1, _COMPARED_AT_A_TIME // row)
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step]
+        numbers = torch.arange(first * row, first * row + part.numel(), device=part.device)
+        yield part, numbers.remainder(251).view(part.shape).to(part.dtype)

@@ -59,8 +59,8 @@ class Sender(ABC):
         self.messages = schedule.outgoing(rank)
         self.meeting = Meeting(spec)
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._failed, self._syncs = False, 0
         self._sources = {role: self._find(held) for role, held in blocks.items()}
-        self._failed = False
 
     def _find(self, blocks: Sequence[LocalBlock]) -> list[list[list[_Source]]]:
         """[bucket][message] where each part lies."""
@@ -82,8 +82,16 @@ class Sender(ABC):
                 return block, tuple(slice(c - a, d - a) for (a, _), (c, d) in cuts)
         raise ValueError(f"rank {self.rank} does not hold {part.bounds} of {part.name!r}, which it has to send")
 
+    def open(self) -> None:  # noqa: B027 - most transports need nothing
+        """Gets what takes memory of the device for all weight syncs. All ranks do so together.
+
+        Raises:
+            RunError: another rank has given up, or is late.
+        """
+
     def send(self, role: Role, version: int) -> None:
         """Sends one set of weights to all engines; returns when they have left, or are where the engines read them.
+        Begins when all ranks and engines have come.
 
         Args:
             version: number of the weights (`types.WeightVersion.number`).
@@ -95,18 +103,24 @@ class Sender(ABC):
         if self._failed:
             raise RunError("weight sync: this sender failed before; the next weight sync has to open another")
         try:
+            self._syncs += 1
+            self.meeting.everybody(f"sync {self._syncs}", self.spec.num_parties)
             self._begin()
             for bucket in range(len(self.messages)):
                 self._send(bucket, self._packer(role, version, bucket))
             self._end()
         except BaseException as error:
-            self._failed = True
-            self.meeting.give_up(f"rank {self.rank} of the actor: {error}")
-            self.close()
+            self.give_up(str(error))
             if isinstance(error, RuntimeError) and not isinstance(error, (RunError, torch.OutOfMemoryError)):
                 # Torch says so of a peer that has gone, wherever it notices. Another weight sync can meet again.
                 raise RunError(f"weight sync: another process cannot be reached or is late: {error}") from error
             raise
+
+    def give_up(self, reason: str) -> None:
+        """After an error: notifies everybody, and lets go of everything."""
+        self._failed = True
+        self.meeting.give_up(f"rank {self.rank} of the actor: {reason}")
+        self.close()
 
     def _packer(self, role: Role, version: int, bucket: int) -> Callable[[int, torch.Tensor], None]:
         """Writes a message of a bucket, by its number, into memory."""

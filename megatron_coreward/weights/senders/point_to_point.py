@@ -27,9 +27,9 @@ class PointToPointSender(Sender):
 
     def _begin(self) -> None:
         if self.group is None:
-            source, target = self.schedule.source, self.schedule.target
-            size = source.world_size + target.num_engines * target.num_workers
-            self.group = Group(self.spec, self.meeting, self.rank, size, self.device)
+            sends_to = {group_number(self, m.engine, m.worker) for messages in self.messages for m in messages}
+            size = self.spec.num_parties
+            self.group = Group(self.spec, self.meeting, self.rank, size, self.device, sends_to, ())
         self._slots = [torch.empty(self._slot_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
 
     def _send(self, bucket: int, write: Callable[[int, torch.Tensor], None]) -> None:

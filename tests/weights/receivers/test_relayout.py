@@ -120,6 +120,26 @@ def test_whether_a_layer_computes_with_its_weights_as_they_were_loaded_is_found_
     assert keeps_layout("layer", layer, CONFIG) is keeps
 
 
+@pytest.mark.parametrize("row", [0, 200, 399])
+def test_layers_are_compared_a_few_rows_at_a_time(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a model may leave a GPU no room for another copy of a layer in 64-bit numbers."""
+    from megatron_coreward.weights.receivers import relayout
+
+    monkeypatch.setattr(relayout, "packs_copies", lambda module: False)
+    monkeypatch.setattr(relayout, "_COMPARED_AT_A_TIME", 30)
+    sizes: list[int] = []
+    arange = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *bounds, **more: sizes.append(bounds[1] - bounds[0]) or arange(*bounds))
+
+    def change(layer: Any) -> None:
+        layer.weight.data[row, 1] += 1
+
+    assert keeps_layout("layer", Layer(Method(), rows=400), CONFIG)
+    assert not keeps_layout("layer", Layer(Method(change), rows=400), CONFIG)
+    assert max(sizes) <= 30
+    assert sum(sizes) > 3 * 400 * 3
+
+
 def test_on_cpu_a_layer_may_compute_with_a_packed_copy_beside_weights_that_look_as_loaded() -> None:
     assert not keeps_layout("layer", Layer(Method()), CONFIG)
     assert keeps_layout("norm", Layer(None), CONFIG)
