@@ -18,6 +18,7 @@ VIEWS: tuple[View, ...] = ("original", "rephrased")
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
+ExpertArray = NDArray[np.uint8] | NDArray[np.uint16]  # numbers of experts, in the smallest type that has them
 
 
 class WeightVersion(NamedTuple):
@@ -61,12 +62,15 @@ class Completion:
     """One sampled answer to a prompt."""
 
     token_ids: IntArray  # [L], the end-of-sequence token included when the model wrote it
-    logprobs: FloatArray  # [L], of the sampled tokens, as the engine that drew each computed it; [0]: nothing reads them
+    logprobs: (
+        FloatArray  # [L], of the sampled tokens, as the engine that drew each computed it; [0]: nothing reads them
+    )
     text: str
     answer: str | None  # the extracted final answer; None: there is none, or none was looked for
     finish_reason: Literal["stop", "length"]
     weight_version: int  # of the weights that sampled its first token
     later_versions: tuple[tuple[int, int], ...] = ()  # (index of the first token, version), if others went on with it
+    routed_experts: ExpertArray | None = None  # [P + L - 1, layers, top k] that the engine sent each token to, if asked
 
     @property
     def token_versions(self) -> NDArray[np.int64]:
@@ -118,7 +122,7 @@ class Completions(list[list[Completion]]):
         return _completions, (tuple(map(len, self)), (token_ids, lengths), logprobs, columns)
 
 
-_PLAIN_COLUMNS = ("text", "answer", "finish_reason", "weight_version", "later_versions")
+_PLAIN_COLUMNS = ("text", "answer", "finish_reason", "weight_version", "later_versions", "routed_experts")
 
 
 def _completions(
@@ -162,6 +166,7 @@ class Sequences:
 
     token_ids: Sequence[IntArray]  # S x [P_s + L_s]
     prompt_lengths: IntArray  # [S], each at least 1
+    routed_experts: Sequence[ExpertArray] | None = None  # S x [P_s + L_s - 1, layers, top k], to be replayed
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -173,14 +178,16 @@ class Sequences:
 
     def select(self, rows: Sequence[int]) -> "Sequences":
         """The given sequences, in the given order."""
-        return Sequences([self.token_ids[i] for i in rows], self.prompt_lengths[np.asarray(rows, dtype=np.int64)])
+        experts = None if self.routed_experts is None else [self.routed_experts[i] for i in rows]
+        prompt_lengths = self.prompt_lengths[np.asarray(rows, dtype=np.int64)]
+        return Sequences([self.token_ids[i] for i in rows], prompt_lengths, experts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _sequences, (join(self.token_ids), self.prompt_lengths)
+        return _sequences, (join(self.token_ids), self.prompt_lengths, self.routed_experts)
 
 
-def _sequences(token_ids: Joined, prompt_lengths: IntArray) -> Sequences:
-    return Sequences(cut(*token_ids), prompt_lengths)
+def _sequences(token_ids: Joined, prompt_lengths: IntArray, routed_experts: Sequence[ExpertArray] | None) -> Sequences:
+    return Sequences(cut(*token_ids), prompt_lengths, routed_experts)
 
 
 @dataclass(frozen=True, slots=True)
