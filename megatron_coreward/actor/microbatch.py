@@ -47,23 +47,13 @@ def build_pack(
         num_tokens: T; at least the sum of their lengths, each padded to the context's multiple.
         replayed: layers whose experts are wanted, if the sequences have them.
     """
-    tokens = np.zeros(num_tokens, dtype=np.int64)
-    positions = np.zeros(num_tokens, dtype=np.int64)
-    ends, predicts, row_of, lengths = [0], [], [], []
-    for place, row in enumerate(rows):
-        sequence, prompt = sequences.token_ids[row], int(sequences.prompt_lengths[row])
-        start, stop = ends[-1], ends[-1] + len(sequence)
-        tokens[start:stop] = sequence
-        positions[start:stop] = np.arange(len(sequence))
-        predicts.append(np.arange(start + prompt - 1, stop - 1))
-        row_of.append(np.full(len(sequence) - prompt, place))
-        lengths.append(len(sequence) - prompt)
-        padded = -(-len(sequence) // context.multiple) * context.multiple
-        positions[stop : start + padded] = np.arange(len(sequence), padded)
-        ends.append(start + padded)
-    if ends[-1] < num_tokens:
-        positions[ends[-1] :] = np.arange(num_tokens - ends[-1])
-        ends.append(num_tokens)
+    tokens, positions, ends = _lay_out(sequences, rows, num_tokens, context.multiple)
+    predicts, row_of, lengths = [], [], []
+    for place, (start, row) in enumerate(zip(ends, rows, strict=False)):
+        prompt, length = int(sequences.prompt_lengths[row]), len(sequences.token_ids[row])
+        predicts.append(np.arange(start + prompt - 1, start + length - 1))
+        row_of.append(np.full(length - prompt, place))
+        lengths.append(length - prompt)
     where = np.concatenate(predicts) if predicts else np.zeros(0, dtype=np.int64)
     row_of_each = np.concatenate(row_of) if row_of else np.zeros(0, dtype=np.int64)
     targets, scored = tokens[where + 1], None
@@ -97,6 +87,25 @@ def build_pack(
         response_lengths=tuple(lengths),
         experts={layer: torch.from_numpy(of_layer).to(device) for layer, of_layer in experts.items()},
     )
+
+
+def _lay_out(
+    sequences: Sequences, rows: Sequence[int], num_tokens: int, multiple: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+    """Tokens and positions [T] of a pack, and where its sequences begin, each padded to a multiple, and where it ends:
+    padding is a last sequence."""
+    tokens = np.zeros(num_tokens, dtype=np.int64)
+    positions = np.zeros(num_tokens, dtype=np.int64)
+    ends = [0]
+    for sequence in (sequences.token_ids[row] for row in rows):
+        start, padded = ends[-1], -(-len(sequence) // multiple) * multiple
+        tokens[start : start + len(sequence)] = sequence
+        positions[start : start + padded] = np.arange(padded)
+        ends.append(start + padded)
+    if ends[-1] < num_tokens:
+        positions[ends[-1] :] = np.arange(num_tokens - ends[-1])
+        ends.append(num_tokens)
+    return tokens, positions, ends
 
 
 def _experts(
