@@ -18,6 +18,7 @@ VIEWS: tuple[View, ...] = ("original", "rephrased")
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
+ExpertArray = NDArray[np.uint8] | NDArray[np.uint16]  # numbers of experts, in the smallest type that has them
 
 
 class WeightVersion(NamedTuple):
@@ -61,11 +62,23 @@ class Completion:
     """One sampled answer to a prompt."""
 
     token_ids: IntArray  # [L], the end-of-sequence token included when the model wrote it
-    logprobs: FloatArray  # [L], of the sampled tokens, as the rollout engine computed them
+    logprobs: (
+        FloatArray  # [L], of the sampled tokens, as the engine that drew each computed it; [0]: nothing reads them
+    )
     text: str
     answer: str | None  # the extracted final answer; None: there is none, or none was looked for
     finish_reason: Literal["stop", "length"]
-    weight_version: int  # of the weights that sampled it
+    weight_version: int  # of the weights that sampled its first token
+    later_versions: tuple[tuple[int, int], ...] = ()  # (index of the first token, version), if others went on with it
+    routed_experts: ExpertArray | None = None  # [P + L - 1, layers, top k] that the engine sent each token to, if asked
+
+    @property
+    def token_versions(self) -> NDArray[np.int64]:
+        """[L] the version of the weights that drew each token."""
+        versions = np.full(len(self.token_ids), self.weight_version, dtype=np.int64)
+        for first, version in self.later_versions:
+            versions[first:] = version
+        return versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +117,30 @@ class Completions(list[list[Completion]]):
     def __reduce__(self) -> tuple[Any, ...]:
         every = [completion for of_request in self for completion in of_request]
         token_ids, lengths = join([c.token_ids for c in every])
-        logprobs, _ = join([c.logprobs for c in every])
+        logprobs = join([c.logprobs for c in every])
         columns = [tuple(getattr(c, name) for c in every) for name in _PLAIN_COLUMNS]
-        return _completions, (tuple(map(len, self)), lengths, token_ids, logprobs, columns)
+        return _completions, (tuple(map(len, self)), (token_ids, lengths), logprobs, columns)
 
 
-_PLAIN_COLUMNS = ("text", "answer", "finish_reason", "weight_version")
+_PLAIN_COLUMNS = ("text", "answer", "finish_reason", "weight_version", "later_versions", "routed_experts")
 
 
 def _completions(
-    counts: tuple[int, ...],
-    lengths: NDArray[np.int64],
-    token_ids: IntArray,
-    logprobs: FloatArray,
-    columns: list[tuple[Any, ...]],
+    counts: tuple[int, ...], token_ids: Joined, logprobs: Joined, columns: list[tuple[Any, ...]]
 ) -> Completions:
-    every = map(Completion, cut(token_ids, lengths), cut(logprobs, lengths), *columns)
+    every = map(Completion, cut(*token_ids), cut(*logprobs), *columns)
     return Completions([next(every) for _ in range(count)] for count in counts)
+
+
+class EngineInterval(NamedTuple):
+    """What an engine did for a while. In what no interval covers it was idle."""
+
+    engine: int
+    kind: Literal["sample", "sync"]
+    version: int  # of the weights that it sampled from, or received (`WeightVersion.of` tells the role)
+    begin: float  # seconds of `time.time`
+    end: float
+    sequences: float = 0.0  # decoded at once, their mean over the steps; 0 for a weight sync, or if it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +166,7 @@ class Sequences:
 
     token_ids: Sequence[IntArray]  # S x [P_s + L_s]
     prompt_lengths: IntArray  # [S], each at least 1
+    routed_experts: Sequence[ExpertArray] | None = None  # S x [P_s + L_s - 1, layers, top k], to be replayed
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -157,14 +178,16 @@ class Sequences:
 
     def select(self, rows: Sequence[int]) -> "Sequences":
         """The given sequences, in the given order."""
-        return Sequences([self.token_ids[i] for i in rows], self.prompt_lengths[np.asarray(rows, dtype=np.int64)])
+        experts = None if self.routed_experts is None else [self.routed_experts[i] for i in rows]
+        prompt_lengths = self.prompt_lengths[np.asarray(rows, dtype=np.int64)]
+        return Sequences([self.token_ids[i] for i in rows], prompt_lengths, experts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _sequences, (join(self.token_ids), self.prompt_lengths)
+        return _sequences, (join(self.token_ids), self.prompt_lengths, self.routed_experts)
 
 
-def _sequences(token_ids: Joined, prompt_lengths: IntArray) -> Sequences:
-    return Sequences(cut(*token_ids), prompt_lengths)
+def _sequences(token_ids: Joined, prompt_lengths: IntArray, routed_experts: Sequence[ExpertArray] | None) -> Sequences:
+    return Sequences(cut(*token_ids), prompt_lengths, routed_experts)
 
 
 @dataclass(frozen=True, slots=True)

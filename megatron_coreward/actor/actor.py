@@ -43,6 +43,7 @@ from megatron_coreward.actor.optimizer import (  # noqa: E402
     wrap_chunks,
 )
 from megatron_coreward.actor.packing import ContextRank, MicroBatchPlan  # noqa: E402
+from megatron_coreward.actor.router_replay import replays_of  # noqa: E402
 from megatron_coreward.actor.saving import FileHashes, Saving  # noqa: E402
 from megatron_coreward.actor.setup import ActorSetup, Weights  # noqa: E402
 from megatron_coreward.actor.shards import main_shards  # noqa: E402
@@ -157,19 +158,24 @@ class MegatronActor:
     def _chunks(self, weights: Weights) -> list[Any]:
         return self.policy if weights == "policy" else self.frozen[weights].chunks
 
-    def _packs(self, sequences: Sequences, micro_batches: MicroBatchPlan) -> list[Pack]:
-        """The micro-batches' tensors. Only ranks that exchange activations of the same micro-batch with others, over a
-        pipeline or over experts, need all of them to be of equal size."""
+    def _packs(self, sequences: Sequences, micro_batches: MicroBatchPlan, weights: Weights) -> list[Pack]:
+        """The micro-batches' tensors, with the experts to replay if it is the policy that takes them.
+
+        Only ranks that exchange activations of the same micro-batch with others, over a pipeline or over experts, need
+        all of them to be of equal size.
+        """
         s = self.setup.settings
         equal = s.pipeline_parallel > 1 or self.arch.experts is not None
         align, pad = token_alignment(s), self._context.multiple
+        replayed = [replay.layer for replay in replays_of(self.policy)] if weights == "policy" else []
 
         def size(rows: Iterable[int]) -> int:
             tokens = sum(-(-len(sequences.token_ids[row]) // pad) * pad for row in rows)
             return micro_batches.num_tokens if equal else max(align, -(-tokens // align) * align)
 
         return [
-            build_pack(sequences, rows, size(rows), parallel.device(), self._context) for rows in micro_batches.packs
+            build_pack(sequences, rows, size(rows), parallel.device(), self._context, replayed)
+            for rows in micro_batches.packs
         ]
 
     def token_stats(
@@ -182,7 +188,7 @@ class MegatronActor:
     ) -> TokenStats | None:
         """Log-probs of the response tokens of the rank's sequences, in its order, and if wanted entropy and
         self-certainty."""
-        packs = self._packs(sequences, micro_batches)
+        packs = self._packs(sequences, micro_batches, weights)
 
         def score(pack: Pack, hidden: torch.Tensor, weight: torch.Tensor) -> Scores:
             scores = score_tokens(hidden, weight, pack.targets, self._vocabulary, temperature, statistics)
@@ -230,7 +236,7 @@ class MegatronActor:
             scores = score_tokens(hidden, weight, pack.targets, self._vocabulary, setup.temperature)
             return pack_loss(scores, pack, batch, setup.loss)
 
-        return forward_backward(self.policy, self._packs(batch.sequences, micro_batches), loss)
+        return forward_backward(self.policy, self._packs(batch.sequences, micro_batches, "policy"), loss)
 
     def update(self, batch: TrainBatch, micro_batches: MicroBatchPlan) -> dict[str, float] | None:
         """One optimizer step on the batch. Returns sums over this rank's tokens, and the step's global figures.

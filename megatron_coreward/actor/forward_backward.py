@@ -17,8 +17,10 @@ from megatron_coreward.actor.microbatch import Pack
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
-def _forward(packs: Iterator[Pack], model: Any) -> tuple[Pack, torch.Tensor]:
+def _forward(packs: Iterator[Pack], model: Any, backward: bool) -> tuple[Pack, torch.Tensor]:
     pack = next(packs)
+    for replay in _bare(model).replays:
+        replay.begin(pack.experts.get(replay.layer), backward)
     return pack, model(pack.token_ids, pack.position_ids, None, packed_seq_params=pack.bounds)
 
 
@@ -64,7 +66,7 @@ def forward_only(
     states that predict its scored tokens and the output layer's weight. None on the other stages."""
 
     def step(iterator: Iterator[Pack], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-        pack, output = _forward(iterator, model)
+        pack, output = _forward(iterator, model, backward=False)
         return output, lambda hidden, non_loss_data: score(pack, _scored_rows(hidden, pack, model), _weight(model))
 
     with torch.no_grad():
@@ -82,8 +84,12 @@ def forward_backward(
         The second results of `loss`, pack by pack, on the last pipeline stage; None on the others.
     """
 
+    for model in chunks:
+        for replay in _bare(model).replays:
+            replay.forget()
+
     def step(iterator: Iterator[Pack], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-        pack, output = _forward(iterator, model)
+        pack, output = _forward(iterator, model, backward=True)
 
         def loss_func(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             value, stats = loss(pack, _scored_rows(hidden, pack, model), _weight(model))

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_coreward.actor import parallel
 from megatron_coreward.actor.attention import PackedAttention
+from megatron_coreward.actor.router_replay import LayerReplay, attach_replay
 from megatron_coreward.config.accelerator import RECIPES
 from megatron_coreward.config.architecture import Architecture, RopeScaling
 from megatron_coreward.config.schema import ActorSettings
@@ -226,6 +227,8 @@ class HiddenStatesModel(GPTModel):
     """Megatron's model, but that the last stage ends with the hidden states [T, 1, H] (T / tensor-parallel size of them
     under sequence parallelism). Its output layer holds the weight; `token_stats` applies it to the rows that count."""
 
+    replays: tuple[LayerReplay, ...] = ()  # of its routers, if their experts come from elsewhere
+
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
 
@@ -276,6 +279,8 @@ def build_chunks(
         _mark_experts(model)
         if not frozen:
             fuse_gradients(model, settings)
+            if settings.router_replay != "off":
+                model.replays = attach_replay(model, settings)
         _place(model, dtype)
         chunks.append(model)
     return chunks

@@ -53,6 +53,11 @@ def build_optimizer(
     )
     for part in optimizer_parts(optimizer):
         _allocate_moments(part)
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                # One shard after the other. On a GPU torch would step all of them together, and hold the square roots
+                # of all second moments meanwhile: 4 bytes a parameter that nothing else needs.
+                group["foreach"] = False
     return optimizer
 
 

@@ -11,6 +11,7 @@ Invariants (tests/actor/test_saving.py):
   3. A write that fails on one rank raises its error on every rank.
 """
 
+import inspect
 import os
 import queue
 import threading
@@ -23,6 +24,11 @@ import torch.distributed as dist
 from blake3 import blake3
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+# From 0.19 on, megatron-core takes the writer of NVIDIA's resiliency extension unless it is told to take its own.
+_MEGATRONS_WRITER: dict[str, Any] = (
+    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+)
 
 FileHashes = dict[str, tuple[int, str]]  # file name -> bytes, blake3
 
@@ -40,7 +46,7 @@ class Saving:
         """
         # megatron-core 0.16.1: the writer takes its queue from here, and starts a manager process if there is none.
         filesystem_async._results_queue = queue.SimpleQueue()
-        self._request = dist_checkpointing.save(state, str(target), async_sharded_save=True)
+        self._request = dist_checkpointing.save(state, str(target), async_sharded_save=True, **_MEGATRONS_WRITER)
         self._hashes: FileHashes = {}
         self._error: tuple[int | None, str] | None = None  # the system's number, and the text
         self._thread: threading.Thread | None = None

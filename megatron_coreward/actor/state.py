@@ -94,10 +94,10 @@ class HostMemory:
         return kept.copy_(values, non_blocking=True)
 
 
-def _weights_to_write(policy: Policy, writers: _Writers) -> dict[str, Any]:
+def _weights_to_write(policy: Policy, writers: _Writers, host: HostMemory) -> dict[str, Any]:
     """The weights of every chunk, spread over their replicas. What Transformer Engine's layers keep for FP8 scaling
     stays out: it is a pickle, and all of it follows from the next micro-batches (`MegatronActor.update` warms up the
-    one recipe with a memory)."""
+    one recipe with a memory). Weights in FP8 are written as numbers of the model's dtype."""
     several = len(policy) > 1
     state = {}
     for i, chunk in enumerate(policy):
@@ -108,9 +108,14 @@ def _weights_to_write(policy: Policy, writers: _Writers) -> dict[str, Any]:
         params = dict(chunk.module.named_parameters())
         weights = {k: v for k, v in chunk.module.sharded_state_dict().items() if k in params}
         for key, entry in weights.items():
+            entry = writers.assign(key, entry)
             if is_float8tensor(entry.data):
-                entry.data = dequantize_fp8_tensor(entry.data)
-            weights[key] = writers.assign(key, entry)
+                if is_main_replica(entry.replica_id):  # one at a time on the device, all of them on the host
+                    data = host.copy(f"weights.{i}.{key}", dequantize_fp8_tensor(entry.data))
+                else:
+                    data = _nothing_like(entry.data)
+                entry = dataclasses.replace(entry, data=data)
+            weights[key] = entry
         state[f"model{i}" if several else "model"] = weights
     return state
 
@@ -153,7 +158,7 @@ def begin_save(
     """Begins to write the state of all ranks into the directory `target`, which exists and is empty. Called on every
     rank; training may go on at once."""
     writers = _Writers()
-    state: dict[str, Any] = _weights_to_write(policy, writers)
+    state: dict[str, Any] = _weights_to_write(policy, writers, host)
     for name, slots in _quantities(optimizer, teacher).items():
         whole = FlatWeights(policy, torch.float32)
         whole.fill(slots())

@@ -46,6 +46,7 @@ class TrainerState:
     teacher_updates: int = 0  # the last step whose EMA the teacher has taken; the step after `step` may be begun
     skipped_steps: int = 0  # in a row, without an update
     score: float | None = None  # of the metric by which the best checkpoint is kept
+    score_metric: str | None = None  # its name; null in earlier checkpoints: as the settings are
     first_accuracy: float | None = None  # avg@n of the run's first validation (pass@1 without random samples)
     first_metric: str | None = None  # which score that was; null in earlier checkpoints: as the settings are
     guard: dict[str, Any] | None = None  # the guard's state
@@ -97,11 +98,13 @@ def finalize_checkpoint(
     *,
     keep: int,
     best: Literal["highest", "lowest"] = "highest",
+    best_metric: str | None = None,
 ) -> Path:
     """Gives a checkpoint that is written in full its name, and removes those that are not to be kept.
 
     Args:
         hashes: size and blake3 of files of the actors' part that are known already; the others are read here.
+        best_metric: by which the best one is found; scores of another are not compared with it.
     """
     partial, final = _partial(run_dir, step), checkpoint_path(run_dir, step)
     known = {f"{ACTORS}/{name}": tuple(entry) for name, entry in hashes.items()}
@@ -122,7 +125,7 @@ def finalize_checkpoint(
     _remove(final)
     os.replace(partial, final)
     fsync_directory(final.parent)
-    for old in set(saved_steps(run_dir)) - _to_keep(run_dir, keep, best):
+    for old in set(saved_steps(run_dir)) - _to_keep(run_dir, keep, best, best_metric):
         _remove(checkpoint_path(run_dir, old))
     for left in final.parent.glob(".step_*.removed"):
         shutil.rmtree(left, ignore_errors=True)
@@ -192,17 +195,17 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def _to_keep(run_dir: Path, keep: int, best: Literal["highest", "lowest"]) -> set[int]:
+def _to_keep(run_dir: Path, keep: int, best: Literal["highest", "lowest"], metric: str | None) -> set[int]:
     steps = saved_steps(run_dir)
     kept = set(steps[-keep:])
     scores: dict[int, float] = {}
     for step in steps:
         try:
-            score = read_trainer_state(checkpoint_path(run_dir, step)).score
+            saved = read_trainer_state(checkpoint_path(run_dir, step))
         except DamagedCheckpoint:
             continue  # only reading it for a resume is an error; here it is one without a score
-        if score is not None:
-            scores[step] = score
+        if saved.score is not None and saved.score_metric in (None, metric):
+            scores[step] = saved.score
     if scores:
         wanted = max(scores.values()) if best == "highest" else min(scores.values())
         kept.add(max(step for step, score in scores.items() if score == wanted))

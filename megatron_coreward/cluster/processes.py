@@ -125,4 +125,5 @@ def engine_setup(config: RunConfig, max_model_len: int) -> EngineSetup:
         seed=config.seed,
         quantization=settings.quantization,
         cuda_graphs=settings.cuda_graphs,
+        return_experts=config.actor.router_replay == "rollout",
     )

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.preflight.resume import newest_checkpoint
 from megatron_coreward.telemetry.untrusted_text import say
 
 
@@ -19,6 +21,15 @@ def add(commands: Any) -> None:
     train.set_defaults(run=_train)
 
 
+def _only_completes(config: RunConfig) -> bool:
+    """Whether a finished run lacks its report or rows of its trackers alone."""
+    if newest_checkpoint(config.run_dir) is None:
+        return False
+    from megatron_coreward.trainer import finish
+
+    return finish.only_completes(config)
+
+
 def _train(options: argparse.Namespace) -> None:
     from megatron_coreward.config.load import load_config
     from megatron_coreward.preflight import preflight
@@ -28,7 +39,9 @@ def _train(options: argparse.Namespace) -> None:
         from megatron_coreward.commands.dry_run import describe_run
 
         print(describe_run(config), flush=True)
-    arch = preflight(config)  # before torch and Ray are imported, which takes longer than all of its checks
+    arch = None
+    if options.dry_run or not _only_completes(config):
+        arch = preflight(config)  # before torch and Ray are imported, which takes longer than all of its checks
     if options.dry_run:
         print("\npreflight found nothing wrong; nothing was started and nothing was written")
         return

@@ -152,12 +152,14 @@ def machine_problems(config: RunConfig, machine: GpuSupport) -> Iterator[str]:
         wishes = {
             f"actor.fp8: {a.fp8}": a.fp8 is not None,
             "actor.backend: te (Transformer Engine)": a.backend == "te",
+            # vLLM 0.32 returns experts from its second model runner alone, whose kernels are Triton's.
+            f"actor.router_replay: {a.router_replay}": a.router_replay != "off",
             "actor.gradient_accumulation_fusion: true": a.gradient_accumulation_fusion is True,
             f"rollout.quantization: {r.quantization}": r.quantization is not None,
             f"sync.transport: {config.sync.transport}": config.sync.transport in ("ipc", "nccl"),
         }
         instead = {"actor.backend": "auto, local", "actor.gradient_accumulation_fusion": "auto, false"}
-        instead |= {"sync.transport": "auto, shared_memory, gloo"}
+        instead |= {"sync.transport": "auto, shared_memory, gloo", "actor.router_replay": "off"}
         for wish in (wish for wish, asked in wishes.items() if asked):
             yield f"{wish} needs a GPU, found none; allowed: {instead.get(wish.split(':')[0], 'null')}"
         return

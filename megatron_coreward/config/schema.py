@@ -123,6 +123,9 @@ class ActorSettings(Component):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping them: selective those of the feed-forward
     parts, full those of whole layers."""
+    router_replay: Literal["off", "rollout"] = "off"
+    """Which experts the tokens of a mixture of experts train: off, those that the actor's router chooses; rollout,
+    those that the rollout engine chose when it sampled. rollout needs GPUs."""
     gradient_accumulation_fusion: Literal["auto"] | bool = "auto"
     """Whether weight gradients are added up inside the matrix product; true needs the layers of Transformer Engine, and
     auto is true if they are used."""

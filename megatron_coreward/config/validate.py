@@ -49,6 +49,8 @@ def model_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
     yield from layout_rules.actor_problems(a, arch)
     if arch.experts is not None and a.tensor_parallel > 1 and not a.sequence_parallel:
         yield "actor.sequence_parallel: Megatron needs true for a mixture of experts under tensor parallelism"
+    if arch.experts is None and a.router_replay != "off":
+        yield f"actor.router_replay: {a.router_replay}, but the model has no experts; allowed: off"
     yield from layout_rules.engine_problems(arch, config.rollout.tensor_parallel)
     yield from _length(config, arch)
     yield from accelerator.model_problems(config, arch)

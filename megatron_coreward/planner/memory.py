@@ -5,6 +5,7 @@ beside weights and cache are formulas over the settings; runtime and fragmentati
 
 What lives when. An actor's static parts stay on the GPU for the whole run. On top of them come, one at a time:
   update      activations of the micro-batches in flight, and what scoring a chunk of tokens takes;
+  step        of the optimizer, then of the EMA: what is computed on the way, and state that is offloaded between steps;
   checkpoint  the optimizer's and the teacher's shards, gathered over data-parallel ranks (`actor.state.begin_save`).
 Colocated, the engine beside a rank is awake while it samples and receives weights, and asleep during the rest.
 """
@@ -25,6 +26,9 @@ from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 MOMENT_BYTES, MAIN_BYTES, TEACHER_BYTES, GRADIENT_BYTES = 8, 4, 8, 4  # an element
 # Of actor.token_stats: logits of a chunk at most, and elements of a slice of the output layer's gradient.
 CHUNK_LOGITS, WEIGHT_SLICE = 1 << 28, 1 << 26
+# Of what a step computes on the way, an element: two numbers by torch's Adam, shard by shard (fused ones need none);
+# three by the EMA, of actor.teacher's groups.
+ADAM_BYTES, EMA_BYTES, EMA_GROUP = 8, 12, 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,8 @@ class StageMemory:
 
     stage: int
     static: dict[str, int]  # for the whole run
-    update: dict[str, int]  # while it trains or scores
+    update: dict[str, int]  # while it accumulates gradients or scores
+    step: dict[str, int]  # while the optimizer or the EMA steps, whichever takes more
     checkpoint: int  # while a checkpoint is begun
     buckets: int  # of the weight sync
     runtime: int
@@ -47,20 +52,25 @@ class StageMemory:
 
     @property
     def peak(self) -> int:
-        return self.resident + max(sum(self.update.values()), self.checkpoint) + self.fragmentation
+        return self.resident + sum(self.fullest.values()) + self.fragmentation
+
+    @property
+    def fullest(self) -> dict[str, int]:
+        """What is there for a while only, at the peak."""
+        return max((self.update, self.step, {"checkpoint": self.checkpoint}), key=lambda parts: sum(parts.values()))
 
     @property
     def at_peak(self) -> dict[str, int]:
         """What is there at the peak, part by part."""
-        update = sum(self.update.values()) >= self.checkpoint
-        return {**self.static, **(self.update if update else {"checkpoint": self.checkpoint})}
+        return {**self.static, **self.fullest}
 
     @property
     def parts(self) -> dict[str, int]:
-        """All of it, part by part; checkpoint and update are never there together."""
+        """All of it, part by part; update, step and checkpoint are never there together."""
         return {
             **self.static,
             **self.update,
+            "step": sum(self.step.values()),
             "checkpoint": self.checkpoint,
             "buckets": self.buckets,
             "runtime": self.runtime,
@@ -96,11 +106,13 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
     stages = []
     for stage in range(layout.pipeline_parallel):
         held = stage_parameters(arch, layout, stage)
+        optimizer = (MOMENT_BYTES + (MAIN_BYTES if item == 2 else 0)) * held.owned
+        ema = TEACHER_BYTES * held.owned * teacher
         static = {
             "weights": item * held.numel,
             "gradients": GRADIENT_BYTES * held.numel,
-            "optimizer": (MOMENT_BYTES + (MAIN_BYTES if item == 2 else 0)) * held.owned,
-            "teacher": (TEACHER_BYTES * held.owned + item * held.numel) * teacher,
+            "optimizer": optimizer * (not a.offload_optimizer),
+            "teacher": ema * (not a.offload_teacher) + item * held.numel * teacher,
             "reference": item * held.numel * frozen,
             "FP8 copies": fp8_copies(arch, a, layout, stage, models=1 + teacher + frozen),
         }
@@ -108,14 +120,22 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
             "activations": activation_bytes(arch, a, stage, item, assumptions),
             "scoring": scoring_bytes(arch, a, stage, item),
         }
+        adam = {"Adam": ADAM_BYTES * min(held.largest, held.owned)}
+        averaging = {
+            "teacher's state": ema * a.offload_teacher,
+            "EMA": EMA_BYTES * min(max(held.largest, EMA_GROUP), held.owned) * teacher,
+        }
+        step = {"optimizer's state": optimizer * a.offload_optimizer}
+        step |= max(adam, averaging, key=lambda parts: sum(parts.values()))
         checkpoint = 4 * held.numel  # main parameters, moments and teacher are gathered one after the other
-        total = sum(static.values()) + max(sum(update.values()), checkpoint)
+        total = sum(static.values()) + max(sum(update.values()), sum(step.values()), checkpoint)
         buckets = bucket_bytes(config, assumptions)
         stages.append(
             StageMemory(
                 stage=stage,
                 static=static,
                 update=update,
+                step=step,
                 checkpoint=checkpoint,
                 buckets=buckets,
                 runtime=assumptions.runtime_bytes,

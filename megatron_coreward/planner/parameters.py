@@ -33,6 +33,7 @@ class StageParameters:
     """What a rank of one pipeline stage holds, in elements."""
 
     numel: int  # of its buffers
+    largest: int  # of its parameters
     dense_owned: tuple[int, ...]  # [data-parallel ranks] of the optimizer's shards
     expert_owned: tuple[int, ...]  # [expert-data-parallel ranks] the same of experts with buffers of their own
 
@@ -106,7 +107,7 @@ def stage_parameters(arch: Architecture, layout: ActorLayout, stage: int) -> Sta
     # Experts have a buffer of their own if their replicas are others than those of the rest.
     apart = layout.expert_parallel > 1 or layout.expert_tp_size != layout.tensor_parallel
     shared = arch.tied and layout.pipeline_parallel > 1
-    dense, expert = [], []
+    dense, expert, largest = [], [], max(layer.experts, default=0)
     chunks = layout.chunks(arch.num_layers)[stage]
     for number, layers in enumerate(chunks):
         first = stage == 0 and number == 0
@@ -118,6 +119,7 @@ def stage_parameters(arch: Architecture, layout: ActorLayout, stage: int) -> Sta
             names.append(arch.hidden_size)
             if not arch.tied:
                 names.append(vocabulary)
+        largest = max(largest, vocabulary * (first or last), *names)
         buckets = [names[::-1]]
         if shared and first:
             buckets.append([vocabulary])
@@ -128,6 +130,7 @@ def stage_parameters(arch: Architecture, layout: ActorLayout, stage: int) -> Sta
             expert.append(lay_out([(layer.experts * len(layers))[::-1]], layout.expert_dp_size))
     return StageParameters(
         numel=sum(buffer.numel for buffer in [*dense, *expert]),
+        largest=largest,
         dense_owned=_by_rank(dense, dense_dp),
         expert_owned=_by_rank(expert, layout.expert_dp_size),
     )

@@ -32,6 +32,12 @@ class Machine:
     gpu: Gpu
     placement: Placement
     assumptions: Assumptions
+    free_bytes: int | None = None  # of a GPU, if others hold some of it now; None: all of it
+
+    @property
+    def room(self) -> int:
+        """Bytes of a GPU that a run can take."""
+        return self.gpu.memory_bytes if self.free_bytes is None else self.free_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +239,7 @@ def gib(size: float) -> str:
 def actor_problems(stages: tuple[StageMemory, ...], engine: EngineMemory, machine: Machine) -> Iterator[str]:
     """What of the actor the GPUs cannot hold."""
     asleep = engine.asleep if machine.placement == "colocated" else 0
-    room = machine.gpu.memory_bytes - asleep
+    room = machine.room - asleep
     worst = max(stages, key=lambda stage: stage.peak)
     if worst.peak > room:
         parts = sorted(worst.at_peak.items(), key=lambda part: -part[1])[:3]
@@ -248,7 +254,7 @@ def engine_problems(
     config: RunConfig, stages: tuple[StageMemory, ...], engine: EngineMemory, machine: Machine
 ) -> Iterator[str]:
     """What of the engines the GPUs cannot hold."""
-    r, total = config.rollout, machine.gpu.memory_bytes
+    r, room = config.rollout, machine.room
     longest = config.data.max_prompt_tokens + r.max_response_tokens
     if engine.cache_tokens < longest:
         yield (
@@ -257,13 +263,18 @@ def engine_problems(
             f"it would hold {engine.cache_tokens}"
         )
     if machine.placement == "disaggregated":
+        if engine.claimed > room:  # vLLM refuses to start
+            yield (
+                f"engine: rollout.gpu_memory_utilization {r.gpu_memory_utilization} of the GPU is "
+                f"{gib(engine.claimed)}, {gib(room)} are free"
+            )
         return
     kept = max(stage.while_sampling for stage in stages)
-    if kept + engine.claimed > total:
+    if kept + engine.claimed > room:
         yield (
             f"colocated: while engines sample, the actor keeps {gib(kept)} and an engine claims "
             f"{gib(engine.claimed)} (rollout.gpu_memory_utilization {r.gpu_memory_utilization}); "
-            f"the GPU has {gib(total)}"
+            f"the GPU has {gib(room)}"
         )
     ranks, workers = config.actor.world_size, r.num_engines * r.tensor_parallel
     if workers > ranks:

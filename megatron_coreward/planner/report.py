@@ -41,7 +41,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"{'GiB a GPU of the actor':<24}" + "".join(f"{f'stage {s.stage}':>10}" for s in stages)
     for part in stages[0].parts:
         if any(s.parts[part] for s in stages):
-            note = "  (not beside activations and scoring)" if part == "checkpoint" else ""
+            note = "  (not beside activations and scoring)" if part in ("step", "checkpoint") else ""
             yield f"  {part:<22}" + "".join(f"{s.parts[part] / GIB:>10.2f}" for s in stages) + note
     yield f"  {'peak':<22}" + "".join(f"{s.peak / GIB:>10.2f}" for s in stages)
     e = plan.engine

@@ -5,7 +5,7 @@ engines are found apart. What is enumerated (`Space`) are sizes that divide; pow
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import log2
 from typing import Any
@@ -31,6 +31,7 @@ MAX_PIPELINE = 16
 MAX_GPUS = 4096
 OF_MICRO_BATCHES = ("recompute", "tokens_per_microbatch")  # keys that change no parameter's place
 UTILIZATION = 0.9  # of a GPU that an engine has for itself
+HEADROOM = 0.05  # share of a GPU that stays free: what a plan assumes may be off by as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +132,15 @@ Rank = Callable[[Plan], Any]
 def search(
     config: RunConfig, arch: Architecture, machine: Machine, num_gpus: int, rank: Rank = lambda plan: plan.seconds
 ) -> list[Plan]:
-    """Plans that fit, best first: one for each way to divide the GPUs and each tensor- and pipeline-parallel size.
+    """Plans that fit and leave `HEADROOM` free, best first: one for each way to divide the GPUs and each tensor- and
+    pipeline-parallel size.
 
     Args:
         num_gpus: there are; a layout may leave some of them unused if none that uses more is as good.
         rank: of a plan, the smaller the better.
     """
     per_node = machine.assumptions.gpus_per_node
+    roomy = replace(machine, free_bytes=int((1 - HEADROOM) * machine.room))
     found = []
     for split in splits(num_gpus, machine.placement):
         actors: dict[tuple[int, int], Plan] = {}
@@ -147,10 +150,10 @@ def search(
             if of_parameters in too_large:
                 continue
             plan = _planned(_with(config, actor=layout, rollout=_any_engines(arch, per_node)), arch, machine)
-            if plan is None or max(stage.resident for stage in plan.stages) > machine.gpu.memory_bytes:
+            if plan is None or max(stage.resident for stage in plan.stages) > roomy.room:
                 too_large.add(of_parameters)
                 continue
-            if any(actor_problems(plan.stages, plan.engine, machine)):
+            if any(actor_problems(plan.stages, plan.engine, roomy)):
                 continue
             key = (layout["tensor_parallel"], layout["pipeline_parallel"])
             if key not in actors or rank(plan) < rank(actors[key]):
@@ -161,7 +164,7 @@ def search(
                 utilization, workers = UTILIZATION, split.engines
                 if machine.placement == "colocated":
                     workers = actor.config.actor.world_size
-                    free = machine.gpu.memory_bytes - max(stage.while_sampling for stage in actor.stages)
+                    free = roomy.room - max(stage.while_sampling for stage in actor.stages)
                     utilization = min(UTILIZATION, int(20 * free / machine.gpu.memory_bytes) / 20)
                 if utilization <= 0:
                     continue
@@ -170,7 +173,7 @@ def search(
                         plan
                         for layout in engine_layouts(workers, per_node, utilization)
                         if (plan := _planned(_with(actor.config, rollout=layout), arch, machine)) is not None
-                        and not any(engine_problems(plan.config, plan.stages, plan.engine, machine))
+                        and not any(engine_problems(plan.config, plan.stages, plan.engine, roomy))
                     ),
                     key=rank,
                     default=None,

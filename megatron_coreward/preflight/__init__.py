@@ -53,6 +53,17 @@ def preflight(config: RunConfig) -> Architecture:
     return arch
 
 
+def refuse_another_run(config: RunConfig) -> None:
+    """All that a run which only lacks its report or its trackers' rows is asked: that it is the one in its directory.
+
+    Raises:
+        InputError: every problem found, one a line.
+    """
+    problems = [*_found(setting_problems(config), resume.problems(config))]
+    if problems:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+
+
 def _found(*checks: Iterable[str]) -> Iterator[str]:
     """The problems of checks; what the file system says against one of them is a problem, too, and ends that one."""
     for check in checks:

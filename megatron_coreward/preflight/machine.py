@@ -75,9 +75,10 @@ def _capability() -> tuple[int, ...] | None:
     return min((version for line in _ask_driver("compute_cap") if (version := parse_version(line))), default=None)
 
 
-def free_gpu_memory() -> int | None:
-    """Bytes that are free on the fullest GPU; None if `nvidia-smi` does not say."""
-    return min((int(line) * 2**20 for line in _ask_driver("memory.free") if line.isdecimal()), default=None)
+def gpu_memory() -> tuple[int, int] | None:
+    """Bytes that are free on the fullest GPU, and all that it has; None if `nvidia-smi` does not say."""
+    lines = (re.fullmatch(r"(\d+), *(\d+)", line) for line in _ask_driver("memory.free,memory.total"))
+    return min(((int(found[1]) * 2**20, int(found[2]) * 2**20) for found in lines if found), default=None)
 
 
 def _ask_driver(query: str) -> list[str]:
@@ -130,8 +131,8 @@ def problems(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
     yield from machine_problems(config, describe(gpus))
     if gpus:
         yield from _gpus(config, gpus)
-        if arch is not None and (free := free_gpu_memory()) is not None:
-            yield from gpu_problems(config, arch, free)
+        if arch is not None and (memory := gpu_memory()) is not None:
+            yield from gpu_problems(config, arch, *memory)
     elif arch is not None and (free := available_memory()) is not None:
         yield from host_problems(config, arch, free)
     if arch is not None and not (gpus and config.sync.transport == "auto"):  # which goes from GPU to GPU

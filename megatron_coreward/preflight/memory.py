@@ -92,10 +92,11 @@ def host_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[
         )
 
 
-def gpu_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[str]:
-    """With GPUs, of which the fullest has `free` bytes: what the planner says does not fit."""
-    gpu = replace(next(iter(GPUS.values())), name="this machine's", memory_bytes=free)  # its rates play no part here
-    machine = Machine(gpu, config.rollout.placement, Assumptions())
+def gpu_problems(config: RunConfig, arch: Architecture, free: int, total: int) -> Iterator[str]:
+    """What the planner says does not fit GPUs of `total` bytes, of which `free` are free on the fullest. Engines claim
+    their share of the total."""
+    gpu = replace(next(iter(GPUS.values())), name="this machine's", memory_bytes=total)  # its rates play no part here
+    machine = Machine(gpu, config.rollout.placement, Assumptions(), free_bytes=free)
 
     def problems(changed: RunConfig) -> list[str]:
         try:

@@ -44,6 +44,7 @@ FIXED = (
     "actor.adam_beta2",
     "actor.adam_eps",
     "actor.clip_grad",
+    "actor.router_replay",
     "rollout.n",
     "rollout.max_staleness",
     "rollout.temperature",

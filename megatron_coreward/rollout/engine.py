@@ -10,38 +10,22 @@ Invariants (tests/rollout):
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from megatron_coreward.config.schema import AnswerFormat
 from megatron_coreward.errors import RunError
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rollout import environment
 from megatron_coreward.rollout.orphans import EngineResources
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.telemetry.memory import DeviceMemory
-from megatron_coreward.types import Completion, Completions, FloatArray, IntArray
+from megatron_coreward.types import Completion, Completions, ExpertArray, FloatArray, IntArray
 from megatron_coreward.weights.spec import VLLM_BACKEND
 
 # Without chunked prefill a prompt is read in one step, so this is also the least number of tokens of a step.
 CPU_BATCHED_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingRequest:
-    """Draw `n` samples for one prompt. Temperature 0 takes the most likely token."""
-
-    prompt: Sequence[int] | IntArray  # token ids
-    n: int
-    seed: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    answer_formats: Sequence[AnswerFormat] = ()  # in which a final answer is looked for; none: not at all
-    stop_at: Sequence[str] = ()  # strings behind which no answer is looked for (`rewards.answer.extract_answer`)
-    stop: Sequence[str] = ()  # strings that end a sample; their tokens are part of it
 
 
 class RolloutEngine:
@@ -68,6 +52,7 @@ class RolloutEngine:
         self._on_cpu = on_cpu
         self._max_model_len = setup.max_model_len
         self._tensor_parallel = setup.tensor_parallel
+        self._return_experts = setup.return_experts
         self._init_info: Mapping[str, Any] | None = None
         self._version: int | None = None
         self._llm: Any = LLM(str(setup.model_path), **_engine_arguments(setup, on_cpu))
@@ -245,7 +230,19 @@ class RolloutEngine:
             answer=extract_answer(text, request.answer_formats, request.stop_at),
             finish_reason=completion.finish_reason,
             weight_version=version,
+            routed_experts=self._experts(completion, request),
         )
+
+    def _experts(self, completion: Any, request: SamplingRequest) -> ExpertArray | None:
+        """[P + L - 1, layers, top k]; None if nothing reads them. The last token is never read by the model."""
+        if not (self._return_experts and request.logprobs):
+            return None
+        tokens = len(request.prompt) + len(completion.token_ids) - 1
+        experts: ExpertArray | None = completion.routed_experts
+        if experts is None or len(experts) != tokens:
+            found = "none" if experts is None else f"those of {len(experts)}"
+            raise RunError(f"actor.router_replay: vLLM returned the experts of {tokens} tokens as {found}")
+        return experts
 
 
 def _failure_of(worker: object) -> str | None:
@@ -275,6 +272,8 @@ def _engine_arguments(setup: EngineSetup, on_cpu: bool) -> dict[str, Any]:
             "enforce_eager": not setup.cuda_graphs,
             "quantization": setup.quantization,
         }
+        if setup.return_experts:
+            device["enable_return_routed_experts"] = True
     return {
         "dtype": setup.dtype,
         "tensor_parallel_size": setup.tensor_parallel,

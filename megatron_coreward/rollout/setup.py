@@ -20,4 +20,5 @@ class EngineSetup:
     seed: int = 0
     quantization: Literal["fp8"] | None = None  # of the weights as they are loaded, with a GPU; they travel unquantised
     cuda_graphs: bool = True  # decode with captured graphs, with a GPU
+    return_experts: bool = False  # with the samples whose log-probs are asked for, those that each token went to
     own_weights: int | None = None  # sample from the directory's weights, under this version; None: await an update

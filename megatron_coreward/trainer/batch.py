@@ -11,12 +11,15 @@ from megatron_coreward.types import FloatArray, RolloutGroup, Sequences, TokenSt
 
 
 def to_sequences(groups: Sequence[RolloutGroup]) -> Sequences:
-    """Prompt and response of every completion, group after group: [S]."""
+    """Prompt and response of every completion, group after group: [S]. The experts that engines chose come along if
+    all completions have them."""
     pairs = [(group.prompt.token_ids, c.token_ids) for group in groups for c in group.completions]
     prompts = np.asarray([len(prompt) for prompt, _ in pairs], dtype=np.int32)
     responses = np.asarray([len(response) for _, response in pairs], dtype=np.int64)
     joined = np.concatenate([part for pair in pairs for part in pair], dtype=np.int32)
-    return Sequences(cut(joined, prompts + responses), prompts)
+    routed = [c.routed_experts for group in groups for c in group.completions]
+    experts = [of_one for of_one in routed if of_one is not None]
+    return Sequences(cut(joined, prompts + responses), prompts, experts if len(experts) == len(pairs) else None)
 
 
 def to_batch(

@@ -68,7 +68,14 @@ class CheckpointWriter:
         settings = self._config.checkpoint
         try:
             hashes = {name: entry for files in self._actors.call("finish_save") for name, entry in files.items()}
-            store.finalize_checkpoint(self._config.run_dir, step, hashes, keep=settings.keep, best=settings.best_is)
+            store.finalize_checkpoint(
+                self._config.run_dir,
+                step,
+                hashes,
+                keep=settings.keep,
+                best=settings.best_is,
+                best_metric=settings.best_metric,
+            )
         except (OSError, RunError) as error:
             raise self._failed(step, error) from error
         self._on_complete(step)

@@ -53,6 +53,11 @@ def missing(config: RunConfig) -> list[str]:
     return lacks + [f"rows of {name}" for name in sorted(used & set(read_missed(config.run_dir)))]
 
 
+def only_completes(config: RunConfig) -> bool:
+    """Whether all that a call of the run has left to do is what `complete` does: it takes no device and no data."""
+    return is_trained(config) and bool(missing(config))
+
+
 def complete(config: RunConfig, notify: Callable[[str], None]) -> None:
     """Writes what is missing, without any process; `notify` is called for what cannot be written."""
     if not (config.run_dir / REPORT).is_file():

@@ -153,6 +153,8 @@ class Trainer:
         if self.state.unfinished_row is not None:
             row = {k: math.nan if value is None else value for k, value in self.state.unfinished_row.items()}
             self._complete(self.state.step, row, timer)
+            if self.state.step == self.config.steps:  # no later checkpoint comes, and this one has half a row
+                self._save()
         elif self.state.step == 0 and self.validate is not None and self.config.validation.at_start:
             self.record(0, self._validated(timer) | timer.metrics())
 
@@ -209,7 +211,8 @@ class Trainer:
         return score if math.isfinite(score) else None
 
     def _save(self) -> None:
-        self.checkpoints.begin(replace(self.state, guard=self.guard.state_dict()))
+        metric = None if self.state.score is None else self.config.checkpoint.best_metric
+        self.checkpoints.begin(replace(self.state, score_metric=metric, guard=self.guard.state_dict()))
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -12,6 +12,7 @@ Invariants (tests/trainer/test_rollout_log.py):
 
 import hashlib
 import json
+import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,5 +147,7 @@ def fingerprint_of(config: RunConfig) -> str:
     tree = config.model_dump(mode="json")
     for name in _WITHOUT_EFFECT:
         del tree[name]
+    if config.actor.router_replay != "off":  # no dump has the experts that engines chose: a step is sampled again
+        tree["attempt"] = uuid.uuid4().hex
     tree["files"] = {key: digest for key, digest in input_digests(config).items() if not key.startswith(VALIDATION)}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from megatron_coreward.config.schema import Equivalence, RunConfig
 from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
-from megatron_coreward.preflight import preflight
+from megatron_coreward.preflight import preflight, refuse_another_run
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry import label_history
@@ -74,7 +74,8 @@ def train(config: RunConfig, arch: Architecture | None = None) -> Path:
     """Runs `config.steps` steps (those that an earlier attempt did not do) and writes the final model.
 
     Args:
-        arch: what `preflight` returned, if it has been run; None: it is run first.
+        arch: what `preflight` returned, if it has been run; None: it is run first, unless the run is trained and only
+            lacks what is written without devices.
 
     Returns:
         The run directory.
@@ -86,14 +87,19 @@ def train(config: RunConfig, arch: Architecture | None = None) -> Path:
         RunError: the run cannot go on; the message names the cause and from where it would go on.
     """
     with StopSignals(config.faults.stop_signals) as stop, ExitStack() as stack:
-        arch = arch or preflight(config)
+        completes = finish.only_completes(config)
+        if completes:
+            refuse_another_run(config)
+        else:
+            arch = arch or preflight(config)
         stack.enter_context(lock_run_directory(config.run_dir))
         stack.enter_context(interrupt_says_how_to_go_on(config))
         if config.telemetry.wandb_project is not None:
             require_wandb(config.telemetry.wandb_project)
-        if finish.is_trained(config) and finish.missing(config):
+        if completes:
             finish.complete(config, partial(announce, config))
             return config.run_dir
+        assert arch is not None
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
         _run_to_the_end(config, arch, _load_data(config, tokenizer), stop)
         if finish.missing(config):  # an error behind the model, which fails no run

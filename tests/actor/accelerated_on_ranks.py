@@ -11,6 +11,8 @@ from tests.actor.on_ranks import make_setup, share_of, start
 
 def update_with_cold_scales(rank: int, path: Path, port: int, batch: TrainBatch, cold: bool) -> dict[str, Any]:
     """One update, as under a recipe whose scales are not known yet, or not; and how often a gradient was computed."""
+    from megatron_coreward.actor.optimizer import optimizer_parts
+
     actor = start(rank, make_setup(path, {}), port)
     micro_batches, passes = share_of(actor, batch.sequences), []
     accumulate = actor.accumulate
@@ -19,7 +21,10 @@ def update_with_cold_scales(rank: int, path: Path, port: int, batch: TrainBatch,
     reports = [actor.update(batch, micro_batches) for _ in range(2)]
     weights = [param.detach().clone() for param in actor.policy[0].parameters()]
     actor.shutdown()
-    return {"passes": len(passes), "reports": reports, "weights": weights}
+    together = any(
+        g["foreach"] is not False for p in optimizer_parts(actor.optimizer) for g in p.optimizer.param_groups
+    )
+    return {"passes": len(passes), "reports": reports, "weights": weights, "Adam steps together": together}
 
 
 def scoring_under(rank: int, path: Path, port: int, batch: TrainBatch, recipe: str) -> dict[str, Any]:

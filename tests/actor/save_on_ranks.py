@@ -1,6 +1,7 @@
 """What tests/actor/test_saving.py runs on the ranks."""
 
 import dataclasses
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,41 @@ def save_to_full_disk(rank: int, path: Path, port: int, folder: Path) -> str:
     actor.load(folder / "again")
     actor.shutdown()
     return seen
+
+
+def save_fp8_weights(rank: int, path: Path, port: int, folder: Path) -> dict[str, Any]:
+    """Two replicas save, to which every weight is in FP8; then they read it where no weight is."""
+    from megatron_coreward.actor import state
+
+    actor = start(rank, make_setup(path, {"data_parallel": 2}), port)
+    before = _state(actor)
+    if rank == 0:
+        (folder / "state").mkdir()
+    torch.distributed.barrier()
+    weights = {param.data_ptr() for chunk in actor.policy for param in chunk.parameters()}
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def dequantised(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        value = tensor.detach().clone()
+        made.append(weakref.ref(value))
+        most = max(most, sum(alive() is not None for alive in made))
+        return value
+
+    names = "is_float8tensor", "dequantize_fp8_tensor"
+    real = [getattr(state, name) for name in names]
+    state.is_float8tensor, state.dequantize_fp8_tensor = lambda t: t.data_ptr() in weights, dequantised  # type: ignore[assignment]
+    actor.save(folder / "state")
+    for name, function in zip(names, real, strict=True):
+        setattr(state, name, function)
+    for chunk in actor.policy:
+        for param in chunk.parameters():
+            param.data.zero_()
+    actor.load(folder / "state")
+    outcome = {"alive at once": most, "restored": _same(before, _state(actor))}
+    actor.shutdown()
+    return outcome
 
 
 def skip_bad_gradient(rank: int, path: Path, port: int, batch: TrainBatch) -> dict[str, Any]:

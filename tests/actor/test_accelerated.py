@@ -118,6 +118,7 @@ def test_unknown_scales_are_found_by_two_passes_that_leave_no_trace(model: Path)
     assert (cold["passes"], warm["passes"]) == (4, 2)  # two of them before the first update only
     assert cold["reports"] == warm["reports"]
     assert all(torch.equal(a, b) for a, b in zip(cold["weights"], warm["weights"], strict=True))
+    assert not cold["Adam steps together"]  # which would take 4 bytes a parameter more on a GPU
 
 
 @pytest.mark.parametrize(("recipe", "while_scored"), [("delayed", None), ("tensorwise", "hybrid")])

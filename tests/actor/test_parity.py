@@ -1,5 +1,6 @@
 """Every layout computes the loss, statistics and gradients that plain transformers and autograd compute."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,15 @@ def make_batch(vocab_size: int, times: int = 1) -> TrainBatch:
     )
 
 
-def by_hand(path: Path, batch: TrainBatch) -> tuple[dict[int, Any], dict[str, torch.Tensor], float]:
+def plain(model: Any, tokens: torch.Tensor, sequence: int) -> torch.Tensor:
+    """[T, V] logits of a sequence."""
+    logits: torch.Tensor = model(tokens[None]).logits[0]
+    return logits
+
+
+def by_hand(
+    path: Path, batch: TrainBatch, forward: Callable[..., torch.Tensor] = plain
+) -> tuple[dict[int, Any], dict[str, torch.Tensor], float]:
     """Statistics, gradients and loss from transformers and the formulas, sequence by sequence."""
     from transformers import AutoModelForCausalLM
 
@@ -72,7 +81,7 @@ def by_hand(path: Path, batch: TrainBatch) -> tuple[dict[int, Any], dict[str, to
     stats, total = {}, torch.zeros(())
     for s, ids in enumerate(batch.sequences.token_ids):
         tokens, prompt = torch.from_numpy(ids).long(), int(batch.sequences.prompt_lengths[s])
-        logp = model(tokens[None]).logits[0, prompt - 1 : -1].log_softmax(-1)
+        logp = forward(model, tokens, s)[prompt - 1 : -1].log_softmax(-1)
         chosen = logp.gather(1, tokens[prompt:, None])[:, 0]
         entropy = -(logp.exp() * logp).sum(-1)
         certainty = (-logp - np.log(logp.shape[1])).mean(-1)
@@ -113,8 +122,9 @@ def check(
     layouts: list[dict[str, Any]],
     ranks: int,
     tolerance: float = 1e-5,  # nats
+    forward: Callable[..., torch.Tensor] = plain,
 ) -> None:
-    expected, gradients, loss = by_hand(path, batch)
+    expected, gradients, loss = by_hand(path, batch, forward)
     results = run_ranks(ranks, gradients_and_stats, path, layouts, [free_port() for _ in layouts], batch)
     for place, layout in enumerate(layouts):
         of_ranks = [result[place] for result in results]

@@ -38,6 +38,12 @@ def test_a_disk_that_is_full_on_one_rank_is_an_error_on_all_and_the_next_save_wo
     assert "No space left on device" in first
 
 
+def test_weights_in_fp8_are_saved_as_numbers_one_at_a_time(model: Path, tmp_path: Path) -> None:
+    """Tensors of the model's dtype stand for FP8 ones: what is made of them is counted while it lives."""
+    for outcome in run_ranks(2, save_on_ranks.save_fp8_weights, model, free_port(), tmp_path):
+        assert outcome == {"alive at once": 1, "restored": True}
+
+
 def test_a_skipped_update_moves_nothing_and_training_goes_on(model: Path) -> None:
     assert run_ranks(1, save_on_ranks.skip_bad_gradient, model, free_port(), make_batch(259)) == [
         {"weights as before": True, "moments as before": True, "reported": 1.0, "next update is finite": True}

@@ -74,6 +74,14 @@ def test_the_best_by_its_score_stays_beside_the_newest(tmp_path: Path, best: str
     assert saved_steps(tmp_path) == kept
 
 
+def test_scores_of_another_metric_are_not_compared(tmp_path: Path) -> None:
+    """`checkpoint.best_metric` was changed after step 2; the score of step 1 is one of a form without a name."""
+    for step, (score, metric) in enumerate([(0.6, None), (9.0, "reward/mean"), (0.4, "val/avg@8")], start=1):
+        write_actors(new_checkpoint(tmp_path, TrainerState(step, step, score=score, score_metric=metric), {}))
+        finalize_checkpoint(tmp_path, step, {}, keep=1 if step == 3 else 3, best_metric="val/avg@8")
+    assert saved_steps(tmp_path) == [1, 3]
+
+
 def test_of_two_that_are_equally_good_the_newer_stays(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, keep=1, score=0.5 if step < 3 else 0.1)

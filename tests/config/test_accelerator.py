@@ -64,6 +64,7 @@ def found(overrides: list[str], machine: GpuSupport = H200, arch: Architecture |
         ["actor.fp8=delayed"],
         ["rollout.quantization=fp8", "rollout.placement=colocated", "sync.transport=ipc"],
         ["sync.transport=nccl"],
+        ["actor.router_replay=rollout"],
         ["actor.offload_optimizer=true", "actor.offload_teacher=true", "actor.recompute=selective"],
     ],
     ids=" ".join,
@@ -95,6 +96,7 @@ def test_what_an_h200_can_do_passes(overrides: list[str]) -> None:
         ),
         (["rollout.quantization=fp8"], GpuSupport(1, (8, 0)), ["rollout.quantization", "8.9"]),
         (["rollout.quantization=fp8"], GpuSupport(0), ["rollout.quantization: fp8 needs a GPU"]),
+        (["actor.router_replay=rollout"], GpuSupport(0), ["router_replay: rollout needs a GPU", "allowed: off"]),
         (["sync.transport=nccl"], GpuSupport(0), ["sync.transport: nccl needs a GPU"]),
     ],
 )

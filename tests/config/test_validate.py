@@ -147,6 +147,13 @@ def test_layouts_of_experts_are_checked(tmp_path: Path, changes: list[str], mess
         validate(parse_config(tree(tmp_path, EXPERTS), changes))
 
 
+def test_router_replay_needs_experts(tmp_path: Path) -> None:
+    replay = ["actor.router_replay=rollout"]
+    validate(parse_config(tree(tmp_path, EXPERTS), replay))
+    with pytest.raises(InputError, match="actor.router_replay: rollout, but the model has no experts; allowed: off"):
+        validate(parse_config(tree(tmp_path), replay))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -43,6 +43,34 @@ def test_the_teacher_costs_eight_bytes_over_data_parallel_ranks_and_a_copy_of_th
         assert (stage.static["reference"] == 0) == (method == "co_rewarding_ii")  # the teacher is its reference
 
 
+@pytest.mark.parametrize("offloaded", ["optimizer", "teacher"])
+def test_what_is_offloaded_is_there_for_the_steps_that_need_it_alone(offloaded: str) -> None:
+    """Beside activations it is not; while the optimizer or the EMA steps it is, and then there are no activations."""
+    actor = {"data_parallel": 4, "tokens_per_microbatch": 8192}
+    (kept,) = actor_memory(config("Qwen3-8B-Base", "co_rewarding_ii", actor=actor), EIGHT, Assumptions())
+    away = actor | {f"offload_{offloaded}": True}
+    (stage,) = actor_memory(config("Qwen3-8B-Base", "co_rewarding_ii", actor=away), EIGHT, Assumptions())
+    held = stage_parameters(EIGHT, ActorLayout(data_parallel=4), 0)
+    saved = {"optimizer": 12, "teacher": 8}[offloaded] * held.owned
+    assert kept.static[offloaded] - stage.static[offloaded] == kept.resident - stage.resident == saved
+    assert stage.step[f"{offloaded}'s state"] == saved
+    assert stage.update == kept.update
+    assert stage.peak < kept.peak
+    assert stage.peak >= stage.resident + saved
+
+
+def test_a_step_of_the_optimizer_or_the_ema_takes_memory_by_the_shard() -> None:
+    held = stage_parameters(EIGHT, ActorLayout(data_parallel=4), 0)
+    assert held.largest == 151_936 * 4096
+    (stage,) = actor_memory(config("Qwen3-8B-Base", actor={"data_parallel": 4}), EIGHT, Assumptions())
+    assert stage.step["Adam"] == 8 * held.largest
+    (with_teacher,) = actor_memory(
+        config("Qwen3-8B-Base", "co_rewarding_ii", actor={"data_parallel": 4}), EIGHT, Assumptions()
+    )
+    assert with_teacher.step["EMA"] == 12 * held.largest
+    assert "Adam" not in with_teacher.step  # one after the other
+
+
 def test_layers_in_flight_are_those_of_the_schedules() -> None:
     plain = ActorLayout(pipeline_parallel=4)
     assert [in_flight(plain, stage, 32) for stage in range(4)] == [32, 24, 16, 8]

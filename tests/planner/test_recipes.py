@@ -15,6 +15,7 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import setting_problems
 from megatron_coreward.planner.models import CONFIGS, architecture_of
 from megatron_coreward.planner.plan import Plan, make_plan
+from megatron_coreward.planner.search import HEADROOM
 from tests.planner.settings import machine
 
 CONFIGS_DIR = Path(__file__).parents[2] / "configs"
@@ -48,6 +49,7 @@ def test_a_recipe_is_allowed_and_fits(recipe: Path) -> None:
     for gpu in GPUS[gigabytes]:
         planned = plan(recipe, gpu)
         assert planned.problems == ()
+        assert max(stage.peak for stage in planned.stages) <= (1 - HEADROOM) * planned.machine.gpu.memory_bytes
         assert planned.num_gpus == num_gpus
         assert 10 < planned.seconds < 1200
 

@@ -147,14 +147,33 @@ def test_the_key_that_makes_a_run_fit_is_named() -> None:
     arch = published_architecture("Qwen3-8B-Base")
     cramped = config("actor.data_parallel=4", "actor.tensor_parallel=2", "actor.sequence_parallel=true")
     free = 79 * 2**30
-    (problem,) = memory.gpu_problems(cramped, arch, free)
+    (problem,) = memory.gpu_problems(cramped, arch, free, free)
     assert problem.startswith("memory: actor, stage 0: needs")
     remedy = re.search(r"; (actor\.\S+=\S+) makes it fit$", problem)
     assert remedy is not None, problem
     changed = config("actor.data_parallel=4", "actor.tensor_parallel=2", "actor.sequence_parallel=true", remedy[1])
-    assert list(memory.gpu_problems(changed, arch, free)) == []
-    (hopeless,) = memory.gpu_problems(config("rollout.gpu_memory_utilization=0.9"), arch, free)
+    assert list(memory.gpu_problems(changed, arch, free, free)) == []
+    (hopeless,) = memory.gpu_problems(config("rollout.gpu_memory_utilization=0.9"), arch, free, free)
     assert "choose a smaller model, more GPUs" in hopeless
+
+
+@pytest.mark.parametrize("placement", ["disaggregated", "colocated"])
+def test_engines_claim_their_share_of_the_whole_gpu_not_of_what_is_free(placement: str) -> None:
+    """Somebody holds 20 of 80 GiB: 0.7 of the GPU is 56 GiB and fits what is free, 0.8 is 64 GiB and does not."""
+    arch, total, free = parse_architecture(SHAPE, "test"), 80 * 2**30, 60 * 2**30
+    placed = f"rollout.placement={placement}"
+    assert list(memory.gpu_problems(config(placed, "rollout.gpu_memory_utilization=0.7"), arch, free, total)) == []
+    claimed = config(placed, "rollout.gpu_memory_utilization=0.8")
+    (problem,) = memory.gpu_problems(claimed, arch, free, total)
+    assert re.search(r"64\.0 GiB.*60\.0 GiB.*; rollout\.gpu_memory_utilization=0\.7 makes it fit$", problem)
+    assert list(memory.gpu_problems(claimed, arch, total, total)) == []
+
+
+def test_free_and_whole_memory_are_those_of_the_fullest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_ask_driver", lambda query: ["70000, 81559", "[N/A], 81559", "20000, 81559", ""])
+    assert machine.gpu_memory() == (20_000 * 2**20, 81_559 * 2**20)
+    monkeypatch.setattr(machine, "_ask_driver", lambda query: [])
+    assert machine.gpu_memory() is None
 
 
 def test_a_host_that_is_too_small_is_reported_the_packs_that_fit() -> None:

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from megatron_coreward.config.schema import LossSettings
 from megatron_coreward.trainer.batch import mini_batches, to_batch, to_sequences
-from megatron_coreward.types import VIEWS, Completion, Prompt, RolloutGroup, Sequences, TokenStats, TrainBatch
+from megatron_coreward.types import (
+    VIEWS,
+    Completion,
+    Completions,
+    Prompt,
+    RolloutGroup,
+    Sequences,
+    TokenStats,
+    TrainBatch,
+)
 from tests.rewards.groups import group
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=8)
@@ -33,6 +42,23 @@ def assert_same(after: Any, before: Any) -> None:
 
 def over(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value, protocol=5))
+
+
+def test_the_experts_that_engines_chose_travel_with_their_sequences() -> None:
+    experts = [np.full((3, 2, 1), i, dtype=np.uint8) for i in range(2)]
+    tokens, prompt = np.arange(2, dtype=np.int32), Prompt("", np.arange(2, dtype=np.int32))
+
+    def drawn(*experts: Any) -> list[RolloutGroup]:
+        completions = [
+            Completion(tokens, tokens.astype(np.float32), "", None, "stop", 0, routed_experts=of_one)
+            for of_one in experts
+        ]
+        (kept,) = over(Completions([completions]))
+        return [RolloutGroup("q", "original", "policy", prompt, tuple(kept))]
+
+    sequences = over(to_sequences(drawn(*experts)).select([1, 0]))
+    assert_same(sequences.routed_experts, experts[::-1])
+    assert to_sequences(drawn(experts[0], None)).routed_experts is None  # all or none
 
 
 @given(LENGTHS)

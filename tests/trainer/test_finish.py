@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_coreward.attempt import FINISHED
+from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import InputError
 from megatron_coreward.report import missed
 from megatron_coreward.telemetry import sinks
 from megatron_coreward.telemetry.jsonl import JsonlSink
@@ -78,6 +80,26 @@ def test_the_page_and_the_rows_of_trackers_are_completed_once(
     finish.complete(config, notes.append)
     assert (config.run_dir / "report.html").stat().st_mtime_ns == written
     assert fake.finished == 1
+
+
+def test_completing_asks_nothing_of_the_machine_and_refuses_another_run(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither GPUs nor a model are there, which preflight would say."""
+    from megatron_coreward.trainer import run
+
+    def unasked(_: RunConfig) -> None:
+        raise AssertionError("preflight was asked")
+
+    monkeypatch.setattr(run, "preflight", unasked)
+    write_model(config)
+    (config.run_dir / "config.yaml").write_text(dump_config(config))
+    another = config.model_copy(update={"actor": config.actor.model_copy(update={"lr": 0.5})})
+    with pytest.raises(InputError, match="actor.lr: 0.5, but the run in"):
+        run.train(another)
+    assert not (config.run_dir / "report.html").exists()
+    assert run.train(config) == config.run_dir
+    assert (config.run_dir / "report.html").is_file()
 
 
 def test_a_tracker_that_is_no_longer_used_is_not_missing(config: RunConfig) -> None:

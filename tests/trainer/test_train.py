@@ -225,7 +225,28 @@ def test_a_stop_in_the_validation_keeps_the_step_and_the_row_is_finished_later(
     assert again.rows[0][1]["val/avg@8"] == 0.5
     assert again.rows[0][1]["reward/mean"] == trainer_state.unfinished_row["reward/mean"]
     assert len(only(again.events, "update")) == 2
-    assert check_checkpoint(checkpoint_path(tmp_path, 4)).score == 0.5
+    last = check_checkpoint(checkpoint_path(tmp_path, 4))
+    assert (last.score, last.score_metric) == (0.5, "val/avg@8")
+
+
+def test_a_stop_in_the_last_validation_leaves_no_half_row_in_the_checkpoint(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    stop = StopRequest()
+
+    def interrupted(timer: PhaseTimer) -> dict[str, float]:
+        stop.signal = "SIGTERM"
+        stop.check()
+        return {}
+
+    with pytest.raises(Preempted):
+        world(validate=interrupted, **{"validation.every": 4}).trainer.train()
+    stopped = check_checkpoint(checkpoint_path(tmp_path, 4))
+    assert stopped.unfinished_row is not None
+    again = world(validate=lambda timer: {"val/avg@8": 0.5}, **{"validation.every": 4}, state=stopped)
+    again.trainer.train()
+    assert [step for step, _ in again.rows] == [4]
+    assert check_checkpoint(checkpoint_path(tmp_path, 4)).unfinished_row is None
 
 
 def test_a_stop_between_steps_saves_what_no_checkpoint_covers(world: Callable[..., World], tmp_path: Path) -> None:
