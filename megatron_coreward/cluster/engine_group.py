@@ -10,7 +10,7 @@ from megatron_coreward.cluster.placement import ReservedPlacement
 from megatron_coreward.cluster.ray_start import worker_options
 from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.cluster.worker_group import Command, Outstanding, WorkerGroup
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.rollout.worker import RolloutWorker
 from megatron_coreward.types import Completion

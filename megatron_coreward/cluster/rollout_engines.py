@@ -11,7 +11,7 @@ from megatron_coreward.cluster.processes import Processes
 from megatron_coreward.cluster.watchdog import WorkerDied
 from megatron_coreward.cluster.weight_sync import ReceivingEngines, SyncReport, WeightSync, open_sync
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.types import Completion, IntArray, Role, WeightVersion
 

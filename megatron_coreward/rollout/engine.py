@@ -10,16 +10,15 @@ Invariants (tests/rollout):
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from megatron_coreward.config.schema import AnswerFormat
 from megatron_coreward.errors import RunError
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rollout import environment
 from megatron_coreward.rollout.orphans import EngineResources
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import Completion, Completions, FloatArray, IntArray
@@ -27,21 +26,6 @@ from megatron_coreward.weights.spec import VLLM_BACKEND
 
 # Without chunked prefill a prompt is read in one step, so this is also the least number of tokens of a step.
 CPU_BATCHED_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingRequest:
-    """Draw `n` samples for one prompt. Temperature 0 takes the most likely token."""
-
-    prompt: Sequence[int] | IntArray  # token ids
-    n: int
-    seed: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    answer_formats: Sequence[AnswerFormat] = ()  # in which a final answer is looked for; none: not at all
-    stop_at: Sequence[str] = ()  # strings behind which no answer is looked for (`rewards.answer.extract_answer`)
-    stop: Sequence[str] = ()  # strings that end a sample; their tokens are part of it
 
 
 class RolloutEngine:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_coreward.config.schema import AnswerFormat
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.types import Completion, Problem, Role, RolloutGroup, View
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from megatron_coreward.cluster.rollout_engines import RolloutEngines
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.methods.base import Needs
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.experience import Rollouts
 from megatron_coreward.trainer.sampling import requests_for, to_groups

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.types import (
     Completion,
     FloatArray,
