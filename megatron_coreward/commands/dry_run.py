@@ -131,6 +131,7 @@ def written_files(config: RunConfig, arch: Architecture | None) -> dict[str, str
         "metrics.jsonl": "a line per step",
         "events.log": "what happened beside the steps",
         "labels.jsonl": "the labels of every question from epoch to epoch",
+        "timeline.jsonl": "who was busy when: actors, driver and every engine",
         "logs/": "what the processes print",
         "tensorboard/": "the metrics, for TensorBoard",
         "checkpoints/": f"{when}; the newest {c.keep} are kept{best}{size}",

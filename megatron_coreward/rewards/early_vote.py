@@ -1,14 +1,14 @@
 """A vote that may be over before its last answer is in: which label a group will have, whatever is still to come.
 
 The answers of a group come in any order. As soon as no answer that is still out can change the pseudo-label or the
-abstention of `rewards.voting.majority_vote` of the whole group, the vote is decided, and what is still being sampled for
-it can be aborted. An answer that is out may turn out to be anything: a member of any class, a new class, or none.
+abstention of `rewards.voting.majority_vote` of the whole group, the vote is decided, and what is still being sampled
+for it can be aborted. An answer that is out may turn out to be anything: a member of any class, a new class, or none.
 
 Pairs of answers that need a process to be compared (`math`) count as possibly the same, so nothing here waits for one.
 
 Invariants (tests/rewards/test_early_vote.py):
   1. A decided vote has the label, spelling included, and the abstention of the full group's vote. So has the vote over
-     the group in which every answer that was still out counts as none.
+     the answers that are in, whether or not those that are out are counted as missing.
   2. Under `exact`, a vote is decided as soon as that can be known.
   3. Whether it is decided depends on the answers and their samples, not on the order in which they came.
 """
