@@ -47,7 +47,9 @@ def _steps(config: RunConfig) -> Iterator[str]:
     needs = METHODS[config.method].needs
     in_views = f", in {len(needs.views)} views" if len(needs.views) > 1 else ""
     teacher = f", and {config.teacher.n} of the teacher" if needs.teacher else ""
-    yield f"{config.data.batch_size} questions in a step{in_views}, {config.rollout.n} completions each{teacher}"
+    trained = "" if config.rollout.votes is None else f", {config.rollout.n} of them trained on"
+    samples = config.rollout.num_samples
+    yield f"{config.data.batch_size} questions in a step{in_views}, {samples} completions each{trained}{teacher}"
 
 
 def _memory(config: RunConfig, arch: Architecture | None) -> Iterator[str]:

@@ -35,6 +35,8 @@ REPHRASED_METHODS: frozenset[MethodName] = TWO_VIEW_METHODS | {"co_rewarding_i+i
 TEACHER_METHODS: frozenset[MethodName] = frozenset(
     {"co_rewarding_ii", "co_rewarding_i+ii", "co_rewarding_i+ii_original"}
 )
+# Whose labels are votes of the policy's own groups.
+POLICY_VOTE_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "majority_voting"})
 
 SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\boxed{}."
 
@@ -171,6 +173,10 @@ class RolloutSettings(Component):
     """GPUs per engine; divides the model's attention heads."""
     n: Annotated[int, Field(ge=2)] = 8
     """Completions per question that the policy samples (the group size G of the paper)."""
+    votes: Positive | None = None
+    """Completions per question that the policy samples for its vote if it votes on more than it trains on (64 and 32 in
+    TTRL); at least n. A seeded choice of n of them is trained on. For majority_voting and co_rewarding_i, whose labels
+    are votes of the policy. null: n."""
     max_staleness: Literal[0, 1] = 0
     """Most steps by which the weights that sample may be older than those that learn. 1: engines sample the next step's
     rollouts while the actors learn; it needs loss.mismatch_correction and placement disaggregated."""
@@ -193,6 +199,11 @@ class RolloutSettings(Component):
     """Whether engines decode with captured CUDA graphs; without GPUs it changes nothing."""
     cpu_threads: Positive = 1
     """Threads per engine rank on a machine without GPUs."""
+
+    @property
+    def num_samples(self) -> int:
+        """Completions per question that the policy samples."""
+        return self.n if self.votes is None else self.votes
 
 
 class TeacherSettings(Component):

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from megatron_coreward.config import accelerator, layout_rules
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.config.schema import (
+    POLICY_VOTE_METHODS,
     REPHRASED_METHODS,
     TEACHER_METHODS,
     TWO_VIEW_METHODS,
@@ -72,6 +73,7 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
     yield from layout_rules.pipeline_problems(config.actor)
     yield from _batch_problems(config)
     yield from _method_problems(config)
+    yield from _vote_problems(config)
     yield from _staleness_problems(config)
     yield from _bound_problems(config)
     best, scores = config.checkpoint.best_metric, score_names(config.validation)
@@ -122,6 +124,19 @@ def _method_problems(config: RunConfig) -> Iterator[str]:
         yield f"guard.action: {guard} raises loss.kl_coef, which is 0; allowed: off, warn, stop, or a KL term"
     if guard == "freeze_teacher" and config.method not in TEACHER_METHODS:
         yield f"guard.action: freeze_teacher, but method {config.method} keeps none"
+
+
+def _vote_problems(config: RunConfig) -> Iterator[str]:
+    """Of votes on more, or on less, than what is trained on."""
+    r, method = config.rollout, config.method
+    if r.votes is None:
+        return
+    if r.votes < r.n:
+        yield f"rollout.votes: found {r.votes}; allowed: at least rollout.n ({r.n}), which are chosen from them"
+    if method not in POLICY_VOTE_METHODS:
+        allowed = " and ".join(sorted(POLICY_VOTE_METHODS))
+        instead = "; teacher.n is the number of the teacher's votes" if method in TEACHER_METHODS else ""
+        yield f"rollout.votes: method {method} has no vote of the policy; allowed: null, or {allowed}{instead}"
 
 
 def _staleness_problems(config: RunConfig) -> Iterator[str]:

@@ -45,6 +45,7 @@ FIXED = (
     "actor.adam_eps",
     "actor.clip_grad",
     "rollout.n",
+    "rollout.votes",
     "rollout.max_staleness",
     "rollout.temperature",
     "rollout.max_response_tokens",

@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
         pa.field("ground_truth", pa.string()),  # null: the data set has none
         pa.field("pseudo_label", pa.string()),  # what the group was rewarded against; null: nothing, or no vote
         pa.field("reward", pa.float32()),  # null for the teacher's rollouts
-        pa.field("advantage", pa.float32()),  # null for the teacher's rollouts
+        pa.field("advantage", pa.float32()),  # null for rollouts that only voted: the teacher's, some of rollout.votes
         pa.field("weight_version", pa.int64(), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),  # stop | length
     ]
@@ -53,7 +53,7 @@ class ScoredGroup:
     group: RolloutGroup
     label: str | None  # the pseudo-label it was rewarded against
     rewards: FloatArray | None  # [G]
-    advantages: FloatArray | None  # [G]
+    advantages: FloatArray | None  # [G]; NaN for a rollout that voted and is not trained on
     ground_truth: str | None = None  # the data set's answer, for later study
 
     def __post_init__(self) -> None:
@@ -149,11 +149,15 @@ def _to_table(scored: Sequence[ScoredGroup]) -> Any:
         "ground_truth": [item.ground_truth for _, item, _, _ in rows],
         "pseudo_label": [item.label for _, item, _, _ in rows],
         "reward": [None if item.rewards is None else item.rewards[sample] for _, item, _, sample in rows],
-        "advantage": [None if item.advantages is None else item.advantages[sample] for _, item, _, sample in rows],
+        "advantage": [_number(item.advantages, sample) for _, item, _, sample in rows],
         "weight_version": [completion.weight_version for _, _, completion, _ in rows],
         "finish_reason": [completion.finish_reason for _, _, completion, _ in rows],
     }
     return pa.table(columns, schema=SCHEMA)
+
+
+def _number(values: FloatArray | None, sample: int) -> float | None:
+    return None if values is None or np.isnan(values[sample]) else float(values[sample])
 
 
 def _ragged(arrays: Sequence[IntArray] | Sequence[FloatArray], dtype: type[np.generic]) -> Any:

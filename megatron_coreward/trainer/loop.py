@@ -105,7 +105,7 @@ class Trainer:
                 held_to = "teacher" if loss.kl_reference == "teacher" else "reference"
                 reference = self._logprobs(experience.sequences, held_to)
         with timer.phase("update"):
-            groups = experience.rollouts.policy
+            groups = experience.trained
             batch = to_batch(
                 experience.sequences, groups, experience.advantages, loss, max_tokens, old, reference, kl_coef
             )

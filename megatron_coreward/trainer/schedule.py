@@ -128,7 +128,7 @@ class RolloutSchedule:
             self.problems_of(step - 1),
             self.needs.sampled_views(role),
             role,
-            n=config.teacher.n if role == "teacher" else config.rollout.n,
+            n=config.teacher.n if role == "teacher" else config.rollout.num_samples,
             temperature=config.rollout.temperature,
             max_tokens=config.rollout.max_response_tokens,
             step=step,
