@@ -61,7 +61,9 @@ class Completion:
     """One sampled answer to a prompt."""
 
     token_ids: IntArray  # [L], the end-of-sequence token included when the model wrote it
-    logprobs: FloatArray  # [L], of the sampled tokens, as the engine that drew each computed it; [0]: nothing reads them
+    logprobs: (
+        FloatArray  # [L], of the sampled tokens, as the engine that drew each computed it; [0]: nothing reads them
+    )
     text: str
     answer: str | None  # the extracted final answer; None: there is none, or none was looked for
     finish_reason: Literal["stop", "length"]
