@@ -19,21 +19,24 @@ from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
 from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import Equivalence, RunConfig
+from megatron_coreward.config.validate import warnings
 from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.preflight import preflight
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
-from megatron_coreward.telemetry import label_history
+from megatron_coreward.telemetry import label_history, timeline
 from megatron_coreward.telemetry.console import RunView, open_view
 from megatron_coreward.telemetry.label_history import LabelHistory
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
+from megatron_coreward.telemetry.timeline import Timeline
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer import finish
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
-from megatron_coreward.trainer.experience import Collector
+from megatron_coreward.trainer.early_stop import early_stop_metrics, early_vote_watchers
+from megatron_coreward.trainer.experience import Collector, RolloutSource
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollback import Collapsing, open_guard, roll_back
 from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog, fingerprint_of
@@ -47,6 +50,7 @@ from megatron_coreward.trainer.run_directory import (
     resume_hint,
 )
 from megatron_coreward.trainer.schedule import RolloutSchedule
+from megatron_coreward.trainer.streaming import StreamingSchedule
 from megatron_coreward.trainer.validation import validation_metrics
 
 
@@ -151,12 +155,18 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
                 steps_done=opened.steps_done,
             )
         )
-        for note in [*opened.notes, *data.notes(config), "starting Ray, actors and rollout engines"]:
+        for note in [
+            *opened.notes,
+            *data.notes(config),
+            *warnings(config, arch),
+            "starting Ray, actors and rollout engines",
+        ]:
             view.note(note)
         attempt = _Attempt(config, data, opened, stop, view, stack)
         watchdog = Watchdog(config.watchdog, attempt.notify, stop, logs=config.run_dir / LOGS)
         running = stack.enter_context(processes(config, watchdog))
         engines = open_rollout_engines(config, running, canary_tokens(data.train), attempt.notify)
+        stack.callback(engines.close)
         computes = running.actors.call("describe", results_of=(0,))[0]
         attempt.notify("actors compute with " + ", ".join(f"{what}: {how}" for what, how in computes.items()))
         if opened.trainer_state is not None:
@@ -199,12 +209,29 @@ class _Attempt:
         )
         if log.num_recorded:
             self.view.note(f"the rollout log has the rollouts of {log.num_recorded} further steps")
-        schedule = RolloutSchedule(config, method.needs, engines, problems_of, log.has)
-        collector = Collector(config, method, actors, schedule, equivalence, problems_of)
+        source: RolloutSource
+        if config.rollout.schedule == "streaming":
+            watch = early_vote_watchers(config)
+            source = StreamingSchedule(config, method.needs, engines, problems_of, log.has, watch)
+        else:
+            source = RolloutSchedule(config, method.needs, engines, problems_of, log.has)
+        collector = Collector(config, method, actors, source, equivalence, problems_of)
         labels = self._label_history(equivalence)
+        busy = self.stack.enter_context(Timeline(config.run_dir / timeline.FILE_NAME, self._first_row()))
+
+        def begun(phase: str | None) -> None:
+            self.view.phase(phase)
+            busy.phase(phase)
 
         def observe(step: int, scored: Sequence[ScoredGroup]) -> dict[str, float]:
-            sampling = {} if config.rollout.max_staleness else engines.take_sampling_metrics()
+            sampling = engines.take_sampling_metrics()
+            if config.rollout.max_staleness and config.rollout.schedule == "deterministic":
+                sampling = {}  # of rollouts that nobody waited for
+            if config.teacher.early_stop and "rollout/aborted_tokens" in sampling:
+                teachers = [item.group for item in scored if item.group.role == "teacher"]
+                aborted = sampling["rollout/aborted_tokens"]
+                sampling |= early_stop_metrics(teachers, config.teacher.n, aborted)
+            busy.write(step, engines.take_intervals())
             return labels.observe(step, scored) | sampling
 
         return Trainer(
@@ -221,9 +248,14 @@ class _Attempt:
             validate=self._validation(engines, running),
             observe=observe,
             record=self._recorder(),
-            new_timer=lambda: PhaseTimer(self.view.phase),
+            new_timer=lambda: PhaseTimer(begun),
             notify=self.notify,
         )
+
+    def _first_row(self) -> int:
+        """The step whose row is written next."""
+        state = self.opened.trainer_state
+        return 0 if state is None else state.step + (state.unfinished_row is None)
 
     def _label_history(self, equivalence: AnswerEquivalence) -> LabelHistory:
         first_step = 0 if self.opened.trainer_state is None else self.opened.steps_done + 1
@@ -232,11 +264,11 @@ class _Attempt:
 
     def _recorder(self) -> Callable[[int, dict[str, float]], None]:
         """Writes the row of a step to every sink and shows it."""
-        config, state = self.config, self.opened.trainer_state
+        config = self.config
         sinks = self.stack.enter_context(
             open_sinks(
                 config.run_dir,
-                first_step=0 if state is None else state.step + (state.unfinished_row is None),
+                first_step=self._first_row(),
                 wandb_project=config.telemetry.wandb_project,
                 config=config.model_dump(mode="json"),
                 warn=self.notify,
