@@ -121,10 +121,10 @@ def test_a_vote_that_can_only_abstain_is_decided() -> None:
 
 
 def test_an_earlier_sample_may_still_change_the_spelling_of_a_math_label() -> None:
-    answers = ["0.5", "1/2", "1/2", "1/2", "1/2"]
+    answers = ["0.5", ".5", ".5", ".5", ".5"]
     assert decided_after(answers, [1, 2, 3, 4, 0], "math", 0.0) == 5
     assert decided_after(answers, [0, 1, 2, 3, 4], "math", 0.0) == 3
-    assert decided_after(["1/2"] * 5, [1, 2, 3, 4, 0], "exact", 0.0) == 3
+    assert decided_after([".5"] * 5, [1, 2, 3, 4, 0], "exact", 0.0) == 3
 
 
 def test_a_sample_has_one_answer() -> None:

@@ -44,7 +44,7 @@ def test_groups_go_to_the_engine_that_has_room() -> None:
 
 
 def test_a_weight_sync_waits_for_long_samples_unless_they_go_on_with_new_weights() -> None:
-    machine = Machine(engines=1, slots=2, half=1e9, update=1.0, group=1)
+    machine = Machine(engines=1, slots=2, half=1e9, update=0.1, group=1)
     batches = [lengths(10, 10), lengths(10, 100), lengths(10, 10), lengths(10, 10)]
     waiting, partial = (
         simulate(machine, batches, Schedule(staleness=1, partial=together)) for together in (False, True)
@@ -52,13 +52,13 @@ def test_a_weight_sync_waits_for_long_samples_unless_they_go_on_with_new_weights
     assert partial.seconds < waiting.seconds
 
 
-def test_more_freedom_is_never_slower_and_draws_the_same_tokens() -> None:
+def test_work_ahead_is_faster_and_draws_the_same_tokens() -> None:
     machine = Machine(engines=4, slots=16)
     rng = np.random.default_rng(1)
     batches = [np.exp(rng.normal(4, 1, 256)).astype(np.int64) + 1 for _ in range(5)]
     outcomes = {name: simulate(machine, batches, schedule) for name, schedule in SCHEDULES.items()}
     assert {outcome.tokens for outcome in outcomes.values()} == {sum(int(batch.sum()) for batch in batches)}
-    order = ("barrier", "staleness 0", "staleness 1", "staleness 1, partial", "staleness 2, partial")
+    order = ("staleness 0", "staleness 1", "staleness 1, partial", "staleness 2, partial")
     seconds = [outcomes[name].seconds for name in order]
     assert seconds == sorted(seconds, reverse=True)
     assert all(0 <= outcome.idle_share(machine) < 1 for outcome in outcomes.values())
