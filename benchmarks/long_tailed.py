@@ -5,10 +5,11 @@ probabilities, and what the layers between add is small. So lengths come about a
 end-of-sequence token; a response is cut off only at `rollout.max_response_tokens`. The layers compute as much as those
 of any model of the size.
 
-A response is a run of `a` or, for one in `LONG_SHARE`, of `l`, which goes on `TAIL` times as long in the mean: a mixture
-of two geometric distributions. Then it says `\\boxed{d}` with a digit d, `7` in `AGREEING` of the cases.
+A response is a run of `a` or, in `LONG_SHARE` of the cases, of `l`, which goes on `TAIL` times as long in the mean: a
+mixture of two geometric distributions. Then it says `\\boxed{d}` with a digit d, `7` in `AGREEING` of the cases.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def transitions(mean_tokens: float) -> dict[str, dict[str, float]]:
         BOX[-1]: {"7": AGREEING} | dict.fromkeys("0123", (1.0 - AGREEING) / 4),
         "}": {END: 1.0},
     }
-    table |= {before: {after: 1.0} for before, after in zip(BOX[:-1], BOX[1:], strict=True)}
+    table |= {before: {after: 1.0} for before, after in pairwise(BOX)}
     return table | {digit: {"}": 1.0} for digit in "01237"}
 
 
@@ -43,7 +44,9 @@ def write_long_tailed_model(directory: Path, mean_tokens: float, noise: float = 
     tokenizer = byte_level_tokenizer()
     write_model(directory, tokenizer)
     table = transitions(mean_tokens)
-    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in {*table, *(t for row in table.values() for t in row)}}
+    ids = {
+        text: tokenizer.convert_tokens_to_ids(text) for text in {*table, *(t for row in table.values() for t in row)}
+    }
     states = {text: place for place, text in enumerate(table)}  # a state has a unit of the residual stream for itself
     (file,) = directory.glob("*.safetensors")
     weights = load_file(file)

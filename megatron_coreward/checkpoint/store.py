@@ -49,6 +49,7 @@ class TrainerState:
     first_accuracy: float | None = None  # avg@n of the run's first validation (pass@1 without random samples)
     first_metric: str | None = None  # which score that was; null in earlier checkpoints: as the settings are
     guard: dict[str, Any] | None = None  # the guard's state
+    questions: dict[str, Any] | None = None  # what was drawn, if that is no function of the step (`resample_flat`)
     unfinished_row: dict[str, float | None] | None = None  # of a step whose validation was interrupted; null: NaN
 
 

@@ -145,6 +145,13 @@ def _vote_problems(config: RunConfig) -> Iterator[str]:
             "teacher.early_stop: true needs rollout.schedule: streaming, in which samples are seen as they end; found "
             f"{r.schedule}"
         )
+    ahead = {"rollout.max_staleness": r.max_staleness, "teacher.lookahead": config.teacher.lookahead}
+    for key, value in ahead.items():
+        if r.resample_flat and value:
+            yield (
+                f"rollout.resample_flat: {r.resample_flat} draws further questions within a step, so later ones must not "
+                f"be on their way; found {key}: {value}, allowed: 0"
+            )
     if r.votes is None:
         return
     if r.votes < r.n:

@@ -66,6 +66,7 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
     validate: Callable[[int, PhaseTimer], Row] | None = None  # updates so far; None: nothing is held out
     observe: Callable[[int, Sequence[ScoredGroup]], Row] = lambda step, scored: {}  # further metrics of a step
+    questions: Callable[[int], dict[str, Any] | None] = lambda step: None  # their state after a step, for checkpoints
     record: Callable[[int, Row], None] = lambda step, row: None
     new_timer: Callable[[], PhaseTimer] = PhaseTimer
     notify: Callable[[str], None] = lambda text: None  # what people should know, now and afterwards
@@ -207,7 +208,9 @@ class Trainer:
         return score if math.isfinite(score) else None
 
     def _save(self) -> None:
-        self.checkpoints.begin(replace(self.state, guard=self.guard.state_dict()))
+        self.checkpoints.begin(
+            replace(self.state, guard=self.guard.state_dict(), questions=self.questions(self.state.step))
+        )
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -12,7 +12,7 @@ Invariants (tests/trainer/test_rollout_log.py):
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +93,20 @@ class RolloutLog:
         teacher = [item.group for item in scored if item.rewards is None]
         return LoggedStep(Rollouts([item.group for item in policy], teacher, syncs), group_rewards)
 
-    def write(self, step: int, scored: Sequence[ScoredGroup], syncs: Sequence[SyncReport]) -> None:
+    def note(self, step: int, name: str) -> str | None:
+        """What `write` was given as a further note of a recorded step; None: the step or the note is not there."""
+        return read_notes(rollouts_path(self._run_dir, step)).get(name) if self._usable(step) else None
+
+    def write(
+        self,
+        step: int,
+        scored: Sequence[ScoredGroup],
+        syncs: Sequence[SyncReport],
+        more_notes: Mapping[str, str] | None = None,
+    ) -> None:
         """Records a step; it is on disk on return."""
         notes = {
+            **(more_notes or {}),
             "fingerprint": self._fingerprint,
             "syncs": json.dumps([[report.seconds, report.canary_gap, report.limit] for report in syncs]),
         }
@@ -119,8 +130,11 @@ class RolloutLog:
 class LoggedCollector:
     """A collector whose steps are logged, and read from the log if it has them."""
 
-    def __init__(self, collector: Collector, log: RolloutLog) -> None:
-        self._collector, self._log = collector, log
+    def __init__(
+        self, collector: Collector, log: RolloutLog, notes: Callable[[int], Mapping[str, str]] = lambda step: {}
+    ) -> None:
+        """`notes`: what to keep beside the rollouts of a step."""
+        self._collector, self._log, self._notes = collector, log, notes
 
     def collect(self, step: int, num_updates: int, timer: PhaseTimer) -> Experience:
         """The experience of a step, as `Collector.collect` has it. The recorded rewards count, whatever the method
@@ -133,7 +147,7 @@ class LoggedCollector:
         if logged is not None:
             return collector.score(step, num_updates, logged.rollouts, timer, logged.group_rewards)
         experience = collector.score(step, num_updates, sampled, timer)
-        self._log.write(step, experience.scored, sampled.syncs)
+        self._log.write(step, experience.scored, sampled.syncs, self._notes(step))
         return experience
 
 

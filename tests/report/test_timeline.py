@@ -31,7 +31,7 @@ def test_a_picture_has_a_bar_for_every_interval_and_a_lane_for_everyone(tmp_path
     write_timeline(tmp_path)
     drawn = picture(last_steps(tmp_path))
     svg = ElementTree.fromstring(drawn[drawn.index("<svg") : drawn.index("</svg>") + 6])
-    titles = [title.text for rect in svg.iter("rect") for title in rect.iter("title")]
+    titles = [title.text for title in svg.iterfind(".//{*}rect/{*}title")]
     assert titles == [
         "update: 4.00 s",
         "waits for rollouts: 6.00 s",
@@ -39,7 +39,7 @@ def test_a_picture_has_a_bar_for_every_interval_and_a_lane_for_everyone(tmp_path
         "sample policy: 5.00 s, 12 sequences",
         "sample policy: 7.00 s, 3 sequences",
     ]
-    texts = [text.text for text in svg.iter("text")]
+    texts = [text.text for text in svg.iterfind(".//{*}text")]
     assert texts == ["actors", "driver", "engine 0", "step 1 (10.00 s)", "step 2 (10.00 s)"]
     assert picture([]) == ""
 

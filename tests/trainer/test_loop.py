@@ -169,3 +169,20 @@ def test_requests_of_a_step_are_seeded_by_what_is_sampled() -> None:
     one[3].requests.clear()
     one[0].step(4, PhaseTimer())
     assert not set(seeds) & {r.seed for r in one[3].requests}
+
+
+def test_all_rollouts_vote_and_a_seeded_choice_of_them_is_trained_on() -> None:
+    trainer, _, actors, engines = make_trainer("majority_voting", **{"rollout.votes": 7})
+    result = trainer.step(1, PhaseTimer())
+    assert [r.n for r in engines.requests] == [7, 7]
+    (batch,) = actors.batches
+    assert len(batch) == 8  # rollout.n of either question
+    for item, part in zip(result.scored, (slice(0, 4), slice(4, 8)), strict=True):
+        assert item.rewards is not None
+        assert item.advantages is not None
+        assert item.label == "0"  # of seven: 0, 1, 2, 0, 1, 2, 0
+        assert item.rewards.tolist() == [1, 0, 0, 1, 0, 0, 1]
+        trained = ~np.isnan(item.advantages)
+        assert trained.sum() == 4
+        np.testing.assert_array_equal(batch.advantages[part], item.advantages[trained])
+        np.testing.assert_allclose(batch.advantages[part].sum(), 0, atol=1e-6)  # normalised over those trained on
