@@ -152,7 +152,7 @@ def _staleness_problems(config: RunConfig) -> Iterator[str]:
             "rollout.placement: colocated, in which one side sleeps while the other computes"
         )
     if r.max_staleness > 1 and r.schedule == "deterministic":
-        yield f"rollout.max_staleness: {r.max_staleness} needs rollout.schedule: streaming; deterministic allows 0 and 1"
+        yield f"rollout.max_staleness: {r.max_staleness} needs rollout.schedule: streaming; deterministic has 0 and 1"
     if r.partial and not (r.max_staleness and r.schedule == "streaming"):
         yield (
             "rollout.partial: true needs rollout.schedule: streaming and rollout.max_staleness of 1 or more, since "
