@@ -149,8 +149,8 @@ def _vote_problems(config: RunConfig) -> Iterator[str]:
     for key, value in ahead.items():
         if r.resample_flat and value:
             yield (
-                f"rollout.resample_flat: {r.resample_flat} draws further questions within a step, so later ones must not "
-                f"be on their way; found {key}: {value}, allowed: 0"
+                f"rollout.resample_flat: {r.resample_flat} draws further questions within a step, so later ones must "
+                f"not be on their way; found {key}: {value}, allowed: 0"
             )
     if r.votes is None:
         return
@@ -181,7 +181,7 @@ def _staleness_problems(config: RunConfig) -> Iterator[str]:
             "rollout.placement: colocated, in which one side sleeps while the other computes"
         )
     if r.max_staleness > 1 and r.schedule == "deterministic":
-        yield f"rollout.max_staleness: {r.max_staleness} needs rollout.schedule: streaming; deterministic allows 0 and 1"
+        yield f"rollout.max_staleness: {r.max_staleness} needs rollout.schedule: streaming; deterministic has 0 and 1"
     if r.partial and not (r.max_staleness and r.schedule == "streaming"):
         yield (
             "rollout.partial: true needs rollout.schedule: streaming and rollout.max_staleness of 1 or more, since "

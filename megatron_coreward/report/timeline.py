@@ -77,7 +77,8 @@ def picture(steps: Sequence[TimelineStep]) -> str:
         if len(lanes) > len(shown)
         else ""
     )
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="who was busy when">{"".join(parts)}</svg>'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"'
+    svg = f'{opening} aria-label="who was busy when">{"".join(parts)}</svg>'
     return f'<div class="legend">{legend}</div><div class="wide">{svg}</div>{more}'
 
 

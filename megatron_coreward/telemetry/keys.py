@@ -71,7 +71,7 @@ MEANINGS: Mapping[str, str] = {
     "rollout/tokens_per_s": "response tokens sampled a second, over all engines",
     "rollout/staleness": "steps by which the weights that sampled are behind those that learn, mean over tokens",
     "rollout/staleness_max": "the largest such number of a token",
-    "rollout/continued_share": "share of responses that several versions of the weights have drawn, one after the other",
+    "rollout/continued_share": "share of responses that several versions of the weights have drawn",
     "rollout/teacher_tokens_saved": "estimated share of the teacher's tokens that votes which ended early have spared: "
     "aborted samples are counted with the mean length of those that ended, which is too little",
     "rollout/teacher_aborted_share": "share of the teacher's samples that were aborted because their vote was decided",
