@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import Equivalence, RunConfig
 from megatron_coreward.config.validate import warnings
 from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
-from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.preflight import preflight
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
@@ -33,14 +32,12 @@ from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timeline import Timeline
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.trainer import finish, resampling
+from megatron_coreward.trainer import finish
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
-from megatron_coreward.trainer.early_stop import early_stop_metrics, early_vote_watchers
-from megatron_coreward.trainer.experience import Collector, RolloutSource
+from megatron_coreward.trainer.collection import open_collection
 from megatron_coreward.trainer.loop import Trainer
-from megatron_coreward.trainer.resampling import ResamplingSource, StepQuestions
 from megatron_coreward.trainer.rollback import Collapsing, open_guard, roll_back
-from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog, fingerprint_of
+from megatron_coreward.trainer.rollout_log import RolloutLog, fingerprint_of
 from megatron_coreward.trainer.run_directory import (
     OpenedRun,
     announce,
@@ -50,8 +47,6 @@ from megatron_coreward.trainer.run_directory import (
     open_run_directory,
     resume_hint,
 )
-from megatron_coreward.trainer.schedule import RolloutSchedule
-from megatron_coreward.trainer.streaming import StreamingSchedule
 from megatron_coreward.trainer.validation import validation_metrics
 
 
@@ -209,26 +204,16 @@ class _Attempt:
         )
         if log.num_recorded:
             self.view.note(f"the rollout log has the rollouts of {log.num_recorded} further steps")
-        questions: StepQuestions | None = None
-        if config.rollout.resample_flat:
-            drawn = None if state is None else state.questions
-            questions = StepQuestions(
-                self.data.train, config, self.opened.steps_done, drawn, lambda step: log.note(step, resampling.NOTE)
-            )
-            problems_of = questions.of
-        else:
-            problems_of = BatchSampler(self.data.train, config.data.batch_size, config.seed, config.data.shuffle).batch
-        source: RolloutSource
-        if config.rollout.schedule == "streaming":
-            watch = early_vote_watchers(config)
-            source = StreamingSchedule(config, method.needs, engines, problems_of, log.has, watch)
-        else:
-            source = RolloutSchedule(config, method.needs, engines, problems_of, log.has)
-        collector = Collector(config, method, actors, source, equivalence, problems_of)
-        resample: ResamplingSource | None = None
-        if questions is not None:
-            resample = ResamplingSource(config, method.needs, source, engines, questions, collector.score, log.has)
-            collector = replace(collector, source=resample)
+        collection = open_collection(
+            config,
+            self.data.train,
+            actors,
+            engines,
+            equivalence,
+            log,
+            self.opened.steps_done,
+            None if state is None else state.questions,
+        )
         labels = self._label_history(equivalence)
         busy = self.stack.enter_context(Timeline(config.run_dir / timeline.FILE_NAME, self._first_row()))
 
@@ -237,23 +222,14 @@ class _Attempt:
             busy.phase(phase)
 
         def observe(step: int, scored: Sequence[ScoredGroup]) -> dict[str, float]:
-            sampling = engines.take_sampling_metrics()
-            if config.rollout.max_staleness and config.rollout.schedule == "deterministic":
-                sampling = {}  # of rollouts that nobody waited for
-            if config.teacher.early_stop and "rollout/aborted_tokens" in sampling:
-                teachers = [item.group for item in scored if item.group.role == "teacher"]
-                aborted = sampling["rollout/aborted_tokens"]
-                sampling |= early_stop_metrics(teachers, config.teacher.n, aborted)
-            if resample is not None:
-                sampling |= resample.take_metrics()
             busy.write(step, engines.take_intervals())
-            return labels.observe(step, scored) | sampling
+            return labels.observe(step, scored) | collection.metrics(scored)
 
         return Trainer(
             config=config,
             needs=method.needs,
             actors=actors,
-            collect=LoggedCollector(collector, log, (lambda step: {}) if questions is None else questions.note).collect,
+            collect=collection.collect,
             checkpoints=CheckpointWriter(
                 config, actors, on_complete=log.covered, labels=labels.snapshot, last_step=self.opened.steps_done
             ),
@@ -262,7 +238,7 @@ class _Attempt:
             stop=self.stop,
             validate=self._validation(engines, running),
             observe=observe,
-            questions=(lambda step: None) if questions is None else questions.state_after,
+            questions=collection.questions,
             record=self._recorder(),
             new_timer=lambda: PhaseTimer(begun),
             notify=self.notify,
