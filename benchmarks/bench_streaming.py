@@ -126,26 +126,35 @@ def lengths(run_dir: Path) -> dict[str, float]:
     return {"mean": float(np.mean(found)), **{f"p{q}": float(np.percentile(found, q)) for q in (50, 90, 99, 100)}}
 
 
+def saved(full: Path, early: Path) -> dict[str, float]:
+    """What early votes have spared the teacher, measured and as the run estimates it."""
+    estimates = [row.get("rollout/teacher_tokens_saved") for row in read_rows(early / "metrics.jsonl")]
+    shares = [row.get("teacher_vote/share") for row in read_rows(full / "metrics.jsonl")]
+    return {
+        "teacher_tokens_saved": 1.0 - teacher_tokens(early) / teacher_tokens(full),
+        "teacher_tokens_saved_estimate": statistics.fmean(e for e in estimates if e is not None),
+        "teacher_vote_share": statistics.fmean(share for share in shares if share is not None),
+    }
+
+
 def results(folders: dict[str, Path], steps: int) -> dict[str, Any]:
     """All figures, by the names of the runs."""
     seconds = {name: step_seconds(run_dir, steps) for name, run_dir in folders.items()}
-    full, ended = teacher_tokens(folders["II deterministic"]), teacher_tokens(folders["II votes"])
-    rows = read_rows(folders["II deterministic"] / "metrics.jsonl")
-    estimates = [row.get("rollout/teacher_tokens_saved") for row in read_rows(folders["II votes"] / "metrics.jsonl")]
-    return {
-        "speedup_i": seconds["I deterministic"] / seconds["I streaming"],
-        "speedup_ii": seconds["II deterministic"] / seconds["II votes"],
-        "speedup_ii_streaming": seconds["II deterministic"] / seconds["II streaming"],
-        "teacher_tokens_saved": 1.0 - ended / full,
-        "teacher_tokens_saved_estimate": statistics.fmean(e for e in estimates if e is not None),
-        "teacher_vote_share": statistics.fmean(float(row.get("teacher_vote/share") or 0) for row in rows),
+    found: dict[str, Any] = {}
+    if "I streaming" in folders:
+        found["speedup_i"] = seconds["I deterministic"] / seconds["I streaming"]
+    if "II votes" in folders:
+        found["speedup_ii"] = seconds["II deterministic"] / seconds["II votes"]
+        found["speedup_ii_streaming"] = seconds["II deterministic"] / seconds["II streaming"]
+        found |= saved(folders["II deterministic"], folders["II votes"])
+    return found | {
         "samples_per_s": {
             name: QUESTIONS * SAMPLES * (2 if RUNS[name][0] == "co_rewarding_i" else 1) / s
             for name, s in seconds.items()
         },
         "step_s": seconds,
         "busy": {name: busy_shares(last_steps(run_dir, steps + 1)[:-1]) for name, run_dir in folders.items()},
-        "response_tokens": lengths(folders["I deterministic"]),
+        "response_tokens": lengths(next(iter(folders.values()))),
     }
 
 
@@ -161,6 +170,7 @@ def write_picture(path: Path, folders: dict[str, Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8, help="that are measured of each run")
+    parser.add_argument("--method", choices=("I", "II"), help="only the runs of this one")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", type=Path, help="folder for the runs, new or empty")
     parser.add_argument("--picture", type=Path, help="who was busy when, as FILE_deterministic.svg and FILE_votes.svg")
@@ -171,9 +181,9 @@ def main() -> None:
         write_long_tailed_model(folder / "model", MEAN_TOKENS)
         for seed, name in enumerate(("original", "rephrased")):
             write_questions(folder / f"{name}.parquet", seed)
-        folders = {name: run(folder, name, options.steps) for name in RUNS}
+        folders = {name: run(folder, name, options.steps) for name in RUNS if options.method in (None, name.split()[0])}
         found = results(folders, options.steps)
-        if options.picture:
+        if options.picture and "II votes" in folders:
             write_picture(options.picture, folders)
     stop_ray()
     tail = found["response_tokens"]
@@ -182,11 +192,13 @@ def main() -> None:
         busy = ", ".join(f"{lane} {share:.0%}" for lane, share in found["busy"][name].items() if lane != "driver")
         print(f"{name:<18}{seconds:>7.2f} s a step{found['samples_per_s'][name]:>8.1f} samples/s   busy: {busy}")
     for key in ("speedup_i", "speedup_ii_streaming", "speedup_ii"):
-        print(f"{key:<24}{found[key]:.2f}x")
-    print(
-        f"teacher_tokens_saved    {found['teacher_tokens_saved']:.1%} (the run's own estimate "
-        f"{found['teacher_tokens_saved_estimate']:.1%}), at a vote share of {found['teacher_vote_share']:.0%}"
-    )
+        if key in found:
+            print(f"{key:<24}{found[key]:.2f}x")
+    if "teacher_tokens_saved" in found:
+        print(
+            f"teacher_tokens_saved    {found['teacher_tokens_saved']:.1%} (the run's own estimate "
+            f"{found['teacher_tokens_saved_estimate']:.1%}), at a vote share of {found['teacher_vote_share']:.0%}"
+        )
     if options.json:
         print(json.dumps(found))
 
