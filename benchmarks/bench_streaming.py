@@ -4,7 +4,7 @@
 
 The model is that of `long_tailed.py`: 4 layers of 128, lengths from a mixture of two geometric distributions, the
 longer one with 20 times the mean, answers that agree in 80% of the cases. 16 questions x 8 rollouts (co_rewarding_i: of
-either view; co_rewarding_ii: as many by the teacher) of at most 384 tokens, one update of all of them.
+either view; co_rewarding_ii: as many by the teacher) of at most 1,024 tokens, one update of all of them.
 
 deterministic: every engine has its share, the actors wait for the slowest sample, the engines for the actors.
 streaming: `rollout.schedule: streaming` with `max_staleness: 1` and `partial: true`.
@@ -38,7 +38,7 @@ from megatron_coreward.telemetry.jsonl import Row, read_rows
 from megatron_coreward.telemetry.rollout_dump import dumped_steps, read_rollouts
 from megatron_coreward.trainer.run import train
 
-QUESTIONS, SAMPLES, RESPONSE_TOKENS, MEAN_TOKENS, WARMUP = 16, 8, 384, 12, 2
+QUESTIONS, SAMPLES, RESPONSE_TOKENS, MEAN_TOKENS, WARMUP = 16, 8, 1024, 12, 2
 STREAMING = ["rollout.schedule=streaming", "rollout.max_staleness=1", "rollout.partial=true"]
 RUNS: dict[str, tuple[str, int, list[str]]] = {  # name -> method, engines, further settings
     "I deterministic": ("co_rewarding_i", 1, []),
