@@ -1,9 +1,12 @@
 """Throughput of a whole training step, beside bare vLLM and a bare Megatron loop on the same work in the same run.
 
-    python benchmarks/bench_step.py [--steps 8] [--tensor-parallel 2] [--engines 1]
+    python benchmarks/bench_step.py [--steps 8] [--tensor-parallel 2] [--engines 1] [--streaming] [--long-tailed]
 
 The work: a tiny Qwen3 (4 layers of 128) with random weights, 32 prompts x 8 completions of 64 tokens, one update a
-batch, no KL. Prints one JSON object. Ratios are taken within the run; absolute numbers hang on the machine.
+batch, no KL. With `--long-tailed`, responses have the lengths of the model of long_tailed.py (12 tokens and 20 times as
+many in the mean, cut off at 384), and the step alone is measured, as in peer_trl.py. `--streaming` lets rollouts go
+ahead by a step, with partial ones going on under new weights. Prints one JSON object. Ratios are taken within the run;
+absolute numbers hang on the machine.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.long_tailed import write_long_tailed_model
 from megatron_coreward.cluster.processes import processes
 from megatron_coreward.cluster.ray_start import start_ray, stop_ray
 from megatron_coreward.cluster.rollout_engines import open_rollout_engines
@@ -34,9 +38,12 @@ from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.schedule import RolloutSchedule
+from megatron_coreward.trainer.streaming import StreamingSchedule
 from megatron_coreward.types import Problem, Prompt
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 32, 8, 32, 64
+LONG_RESPONSE_TOKENS, MEAN_TOKENS = 384, 12  # with --long-tailed
+STREAMING = {"schedule": "streaming", "max_staleness": 1, "partial": True}
 PHASES = ("sync", "rollout", "token_stats", "rewards", "update")
 
 
@@ -51,11 +58,12 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def make_problems(vocab_size: int) -> list[Problem]:
+def make_problems(tokenizer: Any) -> list[Problem]:
     rng = np.random.default_rng(0)
     problems = []
     for i in range(PROMPTS):
-        prompt = Prompt("", rng.integers(3, vocab_size, PROMPT_TOKENS).astype(np.int32))
+        text = "".join(chr(65 + letter) for letter in rng.integers(0, 26, PROMPT_TOKENS))
+        prompt = Prompt(text, np.asarray(tokenizer(text).input_ids, dtype=np.int32))
         problems.append(Problem(f"bench/{i}", {"original": prompt}, ground_truth="1", source="bench"))
     return problems
 
@@ -154,6 +162,8 @@ def main() -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--data-parallel", type=int, default=2)
     parser.add_argument("--engines", type=int, default=2)
+    parser.add_argument("--streaming", action="store_true")
+    parser.add_argument("--long-tailed", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(run(Path(folder), options), indent=2))
@@ -163,11 +173,14 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     import ray
 
     tokenizer = byte_level_tokenizer()
-    write_model(folder / "model", tokenizer)
+    if options.long_tailed:
+        write_long_tailed_model(folder / "model", MEAN_TOKENS)
+    else:
+        write_model(folder / "model", tokenizer)
     config = parse_config(
         {
             "run_dir": str(folder / "run"),
-            "steps": options.steps + 1,
+            "steps": options.steps + 2,
             "method": "majority_voting",
             "model": {"hf_path": str(folder / "model"), "dtype": "float32"},
             "data": {"train_files": ["none"], "batch_size": PROMPTS, "max_prompt_tokens": PROMPT_TOKENS},
@@ -178,19 +191,22 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             },
             "rollout": {
                 "n": SAMPLES,
-                "max_response_tokens": RESPONSE_TOKENS,
+                "max_response_tokens": LONG_RESPONSE_TOKENS if options.long_tailed else RESPONSE_TOKENS,
                 "num_engines": options.engines,
                 "kv_cache_gib": 0.25,
+                **(STREAMING if options.streaming else {}),
             },
-            "loss": {"kl_coef": 0},
+            "loss": {"kl_coef": 0, "mismatch_correction": "tis" if options.streaming else "off"},
         }
     )
-    problems = make_problems(len(tokenizer))
+    problems = make_problems(tokenizer)
     rows = []
     method = METHODS[config.method]
     with processes(config) as running, AnswerEquivalence("exact") as equivalence:
         engines = open_rollout_engines(config, running, canary_tokens(problems))
-        schedule = RolloutSchedule(config, method.needs, engines, lambda step: problems)
+        schedule = (StreamingSchedule if options.streaming else RolloutSchedule)(
+            config, method.needs, engines, lambda step: problems
+        )
         collector = Collector(config, method, running.actors, schedule, equivalence, lambda step: problems)
         trainer = Trainer(
             config=config,
@@ -199,14 +215,25 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             collect=collector.collect,
             checkpoints=CheckpointWriter(config, running.actors),
         )
-        for step in range(1, options.steps + 2):
+        for step in range(1, options.steps + 3):
             timer = PhaseTimer()
             result = trainer.step(step, timer)
             rows.append(result.metrics | timer.metrics())
         setup = running.actors.setup
-    rows = rows[1:]  # the first step warms up
+        engines.close()
+    rows = rows[1:-1]  # the first step warms up; the last one has nothing drawn ahead of it
     median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     response_tokens = median["rollout/response_tokens_mean"] * PROMPTS * SAMPLES
+    mean_step = statistics.fmean(row["step_time_s"] for row in rows)
+    if options.long_tailed or options.streaming:
+        stop_ray()
+        return {
+            "work": f"{PROMPTS} prompts x {SAMPLES}, up to {config.rollout.max_response_tokens} tokens",
+            "layout": {k: getattr(options, k) for k in ("tensor_parallel", "data_parallel", "engines", "streaming")},
+            "step_s": mean_step,
+            "samples_per_s": PROMPTS * SAMPLES / mean_step,
+            "response_tokens_mean": statistics.fmean(row["rollout/response_tokens_mean"] for row in rows),
+        }
     trained_tokens = response_tokens + PROMPTS * SAMPLES * PROMPT_TOKENS
 
     start_ray()

@@ -1,6 +1,9 @@
 """The work of bench_step.py in TRL's GRPOTrainer, for comparison. Needs the package trl (and accelerate, datasets).
 
-    OMP_NUM_THREADS=2 python benchmarks/peer_trl.py [--steps 6]
+    OMP_NUM_THREADS=2 python benchmarks/peer_trl.py [--steps 6] [--long-tailed]
+
+By default responses are cut off at 64 tokens, which nearly all of them reach. With `--long-tailed` lengths are those of
+the model of long_tailed.py, of 12 tokens and of 20 times as many in the mean, cut off at 384.
 
 Prints one JSON object: the median seconds of a step, samples a second. Run both scripts in one go on one machine.
 """
@@ -8,6 +11,7 @@ Prints one JSON object: the median seconds of a step, samples a second. Run both
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,10 +21,14 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.long_tailed import write_long_tailed_model
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 32, 8, 32, 64
+LONG_RESPONSE_TOKENS, MEAN_TOKENS = 384, 12  # with --long-tailed
 
 
 class StepTimes(TrainerCallback):
@@ -40,11 +48,21 @@ class StepTimes(TrainerCallback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--long-tailed", action="store_true")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    prompts = ["".join(chr(97 + i) for i in rng.integers(0, 26, PROMPT_TOKENS)) for _ in range(PROMPTS * 64)]
+    lengths: list[int] = []
+    prompts = ["".join(chr(65 + i) for i in rng.integers(0, 26, PROMPT_TOKENS)) for _ in range(PROMPTS * 64)]
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder) / "model", byte_level_tokenizer())
+        if options.long_tailed:
+            write_long_tailed_model(Path(folder) / "model", MEAN_TOKENS)
+        else:
+            write_model(Path(folder) / "model", byte_level_tokenizer())
+
+        def reward(completions: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
+            lengths.extend(map(len, completion_ids))
+            return rng.random(len(completions)).tolist()
+
         model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model")
         config = GRPOConfig(
             output_dir=str(Path(folder) / "run"),
@@ -52,7 +70,7 @@ def main() -> None:
             bf16=False,
             per_device_train_batch_size=PROMPTS * SAMPLES,
             num_generations=SAMPLES,
-            max_completion_length=RESPONSE_TOKENS,
+            max_completion_length=LONG_RESPONSE_TOKENS if options.long_tailed else RESPONSE_TOKENS,
             max_steps=options.steps + 1,
             beta=0.0,
             learning_rate=3e-6,
@@ -66,13 +84,18 @@ def main() -> None:
             model=model,
             args=config,
             processing_class=AutoTokenizer.from_pretrained(Path(folder) / "model"),
-            reward_funcs=lambda completions, **_: rng.random(len(completions)).tolist(),
+            reward_funcs=reward,
             train_dataset=Dataset.from_dict({"prompt": prompts}),
             callbacks=[clock],
         )
         trainer.train()
     step = statistics.median(clock.times[1:])
-    print(json.dumps({"step_s": step, "samples_per_s": PROMPTS * SAMPLES / step}, indent=2))
+    found = {
+        "step_s": step,
+        "samples_per_s": PROMPTS * SAMPLES / step,
+        "response_tokens_mean": statistics.fmean(lengths),
+    }
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

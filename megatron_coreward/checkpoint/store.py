@@ -52,6 +52,7 @@ class TrainerState:
     guard: dict[str, Any] | None = None  # the guard's state
     canary_limit: float | None = None  # nats; what a weight sync may show since the run's first one
     canary_allowed: float | None = None  # sync.max_logprob_gap at that time: another one lets the next sync set it
+    questions: dict[str, Any] | None = None  # what was drawn, if that is no function of the step (`resample_flat`)
     unfinished_row: dict[str, float | None] | None = None  # of a step whose validation was interrupted; null: NaN
 
 

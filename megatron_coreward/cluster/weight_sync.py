@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_coreward.cluster.engine_group import EngineSet
 from megatron_coreward.cluster.processes import CANARY_TOKENS, Processes
 from megatron_coreward.cluster.worker_group import Outstanding, Workers
 from megatron_coreward.config.schema import RunConfig
@@ -123,6 +124,10 @@ class WeightSync:
         self._synced = version
         return SyncReport(time.perf_counter() - begin, gap, self._limit)
 
+    def holds(self, version: WeightVersion) -> bool:
+        """Whether the engines hold these weights, checked."""
+        return version == self._synced
+
     def open(self) -> TransferSpec:
         """Makes the actors ready to send, with the memory that it takes; `sync_weights` does so itself."""
         if self._opened is None:
@@ -147,18 +152,27 @@ class WeightSync:
 
 
 def open_sync(
-    config: RunConfig, processes: Processes, canary: IntArray, canary_limit: float | None = None
+    config: RunConfig,
+    processes: Processes,
+    canary: IntArray,
+    canary_limit: float | None = None,
+    *,
+    engines: EngineSet | None = None,
+    roles: tuple[Role, ...] = ("policy", "teacher"),
 ) -> WeightSync:
     """The weight sync that a run is configured for.
 
     Args:
         canary_limit: what an earlier attempt of the run has calibrated; None: the first weight sync does it.
+        engines: that hold the weights of these roles, one at a time; None: all engines.
     """
+    engines = engines or processes.engines
     spec = TransferSpec(
         transport=processes.transport,
         name=f"coreward-{secrets.token_hex(6)}",
         actor=ActorLayout.of(config.actor),
-        engines=EngineLayout(config.rollout.num_engines, config.rollout.tensor_parallel),
+        engines=EngineLayout(len(engines.numbers), config.rollout.tensor_parallel),
+        roles=roles,
         dtype=config.model.dtype,
         bucket_bytes=int(config.sync.bucket_mib * 2**20),
         timeout_s=config.sync.timeout_s,
@@ -167,7 +181,7 @@ def open_sync(
     colocation, rounded = processes.colocation, config.model.dtype != "float32"
     return WeightSync(
         processes.actors,
-        processes.engines,
+        engines,
         partial(processes.watchdog.get, awaited="weights"),
         give_up,
         spec=spec,

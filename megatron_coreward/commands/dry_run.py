@@ -47,7 +47,9 @@ def _steps(config: RunConfig) -> Iterator[str]:
     needs = METHODS[config.method].needs
     in_views = f", in {len(needs.views)} views" if len(needs.views) > 1 else ""
     teacher = f", and {config.teacher.n} of the teacher" if needs.teacher else ""
-    yield f"{config.data.batch_size} questions in a step{in_views}, {config.rollout.n} completions each{teacher}"
+    trained = "" if config.rollout.votes is None else f", {config.rollout.n} of them trained on"
+    samples = config.rollout.num_samples
+    yield f"{config.data.batch_size} questions in a step{in_views}, {samples} completions each{trained}{teacher}"
 
 
 def _memory(config: RunConfig, arch: Architecture | None) -> Iterator[str]:
@@ -131,6 +133,7 @@ def written_files(config: RunConfig, arch: Architecture | None) -> dict[str, str
         "metrics.jsonl": "a line per step",
         "events.log": "what happened beside the steps",
         "labels.jsonl": "the labels of every question from epoch to epoch",
+        "timeline.jsonl": "who was busy when: actors, driver and every engine",
         "logs/": "what the processes print",
         "tensorboard/": "the metrics, for TensorBoard",
         "checkpoints/": f"{when}; the newest {c.keep} are kept{best}{size}",

@@ -18,6 +18,9 @@ def add(commands: Any) -> None:
     report.add_argument("--out", type=Path, help="the page (default: report.html in the run directory)")
     report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most")
     report.add_argument("--questions", type=int, default=8, help="questions of each, at most")
+    report.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write who was busy when, of all steps, as a Chrome trace as well"
+    )
     report.set_defaults(run=_report)
 
     compare = commands.add_parser("compare", help="several runs on one page")
@@ -46,6 +49,10 @@ def _report(options: argparse.Namespace) -> None:
         if getattr(options, name) < 0:
             raise InputError(f"--{name}: found {getattr(options, name)}; allowed: 0 or more")
     say(str(write_report(options.run_dir, options.out, Limits(options.steps, options.questions))))
+    if options.trace is not None:
+        from megatron_coreward.report.timeline import write_trace
+
+        say(str(write_trace(options.run_dir, options.trace)))
     for line in bring_to_trackers(options.run_dir):
         say(line)
 

@@ -35,6 +35,8 @@ REPHRASED_METHODS: frozenset[MethodName] = TWO_VIEW_METHODS | {"co_rewarding_i+i
 TEACHER_METHODS: frozenset[MethodName] = frozenset(
     {"co_rewarding_ii", "co_rewarding_i+ii", "co_rewarding_i+ii_original"}
 )
+# Whose labels are votes of the policy's own groups.
+POLICY_VOTE_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "majority_voting"})
 
 SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\boxed{}."
 
@@ -174,9 +176,23 @@ class RolloutSettings(Component):
     """GPUs per engine; divides the model's attention heads."""
     n: Annotated[int, Field(ge=2)] = 8
     """Completions per question that the policy samples (the group size G of the paper)."""
-    max_staleness: Literal[0, 1] = 0
-    """Most steps by which the weights that sample may be older than those that learn. 1: engines sample the next step's
-    rollouts while the actors learn; it needs loss.mismatch_correction and placement disaggregated."""
+    votes: Positive | None = None
+    """Completions per question that the policy samples for its vote if it votes on more than it trains on (64 and 32 in
+    TTRL); at least n. A seeded choice of n of them is trained on. For majority_voting and co_rewarding_i, whose labels
+    are votes of the policy. null: n."""
+    schedule: Literal["deterministic", "streaming"] = "deterministic"
+    """deterministic: every engine has a fixed share of a batch, and a run repeats bit by bit; streaming: groups go to
+    engines as these have room and come back one by one, which is faster if lengths differ."""
+    resample_flat: NonNegative = 0
+    """Further questions that a step may draw in place of those whose rewards are all equal, which teach nothing: at
+    most so many times data.batch_size (dynamic sampling of DAPO). Trained on are data.batch_size. 0: none."""
+    max_staleness: NonNegative = 0
+    """Most steps by which the weights that draw a token may be older than those that learn from it. 1 or more: engines
+    sample rollouts of later steps while the actors learn; it needs loss.mismatch_correction and placement
+    disaggregated, and 2 or more schedule streaming."""
+    partial: bool = False
+    """Whether unfinished responses go on with new weights when these come, instead of being finished first; every token
+    keeps the version that drew it. Needs schedule streaming and max_staleness of 1 or more."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature of policy and teacher; the actors compute log-probs at the same temperature."""
     max_response_tokens: Positive = 3072
@@ -197,6 +213,11 @@ class RolloutSettings(Component):
     cpu_threads: Positive = 1
     """Threads per engine rank on a machine without GPUs."""
 
+    @property
+    def num_samples(self) -> int:
+        """Completions per question that the policy samples."""
+        return self.n if self.votes is None else self.votes
+
 
 class TeacherSettings(Component):
     """The EMA teacher of co_rewarding_ii and co_rewarding_i+ii(_original); other methods read none of these keys."""
@@ -204,8 +225,14 @@ class TeacherSettings(Component):
     lookahead: NonNegative = 0
     """Further steps whose questions the teacher labels ahead of time, with one set of weights. 0: the teacher labels
     each step with the weights of that step, as in the paper."""
+    engines: NonNegative = 0
+    """How many of rollout.num_engines sample for the teacher alone, so that both sample at once; fewer than all. 0:
+    policy and teacher share all engines, one after the other."""
     n: Positive = 8
     """Completions per question that the teacher samples for its vote (G~ of the paper)."""
+    early_stop: bool = False
+    """Whether a group of the teacher ends as soon as no answer that is still out can change its label or abstention;
+    the rest is aborted. Labels are the same. Needs rollout.schedule streaming."""
     decay_start: Fraction = 0.99
     """Share of itself that the teacher keeps at the first update; it rises to decay_end along a cosine."""
     decay_end: Fraction = 0.9999

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from megatron_coreward.config import accelerator, layout_rules
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.config.schema import (
+    POLICY_VOTE_METHODS,
     REPHRASED_METHODS,
     TEACHER_METHODS,
     TWO_VIEW_METHODS,
@@ -41,6 +42,15 @@ def validate(config: RunConfig) -> Architecture:
     if problems:
         raise InputError("\n".join(problems))
     return arch
+
+
+def warnings(config: RunConfig, arch: Architecture) -> Iterator[str]:
+    """What may go wrong and is not refused."""
+    if arch.experts is not None and config.loss.mismatch_correction == "off":
+        yield (
+            "loss.mismatch_correction: off for a mixture of experts: engines and actors route some tokens to other "
+            "experts, and the loss takes that for the policy's; tis or icepop corrects it"
+        )
 
 
 def model_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
@@ -74,6 +84,7 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
     yield from layout_rules.pipeline_problems(config.actor)
     yield from _batch_problems(config)
     yield from _method_problems(config)
+    yield from _vote_problems(config)
     yield from _staleness_problems(config)
     yield from _bound_problems(config)
     best, scores = config.checkpoint.best_metric, score_names(config.validation)
@@ -126,15 +137,75 @@ def _method_problems(config: RunConfig) -> Iterator[str]:
         yield f"guard.action: freeze_teacher, but method {config.method} keeps none"
 
 
-def _staleness_problems(config: RunConfig) -> Iterator[str]:
-    r, loss = config.rollout, config.loss
-    if r.max_staleness and loss.mismatch_correction == "off":
+def _vote_problems(config: RunConfig) -> Iterator[str]:
+    """Of votes on more, or on less, than what is trained on."""
+    r, method = config.rollout, config.method
+    if config.teacher.early_stop and method not in TEACHER_METHODS:
+        yield f"teacher.early_stop: true, but method {method} keeps no teacher whose votes could end; allowed: false"
+    elif config.teacher.early_stop and r.schedule != "streaming":
         yield (
-            "rollout.max_staleness: 1 samples from older weights; it needs loss.mismatch_correction of tis or icepop, "
-            "found off"
+            "teacher.early_stop: true needs rollout.schedule: streaming, in which samples are seen as they end; found "
+            f"{r.schedule}"
+        )
+    ahead = {"rollout.max_staleness": r.max_staleness, "teacher.lookahead": config.teacher.lookahead}
+    for key, value in ahead.items():
+        if r.resample_flat and value:
+            yield (
+                f"rollout.resample_flat: {r.resample_flat} draws further questions within a step, so later ones must "
+                f"not be on their way; found {key}: {value}, allowed: 0"
+            )
+    if r.votes is None:
+        return
+    if r.votes < r.n:
+        yield f"rollout.votes: found {r.votes}; allowed: at least rollout.n ({r.n}), which are chosen from them"
+    if method not in POLICY_VOTE_METHODS:
+        allowed = " and ".join(sorted(POLICY_VOTE_METHODS))
+        instead = "; teacher.n is the number of the teacher's votes" if method in TEACHER_METHODS else ""
+        yield f"rollout.votes: method {method} has no vote of the policy; allowed: null, or {allowed}{instead}"
+
+
+def _staleness_problems(config: RunConfig) -> Iterator[str]:
+    """Of rollouts from other weights than those that learn, and of who draws them."""
+    r, own = config.rollout, config.teacher.engines
+    asked = [
+        *([f"rollout.max_staleness: {r.max_staleness}"] if r.max_staleness else []),
+        *(["rollout.partial: true"] if r.partial else []),
+        *(["rollout.quantization: fp8"] if r.quantization == "fp8" else []),
+    ]
+    if asked and config.loss.mismatch_correction == "off":
+        yield (
+            f"loss.mismatch_correction: off, but {' and '.join(asked)} samples from a distribution that is not the one "
+            "that learns; allowed: tis, icepop"
         )
     if r.max_staleness and r.placement == "colocated":
-        yield "rollout.max_staleness: 1 needs engines that run while actors learn; found rollout.placement: colocated"
+        yield (
+            f"rollout.max_staleness: {r.max_staleness} needs engines that run while actors learn; found "
+            "rollout.placement: colocated, in which one side sleeps while the other computes"
+        )
+    if r.max_staleness > 1 and r.schedule == "deterministic":
+        yield f"rollout.max_staleness: {r.max_staleness} needs rollout.schedule: streaming; deterministic has 0 and 1"
+    if r.partial and not (r.max_staleness and r.schedule == "streaming"):
+        yield (
+            "rollout.partial: true needs rollout.schedule: streaming and rollout.max_staleness of 1 or more, since "
+            f"otherwise nothing is in flight when weights change; found {r.schedule} and {r.max_staleness}"
+        )
+    if config.actor.router_replay != "off" and r.schedule == "streaming":
+        yield (
+            "actor.router_replay: rollout reads the experts of whole batches; found rollout.schedule: streaming, "
+            "allowed: deterministic"
+        )
+    if own and config.method not in TEACHER_METHODS:
+        yield f"teacher.engines: {own}, but method {config.method} keeps no teacher; allowed: 0"
+    elif own and own >= r.num_engines:
+        yield (
+            f"teacher.engines: {own} of rollout.num_engines: {r.num_engines} leave none for the policy; allowed: 0 to "
+            f"{r.num_engines - 1}"
+        )
+    if own and r.placement == "colocated":
+        yield (
+            f"teacher.engines: {own} are for engines with GPUs of their own; found rollout.placement: colocated, "
+            "allowed: 0"
+        )
 
 
 def _bound_problems(config: RunConfig) -> Iterator[str]:

@@ -44,7 +44,7 @@ class Work:
     """What a step has to do, whatever the layout."""
 
     trained: int  # sequences that the policy samples and that are trained on
-    labelled: int  # sequences that the teacher samples
+    labelled: int  # sequences that vote and are not trained on: the teacher's, and those of rollout.votes beyond n
     prompt: float  # mean tokens
     response: float
     longest: int  # tokens of the longest response
@@ -63,11 +63,11 @@ class Work:
 
 def work(config: RunConfig, assumptions: Assumptions) -> Work:
     views = 2 if config.method in TWO_VIEW_METHODS else 1
-    teacher = config.method in TEACHER_METHODS
+    teacher, r = config.method in TEACHER_METHODS, config.rollout
     statistics = METHODS[config.method].needs.token_stats or config.loss.updates_per_batch > 1
     return Work(
-        trained=config.data.batch_size * views * config.rollout.n,
-        labelled=config.data.batch_size * views * config.teacher.n * teacher,
+        trained=config.data.batch_size * views * r.n,
+        labelled=config.data.batch_size * views * (config.teacher.n * teacher + r.num_samples - r.n),
         prompt=assumptions.mean_prompt * config.data.max_prompt_tokens,
         response=assumptions.mean_response * config.rollout.max_response_tokens,
         longest=config.rollout.max_response_tokens,

@@ -40,6 +40,7 @@ OWN_NAMES: Mapping[str, Literal["file", "directory"] | None] = {
     "rollbacks.jsonl": "file",
     "rollouts": "directory",
     "tensorboard": None,
+    "timeline.jsonl": "file",
     "wandb": None,
     "wandb_id": None,
 }

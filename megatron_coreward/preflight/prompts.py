@@ -11,6 +11,7 @@ from typing import Any
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.parquet import Message
+from megatron_coreward.data.question_stream import QuestionStream
 from megatron_coreward.data.sampler import BatchOrder
 from megatron_coreward.errors import InputError
 from megatron_coreward.preflight.tokenizer import FileTokenizer, has_fast_tokenizer
@@ -34,6 +35,9 @@ def problems(config: RunConfig) -> Iterator[str]:
             if needs.ground_truth:
                 train = train.with_ground_truth(data.missing_gold, train.missing_in_training(config.method))
             BatchOrder(len(train), data.batch_size, config.seed, data.shuffle)
+            if config.rollout.resample_flat:
+                most = data.batch_size * (1 + config.rollout.resample_flat)
+                QuestionStream(len(train), most, config.seed, data.shuffle)
         except InputError as error:
             yield str(error)
     held_out = []

@@ -17,7 +17,7 @@ from megatron_coreward.checkpoint import inputs
 from megatron_coreward.config.names import with_new_names
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
-from megatron_coreward.telemetry import label_history
+from megatron_coreward.telemetry import label_history, timeline
 from megatron_coreward.telemetry.jsonl import FILE_NAME, read_rows
 
 FIXED = (
@@ -46,6 +46,8 @@ FIXED = (
     "actor.clip_grad",
     "actor.router_replay",
     "rollout.n",
+    "rollout.votes",
+    "rollout.resample_flat",
     "rollout.max_staleness",
     "rollout.temperature",
     "rollout.max_response_tokens",
@@ -78,7 +80,11 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir"
         return
     yield from inputs.refused_inputs(run_dir / "checkpoints" / f"step_{newest:06d}", config)
-    for name, read in ((FILE_NAME, read_rows), (label_history.FILE_NAME, label_history.read_lines)):
+    for name, read in (
+        (FILE_NAME, read_rows),
+        (label_history.FILE_NAME, label_history.read_lines),
+        (timeline.FILE_NAME, timeline.read_timeline),
+    ):
         try:
             if (run_dir / name).is_file():
                 read(run_dir / name)

@@ -55,7 +55,7 @@ def recompute_step(
     group_rewards = tuple(
         _as_recorded(item) if method.needs.token_stats else method.score(item.group, context) for item in policy
     )
-    advantages = tuple(group_advantages(_rewards(item)) for item in policy)
+    advantages = tuple(_advantages(item) for item in policy)
     votes = context.votes()
     return Recomputed(
         recorded=tuple(scored),
@@ -69,7 +69,7 @@ def recompute_step(
         advantages=advantages,
         metrics={
             **_response_metrics(groups),
-            **reward_metrics(group_rewards, advantages),
+            **reward_metrics(group_rewards, [values[~np.isnan(values)] for values in advantages]),
             **vote_metrics(votes),
             **agreement_metrics(votes, equivalence),
             **ground_truth_metrics(
@@ -133,6 +133,15 @@ def name_of(item: ScoredGroup) -> str:
 def _rewards(item: ScoredGroup) -> FloatArray:
     assert item.rewards is not None  # every group of the policy has them (ScoredGroup)
     return item.rewards
+
+
+def _advantages(item: ScoredGroup) -> FloatArray:
+    """Over the rollouts that were trained on, which the dump names; NaN for the others."""
+    assert item.advantages is not None
+    trained = ~np.isnan(item.advantages)
+    advantages = np.full_like(item.advantages, np.nan)
+    advantages[trained] = group_advantages(_rewards(item)[trained])
+    return advantages
 
 
 def _as_recorded(item: ScoredGroup) -> GroupReward:

@@ -129,7 +129,9 @@ def _guard_differences(result: Replay, record: RunRecord) -> Iterator[tuple[Diff
 
 
 def _close(recorded: float | None, now: float) -> bool:
-    return recorded is not None and math.isclose(recorded, now, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE)
+    if recorded is None or math.isnan(recorded):
+        return recorded is not None and math.isnan(now)
+    return math.isclose(recorded, now, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE)
 
 
 def summary(record: RunRecord, result: Replay, max_differences: int = 10) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.config.schema import RewardSettings
 from megatron_coreward.guard import Decision, replay_rows
-from megatron_coreward.report import panels
+from megatron_coreward.report import panels, timeline
 from megatron_coreward.report.chart import Mark
 from megatron_coreward.report.html_page import figures, readouts, section, table, text, write_page
 from megatron_coreward.report.run_record import RunRecord, load_record
@@ -54,6 +54,7 @@ def write_report(run_dir: Path, out: Path | None = None, limits: Limits | None =
     sections = [
         _head(record, decisions),
         section("curves", "Curves", figures(drawn)),
+        section("timeline", "Who was busy when", _timeline(record)),
         section("guard", "Collapse guard", _guard(record, decisions)),
         section("samples", "Samples", _browser(samples)),
         section("config", "Configuration and events", _config(record)),
@@ -91,6 +92,7 @@ def _head(record: RunRecord, decisions: list[Decision]) -> str:
         f'<a href="#{name}">{title}</a>'
         for name, title in (
             ("curves", "Curves"),
+            ("timeline", "Timeline"),
             ("guard", "Guard"),
             ("samples", "Samples"),
             ("config", "Configuration"),
@@ -99,6 +101,17 @@ def _head(record: RunRecord, decisions: list[Decision]) -> str:
     return (
         f"<nav>{menu}</nav><h1>{text(record.name)}</h1>"
         f'<p class="dim">{text(method)} on {text(model)}</p><div class="cards">{cards}</div>\n'
+    )
+
+
+def _timeline(record: RunRecord) -> str:
+    steps = timeline.last_steps(record.run_dir)
+    if not steps:
+        return "<p>The run has no timeline.</p>"
+    shares = ", ".join(f"{text(lane)} {share:.0%}" for lane, share in timeline.busy_shares(steps).items())
+    return (
+        f"{timeline.picture(steps)}<p class=dim>The last {len(steps)} steps; what has no colour was idle. "
+        f"Busy: {shares}. All steps, for chrome://tracing or Perfetto: megatron-coreward report RUN --trace FILE.</p>"
     )
 
 

@@ -3,6 +3,7 @@
 The page holds its data, so it is bounded: what is left out is counted and said on the page.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -142,5 +143,5 @@ def _group(item: ScoredGroup, equivalence: AnswerEquivalence, min_margin: float)
     }
 
 
-def _number(value: Any) -> float:
-    return round(float(value), 4)
+def _number(value: Any) -> float | None:
+    return None if math.isnan(value) else round(float(value), 4)

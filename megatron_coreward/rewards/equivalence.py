@@ -141,7 +141,7 @@ class AnswerEquivalence:
         self.close()
 
     def _form(self, answer: str) -> Form:
-        return _FORMS[self.relation](answer)
+        return form_of(self.relation, answer)
 
     def _same(self, a: Form, b: Form) -> bool:
         quick = self._quick(a, b)
@@ -179,6 +179,18 @@ class AnswerEquivalence:
                         if len(self._verdicts) > CACHE_SIZE:
                             del self._verdicts[next(iter(self._verdicts))]
         return last
+
+
+def form_of(relation: Relation, answer: str) -> Form:
+    """What stands for an answer under a relation."""
+    return _FORMS[relation](answer)
+
+
+def may_be_same(a: Form, b: Form) -> bool:
+    """Whether two forms of one relation are the same answer, or only a process could say that they are not."""
+    if a.text == b.text or (a.plain and b.plain):
+        return a.text == b.text
+    return _without_process(*sorted((a.text, b.text))) is not False
 
 
 @lru_cache(maxsize=65536)  # questions share answers, and metrics read them again

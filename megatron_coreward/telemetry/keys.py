@@ -30,7 +30,7 @@ MEANINGS: Mapping[str, str] = {
     **{f"time/{phase}_s": f"wall time of the phase {phase}" for phase in PHASES},
     f"time/{OUTSIDE}_s": "wall time of the step outside its phases",
     f"time/{OUTSIDE}_share": "share of the step's wall time outside its phases",
-    "reward/mean": "mean reward of the policy's rollouts",
+    "reward/mean": "mean reward of the policy's rollouts, those that only voted (rollout.votes) included",
     "reward/std": "standard deviation of the reward over all of the policy's rollouts",
     "advantage/zero_variance_share": "share of groups whose rewards are all equal, so that they teach nothing",
     "vote/share": "mean share of a group that gave the majority answer",
@@ -43,7 +43,8 @@ MEANINGS: Mapping[str, str] = {
     "vote/exact_vs_math_changed_rollouts": "share of rollouts whose reward as a winner depends on the relation",
     "vote/abstention_rate": "share of votes that gave no label because their margin was too small",
     **{
-        f"teacher_vote/{name}": f"vote/{name} of the teacher's groups"
+        f"teacher_vote/{name}": f"vote/{name} of the teacher's groups; over the answers that were in when the vote was "
+        "decided, if votes end early (teacher.early_stop), which makes shares and margins larger"
         for name in (
             "share",
             "margin",
@@ -68,7 +69,17 @@ MEANINGS: Mapping[str, str] = {
     "rollout/self_certainty": "mean KL(uniform || p) of the policy's next-token distribution on its rollouts",
     "rollout/truncated_share": "share of responses cut off at the length limit",
     "rollout/tokens_per_s": "response tokens sampled a second, over all engines",
-    "rollout/staleness": "steps by which the weights that sampled are behind those that learn",
+    "rollout/staleness": "steps by which the weights that sampled are behind those that learn, mean over tokens",
+    "rollout/staleness_max": "the largest such number of a token",
+    "rollout/continued_share": "share of responses that several versions of the weights have drawn",
+    "rollout/teacher_tokens_saved": "estimated share of the teacher's tokens that votes which ended early have spared: "
+    "aborted samples are counted with the mean length of those that ended, which is too little",
+    "rollout/teacher_aborted_share": "share of the teacher's samples that were aborted because their vote was decided",
+    "rollout/teacher_stopped_share": "share of the teacher's groups that ended before their last sample",
+    "rollout/flat_share": "share of the questions drawn whose rollouts were all rewarded alike, replaced ones included",
+    "rollout/further_questions": "questions that a step has drawn in place of flat ones (rollout.resample_flat)",
+    "rollout/aborted_samples": "samples that were aborted because their group needed no more",
+    "rollout/aborted_tokens": "tokens that had been drawn of them",
     "rollout/slowest_engine_s": "time until the slowest engine had sampled its share of the policy's rollouts",
     "rollout/fastest_engine_s": "time until the fastest one had",
     "rollout/entropy": "mean entropy of the policy's next-token distribution on its rollouts",

@@ -18,7 +18,8 @@ from megatron_coreward.rewards.methods.base import GroupReward, Method
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.batch import to_sequences
-from megatron_coreward.types import FloatArray, Problem, RolloutGroup, Sequences, TokenStats
+from megatron_coreward.trainer.choice import chosen_rollouts, part_of, spread
+from megatron_coreward.types import FloatArray, IntArray, Problem, RolloutGroup, Sequences, TokenStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +37,28 @@ class Experience:
 
     num_updates: int  # optimizer steps that the policy had taken
     rollouts: Rollouts
-    sequences: Sequences  # of the policy's groups
+    chosen: list[IntArray]  # [n] places of the rollouts of each policy group that are trained on (`rollout.votes`)
+    trained: list[RolloutGroup]  # the policy's groups with those rollouts alone
+    sequences: Sequences  # of the trained groups
     token_stats: TokenStats | None  # of those sequences under the policy; None: nothing has asked for them
     context: BatchRewardContext  # the votes
-    group_rewards: list[GroupReward]
-    advantages: list[FloatArray]  # [G] each
+    group_rewards: list[GroupReward]  # of all rollouts, trained on or not
+    advantages: list[FloatArray]  # [n] of the trained groups
     ground_truths: Mapping[str, str | None]  # by uid; for people, who read them after the update
 
     @property
     def scored(self) -> list[ScoredGroup]:
         """Every group with what was concluded about it, the policy's before the teacher's."""
+        parts = zip(self.rollouts.policy, self.group_rewards, self.advantages, self.chosen, strict=True)
         policy = [
-            ScoredGroup(group, reward.label, reward.rewards, advantages, self.ground_truths.get(group.uid))
-            for group, reward, advantages in zip(self.rollouts.policy, self.group_rewards, self.advantages, strict=True)
+            ScoredGroup(
+                group,
+                reward.label,
+                reward.rewards,
+                spread(advantages, rows, len(group.completions)),
+                self.ground_truths.get(group.uid),
+            )
+            for group, reward, advantages, rows in parts
         ]
         return policy + [
             ScoredGroup(group, None, None, None, self.ground_truths.get(group.uid)) for group in self.rollouts.teacher
@@ -93,8 +103,11 @@ class Collector:
     ) -> Experience:
         """Rewards of the rollouts of a step (or those that are known already), and advantages."""
         needs, ground_truths = self.method.needs, {p.uid: p.ground_truth for p in self.problems_of(step - 1)}
+        n, seed = self.config.rollout.n, self.config.seed
+        chosen = [chosen_rollouts(group, n, seed, step) for group in rollouts.policy]
+        trained = [part_of(group, rows) for group, rows in zip(rollouts.policy, chosen, strict=True)]
         with timer.phase("token_stats"):
-            sequences = to_sequences(rollouts.policy)
+            sequences = to_sequences(trained)
             stats = None
             if needs.token_stats:
                 stats = self.actors.token_stats(sequences, "policy", self.config.rollout.temperature, True)
@@ -110,5 +123,9 @@ class Collector:
             )
             if group_rewards is None:
                 group_rewards = [self.method.score(group, context) for group in rollouts.policy]
-            advantages = [group_advantages(reward.rewards) for reward in group_rewards]
-        return Experience(num_updates, rollouts, sequences, stats, context, group_rewards, advantages, ground_truths)
+            advantages = [
+                group_advantages(reward.rewards[rows]) for reward, rows in zip(group_rewards, chosen, strict=True)
+            ]
+        return Experience(
+            num_updates, rollouts, chosen, trained, sequences, stats, context, group_rewards, advantages, ground_truths
+        )

@@ -66,6 +66,7 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
     validate: Callable[[int, PhaseTimer], Row] | None = None  # updates so far; None: nothing is held out
     observe: Callable[[int, Sequence[ScoredGroup]], Row] = lambda step, scored: {}  # further metrics of a step
+    questions: Callable[[int], dict[str, Any] | None] = lambda step: None  # their state after a step, for checkpoints
     record: Callable[[int, Row], None] = lambda step, row: None
     new_timer: Callable[[], PhaseTimer] = PhaseTimer
     notify: Callable[[str], None] = lambda text: None  # what people should know, now and afterwards
@@ -105,7 +106,7 @@ class Trainer:
                 held_to = "teacher" if loss.kl_reference == "teacher" else "reference"
                 reference = self._logprobs(experience.sequences, held_to)
         with timer.phase("update"):
-            groups = experience.rollouts.policy
+            groups = experience.trained
             batch = to_batch(
                 experience.sequences, groups, experience.advantages, loss, max_tokens, old, reference, kl_coef
             )
@@ -212,7 +213,14 @@ class Trainer:
 
     def _save(self) -> None:
         metric = None if self.state.score is None else self.config.checkpoint.best_metric
-        self.checkpoints.begin(replace(self.state, score_metric=metric, guard=self.guard.state_dict()))
+        self.checkpoints.begin(
+            replace(
+                self.state,
+                score_metric=metric,
+                guard=self.guard.state_dict(),
+                questions=self.questions(self.state.step),
+            )
+        )
 
 
 def due(step: int, every: int, last: int) -> bool:

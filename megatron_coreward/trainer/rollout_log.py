@@ -5,15 +5,15 @@ rollouts, votes and rewards are read, and only the update is computed. The log i
 (rollouts/step_000001.parquet) with a note of what it was drawn under.
 
 Invariants (tests/trainer/test_rollout_log.py):
-  1. A step is read only if it was drawn under the same settings, model and data, from weights of the same version, for
-     the same questions, and if all steps between the checkpoint and it are there too.
+  1. A step is read only if it was drawn under the same settings, model and data, from weights of the versions that
+     may be learnt from, for the same questions, and if all steps between the checkpoint and it are there too.
   2. What is read gives the same update as what was sampled.
 """
 
 import hashlib
 import json
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,8 @@ from megatron_coreward.telemetry.rollout_dump import (
 )
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.experience import Collector, Experience, Rollouts
-from megatron_coreward.types import Problem, View, WeightVersion
+from megatron_coreward.trainer.staleness import versions_allowed
+from megatron_coreward.types import Problem, View
 
 # What has no part in what is sampled from given weights, and none in the weights.
 _WITHOUT_EFFECT = ("run_dir", "telemetry", "checkpoint", "faults", "watchdog", "validation", "sync")
@@ -83,12 +84,9 @@ class RolloutLog:
             return None
         policy = [item for item in scored if item.rewards is not None]
         asked = [(problem.uid, view) for problem in problems for view in views]
-        sampled_from = {c.weight_version for item in policy for c in item.group.completions}
-        if (
-            [(item.group.uid, item.group.view) for item in policy] != asked
-            or len(sampled_from) != 1
-            or not sampled_from <= set(versions)
-        ):
+        completions = [c for item in policy for c in item.group.completions]
+        sampled_from = {version for c in completions for version in c.token_versions.tolist()}
+        if [(item.group.uid, item.group.view) for item in policy] != asked or not sampled_from <= set(versions):
             discard_rollouts(self._run_dir, step)
             return None
         group_rewards = [GroupReward(item.label, item.rewards) for item in policy if item.rewards is not None]
@@ -96,9 +94,20 @@ class RolloutLog:
         teacher = [item.group for item in scored if item.rewards is None]
         return LoggedStep(Rollouts([item.group for item in policy], teacher, syncs), group_rewards)
 
-    def write(self, step: int, scored: Sequence[ScoredGroup], syncs: Sequence[SyncReport]) -> None:
+    def note(self, step: int, name: str) -> str | None:
+        """What `write` was given as a further note of a recorded step; None: the step or the note is not there."""
+        return read_notes(rollouts_path(self._run_dir, step)).get(name) if self._usable(step) else None
+
+    def write(
+        self,
+        step: int,
+        scored: Sequence[ScoredGroup],
+        syncs: Sequence[SyncReport],
+        more_notes: Mapping[str, str] | None = None,
+    ) -> None:
         """Records a step; it is on disk on return."""
         notes = {
+            **(more_notes or {}),
             "fingerprint": self._fingerprint,
             "syncs": json.dumps([[report.seconds, report.canary_gap, report.limit] for report in syncs]),
         }
@@ -122,23 +131,24 @@ class RolloutLog:
 class LoggedCollector:
     """A collector whose steps are logged, and read from the log if it has them."""
 
-    def __init__(self, collector: Collector, log: RolloutLog) -> None:
-        self._collector, self._log = collector, log
+    def __init__(
+        self, collector: Collector, log: RolloutLog, notes: Callable[[int], Mapping[str, str]] = lambda step: {}
+    ) -> None:
+        """`notes`: what to keep beside the rollouts of a step."""
+        self._collector, self._log, self._notes = collector, log, notes
 
     def collect(self, step: int, num_updates: int, timer: PhaseTimer) -> Experience:
         """The experience of a step, as `Collector.collect` has it. The recorded rewards count, whatever the method
         would make of the rollouts now."""
         collector, config = self._collector, self._collector.config
-        versions = {WeightVersion("policy", num_updates).number}
-        if config.rollout.max_staleness:
-            versions.add(WeightVersion("policy", num_updates - config.loss.updates_per_batch).number)
+        versions = versions_allowed(num_updates, config.loss.updates_per_batch, config.rollout.max_staleness)
         problems = collector.problems_of(step - 1)
         logged = self._log.read(step, problems, collector.method.needs.views, versions)
         sampled = collector.source.sample(step, num_updates, timer)  # of a logged step: what later steps need
         if logged is not None:
             return collector.score(step, num_updates, logged.rollouts, timer, logged.group_rewards)
         experience = collector.score(step, num_updates, sampled, timer)
-        self._log.write(step, experience.scored, sampled.syncs)
+        self._log.write(step, experience.scored, sampled.syncs, self._notes(step))
         return experience
 
 

@@ -19,24 +19,25 @@ from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
 from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.schema import Equivalence, RunConfig
+from megatron_coreward.config.validate import warnings
 from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
-from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.preflight import preflight, refuse_another_run
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
-from megatron_coreward.telemetry import label_history
+from megatron_coreward.telemetry import label_history, timeline
 from megatron_coreward.telemetry.console import RunView, open_view
 from megatron_coreward.telemetry.label_history import LabelHistory
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
+from megatron_coreward.telemetry.timeline import Timeline
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer import finish
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
-from megatron_coreward.trainer.experience import Collector
+from megatron_coreward.trainer.collection import open_collection
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollback import Collapsing, open_guard, roll_back
-from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog, fingerprint_of
+from megatron_coreward.trainer.rollout_log import RolloutLog, fingerprint_of
 from megatron_coreward.trainer.run_directory import (
     OpenedRun,
     announce,
@@ -46,7 +47,6 @@ from megatron_coreward.trainer.run_directory import (
     open_run_directory,
     resume_hint,
 )
-from megatron_coreward.trainer.schedule import RolloutSchedule
 from megatron_coreward.trainer.validation import validation_metrics
 
 
@@ -157,7 +157,12 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
                 steps_done=opened.steps_done,
             )
         )
-        for note in [*opened.notes, *data.notes(config), "starting Ray, actors and rollout engines"]:
+        for note in [
+            *opened.notes,
+            *data.notes(config),
+            *warnings(config, arch),
+            "starting Ray, actors and rollout engines",
+        ]:
             view.note(note)
         attempt = _Attempt(config, data, opened, stop, view, stack)
         watchdog = Watchdog(config.watchdog, attempt.notify, stop, logs=config.run_dir / LOGS)
@@ -166,6 +171,7 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
         calibrated = state is not None and state.canary_allowed == config.sync.max_logprob_gap
         canary_limit = state.canary_limit if state is not None and calibrated else None
         engines = open_rollout_engines(config, running, canary_tokens(data.train), attempt.notify, canary_limit)
+        stack.callback(engines.close)
         computes = running.actors.call("describe", results_of=(0,))[0]
         attempt.notify("actors compute with " + ", ".join(f"{what}: {how}" for what, how in computes.items()))
         if opened.trainer_state is not None:
@@ -199,7 +205,6 @@ class _Attempt:
         actors = running.actors
         config, method, state = self.config, METHODS[self.config.method], self.opened.trainer_state
         equivalence = self._equivalence(config.rewards.equivalence, running)
-        problems_of = BatchSampler(self.data.train, config.data.batch_size, config.seed, config.data.shuffle).batch
         log = RolloutLog(
             config.run_dir,
             fingerprint_of(config),
@@ -208,19 +213,32 @@ class _Attempt:
         )
         if log.num_recorded:
             self.view.note(f"the rollout log has the rollouts of {log.num_recorded} further steps")
-        schedule = RolloutSchedule(config, method.needs, engines, problems_of, log.has)
-        collector = Collector(config, method, actors, schedule, equivalence, problems_of)
+        collection = open_collection(
+            config,
+            self.data.train,
+            actors,
+            engines,
+            equivalence,
+            log,
+            self.opened.steps_done,
+            None if state is None else state.questions,
+        )
         labels = self._label_history(equivalence)
+        busy = self.stack.enter_context(Timeline(config.run_dir / timeline.FILE_NAME, self._first_row()))
+
+        def begun(phase: str | None) -> None:
+            self.view.phase(phase)
+            busy.phase(phase)
 
         def observe(step: int, scored: Sequence[ScoredGroup]) -> dict[str, float]:
-            sampling = {} if config.rollout.max_staleness else engines.take_sampling_metrics()
-            return labels.observe(step, scored) | sampling
+            busy.write(step, engines.take_intervals())
+            return labels.observe(step, scored) | collection.metrics(scored)
 
         return Trainer(
             config=config,
             needs=method.needs,
             actors=actors,
-            collect=LoggedCollector(collector, log).collect,
+            collect=collection.collect,
             checkpoints=CheckpointWriter(
                 config, actors, on_complete=log.covered, labels=labels.snapshot, last_step=self.opened.steps_done
             ),
@@ -229,10 +247,16 @@ class _Attempt:
             stop=self.stop,
             validate=self._validation(engines, running),
             observe=observe,
+            questions=collection.questions,
             record=self._recorder(),
-            new_timer=lambda: PhaseTimer(self.view.phase),
+            new_timer=lambda: PhaseTimer(begun),
             notify=self.notify,
         )
+
+    def _first_row(self) -> int:
+        """The step whose row is written next."""
+        state = self.opened.trainer_state
+        return 0 if state is None else state.step + (state.unfinished_row is None)
 
     def _label_history(self, equivalence: AnswerEquivalence) -> LabelHistory:
         first_step = 0 if self.opened.trainer_state is None else self.opened.steps_done + 1
@@ -241,11 +265,11 @@ class _Attempt:
 
     def _recorder(self) -> Callable[[int, dict[str, float]], None]:
         """Writes the row of a step to every sink and shows it."""
-        config, state = self.config, self.opened.trainer_state
+        config = self.config
         sinks = self.stack.enter_context(
             open_sinks(
                 config.run_dir,
-                first_step=0 if state is None else state.step + (state.unfinished_row is None),
+                first_step=self._first_row(),
                 wandb_project=config.telemetry.wandb_project,
                 config=config.model_dump(mode="json"),
                 warn=self.notify,

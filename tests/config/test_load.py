@@ -2,14 +2,18 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import yaml
 
 from megatron_coreward.config.load import dump_config, load_config, parse_config
-from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, TWO_VIEW_METHODS
+from megatron_coreward.config.schema import POLICY_VOTE_METHODS, REPHRASED_METHODS, TEACHER_METHODS, TWO_VIEW_METHODS
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.rewards.methods.base import Method, RewardContext
+from megatron_coreward.types import Completion, Prompt, RolloutGroup
 
 
 def tree() -> dict[str, Any]:
@@ -115,6 +119,17 @@ def test_the_configs_tables_agree_with_the_methods() -> None:
     assert {name for name, method in METHODS.items() if method.needs.teacher} == TEACHER_METHODS
     assert {name for name, method in METHODS.items() if len(method.needs.views) == 2} == TWO_VIEW_METHODS
     assert {name for name, method in METHODS.items() if "rephrased" in method.needs.all_views} == REPHRASED_METHODS
+    assert {name for name, method in METHODS.items() if _asks_for_a_vote_of_the_policy(method)} == POLICY_VOTE_METHODS
+
+
+def _asks_for_a_vote_of_the_policy(method: Method) -> bool:
+    """By what it asks for when it judges a group."""
+    context = MagicMock(spec=RewardContext)
+    context.matches.return_value = context.sequence_means.return_value = np.zeros(1, dtype=np.float32)
+    completion = Completion(np.ones(1, np.int32), np.zeros(1, np.float32), "", None, "stop", 0)
+    group = RolloutGroup("a", "original", "policy", Prompt("?", np.ones(1, np.int32)), (completion,))
+    method.score(group, context)
+    return any("policy" in call.args for call in context.label_from_vote.call_args_list)
 
 
 def test_every_recipe_of_the_repository_loads() -> None:

@@ -138,6 +138,13 @@ def test_layouts_go_from_8_to_256_gpus_of_either_size() -> None:
         assert max(numbers) == 256
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_mixtures_of_experts_and_no_other_models_correct_for_what_engines_sample_otherwise(recipe: Path) -> None:
+    config = load(recipe)
+    routed = architecture_of(config.model).experts is not None
+    assert config.loss.mismatch_correction == ("tis" if routed else "off")
+
+
 def test_no_part_lies_unused() -> None:
     used: set[Path] = set()
 

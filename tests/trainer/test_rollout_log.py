@@ -138,3 +138,15 @@ class TestTheFingerprint:
         before = fingerprint_of(make_config())
         (files / "model" / "model.safetensors").write_text("xy")
         assert fingerprint_of(make_config()) != before
+
+
+def test_a_recorded_step_that_votes_on_more_than_it_trains_on_is_the_same(tmp_path: Path) -> None:
+    updates = []
+    for _ in range(2):
+        log = RolloutLog(tmp_path, "f", 1, keep=True)
+        trainer, _, actors, _ = make_trainer("majority_voting", log=log, **{"rollout.votes": 7})
+        trainer.step(1, PhaseTimer())
+        updates.append(actors.batches[0])
+    np.testing.assert_array_equal(updates[0].advantages, updates[1].advantages)
+    for one, two in zip(updates[0].sequences.token_ids, updates[1].sequences.token_ids, strict=True):
+        np.testing.assert_array_equal(one, two)

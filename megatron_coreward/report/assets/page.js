@@ -72,7 +72,7 @@
   const some = (test) => (question) => policy(question).some(test);
   const filters = {
     all: () => true,
-    flat: some((group) => group.rollouts.every((rollout) => rollout.advantage === 0)),
+    flat: some((group) => group.rollouts.every((rollout) => !rollout.advantage)),
     split: some((group) => group.share < 0.5),
     tie: some((group) => group.tie),
     nolabel: some((group) => group.label === null),
