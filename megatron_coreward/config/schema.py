@@ -12,29 +12,11 @@ from pydantic import Field
 
 from megatron_coreward.config.component import Component, Fraction, NonNegative, Positive
 from megatron_coreward.config.guard import GuardSettings
-
-MethodName = Literal[
-    "co_rewarding_i",
-    "co_rewarding_ii",
-    "co_rewarding_i+ii",
-    "co_rewarding_i+ii_original",
-    "majority_voting",
-    "ground_truth",
-    "self_certainty",
-    "entropy",
-]
+from megatron_coreward.config.methods import MethodSetting
 
 AnswerFormat = Literal["boxed", "hashes", "plain"]
 
 Equivalence = Literal["hendrycks", "exact", "math"]
-
-# Which methods train on both views, which read rephrased questions, which keep a teacher and which read ground truth;
-# a test holds these against the methods' own needs.
-TWO_VIEW_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
-REPHRASED_METHODS: frozenset[MethodName] = TWO_VIEW_METHODS | {"co_rewarding_i+ii_original"}
-TEACHER_METHODS: frozenset[MethodName] = frozenset(
-    {"co_rewarding_ii", "co_rewarding_i+ii", "co_rewarding_i+ii_original"}
-)
 
 SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\boxed{}."
 
@@ -382,11 +364,12 @@ class RunConfig(Component):
     """Seed of sampling and of the order of questions. The engines' library takes 32 bits."""
     steps: Positive
     """Steps of the whole run: one batch of rollouts each. Schedules of learning rate and teacher span them."""
-    method: MethodName
-    """Where labels come from: co_rewarding_i from the votes on rephrased questions, co_rewarding_ii from the votes of
-    an EMA teacher, co_rewarding_i+ii from the teacher's votes across views, co_rewarding_i+ii_original from those on
-    rephrased questions for the original ones alone. Baselines: majority_voting, ground_truth, self_certainty and
-    entropy."""
+    method: MethodSetting
+    """How rollouts are rewarded. co_rewarding_i labels them by the votes on rephrased questions, co_rewarding_ii by the
+    votes of an EMA teacher, co_rewarding_i+ii by the teacher's votes across views, co_rewarding_i+ii_original by those
+    on rephrased questions for the original ones alone; docs/methods.md has all methods. A text such as
+    my_package.my_module:MyMethod is a method of your own, by its import path, which loading the recipe imports. Keys
+    and values are several methods with their weights: their rewards are added."""
     gpu: Literal["a100", "h100", "h200"] | None = None
     """GPU that the layout was made for, by which plan judges it unless it is given another; null: none in particular.
     It changes nothing in a run."""

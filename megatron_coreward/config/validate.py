@@ -13,13 +13,8 @@ from pydantic import BaseModel
 
 from megatron_coreward.config import accelerator, layout_rules
 from megatron_coreward.config.architecture import Architecture, read_architecture
-from megatron_coreward.config.schema import (
-    REPHRASED_METHODS,
-    TEACHER_METHODS,
-    TWO_VIEW_METHODS,
-    RunConfig,
-    ValidationSettings,
-)
+from megatron_coreward.config.methods import method_title, needs_of
+from megatron_coreward.config.schema import RunConfig, ValidationSettings
 from megatron_coreward.errors import InputError
 
 # Mean gap of log-probs between engine and actor that rounding alone may make; a limit below it refuses every sync.
@@ -94,7 +89,7 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"actor.tokens_per_microbatch: {a.tokens_per_microbatch} does not hold one sequence of "
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
         )
-    views = 2 if config.method in TWO_VIEW_METHODS else 1
+    views = len(needs_of(config.method).views)
     sequences = config.data.batch_size * views * r.n
     if sequences < a.data_parallel:
         yield f"actor.data_parallel: {a.data_parallel} ranks for a batch of {sequences} sequences"
@@ -114,14 +109,15 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
 def _method_problems(config: RunConfig) -> Iterator[str]:
     """Of what a method has and what other keys ask of it."""
     loss, guard = config.loss, config.guard.action
-    if config.method in REPHRASED_METHODS and not config.data.rephrased_files:
-        yield f"data.rephrased_files: method {config.method} needs rephrased questions, none are given"
-    if config.method not in TEACHER_METHODS and loss.kl_reference == "teacher":
-        yield f"loss.kl_reference: teacher, but method {config.method} keeps none; allowed: frozen, auto"
+    needs, title = needs_of(config.method), method_title(config.method)
+    if "rephrased" in needs.all_views and not config.data.rephrased_files:
+        yield f"data.rephrased_files: method {title} needs rephrased questions, none are given"
+    if not needs.teacher and loss.kl_reference == "teacher":
+        yield f"loss.kl_reference: teacher, but method {title} keeps none; allowed: frozen, auto"
     if guard in ("raise_kl", "rollback") and not loss.kl_coef:
         yield f"guard.action: {guard} raises loss.kl_coef, which is 0; allowed: off, warn, stop, or a KL term"
-    if guard == "freeze_teacher" and config.method not in TEACHER_METHODS:
-        yield f"guard.action: freeze_teacher, but method {config.method} keeps none"
+    if guard == "freeze_teacher" and not needs.teacher:
+        yield f"guard.action: freeze_teacher, but method {title} keeps none"
 
 
 def _staleness_problems(config: RunConfig) -> Iterator[str]:

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_coreward.algorithms.advantages import group_advantages
-from megatron_coreward.config.schema import RewardSettings
+from megatron_coreward.config.methods import check_method
+from megatron_coreward.config.schema import LossSettings, RewardSettings
 from megatron_coreward.errors import InputError
 from megatron_coreward.report.run_record import RunRecord
+from megatron_coreward.rewards import methods
 from megatron_coreward.rewards.agreement import agreement_metrics, ground_truth_metrics, reward_metrics, vote_metrics
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.context import BatchRewardContext, GroupKey
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rewards.methods.base import GroupReward, Method
 from megatron_coreward.rewards.voting import Vote
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup, read_rollouts
@@ -39,9 +39,13 @@ class Recomputed:
 
 
 def recompute_step(
-    scored: Sequence[ScoredGroup], method: Method, settings: RewardSettings, equivalence: AnswerEquivalence
+    scored: Sequence[ScoredGroup],
+    method: Method,
+    settings: RewardSettings,
+    equivalence: AnswerEquivalence,
+    by_std: bool = True,
 ) -> Recomputed:
-    """Everything of a step that its dump determines."""
+    """Everything of a step that its dump determines. `by_std`: of `loss.advantage_std`."""
     policy = tuple(item for item in scored if item.group.role == "policy")
     groups = [item.group for item in policy]
     context = BatchRewardContext(
@@ -49,13 +53,16 @@ def recompute_step(
         equivalence,
         policy_groups=groups,
         teacher_groups=[item.group for item in scored if item.group.role == "teacher"],
-        ground_truths={item.group.uid: item.label for item in policy} if method.needs.ground_truth else None,
+        ground_truths={item.group.uid: _gold(item) for item in policy} if method.needs.ground_truth else None,
         min_margin=settings.min_margin,
     )
     group_rewards = tuple(
-        _as_recorded(item) if method.needs.token_stats else method.score(item.group, context) for item in policy
+        _as_recorded(item, method) if method.needs.token_stats else method.score(item.group, context) for item in policy
     )
-    advantages = tuple(group_advantages(_rewards(item)) for item in policy)
+    advantages = tuple(
+        replace(now, rewards=_rewards(item)).advantages_of_group(by_std)
+        for item, now in zip(policy, group_rewards, strict=True)
+    )
     votes = context.votes()
     return Recomputed(
         recorded=tuple(scored),
@@ -90,7 +97,7 @@ def recompute_run(
 
     Raises InputError if there are none or none can be read, or for an unknown method.
     """
-    method = method_of(record)
+    method, by_std = method_of(record), record.settings("loss", LossSettings).advantage_std
     wanted = [step for step in record.dumps if steps is None or step in steps]
     if not wanted:
         have = f"steps {min(record.dumps)} to {max(record.dumps)} have some" if record.dumps else "there are none"
@@ -108,7 +115,7 @@ def recompute_run(
             note(f"step {step} is left out: {error}")
             continue
         some = True
-        yield step, recompute_step(scored, method, settings, equivalence)
+        yield step, recompute_step(scored, method, settings, equivalence, by_std)
     if damaged is not None and not some:
         raise damaged
 
@@ -119,10 +126,10 @@ def method_of(record: RunRecord) -> Method:
         raise InputError(
             f"{record.run_dir / 'config.yaml'}: missing or empty; it names the method whose votes to recompute"
         )
-    name = str(record.config.get("method"))
-    if name not in METHODS:
-        raise InputError(f"{record.run_dir / 'config.yaml'}: method: found {name!r}; allowed: {', '.join(METHODS)}")
-    return METHODS[name]
+    try:
+        return methods.method_of(check_method(record.config.get("method")))
+    except (InputError, ValueError) as error:
+        raise InputError(f"{record.run_dir / 'config.yaml'}: method: {error}") from None
 
 
 def name_of(item: ScoredGroup) -> str:
@@ -135,8 +142,14 @@ def _rewards(item: ScoredGroup) -> FloatArray:
     return item.rewards
 
 
-def _as_recorded(item: ScoredGroup) -> GroupReward:
-    return GroupReward(item.label, _rewards(item))
+def _gold(item: ScoredGroup) -> str | None:
+    """The data set's answer; in dumps that do not have it, the label of a method that labels by it."""
+    return item.label if item.ground_truth is None else item.ground_truth
+
+
+def _as_recorded(item: ScoredGroup, method: Method) -> GroupReward:
+    own = getattr(method, "own_advantages", False)
+    return GroupReward(item.label, _rewards(item), item.advantages if own else None)
 
 
 def _response_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_coreward.algorithms.advantages import group_advantages
 from megatron_coreward.cluster.weight_sync import SyncReport
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.context import BatchRewardContext
@@ -110,5 +109,6 @@ class Collector:
             )
             if group_rewards is None:
                 group_rewards = [self.method.score(group, context) for group in rollouts.policy]
-            advantages = [group_advantages(reward.rewards) for reward in group_rewards]
+            by_std = self.config.loss.advantage_std
+            advantages = [reward.advantages_of_group(by_std) for reward in group_rewards]
         return Experience(num_updates, rollouts, sequences, stats, context, group_rewards, advantages, ground_truths)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_coreward.checkpoint.inputs import VALIDATION, input_digests
 from megatron_coreward.cluster.weight_sync import SyncReport
+from megatron_coreward.config.methods import method_title
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.methods.base import GroupReward
@@ -90,7 +91,9 @@ class RolloutLog:
         ):
             discard_rollouts(self._run_dir, step)
             return None
-        group_rewards = [GroupReward(item.label, item.rewards) for item in policy if item.rewards is not None]
+        group_rewards = [
+            GroupReward(item.label, item.rewards, item.advantages) for item in policy if item.rewards is not None
+        ]
         syncs = [SyncReport(*report) for report in json.loads(read_notes(path)["syncs"])]
         teacher = [item.group for item in scored if item.rewards is None]
         return LoggedStep(Rollouts([item.group for item in policy], teacher, syncs), group_rewards)
@@ -144,6 +147,7 @@ class LoggedCollector:
 def fingerprint_of(config: RunConfig) -> str:
     """Changes with every setting, model file or data file that has a part in what a step samples and learns."""
     tree = config.model_dump(mode="json")
+    tree["method"] = method_title(config.method)  # of a mixture, the order counts: the first label is taken
     for name in _WITHOUT_EFFECT:
         del tree[name]
     tree["files"] = {key: digest for key, digest in input_digests(config).items() if not key.startswith(VALIDATION)}

@@ -18,13 +18,14 @@ from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollo
 from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
 from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.config.methods import method_title, needs_of
 from megatron_coreward.config.schema import Equivalence, RunConfig
 from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.preflight import preflight
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.rewards.methods import method_of
 from megatron_coreward.telemetry import label_history
 from megatron_coreward.telemetry.console import RunView, open_view
 from megatron_coreward.telemetry.label_history import LabelHistory
@@ -146,7 +147,7 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
         view = stack.enter_context(
             open_view(
                 config.telemetry.console,
-                title=f"{config.method} in {config.run_dir}",
+                title=f"{method_title(config.method)} in {config.run_dir}",
                 total_steps=config.steps,
                 steps_done=opened.steps_done,
             )
@@ -188,7 +189,7 @@ class _Attempt:
     def trainer(self, running: Processes, engines: RolloutEngines) -> Trainer:
         """The trainer, with all that it writes to."""
         actors = running.actors
-        config, method, state = self.config, METHODS[self.config.method], self.opened.trainer_state
+        config, method, state = self.config, method_of(self.config.method), self.opened.trainer_state
         equivalence = self._equivalence(config.rewards.equivalence, running)
         problems_of = BatchSampler(self.data.train, config.data.batch_size, config.seed, config.data.shuffle).batch
         log = RolloutLog(
@@ -267,7 +268,7 @@ class _Attempt:
 
 def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     """The questions to train on, and those to validate on (`data_sets`)."""
-    data, needs = config.data, METHODS[config.method].needs
+    data, needs = config.data, needs_of(config.method)
     limits: dict[str, Any] = {
         "system_prompt": data.system_prompt,
         "max_prompt_tokens": data.max_prompt_tokens,
@@ -279,7 +280,9 @@ def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     rephrased = data.rephrased_files if "rephrased" in needs.all_views else ()
     problems = load_problems(data.train_files, rephrased, tokenizer, **limits)
     if needs.ground_truth:
-        problems = problems.with_ground_truth(data.missing_gold, problems.missing_in_training(config.method))
+        problems = problems.with_ground_truth(
+            data.missing_gold, problems.missing_in_training(method_title(config.method))
+        )
     held_out = []
     for file in data.val_files:
         found = load_problems([file], (), tokenizer, **limits)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_coreward.config.load import dump_config, load_config, parse_config
-from megatron_coreward.config.schema import REPHRASED_METHODS, TEACHER_METHODS, TWO_VIEW_METHODS
+from megatron_coreward.config.methods import REPHRASED_METHODS, TEACHER_METHODS, TWO_VIEW_METHODS
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.methods import METHODS
 

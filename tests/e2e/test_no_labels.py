@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollout_engines
-from megatron_coreward.config.schema import MethodName
+from megatron_coreward.config.methods import MethodName
 from megatron_coreward.rewards.context import BatchRewardContext
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS

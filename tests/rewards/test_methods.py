@@ -5,7 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from megatron_coreward.config.schema import MethodName
+from megatron_coreward.config.methods import MethodName
 from megatron_coreward.rewards.context import BatchRewardContext
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
