@@ -59,8 +59,8 @@ REPHRASED_METHODS: frozenset[MethodName] = frozenset(
 TEACHER_METHODS: frozenset[MethodName] = frozenset(n for n, needs in BUILT_IN_NEEDS.items() if needs.teacher)
 
 EXPECTED = (
-    f"expected one of {', '.join(BUILT_IN)}; or the import path of a method, such as {plugins.EXAMPLE}; or the name of "
-    f"an entry point in the group {plugins.GROUP}; or a mapping of such methods to weights"
+    f"expected one of {', '.join(map(repr, BUILT_IN))}; or the import path of a method, such as {plugins.EXAMPLE}; or "
+    f"the name of an entry point in the group {plugins.GROUP}; or a mapping of such methods to weights"
 )
 
 
@@ -114,11 +114,12 @@ def parts_of(method: str | Mapping[str, float]) -> tuple[tuple[str, float], ...]
     return ((method, 1.0),) if isinstance(method, str) else tuple(method.items())
 
 
-def method_title(method: str | Mapping[str, float]) -> str:
-    """A method for people: `majority_voting`, or `1 x co_rewarding_i + 0.1 x my.module:length_penalty`."""
-    if isinstance(method, str):
-        return method
-    return " + ".join(f"{weight:g} x {name}" for name, weight in method.items())
+def method_title(method: object) -> str:
+    """A method for people: `majority_voting`, or `1.0 x co_rewarding_i + 0.1 x my.module:length_penalty`. What is no
+    setting at all, such as a damaged file may have, is shown as it is."""
+    if isinstance(method, Mapping):
+        return " + ".join(f"{weight} x {name}" for name, weight in method.items())
+    return str(method)
 
 
 def needs_of(method: str | Mapping[str, float]) -> Needs:

@@ -163,6 +163,11 @@ class RolloutSettings(Component):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings at which an engine ends a response; the tokens of the string are part of it. With any, engines decode
     text token by token, which is slower."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of probability that the policy's training rollouts are drawn from, the most likely tokens first; below 1 it
+    needs loss.mismatch_correction, as actors train the whole distribution. Teacher and validation are not affected."""
+    top_k: NonNegative = 0
+    """Most likely tokens that the policy's training rollouts are drawn from; 0: all. Otherwise as top_p."""
     max_num_seqs: Positive = 256
     """Most sequences that an engine decodes at once."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
@@ -215,8 +220,20 @@ class RewardSettings(Component):
 
 
 class LossSettings(Component):
-    """The PPO-clip loss with its KL term."""
+    """The clipped policy gradient loss with its KL term."""
 
+    objective: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """What is clipped: ppo the probability ratio of each token, gspo one ratio for a whole sequence (its bounds are
+    about a thousandth of those of ppo, and its paper aggregates by seq-mean-token-mean), cispo the weight of a token's
+    gradient, which never vanishes. With one update per batch all ratios are 1, and all three are the same."""
+    advantage_std: bool = True
+    """Whether advantages are divided by the standard deviation of their group's rewards; false as in Dr. GRPO. Methods
+    that compute advantages of their own (restrain) are not affected."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a bonus on the entropy of every token's distribution, in nats, which keeps the policy exploring."""
+    mask_truncated: bool = False
+    """Whether responses that were cut off at rollout.max_response_tokens are left out of the loss (overlong filtering,
+    DAPO). They still vote, and count in the advantages of their group."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """How far below 1 the probability ratio is clipped."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2

@@ -68,6 +68,7 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
     yield from _batch_problems(config)
     yield from _method_problems(config)
     yield from _staleness_problems(config)
+    yield from _truncation_problems(config)
     yield from _bound_problems(config)
     best, scores = config.checkpoint.best_metric, score_names(config.validation)
     # A data set's own scores are named after its source, which only the file knows: val/<source>/<score> (preflight).
@@ -131,9 +132,22 @@ def _staleness_problems(config: RunConfig) -> Iterator[str]:
         yield "rollout.max_staleness: 1 needs engines that run while actors learn; found rollout.placement: colocated"
 
 
+def _truncation_problems(config: RunConfig) -> Iterator[str]:
+    """Of rollouts that are drawn from a part of the distribution that the actors train."""
+    r, loss = config.rollout, config.loss
+    for key, value, whole in (("top_p", r.top_p, 1.0), ("top_k", r.top_k, 0)):
+        if value != whole and loss.mismatch_correction == "off":
+            yield (
+                f"rollout.{key}: {value} draws from a part of the distribution, whose log-probs differ from those of "
+                f"the actors; it needs loss.mismatch_correction of tis or icepop, found off, or {key} {whole:g}"
+            )
+
+
 def _bound_problems(config: RunConfig) -> Iterator[str]:
     """Of numbers that bound each other."""
     a, loss = config.actor, config.loss
+    if loss.dual_clip is not None and loss.objective != "ppo":
+        yield f"loss.dual_clip: is a bound of the objective ppo alone, found loss.objective: {loss.objective}"
     if loss.kl_clamp is not None and loss.kl_estimator != "k3":
         yield f"loss.kl_clamp: bounds the estimator k3 alone, found loss.kl_estimator: {loss.kl_estimator}"
     if config.teacher.decay_start > config.teacher.decay_end:

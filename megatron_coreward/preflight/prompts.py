@@ -21,7 +21,7 @@ SLACK = 64  # bytes that a template may add beyond twice what it added to the fi
 
 def problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with training and validation questions."""
-    data, needs = config.data, needs_of(config.method)
+    data, needs, title = config.data, needs_of(config.method), method_title(config.method)
     try:
         tokenizer = FileTokenizer(config.model.hf_path) if has_fast_tokenizer(config.model.hf_path) else None
     except InputError:  # said already
@@ -32,9 +32,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     if train is not None:
         try:
             if needs.ground_truth:
-                train = train.with_ground_truth(
-                    data.missing_gold, train.missing_in_training(method_title(config.method))
-                )
+                train = train.with_ground_truth(data.missing_gold, train.missing_in_training(title))
             BatchOrder(len(train), data.batch_size, config.seed, data.shuffle)
         except InputError as error:
             yield str(error)

@@ -49,6 +49,8 @@ FIXED = (
     "rollout.temperature",
     "rollout.max_response_tokens",
     "rollout.stop",
+    "rollout.top_p",
+    "rollout.top_k",
     "teacher",
     "rewards.answer_formats",
     "rewards.stop_at",

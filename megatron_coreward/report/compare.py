@@ -74,7 +74,7 @@ def _ends(runs: Sequence[tuple[str, RunRecord]], accuracy: Sequence[str]) -> str
         rows.append(
             [
                 f'<span style="color:{COLORS[place % len(COLORS)]}">■</span> {text(name)}',
-                text(method_title(record.config.get("method") or "")),
+                text(method_title(record.config.get("method", ""))),
                 str(int(record.rows[-1][keys.STEP] or 0)),
                 *ends,
                 _best(record, best_of) if best_of else "",

@@ -3,7 +3,7 @@
 Invariants (tests/rollout):
   1. Samples come from complete weights only: none before the first update, none during one, and every token of a
      sample from the version that the caller asked for.
-  2. A sample's log-probs are those of the distribution that it was drawn from (temperature and top-p applied).
+  2. A sample's log-probs are those of the distribution that it was drawn from (temperature, top-p and top-k applied).
   3. The same requests with the same seeds give the same samples, whatever else the engine did before.
   4. No cached key or value outlives an update of the weights.
 """
@@ -42,6 +42,7 @@ class SamplingRequest:
     answer_formats: Sequence[AnswerFormat] = ()  # in which a final answer is looked for; none: not at all
     stop_at: Sequence[str] = ()  # strings behind which no answer is looked for (`rewards.answer.extract_answer`)
     stop: Sequence[str] = ()  # strings that end a sample; their tokens are part of it
+    top_k: int = 0  # tokens to draw from, the most likely ones; 0: all
 
 
 class RolloutEngine:
@@ -121,6 +122,7 @@ class RolloutEngine:
                 seed=_spread(r.seed),  # vLLM gives sample i the seed + i
                 temperature=r.temperature,
                 top_p=r.top_p,
+                top_k=r.top_k,
                 max_tokens=r.max_tokens,
                 logprobs=0,  # of the sampled token only
                 flat_logprobs=True,

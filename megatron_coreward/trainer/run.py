@@ -268,7 +268,7 @@ class _Attempt:
 
 def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     """The questions to train on, and those to validate on (`data_sets`)."""
-    data, needs = config.data, needs_of(config.method)
+    data, needs, title = config.data, needs_of(config.method), method_title(config.method)
     limits: dict[str, Any] = {
         "system_prompt": data.system_prompt,
         "max_prompt_tokens": data.max_prompt_tokens,
@@ -280,9 +280,7 @@ def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     rephrased = data.rephrased_files if "rephrased" in needs.all_views else ()
     problems = load_problems(data.train_files, rephrased, tokenizer, **limits)
     if needs.ground_truth:
-        problems = problems.with_ground_truth(
-            data.missing_gold, problems.missing_in_training(method_title(config.method))
-        )
+        problems = problems.with_ground_truth(data.missing_gold, problems.missing_in_training(title))
     held_out = []
     for file in data.val_files:
         found = load_problems([file], (), tokenizer, **limits)

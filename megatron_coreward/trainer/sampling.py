@@ -67,6 +67,7 @@ def requests_for(
     step: int,
     seed: int,
     top_p: float = 1.0,
+    top_k: int = 0,
     answer_formats: Sequence[AnswerFormat] = (),
     stop_at: Sequence[str] = (),
     stop: Sequence[str] = (),
@@ -83,6 +84,7 @@ def requests_for(
             answer_formats=answer_formats,
             stop_at=stop_at,
             stop=stop,
+            top_k=top_k,
         )
         for problem in problems
         for view in views

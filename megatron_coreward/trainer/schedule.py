@@ -130,6 +130,8 @@ class RolloutSchedule:
             role,
             n=config.teacher.n if role == "teacher" else config.rollout.n,
             temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p if role == "policy" else 1.0,
+            top_k=config.rollout.top_k if role == "policy" else 0,
             max_tokens=config.rollout.max_response_tokens,
             step=step,
             seed=config.seed,

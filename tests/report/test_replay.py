@@ -222,7 +222,7 @@ def test_another_relation_shows_what_it_would_have_changed(tmp_path: Path) -> No
 
 
 def test_another_relation_means_nothing_to_rewards_without_answers(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="do not depend on which answers are equivalent"):
+    with pytest.raises(InputError, match="rest on token statistics, which are not dumped"):
         counterfactual(load_record(write_run(tmp_path / "run", "entropy")), "math")
 
 
