@@ -61,11 +61,22 @@ class Completion:
     """One sampled answer to a prompt."""
 
     token_ids: IntArray  # [L], the end-of-sequence token included when the model wrote it
-    logprobs: FloatArray  # [L], of the sampled tokens, as the rollout engine computed them
+    logprobs: (
+        FloatArray  # [L], of the sampled tokens, as the engine that drew each computed it; [0]: nothing reads them
+    )
     text: str
     answer: str | None  # the extracted final answer; None: there is none, or none was looked for
     finish_reason: Literal["stop", "length"]
-    weight_version: int  # of the weights that sampled it
+    weight_version: int  # of the weights that sampled its first token
+    later_versions: tuple[tuple[int, int], ...] = ()  # (index of the first token, version), if others went on with it
+
+    @property
+    def token_versions(self) -> NDArray[np.int64]:
+        """[L] the version of the weights that drew each token."""
+        versions = np.full(len(self.token_ids), self.weight_version, dtype=np.int64)
+        for first, version in self.later_versions:
+            versions[first:] = version
+        return versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +115,30 @@ class Completions(list[list[Completion]]):
     def __reduce__(self) -> tuple[Any, ...]:
         every = [completion for of_request in self for completion in of_request]
         token_ids, lengths = join([c.token_ids for c in every])
-        logprobs, _ = join([c.logprobs for c in every])
+        logprobs = join([c.logprobs for c in every])
         columns = [tuple(getattr(c, name) for c in every) for name in _PLAIN_COLUMNS]
-        return _completions, (tuple(map(len, self)), lengths, token_ids, logprobs, columns)
+        return _completions, (tuple(map(len, self)), (token_ids, lengths), logprobs, columns)
 
 
-_PLAIN_COLUMNS = ("text", "answer", "finish_reason", "weight_version")
+_PLAIN_COLUMNS = ("text", "answer", "finish_reason", "weight_version", "later_versions")
 
 
 def _completions(
-    counts: tuple[int, ...],
-    lengths: NDArray[np.int64],
-    token_ids: IntArray,
-    logprobs: FloatArray,
-    columns: list[tuple[Any, ...]],
+    counts: tuple[int, ...], token_ids: Joined, logprobs: Joined, columns: list[tuple[Any, ...]]
 ) -> Completions:
-    every = map(Completion, cut(token_ids, lengths), cut(logprobs, lengths), *columns)
+    every = map(Completion, cut(*token_ids), cut(*logprobs), *columns)
     return Completions([next(every) for _ in range(count)] for count in counts)
+
+
+class EngineInterval(NamedTuple):
+    """What an engine did for a while. In what no interval covers it was idle."""
+
+    engine: int
+    kind: Literal["sample", "sync"]
+    version: int  # of the weights that it sampled from, or received (`WeightVersion.of` tells the role)
+    begin: float  # seconds of `time.time`
+    end: float
+    sequences: float = 0.0  # decoded at once, their mean over the steps; 0 for a weight sync, or if it is not known
 
 
 @dataclass(frozen=True, slots=True)

@@ -274,7 +274,8 @@ def bench_rollout(run: Run, config: RunConfig, arch: Architecture) -> dict[str, 
             outputs = llm.generate(inputs, params, use_tqdm=False)
             return sum(len(one.token_ids) for output in outputs for one in output.outputs)
     else:
-        from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+        from megatron_coreward.rollout.engine import RolloutEngine
+        from megatron_coreward.rollout.requests import SamplingRequest
         from megatron_coreward.rollout.setup import EngineSetup
 
         setup = EngineSetup(

@@ -92,7 +92,7 @@ class MegatronActor:
         )
         self._context = ContextRank(parallel_state.get_context_parallel_rank(), setup.settings.context_parallel)
         self._address = address  # of rank 0
-        self._sender: Sender | None = None
+        self._senders: dict[Role, Sender] = {}  # one for both roles, unless engines of its own serve the teacher
         self._store: Any = None  # on rank 0: where the parties of a weight sync meet
         self._saving: Saving | None = None
         self._host_memory = HostMemory()
@@ -282,28 +282,33 @@ class MegatronActor:
             self.teacher.write_to(self.frozen["teacher"])
 
     def open_sender(self, spec: TransferSpec) -> TransferSpec:
-        """Prepares to send weights, those of every role. Returns the spec with the place where all parties meet.
+        """Prepares to send weights, those of the spec's roles. Returns the spec with the place where all parties meet.
 
         Raises:
             ValueError: the plan wants something from this rank that it does not hold.
         """
-        if self._sender is not None:
-            self._sender.close()
+        roles = [role for role in spec.roles if role in ("policy", *self.frozen)]
+        self._close_senders(roles)
         if self._store is None and self.ranks.rank == 0:
             self._store = serve_store(self._address, spec.timeout_s)
         port = [self._store.port if self._store is not None else 0]
         dist.broadcast_object_list(port, src=0)
         spec = spec.at(self._address, port[0])
-        roles: tuple[Role, ...] = ("policy", "teacher") if "teacher" in self.frozen else ("policy",)
         blocks = {role: local_blocks(self._modules(role), self.arch, self.ranks) for role in roles}
-        self._sender = open_sender(spec, self.arch, self.ranks.rank, blocks, parallel.device())
+        self._senders |= dict.fromkeys(roles, open_sender(spec, self.arch, self.ranks.rank, blocks, parallel.device()))
         return spec
 
     def send_weights(self, role: Role, version: int) -> None:
-        """Sends a role's weights to all engines, which receive them at the same time (`Sender.send`)."""
-        if self._sender is None:
+        """Sends a role's weights to its engines, which receive them at the same time (`Sender.send`)."""
+        if role not in self._senders:
             raise RuntimeError("no sender was opened")
-        self._sender.send(role, version)
+        self._senders[role].send(role, version)
+
+    def _close_senders(self, roles: Iterable[Role]) -> None:
+        for role in roles:
+            sender = self._senders.pop(role, None)
+            if sender is not None and sender not in self._senders.values():  # else the other role's, too
+                sender.close()
 
     def _modules(self, weights: Weights) -> list[Any]:
         return [c.module for c in self.policy] if weights == "policy" else self.frozen[weights].chunks
@@ -354,8 +359,7 @@ class MegatronActor:
                 self.teacher.write_to(self.frozen["teacher"])
 
     def shutdown(self) -> None:
-        if self._sender is not None:
-            self._sender.close()
+        self._close_senders(["policy", "teacher"])
         parallel.shutdown()
 
 

@@ -19,7 +19,7 @@ from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import validate
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.errors import RunError
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.types import Role, WeightVersion
 from megatron_coreward.weights.layouts import EngineLayout

@@ -7,6 +7,7 @@ that their peer has gone.
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any, Literal
@@ -132,9 +133,7 @@ class Watchdog:
             RunError: the limit has passed; a worker met an error of the machine or of the numbers.
             Preempted: the run was asked to stop.
         """
-        begin = self._clock()
-        limit = self.settings.limit_s if limit_s is None else limit_s
-        warn_at = min(self.settings.warn_after_s, limit)
+        patience = self._patience(awaited, limit_s)
         places = {call: place for place, call in enumerate(calls)}
         results: list[Any] = [None] * len(calls)
         pending = list(calls)
@@ -152,16 +151,47 @@ class Watchdog:
                 results[places[call]] = self._result(call, others, awaited)
                 if on_result is not None:
                     on_result(places[call])
+            if pending:
+                patience(partial(self._who, pending))
+        return results
+
+    def until(self, ready: Callable[[], bool], awaited: str, engines: Callable[[], Sequence[int]]) -> None:
+        """Waits for something that engines bring about, and that is no result of a call.
+
+        Args:
+            ready: whether it is there; waits for it, `LOOK_EVERY_S` at most.
+            awaited: what it is, for messages.
+            engines: the numbers of those that are awaited, for messages.
+
+        Raises what `get` does; a request to stop ends the wait.
+        """
+        patience = self._patience(awaited, None)
+        while not ready():
+            if self._stop is not None:
+                self._stop.check()
+            for call in self._ended:
+                self._result(call, self._lives, awaited)
+            patience(lambda: ", ".join(f"engine {number}" for number in engines()))
+
+    def _patience(self, awaited: str, limit_s: float | None) -> Callable[[Callable[[], str]], None]:
+        """Begins a wait; the result is called as long as it lasts, with a function that names those who are awaited."""
+        begin = self._clock()
+        limit = self.settings.limit_s if limit_s is None else limit_s
+        warn_at = min(self.settings.warn_after_s, limit)
+
+        def check(who: Callable[[], str]) -> None:
+            nonlocal warn_at
             waited = self._clock() - begin
-            if pending and waited >= limit:
+            if waited >= limit:
                 raise RunError(
-                    f"stalled: {awaited} was awaited of {self._who(pending)} for {waited:.0f} s "
+                    f"stalled: {awaited} was awaited of {who()} for {waited:.0f} s "
                     f"(limit: {limit:.0f} s, watchdog.{'limit_s' if limit_s is None else 'start_limit_s'})"
                 )
-            if pending and waited >= warn_at:
-                self.notify(f"still waiting for {awaited} of {self._who(pending)} after {waited:.0f} s")
+            if waited >= warn_at:
+                self.notify(f"still waiting for {awaited} of {who()} after {waited:.0f} s")
                 warn_at = waited + self.settings.warn_after_s
-        return results
+
+        return check
 
     def _who(self, calls: Sequence[Any]) -> str:
         names: set[tuple[Kind, int]] = set()

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_coreward.cluster.engine_group import EngineSet
 from megatron_coreward.cluster.processes import CANARY_TOKENS, Processes
 from megatron_coreward.cluster.worker_group import Outstanding, Workers
 from megatron_coreward.config.schema import RunConfig
@@ -119,6 +120,10 @@ class WeightSync:
         self._synced = version
         return SyncReport(time.perf_counter() - begin, gap, self._limit)
 
+    def holds(self, version: WeightVersion) -> bool:
+        """Whether the engines hold these weights, checked."""
+        return version == self._synced
+
     def open(self) -> TransferSpec:
         """Makes the actors ready to send, with the memory that it takes; `sync_weights` does so itself."""
         if self._opened is None:
@@ -143,13 +148,26 @@ class WeightSync:
         return max(float(np.abs(score - expected).mean()) for score in scores)
 
 
-def open_sync(config: RunConfig, processes: Processes, canary: IntArray) -> WeightSync:
-    """The weight sync that a run is configured for."""
+def open_sync(
+    config: RunConfig,
+    processes: Processes,
+    canary: IntArray,
+    *,
+    engines: EngineSet | None = None,
+    roles: tuple[Role, ...] = ("policy", "teacher"),
+) -> WeightSync:
+    """The weight sync that a run is configured for.
+
+    Args:
+        engines: that hold the weights of these roles, one at a time; None: all engines.
+    """
+    engines = engines or processes.engines
     spec = TransferSpec(
         transport=processes.transport,
         name=f"coreward-{secrets.token_hex(6)}",
         actor=ActorLayout.of(config.actor),
-        engines=EngineLayout(config.rollout.num_engines, config.rollout.tensor_parallel),
+        engines=EngineLayout(len(engines.numbers), config.rollout.tensor_parallel),
+        roles=roles,
         dtype=config.model.dtype,
         bucket_bytes=int(config.sync.bucket_mib * 2**20),
         timeout_s=config.sync.timeout_s,
@@ -158,7 +176,7 @@ def open_sync(config: RunConfig, processes: Processes, canary: IntArray) -> Weig
     colocation, rounded = processes.colocation, config.model.dtype != "float32"
     return WeightSync(
         processes.actors,
-        processes.engines,
+        engines,
         partial(processes.watchdog.get, awaited="weights"),
         give_up,
         spec=spec,

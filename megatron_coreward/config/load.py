@@ -62,8 +62,10 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        groups = isinstance(below, dict) and isinstance(value, dict) and key not in ONE_VALUE
-        merged[key] = _merge(below, value) if groups else value
+        if isinstance(below, dict) and isinstance(value, dict) and key not in ONE_VALUE:
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
     return merged
 
 

@@ -153,9 +153,16 @@ class RolloutSettings(Component):
     """GPUs per engine; divides the model's attention heads."""
     n: Annotated[int, Field(ge=2)] = 8
     """Completions per question that the policy samples (the group size G of the paper)."""
-    max_staleness: Literal[0, 1] = 0
-    """Most steps by which the weights that sample may be older than those that learn. 1: engines sample the next step's
-    rollouts while the actors learn; it needs loss.mismatch_correction and placement disaggregated."""
+    schedule: Literal["deterministic", "streaming"] = "deterministic"
+    """deterministic: every engine has a fixed share of a batch, and a run repeats bit by bit; streaming: groups go to
+    engines as these have room and come back one by one, which is faster if lengths differ."""
+    max_staleness: NonNegative = 0
+    """Most steps by which the weights that draw a token may be older than those that learn from it. 1 or more: engines
+    sample rollouts of later steps while the actors learn; it needs loss.mismatch_correction and placement
+    disaggregated, and 2 or more schedule streaming."""
+    partial: bool = False
+    """Whether unfinished responses go on with new weights when these come, instead of being finished first; every token
+    keeps the version that drew it. Needs schedule streaming and max_staleness of 1 or more."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature of policy and teacher; the actors compute log-probs at the same temperature."""
     max_response_tokens: Positive = 3072
@@ -188,6 +195,9 @@ class TeacherSettings(Component):
     lookahead: NonNegative = 0
     """Further steps whose questions the teacher labels ahead of time, with one set of weights. 0: the teacher labels
     each step with the weights of that step, as in the paper."""
+    engines: NonNegative = 0
+    """How many of rollout.num_engines sample for the teacher alone, so that both sample at once; fewer than all. 0:
+    policy and teacher share all engines, one after the other."""
     n: Positive = 8
     """Completions per question that the teacher samples for its vote (G~ of the paper)."""
     decay_start: Fraction = 0.99

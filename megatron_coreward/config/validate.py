@@ -38,6 +38,15 @@ def validate(config: RunConfig) -> Architecture:
     return arch
 
 
+def warnings(config: RunConfig, arch: Architecture) -> Iterator[str]:
+    """What may go wrong and is not refused."""
+    if arch.experts is not None and config.loss.mismatch_correction == "off":
+        yield (
+            "loss.mismatch_correction: off for a mixture of experts: engines and actors route some tokens to other "
+            "experts, and the loss takes that for the policy's; tis or icepop corrects it"
+        )
+
+
 def model_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
     """What the model cannot do under this config."""
     a = config.actor
@@ -122,14 +131,42 @@ def _method_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _staleness_problems(config: RunConfig) -> Iterator[str]:
-    r, loss = config.rollout, config.loss
-    if r.max_staleness and loss.mismatch_correction == "off":
+    """Of rollouts from other weights than those that learn, and of who draws them."""
+    r, own = config.rollout, config.teacher.engines
+    asked = [
+        *([f"rollout.max_staleness: {r.max_staleness}"] if r.max_staleness else []),
+        *(["rollout.partial: true"] if r.partial else []),
+        *(["rollout.quantization: fp8"] if r.quantization == "fp8" else []),
+    ]
+    if asked and config.loss.mismatch_correction == "off":
         yield (
-            "rollout.max_staleness: 1 samples from older weights; it needs loss.mismatch_correction of tis or icepop, "
-            "found off"
+            f"loss.mismatch_correction: off, but {' and '.join(asked)} samples from a distribution that is not the one "
+            "that learns; allowed: tis, icepop"
         )
     if r.max_staleness and r.placement == "colocated":
-        yield "rollout.max_staleness: 1 needs engines that run while actors learn; found rollout.placement: colocated"
+        yield (
+            f"rollout.max_staleness: {r.max_staleness} needs engines that run while actors learn; found "
+            "rollout.placement: colocated, in which one side sleeps while the other computes"
+        )
+    if r.max_staleness > 1 and r.schedule == "deterministic":
+        yield f"rollout.max_staleness: {r.max_staleness} needs rollout.schedule: streaming; deterministic allows 0 and 1"
+    if r.partial and not (r.max_staleness and r.schedule == "streaming"):
+        yield (
+            "rollout.partial: true needs rollout.schedule: streaming and rollout.max_staleness of 1 or more, since "
+            f"otherwise nothing is in flight when weights change; found {r.schedule} and {r.max_staleness}"
+        )
+    if own and not needs_of(config.method).teacher:
+        yield f"teacher.engines: {own}, but method {method_title(config.method)} keeps no teacher; allowed: 0"
+    elif own and own >= r.num_engines:
+        yield (
+            f"teacher.engines: {own} of rollout.num_engines: {r.num_engines} leave none for the policy; allowed: 0 to "
+            f"{r.num_engines - 1}"
+        )
+    if own and r.placement == "colocated":
+        yield (
+            f"teacher.engines: {own} are for engines with GPUs of their own; found rollout.placement: colocated, "
+            "allowed: 0"
+        )
 
 
 def _truncation_problems(config: RunConfig) -> Iterator[str]:

@@ -22,7 +22,7 @@ from lm_eval.api.model import LM
 from megatron_coreward.data.prompts import TEMPLATE_VARIABLES
 from megatron_coreward.errors import InputError
 from megatron_coreward.evaluation.evaluate import VERSION
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.telemetry.job_log import JobLog
 from megatron_coreward.trainer.sampling import SamplingEngines
 

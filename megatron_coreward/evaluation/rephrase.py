@@ -39,7 +39,7 @@ from megatron_coreward.evaluation.evaluate import (
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import majority_vote
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.telemetry.files import replaced_whole
 from megatron_coreward.telemetry.job_log import Item, JobLog, refuse_former_name
 from megatron_coreward.trainer.sampling import SamplingEngines, request_seed

@@ -126,10 +126,13 @@ def method_of(record: RunRecord) -> Method:
         raise InputError(
             f"{record.run_dir / 'config.yaml'}: missing or empty; it names the method whose votes to recompute"
         )
+    found, file = record.config.get("method"), record.run_dir / "config.yaml"
     try:
-        return methods.method_of(check_method(record.config.get("method")))
-    except (InputError, ValueError) as error:
-        raise InputError(f"{record.run_dir / 'config.yaml'}: method: {error}") from None
+        return methods.method_of(check_method(found))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{file}: method: found {found!r}; {error}") from None
 
 
 def name_of(item: ScoredGroup) -> str:

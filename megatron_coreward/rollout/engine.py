@@ -6,21 +6,25 @@ Invariants (tests/rollout):
   2. A sample's log-probs are those of the distribution that it was drawn from (temperature, top-p and top-k applied).
   3. The same requests with the same seeds give the same samples, whatever else the engine did before.
   4. No cached key or value outlives an update of the weights.
+  5. Groups that are streamed (`feed`) stand still while the engine does anything else (`rollout.step_loop`).
 """
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from megatron_coreward.config.schema import AnswerFormat
 from megatron_coreward.errors import RunError
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rollout import environment
 from megatron_coreward.rollout.orphans import EngineResources
+from megatron_coreward.rollout.requests import Fed, GroupName, SamplingRequest, Taken
 from megatron_coreward.rollout.setup import EngineSetup
+from megatron_coreward.rollout.step_loop import Sample, StepLoop
+from megatron_coreward.rollout.vllm_steps import VllmSteps, flat, sampling_params
 from megatron_coreward.telemetry.memory import DeviceMemory
 from megatron_coreward.types import Completion, Completions, FloatArray, IntArray
 from megatron_coreward.weights.spec import VLLM_BACKEND
@@ -29,24 +33,13 @@ from megatron_coreward.weights.spec import VLLM_BACKEND
 CPU_BATCHED_TOKENS = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRequest:
-    """Draw `n` samples for one prompt. Temperature 0 takes the most likely token."""
-
-    prompt: Sequence[int] | IntArray  # token ids
-    n: int
-    seed: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    answer_formats: Sequence[AnswerFormat] = ()  # in which a final answer is looked for; none: not at all
-    stop_at: Sequence[str] = ()  # strings behind which no answer is looked for (`rewards.answer.extract_answer`)
-    stop: Sequence[str] = ()  # strings that end a sample; their tokens are part of it
-    top_k: int = 0  # tokens to draw from, the most likely ones; 0: all
-
-
 class RolloutEngine:
-    """One vLLM engine with its tensor-parallel workers. Weights arrive through `receive_weights`."""
+    """One vLLM engine with its tensor-parallel workers. Weights arrive through `receive_weights`.
+
+    Its methods are called by one thread at a time, but for `take`.
+    """
+
+    _stream: StepLoop | None = None  # begins with the first samples that are streamed
 
     def __init__(self, setup: EngineSetup, on_worker_death: Callable[[], None] = lambda: None) -> None:
         """Starts the engine with meaningless weights, or with those of the model directory (`setup.own_weights`).
@@ -67,7 +60,8 @@ class RolloutEngine:
 
             register()  # in this process; workers of a tensor-parallel engine find the entry point of the package
         self._on_cpu = on_cpu
-        self._max_model_len = setup.max_model_len
+        self._max_model_len, self._max_num_seqs = setup.max_model_len, setup.max_num_seqs
+        self._stream_begun = threading.Event()
         self._tensor_parallel = setup.tensor_parallel
         self._init_info: Mapping[str, Any] | None = None
         self._version: int | None = None
@@ -105,34 +99,13 @@ class RolloutEngine:
             ValueError: prompt and answer do not fit into the engine's length.
         """
         self._require(expected_version)
-        for request in requests:
-            if not 0 < len(request.prompt) <= self._max_model_len - request.max_tokens:
-                raise ValueError(
-                    f"a prompt of {len(request.prompt)} tokens with answers of up to {request.max_tokens} does not fit "
-                    f"into the engine's {self._max_model_len} tokens"
-                )
+        self._check_lengths(requests)
         if not requests:
             return Completions()
-
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                n=r.n,
-                seed=_spread(r.seed),  # vLLM gives sample i the seed + i
-                temperature=r.temperature,
-                top_p=r.top_p,
-                top_k=r.top_k,
-                max_tokens=r.max_tokens,
-                logprobs=0,  # of the sampled token only
-                flat_logprobs=True,
-                stop=list(r.stop),
-                # Token by token, twice, would take a fifth of the time; without stop strings, once at the end is enough
-                detokenize=bool(r.stop),
-            )
-            for r in requests
-        ]
-        outputs = self._llm.generate([_prompt(r.prompt) for r in requests], params, use_tqdm=False)
+        # vLLM gives sample i the seed + i.
+        params = [sampling_params(r, r.n, _spread(r.seed), r.max_tokens) for r in requests]
+        with self._stream_standing_still():
+            outputs = self._llm.generate([_prompt(r.prompt) for r in requests], params, use_tqdm=False)
         completions = [completion for output in outputs for completion in output.outputs]
         texts = iter(self._tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True))
         return Completions(
@@ -156,7 +129,8 @@ class RolloutEngine:
 
         # vLLM computes prompt log-probs past its prefix cache; one token must be generated along with them.
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-        (output,) = self._llm.generate([_prompt(token_ids)], params, use_tqdm=False)
+        with self._stream_standing_still():
+            (output,) = self._llm.generate([_prompt(token_ids)], params, use_tqdm=False)
         flat = output.prompt_logprobs  # position 0 is empty
         logprobs = np.asarray(flat.logprobs, dtype=np.float32)[flat.start_indices[1:]]
         if len(logprobs) != len(token_ids) - 1:
@@ -175,7 +149,11 @@ class RolloutEngine:
             RunError: the weights did not come, or not as they were sent. The engine can be used again.
         """
         self._version = None
-        init_info = {"spec": dict(spec), "engine": engine}
+        with self._stream_standing_still(new_weights=True):
+            self._receive({"spec": dict(spec), "engine": engine}, version)
+        self._version = version
+
+    def _receive(self, init_info: Mapping[str, Any], version: int) -> None:
         if init_info != self._init_info:
             self._llm.init_weight_transfer_engine({"init_info": init_info})
             self._init_info = init_info
@@ -188,7 +166,56 @@ class RolloutEngine:
             raise RunError(failures[0])
         if not self._llm.reset_prefix_cache():
             raise RunError("the prefix cache of the former weights could not be cleared: requests are still running")
-        self._version = version
+
+    def feed(self, fed: Sequence[Fed]) -> None:
+        """Draws samples of groups, as there is room, from the weights that `go_on` names and from those after them.
+
+        Sample i of a group is the one that `sample` draws, if no update of the weights comes in between.
+
+        Raises ValueError for a prompt and answer that do not fit into the engine's length.
+        """
+        self._check_lengths([one.request for one in fed])
+        self._loop().feed(fed)
+
+    def abort(self, names: Sequence[GroupName]) -> None:
+        """Draws no further token for these groups; those of their samples that have ended by now may still come."""
+        self._loop().abort(names)
+
+    def go_on(self, version: int) -> None:
+        """Lets the groups that were fed be drawn from the weights that the engine holds: they were checked.
+
+        Raises RunError if it does not hold this version.
+        """
+        self._require(version)
+        self._loop().go_on(version)
+
+    def take(self, engine: int, patience_s: float) -> Taken:
+        """The samples of groups that have ended since this was asked last; waits for one, `patience_s` at most.
+
+        May be called while another method runs.
+
+        Args:
+            engine: the number of this engine, for its intervals.
+        """
+        if not self._stream_begun.wait(patience_s):
+            return Taken((), Completions([[]]), 0, 0, ())
+        samples, aborted, aborted_tokens, intervals = self._loop().take(patience_s)
+        return Taken(
+            tuple((sample.name, sample.index) for sample in samples),
+            Completions([[self._completion_of(sample) for sample in samples]]),
+            aborted,
+            aborted_tokens,
+            tuple(interval._replace(engine=engine) for interval in intervals),
+        )
+
+    def _loop(self) -> StepLoop:
+        if self._stream is None:
+            self._stream = StepLoop(VllmSteps(self._llm), self._max_num_seqs, _spread)
+            self._stream_begun.set()
+        return self._stream
+
+    def _stream_standing_still(self, new_weights: bool = False) -> AbstractContextManager[None]:
+        return nullcontext() if self._stream is None else self._stream.standing_still(new_weights)
 
     def sleep(self) -> DeviceMemory | None:
         """Frees the GPU's memory for a colocated actor: weights and key-value cache are dropped, and the next samples
@@ -196,7 +223,8 @@ class RolloutEngine:
         """
         if not self._on_cpu:
             self._version = None
-        return self._switch(lambda: self._llm.sleep(level=2))
+        with self._stream_standing_still(new_weights=True):
+            return self._switch(lambda: self._llm.sleep(level=2))
 
     def wake(self, part: Literal["weights", "kv_cache"] | None = None) -> DeviceMemory | None:
         """Allocates the memory again, all of it or first that of the weights, so that they can be updated while the
@@ -214,12 +242,22 @@ class RolloutEngine:
 
     def shutdown(self) -> None:
         """Ends the engine and its worker processes. May be repeated."""
+        if self._stream is not None:
+            self._stream.close()
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             self._version = None
         if self._resources is not None:
             self._resources.close()
+
+    def _check_lengths(self, requests: Sequence[SamplingRequest]) -> None:
+        for request in requests:
+            if not 0 < len(request.prompt) <= self._max_model_len - request.max_tokens:
+                raise ValueError(
+                    f"a prompt of {len(request.prompt)} tokens with answers of up to {request.max_tokens} does not fit "
+                    f"into the engine's {self._max_model_len} tokens"
+                )
 
     def _require(self, expected_version: int) -> None:
         if self._version is None:
@@ -235,15 +273,38 @@ class RolloutEngine:
         sampled_by = {span.version for span in spans} or {str(self._version)}
         if sampled_by != {str(version)}:
             raise RunError(f"a sample has tokens of weight versions {sorted(sampled_by)}, expected only {version}")
-        flat = completion.logprobs
         return Completion(
             token_ids=np.asarray(completion.token_ids, dtype=np.int32),
-            logprobs=np.asarray(flat.logprobs, dtype=np.float32)[flat.start_indices],
+            logprobs=flat(completion.logprobs),
             text=text,
             answer=extract_answer(text, request.answer_formats, request.stop_at),
             finish_reason=completion.finish_reason,
             weight_version=version,
         )
+
+    def _completion_of(self, sample: Sample) -> Completion:
+        """What was streamed, in one piece or in several."""
+        request = sample.request
+        if request.stop and len(sample.starts) > 1:
+            self._end_at_stop(sample)
+        text = self._tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+        (_, version), *later = sample.starts
+        token_ids, logprobs = sample.arrays
+        assert sample.finish_reason is not None
+        answer = extract_answer(text, request.answer_formats, request.stop_at)
+        return Completion(token_ids, logprobs, text, answer, sample.finish_reason, version, tuple(later))
+
+    def _end_at_stop(self, sample: Sample) -> None:
+        """Ends a sample at a stop string that began in one piece and ended in the next: vLLM saw only its halves."""
+        longest = max(len(stop.encode()) for stop in sample.request.stop)  # in tokens, too
+        for border, _ in sample.starts[1:]:
+            for end in range(border + 1, min(border + longest, len(sample.token_ids)) + 1):
+                near = self._tokenizer.decode(
+                    sample.token_ids[max(0, border - longest) : end], skip_special_tokens=True
+                )
+                if any(stop in near for stop in sample.request.stop):
+                    sample.cut(end, "stop")
+                    return
 
 
 def _failure_of(worker: object) -> str | None:

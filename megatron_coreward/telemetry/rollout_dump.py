@@ -19,6 +19,7 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry.files import replaced_whole, writing
 from megatron_coreward.types import Completion, FloatArray, IntArray, Prompt, RolloutGroup
 
+_LATER = pa.list_(pa.struct([("first_token", pa.int32()), ("weight_version", pa.int64())]))
 SCHEMA = pa.schema(
     [
         pa.field("uid", pa.string(), nullable=False),
@@ -29,13 +30,16 @@ SCHEMA = pa.schema(
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("text", pa.string(), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),  # of token_ids, by the rollout engine
+        # Of token_ids, by the engine and the weights that drew each; empty if nothing reads them.
+        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
         pa.field("answer", pa.string()),  # null: no final answer was found
         pa.field("ground_truth", pa.string()),  # null: the data set has none
         pa.field("pseudo_label", pa.string()),  # what the group was rewarded against; null: nothing, or no vote
         pa.field("reward", pa.float32()),  # null for the teacher's rollouts
         pa.field("advantage", pa.float32()),  # null for the teacher's rollouts
-        pa.field("weight_version", pa.int64(), nullable=False),
+        pa.field("weight_version", pa.int64(), nullable=False),  # of the weights that drew the first token
+        # Weights that drew the rest, from a token on; null: none, or a file that is older than this column.
+        pa.field("later_versions", _LATER),
         pa.field("finish_reason", pa.string(), nullable=False),  # stop | length
     ]
 )
@@ -113,6 +117,9 @@ def read_rollouts(path: Path) -> list[ScoredGroup]:
     except _UNREADABLE as error:
         raise InputError(f"{path}: not a file of rollouts ({error})") from error
     table = table.rename_columns([_FORMER.get(name, name) for name in table.schema.names])
+    if "later_versions" not in table.schema.names:
+        place = SCHEMA.get_field_index("later_versions")
+        table = table.add_column(place, SCHEMA.field(place), pa.nulls(len(table), _LATER))
     if not table.schema.equals(SCHEMA):
         raise InputError(f"{path}: columns {table.schema.names}; a file of rollouts has {SCHEMA.names}")
     columns = {name: _column_values(table.column(name)) for name in SCHEMA.names}
@@ -151,6 +158,10 @@ def _to_table(scored: Sequence[ScoredGroup]) -> Any:
         "reward": [None if item.rewards is None else item.rewards[sample] for _, item, _, sample in rows],
         "advantage": [None if item.advantages is None else item.advantages[sample] for _, item, _, sample in rows],
         "weight_version": [completion.weight_version for _, _, completion, _ in rows],
+        "later_versions": [
+            [{"first_token": first, "weight_version": version} for first, version in completion.later_versions] or None
+            for _, _, completion, _ in rows
+        ],
         "finish_reason": [completion.finish_reason for _, _, completion, _ in rows],
     }
     return pa.table(columns, schema=SCHEMA)
@@ -166,7 +177,7 @@ def _ragged(arrays: Sequence[IntArray] | Sequence[FloatArray], dtype: type[np.ge
 
 def _column_values(column: Any) -> Sequence[Any]:
     """Python values of a column; the entries of a list column as numpy arrays of their own."""
-    if not pa.types.is_list(column.type):
+    if not pa.types.is_list(column.type) or column.type == _LATER:
         values: list[Any] = column.to_pylist()
         return values
     chunk = column.combine_chunks()
@@ -185,6 +196,7 @@ def _from_rows(rows: Sequence[dict[str, Any]]) -> ScoredGroup:
             answer=row["answer"],
             finish_reason=row["finish_reason"],
             weight_version=row["weight_version"],
+            later_versions=tuple((one["first_token"], one["weight_version"]) for one in row["later_versions"] or ()),
         )
         for row in rows
     )

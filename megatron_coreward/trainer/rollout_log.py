@@ -5,8 +5,8 @@ rollouts, votes and rewards are read, and only the update is computed. The log i
 (rollouts/step_000001.parquet) with a note of what it was drawn under.
 
 Invariants (tests/trainer/test_rollout_log.py):
-  1. A step is read only if it was drawn under the same settings, model and data, from weights of the same version, for
-     the same questions, and if all steps between the checkpoint and it are there too.
+  1. A step is read only if it was drawn under the same settings, model and data, from weights of the versions that
+     may be learnt from, for the same questions, and if all steps between the checkpoint and it are there too.
   2. What is read gives the same update as what was sampled.
 """
 
@@ -33,7 +33,8 @@ from megatron_coreward.telemetry.rollout_dump import (
 )
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.experience import Collector, Experience, Rollouts
-from megatron_coreward.types import Problem, View, WeightVersion
+from megatron_coreward.trainer.staleness import versions_allowed
+from megatron_coreward.types import Problem, View
 
 # What has no part in what is sampled from given weights, and none in the weights.
 _WITHOUT_EFFECT = ("run_dir", "telemetry", "checkpoint", "faults", "watchdog", "validation", "sync")
@@ -83,12 +84,9 @@ class RolloutLog:
             return None
         policy = [item for item in scored if item.rewards is not None]
         asked = [(problem.uid, view) for problem in problems for view in views]
-        sampled_from = {c.weight_version for item in policy for c in item.group.completions}
-        if (
-            [(item.group.uid, item.group.view) for item in policy] != asked
-            or len(sampled_from) != 1
-            or not sampled_from <= set(versions)
-        ):
+        completions = [c for item in policy for c in item.group.completions]
+        sampled_from = {version for c in completions for version in c.token_versions.tolist()}
+        if [(item.group.uid, item.group.view) for item in policy] != asked or not sampled_from <= set(versions):
             discard_rollouts(self._run_dir, step)
             return None
         group_rewards = [
@@ -131,9 +129,7 @@ class LoggedCollector:
         """The experience of a step, as `Collector.collect` has it. The recorded rewards count, whatever the method
         would make of the rollouts now."""
         collector, config = self._collector, self._collector.config
-        versions = {WeightVersion("policy", num_updates).number}
-        if config.rollout.max_staleness:
-            versions.add(WeightVersion("policy", num_updates - config.loss.updates_per_batch).number)
+        versions = versions_allowed(num_updates, config.loss.updates_per_batch, config.rollout.max_staleness)
         problems = collector.problems_of(step - 1)
         logged = self._log.read(step, problems, collector.method.needs.views, versions)
         sampled = collector.source.sample(step, num_updates, timer)  # of a logged step: what later steps need

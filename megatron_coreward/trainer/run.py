@@ -20,6 +20,7 @@ from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.methods import method_title, needs_of
 from megatron_coreward.config.schema import Equivalence, RunConfig
+from megatron_coreward.config.validate import warnings
 from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
@@ -48,6 +49,7 @@ from megatron_coreward.trainer.run_directory import (
     resume_hint,
 )
 from megatron_coreward.trainer.schedule import RolloutSchedule
+from megatron_coreward.trainer.streaming import StreamingSchedule
 from megatron_coreward.trainer.validation import validation_metrics
 
 
@@ -152,12 +154,18 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
                 steps_done=opened.steps_done,
             )
         )
-        for note in [*opened.notes, *data.notes(config), "starting Ray, actors and rollout engines"]:
+        for note in [
+            *opened.notes,
+            *data.notes(config),
+            *warnings(config, arch),
+            "starting Ray, actors and rollout engines",
+        ]:
             view.note(note)
         attempt = _Attempt(config, data, opened, stop, view, stack)
         watchdog = Watchdog(config.watchdog, attempt.notify, stop, logs=config.run_dir / LOGS)
         running = stack.enter_context(processes(config, watchdog))
         engines = open_rollout_engines(config, running, canary_tokens(data.train), attempt.notify)
+        stack.callback(engines.close)
         computes = running.actors.call("describe", results_of=(0,))[0]
         attempt.notify("actors compute with " + ", ".join(f"{what}: {how}" for what, how in computes.items()))
         if opened.trainer_state is not None:
@@ -200,12 +208,15 @@ class _Attempt:
         )
         if log.num_recorded:
             self.view.note(f"the rollout log has the rollouts of {log.num_recorded} further steps")
-        schedule = RolloutSchedule(config, method.needs, engines, problems_of, log.has)
-        collector = Collector(config, method, actors, schedule, equivalence, problems_of)
+        schedule = StreamingSchedule if config.rollout.schedule == "streaming" else RolloutSchedule
+        source = schedule(config, method.needs, engines, problems_of, log.has)
+        collector = Collector(config, method, actors, source, equivalence, problems_of)
         labels = self._label_history(equivalence)
 
         def observe(step: int, scored: Sequence[ScoredGroup]) -> dict[str, float]:
-            sampling = {} if config.rollout.max_staleness else engines.take_sampling_metrics()
+            sampling = engines.take_sampling_metrics()
+            if config.rollout.max_staleness and config.rollout.schedule == "deterministic":
+                sampling = {}  # of rollouts that nobody waited for
             return labels.observe(step, scored) | sampling
 
         return Trainer(

@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_coreward.config.schema import AnswerFormat
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.config.schema import AnswerFormat, RunConfig
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.types import Completion, Problem, Role, RolloutGroup, View
 
 
@@ -38,7 +38,7 @@ def sample_groups(
     stop_at: Sequence[str] = (),
     stop: Sequence[str] = (),
 ) -> list[RolloutGroup]:
-    """`n` completions for every view of every problem: one group each, problem after problem."""
+    """`n` completions for every view of every problem: one group each, problem after problem. Without log-probs."""
     requests = requests_for(
         problems,
         views,
@@ -52,6 +52,7 @@ def sample_groups(
         answer_formats=answer_formats,
         stop_at=stop_at,
         stop=stop,
+        logprobs=False,
     )
     return to_groups(problems, views, role, engines.sample(requests, version))
 
@@ -71,6 +72,7 @@ def requests_for(
     answer_formats: Sequence[AnswerFormat] = (),
     stop_at: Sequence[str] = (),
     stop: Sequence[str] = (),
+    logprobs: bool = True,
 ) -> list[SamplingRequest]:
     """One request for every view of every problem, problem after problem."""
     return [
@@ -85,10 +87,35 @@ def requests_for(
             stop_at=stop_at,
             stop=stop,
             top_k=top_k,
+            logprobs=logprobs,
         )
         for problem in problems
         for view in views
     ]
+
+
+def step_requests(
+    config: RunConfig, role: Role, views: Sequence[View], step: int, problems: Sequence[Problem]
+) -> list[SamplingRequest]:
+    """What a role samples for the problems of a step. The teacher only votes: nobody reads its log-probs, and it votes
+    with the whole distribution."""
+    policy = role == "policy"
+    return requests_for(
+        problems,
+        views,
+        role,
+        n=config.teacher.n if role == "teacher" else config.rollout.n,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p if policy else 1.0,
+        top_k=config.rollout.top_k if policy else 0,
+        max_tokens=config.rollout.max_response_tokens,
+        step=step,
+        seed=config.seed,
+        answer_formats=config.rewards.answer_formats,
+        stop_at=config.rewards.stop_at,
+        stop=config.rollout.stop,
+        logprobs=policy,
+    )
 
 
 def to_groups(

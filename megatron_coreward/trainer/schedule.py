@@ -1,12 +1,9 @@
-"""What is sampled when, and from which weights.
+"""What is sampled when, and from which weights, if a run is to repeat bit by bit (`rollout.schedule: deterministic`).
 
-A step draws its own rollouts from the weights of the moment, the teacher's before the policy's. Two settings let work
-go ahead of the step that needs it, for speed:
-
-  rollout.max_staleness = 1   engines draw a step's rollouts while the actors still learn from those of the step
-                              before: from weights that are one update old, which `loss.mismatch_correction` corrects.
-  teacher.lookahead = L       the teacher, which moves slowly, labels up to L + 1 steps at once: one weight sync
-                              instead of L + 1.
+A step draws its own rollouts from the weights of the moment, the teacher's before the policy's; every engine has a
+fixed share of them. With `rollout.max_staleness: 1` the engines draw a step's rollouts while the actors still learn
+from those of the step before: from weights that are one update old, which `loss.mismatch_correction` corrects. The
+teacher may label several steps at once (`trainer.label_windows`).
 
 Invariants (tests/trainer/test_schedule.py):
   1. Nothing goes ahead across a checkpoint: what a resumed run draws is what an uninterrupted one drew.
@@ -19,10 +16,11 @@ from dataclasses import dataclass, field
 from megatron_coreward.cluster.rollout_engines import RolloutEngines
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.methods.base import Needs
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.experience import Rollouts
-from megatron_coreward.trainer.sampling import requests_for, to_groups
+from megatron_coreward.trainer.label_windows import window_between_checkpoints
+from megatron_coreward.trainer.sampling import step_requests, to_groups
 from megatron_coreward.types import Completion, Problem, Role, RolloutGroup
 
 
@@ -76,28 +74,42 @@ class RolloutSchedule:
         self._in_flight = self._draw(step, num_updates, timer)
 
     def _draw(self, step: int, num_updates: int, timer: PhaseTimer) -> _InFlight | None:
-        """The teacher's rollouts, complete, and the beginning of the policy's; None if these are in the rollout log."""
-        self._label(step, num_updates, timer)
-        if self.logged(step):
-            return None
-        version = self.engines.sync_weights("policy", num_updates, timer)
-        finish = self.engines.begin_sampling(self._requests("policy", step), version)
-        return _InFlight(step, self.engines.epoch, finish)
+        """The teacher's rollouts, complete, and the beginning of the policy's; None if these are in the rollout log.
 
-    def _label(self, step: int, num_updates: int, timer: PhaseTimer) -> None:
-        """Draws the teacher's rollouts of the steps that begin with this one, if a window of them begins.
+        If the teacher has engines of its own, both are drawn at once.
+        """
+        finish_labels = self._begin_labels(step, num_updates, timer)
+        if self.engines.shared:
+            finish_labels()
+        in_flight = None
+        if not self.logged(step):
+            version = self.engines.sync_weights("policy", num_updates, timer)
+            finish = self.engines.begin_sampling(self._requests("policy", step), version)
+            in_flight = _InFlight(step, self.engines.epoch, finish)
+        if not self.engines.shared:
+            finish_labels()
+        return in_flight
+
+    def _begin_labels(self, step: int, num_updates: int, timer: PhaseTimer) -> Callable[[], None]:
+        """Begins the teacher's rollouts of the steps that begin with this one, if a window of them begins; the result
+        waits for them.
 
         A step in the rollout log has its own; those after it in its window are drawn here, as they were before.
         """
         steps = self._to_label(step)
         if not steps:
-            return
+            return lambda: None
         version = self.engines.sync_weights("teacher", num_updates, timer)
         asked = {s: self._requests("teacher", s) for s in steps}
-        with timer.phase("rollout"):
-            answers = iter(self.engines.sample([r for of_step in asked.values() for r in of_step], version))
-        for s, requests in asked.items():
-            self._labelled[s] = self._groups("teacher", s, [next(answers) for _ in requests])
+        draw = self.engines.begin_sampling([r for of_step in asked.values() for r in of_step], version)
+
+        def finish() -> None:
+            with timer.phase("rollout"):
+                answers = iter(draw())
+            for s, requests in asked.items():
+                self._labelled[s] = self._groups("teacher", s, [next(answers) for _ in requests])
+
+        return finish
 
     def _groups(self, role: Role, step: int, completions: Sequence[Sequence[Completion]]) -> list[RolloutGroup]:
         return to_groups(self.problems_of(step - 1), self.needs.sampled_views(role), role, completions)
@@ -110,11 +122,8 @@ class RolloutSchedule:
         def lacking(s: int) -> bool:
             return s not in self._labelled and not self.logged(s)
 
-        every, lookahead = self.config.checkpoint.every, self.config.teacher.lookahead
-        after_checkpoint = (step - 1) % every if every else step - 1
-        if after_checkpoint % (lookahead + 1) and not lacking(step):
-            return []  # within a window that is labelled
-        return [s for s in range(step, min(step + lookahead, self._ahead_until(step)) + 1) if lacking(s)]
+        lookahead, every = self.config.teacher.lookahead, self.config.checkpoint.every
+        return window_between_checkpoints(step, lookahead, self._ahead_until(step), every, lacking)
 
     def _ahead_until(self, step: int) -> int:
         """The last step that may be drawn for while this one is at hand."""
@@ -123,19 +132,4 @@ class RolloutSchedule:
         return min(covered, self.config.steps)
 
     def _requests(self, role: Role, step: int) -> list[SamplingRequest]:
-        config = self.config
-        return requests_for(
-            self.problems_of(step - 1),
-            self.needs.sampled_views(role),
-            role,
-            n=config.teacher.n if role == "teacher" else config.rollout.n,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p if role == "policy" else 1.0,
-            top_k=config.rollout.top_k if role == "policy" else 0,
-            max_tokens=config.rollout.max_response_tokens,
-            step=step,
-            seed=config.seed,
-            answer_formats=config.rewards.answer_formats,
-            stop_at=config.rewards.stop_at,
-            stop=config.rollout.stop,
-        )
+        return step_requests(self.config, role, self.needs.sampled_views(role), step, self.problems_of(step - 1))

@@ -17,7 +17,8 @@ from megatron_coreward.rewards.context import GroupKey
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import Vote, majority_vote
 from megatron_coreward.trainer.experience import Experience
-from megatron_coreward.types import RolloutGroup, WeightVersion
+from megatron_coreward.trainer.staleness import staleness_metrics
+from megatron_coreward.types import RolloutGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def of_step(
     if "loss/kl" in metrics:
         metrics["loss/kl_coef"] = updates.kl_coef
     if config.rollout.max_staleness:
-        metrics |= staleness(groups, experience.num_updates, config.loss.updates_per_batch)
+        metrics |= staleness_metrics(groups, experience.num_updates, config.loss.updates_per_batch)
     if syncs:
         metrics["sync/seconds"] = sum(report.seconds for report in syncs)
         metrics["sync/canary_gap"] = max(report.canary_gap for report in syncs)
@@ -87,13 +88,6 @@ def _loss(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if "mismatch_affected" in updates[0]:
         metrics["loss/mismatch_affected_share"] = mean("mismatch_affected")
     return metrics
-
-
-def staleness(groups: Sequence[RolloutGroup], num_updates: int, updates_per_batch: int) -> dict[str, float]:
-    """How many steps the weights that sampled were behind those of `num_updates`, which it began with."""
-    version = groups[0].completions[0].weight_version
-    behind = WeightVersion("policy", num_updates).number - version
-    return {"rollout/staleness": behind / WeightVersion("policy", updates_per_batch).number}
 
 
 def _label_quality(experience: Experience) -> dict[str, float]:

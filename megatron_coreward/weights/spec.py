@@ -5,6 +5,7 @@ from typing import Any, Literal, Self, cast
 
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.errors import InputError
+from megatron_coreward.types import Role
 from megatron_coreward.weights.buckets import TensorMeta
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.mapping import hf_tensors
@@ -62,6 +63,7 @@ class TransferSpec:
     bucket_bytes: int
     timeout_s: float  # for a bucket, and for everybody to appear
     checksums: bool = False  # of every message, compared where it arrives
+    roles: tuple[Role, ...] = ("policy", "teacher")  # whose weights are sent under it, as far as the actors have them
     address: str = ""  # of the store at which all parties meet; rank 0 of the actor serves it and fills it in
     port: int = 0
 
@@ -76,7 +78,7 @@ class TransferSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         layouts = {"actor": ActorLayout(**data["actor"]), "engines": EngineLayout(**data["engines"])}
-        return cls(**(data | layouts))
+        return cls(**(data | layouts | {"roles": tuple(data["roles"])}))
 
 
 def tensors_to_send(arch: Architecture, dtype: str) -> list[TensorMeta]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_coreward.cluster.watchdog import Kind, WorkerDied
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.types import Completion

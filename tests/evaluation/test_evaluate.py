@@ -26,7 +26,7 @@ from megatron_coreward.evaluation.evaluate import (
     model_fingerprint,
 )
 from megatron_coreward.evaluation.results import EvaluationResult, read_result
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.types import Completion
 
 SAMPLING = Sampling(n=4, max_tokens=24, dtype="float32", seed=3)

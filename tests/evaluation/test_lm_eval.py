@@ -18,7 +18,7 @@ from megatron_coreward.evaluation import lm_eval, lm_eval_job
 from megatron_coreward.evaluation.benchmarks import BENCHMARKS, HarnessBenchmark, missing
 from megatron_coreward.evaluation.evaluate import Engines
 from megatron_coreward.evaluation.lm_eval import run_lm_eval
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.types import Completion
 from tests.evaluation.test_tasks import SUM, fenced
 

@@ -18,7 +18,7 @@ from megatron_coreward.evaluation import rephrase as module
 from megatron_coreward.evaluation.evaluate import Engines
 from megatron_coreward.evaluation.rephrase import Rewriting, RewritingJob, rephrase_file
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.telemetry.job_log import JobLog
 from megatron_coreward.types import Completion
 

@@ -134,7 +134,7 @@ def test_a_step_that_died_before_its_row_is_noted(tmp_path: Path) -> None:
     ("breaking", "message"),
     [
         (lambda run: [path.unlink() for path in (run / "rollouts").iterdir()], "no rollouts to recompute"),
-        (lambda run: (run / "config.yaml").write_text("method: prayer\n"), "method: found 'prayer'; allowed"),
+        (lambda run: (run / "config.yaml").write_text("method: prayer\n"), "method: found 'prayer'; expected one of"),
         (lambda run: (run / "config.yaml").write_text("{"), "not valid YAML"),
         (lambda run: (run / "config.yaml").write_text("method: entropy\nrewards: {pace: 1}\n"), "rewards.pace"),
         (lambda run: (run / "metrics.jsonl").unlink(), "no such file"),

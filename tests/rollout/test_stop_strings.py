@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+from megatron_coreward.rollout.engine import RolloutEngine
+from megatron_coreward.rollout.requests import SamplingRequest
 
 pytest.importorskip("vllm")
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_coreward.errors import RunError
-from megatron_coreward.rollout.engine import RolloutEngine, SamplingRequest
+from megatron_coreward.rollout.engine import RolloutEngine
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.telemetry.memory import DeviceMemory
 

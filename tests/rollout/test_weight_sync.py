@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_coreward.errors import RunError
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.spec import Transport
 from tests.rollout import vllm_reload

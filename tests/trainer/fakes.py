@@ -10,9 +10,10 @@ import numpy as np
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.answer import extract_answer
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.types import (
     Completion,
+    EngineInterval,
     FloatArray,
     IntArray,
     Problem,
@@ -97,6 +98,8 @@ class FakeActors(FakeWorkers):
 class FakeEngines(FakeWorkers):
     """Answers `\\boxed{k}` with k the number of the sample modulo 2, so that votes and variance exist."""
 
+    numbers = range(2)
+
     def __init__(self, events: list[str], score: float = -1.0) -> None:
         self.events = events
         self.held = score
@@ -118,6 +121,9 @@ class FakeEngines(FakeWorkers):
 
     def take_sampling_metrics(self) -> dict[str, float]:
         return {}
+
+    def take_intervals(self) -> list[EngineInterval]:
+        return []
 
     def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]:
         assert self.version == expected_version

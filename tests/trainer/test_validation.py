@@ -10,7 +10,7 @@ import pytest
 from megatron_coreward.config.schema import ValidationSettings
 from megatron_coreward.config.validate import score_names
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rollout.engine import SamplingRequest
+from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.trainer.validation import measure_accuracy
 from megatron_coreward.types import Completion, Problem
 from tests.trainer.fakes import make_problem

@@ -31,8 +31,10 @@ def similarities(responses: list[IntArray]) -> FloatArray:
         for pair, count in of_one.items():
             row[number[pair]] = count
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-    return (unit @ unit.T).astype(np.float32)
+    unit = np.zeros_like(vectors)
+    np.divide(vectors, norms, out=unit, where=norms > 0)
+    cosines: FloatArray = (unit @ unit.T).astype(np.float32)
+    return cosines
 
 
 def novelties(similarity: FloatArray, side: list[int], everyone: list[int]) -> FloatArray:
@@ -42,13 +44,13 @@ def novelties(similarity: FloatArray, side: list[int], everyone: list[int]) -> F
         others = [j for j in everyone if j != i]
         beside = [j for j in side if j != i] or others
         if not others:
-            return np.float32([1.0])
+            return np.ones(1, dtype=np.float32)
         found.append(1 - 0.5 * similarity[i, beside].mean() - 0.5 * similarity[i, others].max())
     if len(found) == 1:
-        return np.float32([1.0])
-    raw = np.asarray(found)
+        return np.ones(1, dtype=np.float32)
+    raw = np.asarray(found, dtype=np.float32)
     spread = float(np.ptp(raw))
-    return np.float32((raw - raw.min()) / spread if spread > 1e-6 else np.full(len(raw), 0.5))
+    return (raw - raw.min()) / np.float32(spread) if spread > 1e-6 else np.full_like(raw, 0.5)
 
 
 class EvolRl:

@@ -25,4 +25,4 @@ class RandomReward:
             digest = hashlib.blake2b(f"{group.uid}/{group.view}/{place}/{completion.weight_version}/".encode())
             digest.update(np.asarray(completion.token_ids, dtype="<i4").tobytes())
             coins.append(digest.digest()[0] & 1)
-        return GroupReward(None, np.float32(coins))
+        return GroupReward(None, np.array(coins, dtype=np.float32))

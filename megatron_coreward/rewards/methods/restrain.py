@@ -32,18 +32,19 @@ class Restrain:
 
     def shape(self, shares: FloatArray) -> FloatArray:
         """g of shares of the group."""
-        return np.exp(-((shares - self.centre) ** 2) / (2 * self.width**2)).astype(np.float32)
+        heights: FloatArray = np.exp(-((shares - self.centre) ** 2) / (2 * self.width**2)).astype(np.float32)
+        return heights
 
     def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
         classes = context.answer_classes(group.uid, (group.view,), "policy")
         (given,), shares = classes.of_groups, classes.shares()
         largest = float(shares.max()) if len(shares) else 0.0
-        prompt_weight = float(self.shape(np.float32([largest]))[0])
+        prompt_weight = float(self.shape(np.array([largest], dtype=np.float32))[0])
         if largest < self.min_share:
             nothing = np.zeros(len(given), dtype=np.float32)
             return GroupReward(None, nothing, np.full_like(nothing, -prompt_weight * self.penalty))
         weights = self.shape(shares) / self.shape(shares).sum()
-        of_answers = np.float32([given == answer for answer in range(len(shares))])  # [C, G]
+        of_answers = np.array([given == answer for answer in range(len(shares))], dtype=np.float32)  # [C, G]
         advantages = prompt_weight * weights @ np.stack([group_advantages(rewards) for rewards in of_answers])
         label = classes.spellings[int(shares.argmax())]
         return GroupReward(label, weights @ of_answers, advantages.astype(np.float32))

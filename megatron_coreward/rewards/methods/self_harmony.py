@@ -17,7 +17,9 @@ from megatron_coreward.types import VIEWS, FloatArray, RolloutGroup
 def harmonic_mean(p0: FloatArray, p1: FloatArray) -> FloatArray:
     """[C] of two shares [C]; 0 if one of them is."""
     total = p0 + p1
-    return np.divide(2 * p0 * p1, total, out=np.zeros_like(total), where=total > 0)
+    means = np.zeros_like(total)
+    np.divide(2 * p0 * p1, total, out=means, where=total > 0)
+    return means
 
 
 class SelfHarmony:
