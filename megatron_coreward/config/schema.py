@@ -38,8 +38,12 @@ class DataSettings(Component):
     train_files: tuple[Path, ...] = Field(min_length=1)
     """Parquet files of training questions in the published format (columns prompt, reward_model, extra_info)."""
     rephrased_files: tuple[Path, ...] = ()
-    """Parquet files of rephrased questions, paired with train_files row by row through extra_info.index. Only the
-    methods co_rewarding_i and co_rewarding_i+ii(_original) read them."""
+    """Parquet files of rephrased questions, paired with train_files row by row through extra_info.index. Only methods
+    with two views read them: co_rewarding_i, co_rewarding_i+ii(_original) and self_harmony."""
+    online_rephrasing: Literal["off", "policy", "teacher"] = "off"
+    """Who rewrites the questions of every step before they are answered, for methods that read rephrased ones. What
+    does not pass the filter of docs/rephrasing.md leaves the rephrasing of rephrased_files or, without those, the
+    question itself. Needs rollout.max_staleness and teacher.lookahead of 0."""
     val_files: tuple[Path, ...] = ()
     """Parquet files of held-out questions with ground truths; empty: no validation."""
     batch_size: Positive = 128

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from megatron_coreward.config import accelerator, layout_rules
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.config.methods import method_title, needs_of
+from megatron_coreward.config.needs import Needs
 from megatron_coreward.config.schema import RunConfig, ValidationSettings
 from megatron_coreward.errors import InputError
 
@@ -120,14 +121,35 @@ def _method_problems(config: RunConfig) -> Iterator[str]:
     """Of what a method has and what other keys ask of it."""
     loss, guard = config.loss, config.guard.action
     needs, title = needs_of(config.method), method_title(config.method)
-    if "rephrased" in needs.all_views and not config.data.rephrased_files:
+    if "rephrased" in needs.all_views and not config.data.rephrased_files and config.data.online_rephrasing == "off":
         yield f"data.rephrased_files: method {title} needs rephrased questions, none are given"
+    yield from _rephrasing_problems(config, needs, title)
     if not needs.teacher and loss.kl_reference == "teacher":
         yield f"loss.kl_reference: teacher, but method {title} keeps none; allowed: frozen, auto"
     if guard in ("raise_kl", "rollback") and not loss.kl_coef:
         yield f"guard.action: {guard} raises loss.kl_coef, which is 0; allowed: off, warn, stop, or a KL term"
     if guard == "freeze_teacher" and not needs.teacher:
         yield f"guard.action: freeze_teacher, but method {title} keeps none"
+
+
+def _rephrasing_problems(config: RunConfig, needs: Needs, title: str) -> Iterator[str]:
+    """Of rewriting questions during training."""
+    who = config.data.online_rephrasing
+    if who == "off":
+        return
+    if "rephrased" not in needs.all_views:
+        yield f"data.online_rephrasing: {who}, but method {title} reads no rephrased questions; allowed: off"
+    if who == "teacher" and not needs.teacher:
+        yield f"data.online_rephrasing: teacher, but method {title} keeps none; allowed: off, policy"
+    for key, value in (
+        ("rollout.max_staleness", config.rollout.max_staleness),
+        ("teacher.lookahead", config.teacher.lookahead if needs.teacher else 0),
+    ):
+        if value:
+            yield (
+                f"data.online_rephrasing: {who} writes the questions of a step with its weights, so nothing can be "
+                f"sampled ahead of them; {key} must be 0, found {value}"
+            )
 
 
 def _staleness_problems(config: RunConfig) -> Iterator[str]:
@@ -149,7 +171,9 @@ def _staleness_problems(config: RunConfig) -> Iterator[str]:
             "rollout.placement: colocated, in which one side sleeps while the other computes"
         )
     if r.max_staleness > 1 and r.schedule == "deterministic":
-        yield f"rollout.max_staleness: {r.max_staleness} needs rollout.schedule: streaming; deterministic allows 0 and 1"
+        yield (
+            f"rollout.max_staleness: {r.max_staleness} needs rollout.schedule: streaming; deterministic allows 0 and 1"
+        )
     if r.partial and not (r.max_staleness and r.schedule == "streaming"):
         yield (
             "rollout.partial: true needs rollout.schedule: streaming and rollout.max_staleness of 1 or more, since "

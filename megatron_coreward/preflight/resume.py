@@ -26,6 +26,7 @@ FIXED = (
     "model",
     "data.train_files",
     "data.rephrased_files",
+    "data.online_rephrasing",
     "data.batch_size",
     "data.max_prompt_tokens",
     "data.over_length",

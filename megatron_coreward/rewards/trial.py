@@ -1,6 +1,7 @@
 """A method of somebody's own judges a few made-up rollouts before a run starts: does it do what it says?"""
 
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -44,11 +45,12 @@ def try_method(name: str, method: Method) -> None:
             raise InputError(f"method: {name}: {problem}")
 
 
-def _problem(judged: object) -> str | None:
+def _problem(judged: Any) -> str | None:
     if not isinstance(judged, GroupReward):
         return f"`score` must return a GroupReward, found {type(judged).__name__}"
-    if judged.label is not None and not isinstance(judged.label, str):
-        return f"the label must be a text or None, found {judged.label!r}"
+    label: Any = judged.label
+    if label is not None and not isinstance(label, str):
+        return f"the label must be a text or None, found {label!r}"
     shape = (len(ANSWERS),)
     for what, values in (("rewards", judged.rewards), ("advantages", judged.advantages)):
         if values is None and what == "advantages":

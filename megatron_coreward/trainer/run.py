@@ -22,6 +22,8 @@ from megatron_coreward.config.methods import method_title, needs_of
 from megatron_coreward.config.schema import Equivalence, RunConfig
 from megatron_coreward.config.validate import warnings
 from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
+from megatron_coreward.data.parquet import Message, read_rows
+from megatron_coreward.data.prompts import Tokenizer
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.preflight import preflight
@@ -35,8 +37,9 @@ from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer import finish
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
-from megatron_coreward.trainer.experience import Collector
+from megatron_coreward.trainer.experience import Collector, RolloutSource
 from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.online_rephrasing import RephrasedSource, Rewriter
 from megatron_coreward.trainer.rollback import Collapsing, open_guard, roll_back
 from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog, fingerprint_of
 from megatron_coreward.trainer.run_directory import (
@@ -51,6 +54,7 @@ from megatron_coreward.trainer.run_directory import (
 from megatron_coreward.trainer.schedule import RolloutSchedule
 from megatron_coreward.trainer.streaming import StreamingSchedule
 from megatron_coreward.trainer.validation import validation_metrics
+from megatron_coreward.types import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class _Data:
     """What a run trains on and what it is validated on."""
 
     train: ProblemSet
+    questions: Mapping[str, Sequence[Message]]  # of the training questions by uid, if a model is to rewrite them
+    tokenizer: Tokenizer
     held_out: Mapping[str, ProblemSet]  # data sets by their names
 
     def notes(self, config: RunConfig) -> Iterator[str]:
@@ -209,7 +215,10 @@ class _Attempt:
         if log.num_recorded:
             self.view.note(f"the rollout log has the rollouts of {log.num_recorded} further steps")
         schedule = StreamingSchedule if config.rollout.schedule == "streaming" else RolloutSchedule
-        source = schedule(config, method.needs, engines, problems_of, log.has)
+        rewriter = self._rewriter(engines, problems_of, log)
+        problems_of = problems_of if rewriter is None else rewriter.problems_of
+        source: RolloutSource = schedule(config, method.needs, engines, problems_of, log.has)
+        source = source if rewriter is None else RephrasedSource(source, rewriter)
         collector = Collector(config, method, actors, source, equivalence, problems_of)
         labels = self._label_history(equivalence)
 
@@ -217,7 +226,7 @@ class _Attempt:
             sampling = engines.take_sampling_metrics()
             if config.rollout.max_staleness and config.rollout.schedule == "deterministic":
                 sampling = {}  # of rollouts that nobody waited for
-            return labels.observe(step, scored) | sampling
+            return labels.observe(step, scored) | sampling | ({} if rewriter is None else rewriter.metrics())
 
         return Trainer(
             config=config,
@@ -236,6 +245,15 @@ class _Attempt:
             new_timer=lambda: PhaseTimer(self.view.phase),
             notify=self.notify,
         )
+
+    def _rewriter(
+        self, engines: RolloutEngines, problems_of: Callable[[int], Sequence[Problem]], log: RolloutLog
+    ) -> Rewriter | None:
+        who = self.config.data.online_rephrasing
+        if who == "off":
+            return None
+        data = self.data
+        return Rewriter(self.config, who, engines, data.tokenizer, data.questions, problems_of, log.has)
 
     def _label_history(self, equivalence: AnswerEquivalence) -> LabelHistory:
         first_step = 0 if self.opened.trainer_state is None else self.opened.steps_done + 1
@@ -297,4 +315,10 @@ def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
         found = load_problems([file], (), tokenizer, **limits)
         held_out.append((file, found.with_ground_truth(data.missing_gold, found.missing_in_validation(file))))
     limit = config.validation.max_problems
-    return _Data(problems, {name: part.first(limit) for name, part in data_sets(held_out).items()})
+    online = data.online_rephrasing != "off"
+    return _Data(
+        problems.with_two_views() if online else problems,
+        {row.uid: row.messages for file in data.train_files if online for row in read_rows(file, "original")},
+        tokenizer,
+        {name: part.first(limit) for name, part in data_sets(held_out).items()},
+    )
