@@ -1,5 +1,6 @@
 """Every objective of the loss is the same under every layout and cut into micro-batches: that of plain transformers."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from tests.actor.loss_on_ranks import loss_and_gradients
 from tests.actor.ranks import free_port, run_ranks
 from tests.actor.test_parity import make_batch, split_experts
 
-# Bounds of gspo at which some sequences are clipped; a bonus on the entropy that is as large as the rest.
+# Mean log ratios of the sequences, some of which are beyond the bounds of gspo; and a bonus on the entropy that is as
+# large as the rest.
+MEAN_LOG_RATIOS = (0.02, -0.02, 0.2, -0.2, 0.03, 0.1, -0.1, 0.0)
 LOSSES = [
     LossSettings(kl_coef=0.1, objective="gspo", clip_low=0.05, clip_high=0.06),
     LossSettings(kl_coef=0.1, objective="cispo", clip_low=0.1, clip_high=0.2),
@@ -34,6 +37,23 @@ FOUR: list[dict[str, Any]] = [
     {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2},
     {"pipeline_parallel": 2, "context_parallel": 2},
 ]
+
+
+def batch_near(path: Path) -> TrainBatch:
+    """A batch whose old log-probs are around those of the model, so that ratios are as in training."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    batch, rng = make_batch(259), np.random.default_rng(1)
+    old = []
+    for s, ids in enumerate(batch.sequences.token_ids):
+        tokens, prompt = torch.from_numpy(ids).long(), int(batch.sequences.prompt_lengths[s])
+        with torch.no_grad():
+            logp = model(tokens[None]).logits[0, prompt - 1 : -1].log_softmax(-1)
+        chosen = logp.gather(1, tokens[prompt:, None])[:, 0].numpy()
+        noise = rng.normal(0.0, 0.3, len(chosen))
+        old.append((chosen - MEAN_LOG_RATIOS[s] + noise - noise.mean()).astype(np.float32))
+    return dataclasses.replace(batch, old_logprobs=old)
 
 
 def by_hand(path: Path, batch: TrainBatch, loss: LossSettings) -> tuple[float, dict[str, torch.Tensor]]:
@@ -75,7 +95,7 @@ def test_objectives_agree_with_transformers_under_every_cut(
     tmp_path: Path, ranks: int, layouts: list[dict[str, Any]]
 ) -> None:
     write_model(tmp_path, byte_level_tokenizer(), family="qwen3", hidden=64, ffn=96, head_dim=24)
-    batch = make_batch(259)
+    batch = batch_near(tmp_path)
     results = run_ranks(ranks, loss_and_gradients, tmp_path, LOSSES, layouts, [free_port() for _ in layouts], batch)
     for number, settings in enumerate(LOSSES):
         loss, gradients = by_hand(tmp_path, batch, settings)

@@ -87,6 +87,12 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
         (["rollout.tensor_parallel=3"], "rollout.tensor_parallel: 3 does not divide"),
         (["rollout.max_response_tokens=4000"], "4512 tokens, the model has positions for 4096"),
         (["loss.kl_clamp=10", "loss.kl_estimator=k2"], "loss.kl_clamp: bounds the estimator k3 alone, found .*: k2"),
+        (
+            ["loss.dual_clip=3", "loss.objective=gspo"],
+            "loss.dual_clip: is a bound of the objective ppo alone, .*: gspo",
+        ),
+        (["rollout.top_p=0.9"], "rollout.top_p: 0.9 draws from a part .* needs loss.mismatch_correction .* or top_p 1"),
+        (["rollout.top_k=20"], "rollout.top_k: 20 draws from a part .* needs loss.mismatch_correction .* or top_k 0"),
         (["checkpoint.best_metric=val/avg@8", "validation.samples=greedy"], "best_metric: .*; allowed: val/pass@1$"),
         (["checkpoint.best_metric=val/set/avg@16"], "checkpoint.best_metric: found 'val/set/avg@16'"),
         (["checkpoint.best_metric=val/avg@16"], "checkpoint.best_metric: found 'val/avg@16'.* val/avg@8, "),

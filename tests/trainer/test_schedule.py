@@ -175,3 +175,11 @@ def test_a_run_that_goes_on_from_its_rollout_log_draws_what_was_not_drawn_from_t
     again, engines = attempt()
     assert outcome(again, range(1, 7)) == expected
     assert len({seed for _, seed, _ in drawn(engines)}) == 4 * (6 - died_in)  # two questions, policy and teacher
+
+
+def test_top_p_and_top_k_are_for_the_policys_training_rollouts_alone() -> None:
+    trainer, _, _, engines = make_trainer(
+        "co_rewarding_ii", **{"rollout.top_p": 0.9, "rollout.top_k": 20, "loss.mismatch_correction": "tis"}
+    )
+    trainer.step(1, PhaseTimer())
+    assert {(r.n, r.top_p, r.top_k) for r in engines.requests} == {(3, 1.0, 0), (4, 0.9, 20)}  # teacher.n, rollout.n
