@@ -208,7 +208,7 @@ def _bound_problems(config: RunConfig) -> Iterator[str]:
     """Of numbers that bound each other."""
     a, loss = config.actor, config.loss
     if loss.dual_clip is not None and loss.objective != "ppo":
-        yield f"loss.dual_clip: is a bound of the objective ppo alone, found loss.objective: {loss.objective}"
+        yield f"loss.dual_clip: is a bound of ppo alone, found loss.objective: {loss.objective}"
     if loss.kl_clamp is not None and loss.kl_estimator != "k3":
         yield f"loss.kl_clamp: bounds the estimator k3 alone, found loss.kl_estimator: {loss.kl_estimator}"
     if config.teacher.decay_start > config.teacher.decay_end:
