@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_coreward.config.methods import check_method
+from megatron_coreward.config.methods import check_method, parts_of
+from megatron_coreward.config.plugins import IMPORT_PATH
 from megatron_coreward.config.schema import LossSettings, RewardSettings
 from megatron_coreward.errors import InputError
 from megatron_coreward.report.run_record import RunRecord
@@ -121,14 +122,18 @@ def recompute_run(
 
 
 def method_of(record: RunRecord) -> Method:
-    """The run's method. Raises InputError for one that is unknown here."""
+    """The run's method. Raises InputError for one that is unknown here, and for one by import path."""
     if not record.config:
         raise InputError(
             f"{record.run_dir / 'config.yaml'}: missing or empty; it names the method whose votes to recompute"
         )
     found, file = record.config.get("method"), record.run_dir / "config.yaml"
     try:
-        return methods.method_of(check_method(found))
+        setting = check_method(found)
+        for name, _ in parts_of(setting):
+            if IMPORT_PATH.fullmatch(name):  # a run directory may be somebody else's
+                raise InputError(f"method: {name} is code, which is not imported because a run directory names it")
+        return methods.method_of(setting)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except ValueError as error:
