@@ -51,7 +51,14 @@ class VllmSteps:
             logprobs = flat(state.logprobs_processor.logprobs)
             found[number] = Drawn(list(state.detokenizer.output_token_ids), logprobs, None)
         self._engine.abort_request([_name(number) for number in names])
+        if not self._ids:
+            self._finish_batches()
         return found
+
+    def _finish_batches(self) -> None:
+        """vLLM schedules ahead on GPUs: a batch may be on its way, and its blocks are not free before it is back."""
+        while getattr(self._engine.engine_core.engine_core, "batch_queue", None):
+            self._engine.step()
 
 
 def sampling_params(request: SamplingRequest, n: int, seed: int, max_tokens: int) -> Any:
