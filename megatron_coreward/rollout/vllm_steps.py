@@ -27,7 +27,7 @@ class VllmSteps:
 
     def add(self, number: int, prompt: list[int], request: SamplingRequest, seed: int, max_tokens: int) -> None:
         params = sampling_params(request, 1, seed, max_tokens)
-        name = self._engine.add_request(_name(number), {"prompt_token_ids": prompt}, params)
+        name = self._engine.add_request(_name(number), {"type": "token", "prompt_token_ids": prompt}, params)
         self._ids[number] = name or _name(number)
 
     def step(self) -> Mapping[int, Drawn]:
