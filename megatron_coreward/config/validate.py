@@ -78,7 +78,6 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
     yield from _batch_problems(config)
     yield from _method_problems(config)
     yield from _staleness_problems(config)
-    yield from _truncation_problems(config)
     yield from _bound_problems(config)
     best, scores = config.checkpoint.best_metric, score_names(config.validation)
     # A data set's own scores are named after its source, which only the file knows: val/<source>/<score> (preflight).
@@ -159,6 +158,8 @@ def _staleness_problems(config: RunConfig) -> Iterator[str]:
         *([f"rollout.max_staleness: {r.max_staleness}"] if r.max_staleness else []),
         *(["rollout.partial: true"] if r.partial else []),
         *(["rollout.quantization: fp8"] if r.quantization == "fp8" else []),
+        *([f"rollout.top_p: {r.top_p}"] if r.top_p < 1 else []),
+        *([f"rollout.top_k: {r.top_k}"] if r.top_k else []),
     ]
     if asked and config.loss.mismatch_correction == "off":
         yield (
@@ -171,9 +172,7 @@ def _staleness_problems(config: RunConfig) -> Iterator[str]:
             "rollout.placement: colocated, in which one side sleeps while the other computes"
         )
     if r.max_staleness > 1 and r.schedule == "deterministic":
-        yield (
-            f"rollout.max_staleness: {r.max_staleness} needs rollout.schedule: streaming; deterministic allows 0 and 1"
-        )
+        yield f"rollout.max_staleness: {r.max_staleness} needs rollout.schedule: streaming; deterministic has 0 and 1"
     if r.partial and not (r.max_staleness and r.schedule == "streaming"):
         yield (
             "rollout.partial: true needs rollout.schedule: streaming and rollout.max_staleness of 1 or more, since "
@@ -191,17 +190,6 @@ def _staleness_problems(config: RunConfig) -> Iterator[str]:
             f"teacher.engines: {own} are for engines with GPUs of their own; found rollout.placement: colocated, "
             "allowed: 0"
         )
-
-
-def _truncation_problems(config: RunConfig) -> Iterator[str]:
-    """Of rollouts that are drawn from a part of the distribution that the actors train."""
-    r, loss = config.rollout, config.loss
-    for key, value, whole in (("top_p", r.top_p, 1.0), ("top_k", r.top_k, 0)):
-        if value != whole and loss.mismatch_correction == "off":
-            yield (
-                f"rollout.{key}: {value} draws from a part of the distribution, whose log-probs differ from those of "
-                f"the actors; it needs loss.mismatch_correction of tis or icepop, found off, or {key} {whole:g}"
-            )
 
 
 def _bound_problems(config: RunConfig) -> Iterator[str]:

@@ -71,7 +71,7 @@ MEANINGS: Mapping[str, str] = {
     "rollout/tokens_per_s": "response tokens sampled a second, over all engines",
     "rollout/staleness": "steps by which the weights that sampled are behind those that learn, mean over tokens",
     "rollout/staleness_max": "the largest such number of a token",
-    "rollout/continued_share": "share of responses that several versions of the weights have drawn in succession",
+    "rollout/continued_share": "share of responses that several versions of the weights have drawn",
     "rollout/rewritten_share": "share of questions with a rephrasing that the model wrote for this step",
     "rollout/aborted_samples": "samples that were aborted because their group needed no more",
     "rollout/aborted_tokens": "tokens that had been drawn of them",

@@ -1,6 +1,6 @@
 """The step does what the paper's algorithm says, in its order, for every method by the same code."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -17,6 +17,8 @@ from megatron_coreward.trainer.experience import Collector
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog
 from megatron_coreward.trainer.schedule import RolloutSchedule
+from megatron_coreward.trainer.streaming import StreamingSchedule
+from megatron_coreward.types import Problem
 from tests.trainer.fakes import SPEC, FakeActors, FakeEngines, make_config, make_problem
 
 CANARY = np.arange(4, dtype=np.int32)
@@ -37,6 +39,7 @@ def make_trainer(
     sync: WeightSync | None = None,
     more_of_engines: Mapping[str, Any] | None = None,
     log: RolloutLog | None = None,
+    problems_of: Callable[[int], Sequence[Problem]] | None = None,
     more: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Trainer, list[str], FakeActors, FakeEngines]:
@@ -44,10 +47,12 @@ def make_trainer(
     actors = actors or FakeActors([])
     engines = engines or FakeEngines(actors.events)
     config, problems = make_config(method, **changes), [make_problem(0), make_problem(1)]
+    problems_of = problems_of or (lambda step: problems)
     rollout_engines = RolloutEngines(engines, sync or make_sync(actors, engines), **(more_of_engines or {}))
     logged = (lambda step: False) if log is None else log.has
-    schedule = RolloutSchedule(config, METHODS[method].needs, rollout_engines, lambda step: problems, logged)
-    collector = Collector(config, METHODS[method], actors, schedule, AnswerEquivalence("exact"), lambda step: problems)
+    schedule = StreamingSchedule if config.rollout.schedule == "streaming" else RolloutSchedule
+    source = schedule(config, METHODS[method].needs, rollout_engines, problems_of, logged)
+    collector = Collector(config, METHODS[method], actors, source, AnswerEquivalence("exact"), problems_of)
     trainer = Trainer(
         config=config,
         needs=METHODS[method].needs,
