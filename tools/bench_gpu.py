@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_coreward.config.accelerator import GpuSupport, machine_problems, model_problems, setting_problems
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.load import parse_config
-from megatron_coreward.config.schema import TEACHER_METHODS, RunConfig
+from megatron_coreward.config.methods import needs_of
+from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.planner.hardware import GPUS, Assumptions
 from megatron_coreward.planner.memory import actor_memory, engine_memory
 from megatron_coreward.planner.models import CONFIGS, published_architecture
@@ -337,7 +338,7 @@ def figures_of_run(rows: Sequence[Mapping[str, Any]], arch: Architecture, config
     def median(key: str) -> float:
         return statistics.median(float(row.get(key) or 0.0) for row in counted)
 
-    syncs = 2 if config.method in TEACHER_METHODS else 1
+    syncs = 2 if needs_of(config.method).teacher else 1
     sync = median("time/sync_s") / syncs
     step = median("step_time_s")
     phases = [key for key in counted[0] if key.startswith("time/") and key.endswith("_s") and "." not in key]

@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron_coreward.config.methods import REPHRASED_METHODS, TWO_VIEW_METHODS, MethodName  # noqa: E402
 from megatron_coreward.config.paper import (  # noqa: E402
     MODELS,
     RELEASED_METHODS,
@@ -20,7 +21,6 @@ from megatron_coreward.config.paper import (  # noqa: E402
     paper_runs,
     part_name,
 )
-from megatron_coreward.config.schema import REPHRASED_METHODS, TWO_VIEW_METHODS, MethodName  # noqa: E402
 
 CONFIGS = ROOT / "configs"
 FOLDERS = {"math": "math", "dapo": "dapo", "open_rs": "open-rs"}

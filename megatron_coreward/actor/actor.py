@@ -233,8 +233,11 @@ class MegatronActor:
         def loss(
             pack: Pack, hidden: torch.Tensor, weight: torch.Tensor
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            scores = score_tokens(hidden, weight, pack.targets, self._vocabulary, setup.temperature)
-            return pack_loss(scores, pack, batch, setup.loss)
+            scores = score_tokens(
+                *(hidden, weight, pack.targets, self._vocabulary, setup.temperature),
+                entropy_gradient=setup.loss.entropy_coef > 0,
+            )
+            return pack_loss(scores, pack, batch, setup.loss, _sum_over_context)
 
         return forward_backward(self.policy, self._packs(batch.sequences, micro_batches, "policy"), loss)
 
@@ -378,6 +381,12 @@ def _of_all_ranks(scores: Scores, pack: Pack, statistics: bool) -> Scores:
     whole[:, pack.scored] = computed
     dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
     return Scores(*whole) if statistics else Scores(whole[0], scores.entropy, scores.self_certainty)
+
+
+def _sum_over_context(values: torch.Tensor) -> torch.Tensor:
+    if parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
+    return values
 
 
 def _buffers(wrapped: Any) -> list[Any]:

@@ -9,7 +9,8 @@ With z = h W^T / temperature the logits over a vocabulary of V tokens, p = softm
 
 Rows are taken in chunks: a chunk's logits are computed into one buffer, reduced to a few numbers a row, and forgotten.
 The backward pass computes them again, turns them in place into p - onehot(t), rounded once, and multiplies twice: the
-gradient of the hidden states, and that of the weight, which is added to Megatron's `main_grad` if there is one. Each
+gradient of the hidden states, and that of the weight, which is added to Megatron's `main_grad` if there is one. With a
+gradient of the entropy, whose own is -p (log p + entropy), the two are weighed and added before they are rounded. Each
 rank reduces its own columns against its own maximum; two all-reduces for all rows together then bring the ranks' sums
 to one maximum.
 
@@ -52,7 +53,8 @@ class VocabularyShard:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of N response tokens; only `logprobs` carries a gradient. The others are empty if they were not asked for."""
+    """Of N response tokens; `logprobs` carries a gradient, and `entropy` if it was asked for. Entropy and
+    self-certainty are empty if they were not asked for."""
 
     logprobs: torch.Tensor  # [N] fp32
     entropy: torch.Tensor  # [N] or [0] fp32, nats
@@ -66,6 +68,7 @@ def score_tokens(
     shard: VocabularyShard,
     temperature: float,
     statistics: bool = True,
+    entropy_gradient: bool = False,
 ) -> Scores:
     """Scores the tokens `targets` under the distributions that the hidden states give.
 
@@ -77,8 +80,10 @@ def score_tokens(
         targets: [N] token ids over the whole vocabulary.
         temperature: the sampling temperature; all three statistics are of the distribution that was sampled from.
         statistics: whether entropy and self-certainty are wanted beside the log-probs.
+        entropy_gradient: whether the entropy is differentiable; it then has to be wanted.
     """
-    scores = _Score.apply(hidden, weight, targets, shard, 1.0 / temperature, statistics)  # type: ignore[no-untyped-call]
+    arguments = (hidden, weight, targets, shard, 1.0 / temperature, statistics, entropy_gradient)
+    scores = _Score.apply(*arguments)  # type: ignore[no-untyped-call]
     return Scores(*scores)
 
 
@@ -101,6 +106,22 @@ def _softmax_rows_(z: torch.Tensor, lse: torch.Tensor, scale: float) -> None:
     x.sub_(lse[:, None]).exp_()
     if z.dtype != torch.float32:  # else they are one
         z.copy_(x)
+
+
+def _mixed_rows_(
+    z: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    of_logprob: torch.Tensor,
+    of_entropy: torch.Tensor,
+    entropy: torch.Tensor,
+) -> None:
+    """z <- p (of_logprob + of_entropy (log p + entropy)) [r, W], computed in fp32; the factors are [r]."""
+    x = z.float()
+    if scale != 1.0:
+        x = x * scale
+    x = x - lse[:, None]
+    z.copy_(x.exp() * (of_logprob[:, None] + of_entropy[:, None] * (x + entropy[:, None])))
 
 
 @functools.cache
@@ -189,6 +210,7 @@ class _Score(torch.autograd.Function):
         shard: VocabularyShard,
         scale: float,
         statistics: bool,
+        entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         top, sums = _row_sums(hidden, weight, targets, shard, scale, statistics)
         if shard.group is not None:
@@ -199,15 +221,15 @@ class _Score(torch.autograd.Function):
         if statistics:
             entropy = log_sum - sums[2] / sums[0]
             certainty = log_sum - sums[3] / shard.size - math.log(shard.size)
-        ctx.save_for_backward(hidden, weight, targets, top + log_sum, logprobs)
-        ctx.shard, ctx.scale = shard, scale
+        ctx.save_for_backward(hidden, weight, targets, top + log_sum, logprobs, entropy)
+        ctx.shard, ctx.scale, ctx.entropy_gradient = shard, scale, entropy_gradient
         ctx.main_grad = getattr(weight, "main_grad", None)
-        ctx.mark_non_differentiable(entropy, certainty)
+        ctx.mark_non_differentiable(*((certainty,) if entropy_gradient else (entropy, certainty)))
         return logprobs, entropy, certainty
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, targets, lse, logprobs = ctx.saved_tensors
+    def backward(ctx: Any, grad: torch.Tensor, grad_entropy: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, targets, lse, logprobs, entropy = ctx.saved_tensors
         shard, scale = ctx.shard, ctx.scale
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
@@ -215,15 +237,24 @@ class _Score(torch.autograd.Function):
         if wants_weight and added is None:
             grad_weight = added = torch.zeros_like(weight)
         column, here = _local_targets(targets, shard)
-        factor = (-scale * grad)[:, None]  # [N, 1]: dloss/dz is this times (p - onehot), so it goes to the short side
-        softmax_rows_ = _kernel(_softmax_rows_, hidden.device.type)
+        both = ctx.entropy_gradient
+        # [N, 1]: dloss/dz is this times (p - onehot), so it goes to the short side
+        factor = torch.full_like(grad, -scale)[:, None] if both else (-scale * grad)[:, None]
+        softmax_rows_, mixed_rows_ = (_kernel(f, hidden.device.type) for f in (_softmax_rows_, _mixed_rows_))
         for chunk, z in _logits_of_chunks(hidden, weight, shard) if shard.width else ():
             for piece in _pieces(len(z), shard.width, BLOCK_ELEMENTS[z.device.type]):
                 rows = slice(chunk.start + piece.start, chunk.start + piece.stop)
-                softmax_rows_(z[piece], lse[rows], scale)
+                if both:
+                    mixed_rows_(z[piece], lse[rows], scale, grad[rows], grad_entropy[rows], entropy[rows])
+                else:
+                    softmax_rows_(z[piece], lse[rows], scale)
             # p - 1 of the target from its log-prob: BF16 next to 1 is so coarse that it would be 0 from p = 0.998 on.
             others = z.gather(1, column[chunk, None])[:, 0].float()
-            ours = torch.where(here[chunk], logprobs[chunk].expm1(), others)
+            of_target = logprobs[chunk].expm1()
+            if both:
+                surprise = logprobs[chunk].exp() * (logprobs[chunk] + entropy[chunk])
+                of_target = grad[chunk] * of_target + grad_entropy[chunk] * surprise
+            ours = torch.where(here[chunk], of_target, others)
             z.scatter_(1, column[chunk, None], ours[:, None].to(z.dtype))
             if grad_hidden is not None:
                 torch.mm(z, weight[: shard.width], out=grad_hidden[chunk])
@@ -231,7 +262,7 @@ class _Score(torch.autograd.Function):
             if added is not None:
                 rows_of_weight = (hidden[chunk] * factor[chunk]).to(z.dtype)
                 _add_product(added[: shard.width], z, rows_of_weight)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _add_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -13,9 +13,11 @@ EPSILON = 1e-6  # added to the standard deviation
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
-def group_advantages(rewards: ArrayLike) -> NDArray[np.floating]:
+def group_advantages(rewards: ArrayLike, by_std: bool = True) -> NDArray[np.floating]:
     """[G] rewards of one group -> [G] advantages `(r - mean) / (std + 1e-6)`, std with ddof=1.
 
+    Without `by_std` they are `r - mean`: the spread of a group's rewards then says how much it teaches, and questions
+    that are almost always or almost never right weigh no more than others (Dr. GRPO, arXiv 2503.20783, section 3.1).
     Computed in double precision, returned in the dtype of the rewards (float64 for anything that is not floating).
     Zeros if all rewards are equal up to single-precision rounding, and for a group of one. Raises ValueError for
     rewards that are not one-dimensional or not finite.
@@ -27,5 +29,6 @@ def group_advantages(rewards: ArrayLike) -> NDArray[np.floating]:
     dtype = given.dtype if np.issubdtype(given.dtype, np.floating) else np.dtype(np.float64)
     if values.size < 2 or np.ptp(values) <= ROUNDING * np.abs(values).max():
         return np.zeros(values.shape, dtype=dtype)
-    advantages: NDArray[np.floating] = ((values - values.mean()) / (values.std(ddof=1) + EPSILON)).astype(dtype)
+    scale = values.std(ddof=1) + EPSILON if by_std else 1.0
+    advantages: NDArray[np.floating] = ((values - values.mean()) / scale).astype(dtype)
     return advantages

@@ -15,9 +15,9 @@ from megatron_coreward.cluster.engine_group import EngineGroup
 from megatron_coreward.cluster.placement import ReservedPlacement
 from megatron_coreward.cluster.ray_start import start_ray
 from megatron_coreward.cluster.watchdog import Watchdog
+from megatron_coreward.config.methods import needs_of
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.planner.placement import Node, ResourceRequest
-from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout import orphans
 from megatron_coreward.rollout.setup import EngineSetup
 from megatron_coreward.weights import mailbox
@@ -104,7 +104,7 @@ def actor_setup(config: RunConfig, max_sequence: int) -> ActorSetup:
         max_sequence_length=max_sequence,
         total_updates=config.steps * config.loss.updates_per_batch,
         seed=config.seed,
-        teacher=METHODS[config.method].needs.teacher,
+        teacher=needs_of(config.method).teacher,
         frozen_reference=bool(config.loss.kl_coef) and config.loss.kl_reference == "frozen",
         skip_nonfinite_gradients=config.faults.nonfinite_gradients == "skip",
     )

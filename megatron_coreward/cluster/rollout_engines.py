@@ -16,8 +16,8 @@ from megatron_coreward.cluster.group_stream import GroupStream
 from megatron_coreward.cluster.processes import Processes
 from megatron_coreward.cluster.watchdog import WorkerDied
 from megatron_coreward.cluster.weight_sync import ReceivingEngines, SyncReport, WeightSync, open_sync
+from megatron_coreward.config.methods import needs_of
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout.requests import GroupName, GroupRequest, SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.types import Completion, EngineInterval, IntArray, Role, WeightVersion
@@ -257,7 +257,7 @@ def open_rollout_engines(
         return Side(engines, sync, stream)
 
     num, own = config.rollout.num_engines, config.teacher.engines
-    if own and METHODS[config.method].needs.teacher:
+    if own and needs_of(config.method).teacher:
         policy, teacher = side(range(num - own), ("policy",)), side(range(num - own, num), ("teacher",))
     else:
         policy, teacher = side(range(num), ("policy", "teacher")), None

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 from megatron_coreward.cluster.colocation import no_handoff
 from megatron_coreward.cluster.processes import processes
 from megatron_coreward.cluster.weight_sync import canary_tokens, open_sync
+from megatron_coreward.config.methods import needs_of
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import validate
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.errors import RunError
-from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.types import Role, WeightVersion
@@ -47,7 +47,7 @@ def verify_sync(config: RunConfig, rounds: int = 2) -> Iterator[SyncCheck]:
     arch = validate(config)
     EngineLayout(config.rollout.num_engines, config.rollout.tensor_parallel).check(arch)
     config = config.model_copy(update={"sync": config.sync.model_copy(update={"checksums": True})})
-    roles: tuple[Role, ...] = ("policy", "teacher") if METHODS[config.method].needs.teacher else ("policy",)
+    roles: tuple[Role, ...] = ("policy", "teacher") if needs_of(config.method).teacher else ("policy",)
     gigabytes = sum(meta.nbytes for meta in tensors_to_send(arch, config.model.dtype)) / 1e9
     with processes(config) as running, ExitStack() as stack:
         sync = open_sync(config, running, canary_tokens(_problems(config)))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_coreward.commands.arguments import SEED, whole
-from megatron_coreward.config.schema import MethodName
+from megatron_coreward.config.methods import MethodName
 
 
 def add(commands: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.config.load import dump_config
+from megatron_coreward.config.methods import needs_of
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.planner.hardware import GIB, GPUS, Assumptions, Gpu
@@ -19,7 +20,6 @@ from megatron_coreward.preflight.machine import (
 )
 from megatron_coreward.preflight.memory import host_memory
 from megatron_coreward.preflight.resume import newest_checkpoint
-from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.weights.layouts import ActorLayout
 
 _MOST_RANKS = 16  # that are shown one by one
@@ -44,7 +44,7 @@ def describe_run(config: RunConfig) -> str:
 def _steps(config: RunConfig) -> Iterator[str]:
     done = newest_checkpoint(config.run_dir)
     yield f"{config.steps} in all, {f'resumed after step {done}' if done else 'from the first one on'}"
-    needs = METHODS[config.method].needs
+    needs = needs_of(config.method)
     in_views = f", in {len(needs.views)} views" if len(needs.views) > 1 else ""
     teacher = f", and {config.teacher.n} of the teacher" if needs.teacher else ""
     trained = "" if config.rollout.votes is None else f", {config.rollout.n} of them trained on"

@@ -2,12 +2,17 @@
 
 from typing import Any
 
+from megatron_coreward.config.methods import BUILT_IN
+from megatron_coreward.config.plugins import entry_points
 from megatron_coreward.config.schema import RunConfig
 
 
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12. No key is required, because a recipe may have it from its `base` or from the command line."""
     schema = _for_editors(RunConfig.model_json_schema())
+    names, _, mixture = schema["properties"]["method"]["anyOf"]
+    for enumerated in (names, mixture["propertyNames"]["anyOf"][0]):
+        enumerated["enum"] = [*BUILT_IN, *entry_points()]
     base = {
         "description": "Recipes whose keys this one takes over, by paths from its own folder.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],

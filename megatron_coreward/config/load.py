@@ -15,15 +15,18 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_coreward.config.accelerator import FP8_LOGPROB_GAP
 from megatron_coreward.config.explain import explain
+from megatron_coreward.config.methods import needs_of
 from megatron_coreward.config.names import RENAMED_KEYS
 from megatron_coreward.config.paths import check_text, expand_path
-from megatron_coreward.config.schema import TEACHER_METHODS, RunConfig
+from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.yaml_file import parse_scalar, parse_yaml, read_yaml
 from megatron_coreward.errors import InputError
 
 # The paper's KL coefficients (arXiv 2508.00410, appendix); the baselines run at that of Co-rewarding-I.
-PAPER_KL_COEF = dict.fromkeys(TEACHER_METHODS, 0.001)
-DEFAULT_KL_COEF = 0.005
+KL_COEF_WITH_TEACHER = 0.001
+KL_COEF = 0.005
+
+ONE_VALUE = ("method",)  # keys whose mapping is a value, and no group of keys
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -59,7 +62,10 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        if isinstance(below, dict) and isinstance(value, dict) and key not in ONE_VALUE:
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
     return merged
 
 
@@ -74,13 +80,18 @@ def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), where: str
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Replaces `auto` and null by what they mean for this run, so that the saved config says what was run."""
+    """Replaces `auto` and null by what they mean for this run, so that the saved config says what was run.
+
+    Raises:
+        InputError: a method of the user's own cannot be loaded (`config.plugins`).
+    """
+    teacher = needs_of(config.method).teacher
     kl_coef = config.loss.kl_coef
     if kl_coef is None:
-        kl_coef = PAPER_KL_COEF.get(config.method, DEFAULT_KL_COEF)
+        kl_coef = KL_COEF_WITH_TEACHER if teacher else KL_COEF
     reference = config.loss.kl_reference
     if reference == "auto":
-        reference = "teacher" if config.method in TEACHER_METHODS else "frozen"
+        reference = "teacher" if teacher else "frozen"
     gap = config.sync.max_logprob_gap
     if gap is None:
         gap = 1e-3 if config.model.dtype == "float32" else 0.1

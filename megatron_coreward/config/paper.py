@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_coreward.config.schema import MethodName
+from megatron_coreward.config.methods import MethodName
 
 DataName = Literal["math", "dapo", "open_rs"]
 

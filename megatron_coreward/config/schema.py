@@ -12,31 +12,11 @@ from pydantic import Field
 
 from megatron_coreward.config.component import Component, Fraction, NonNegative, Positive
 from megatron_coreward.config.guard import GuardSettings
-
-MethodName = Literal[
-    "co_rewarding_i",
-    "co_rewarding_ii",
-    "co_rewarding_i+ii",
-    "co_rewarding_i+ii_original",
-    "majority_voting",
-    "ground_truth",
-    "self_certainty",
-    "entropy",
-]
+from megatron_coreward.config.methods import MethodSetting
 
 AnswerFormat = Literal["boxed", "hashes", "plain"]
 
 Equivalence = Literal["hendrycks", "exact", "math"]
-
-# Which methods train on both views, which read rephrased questions, which keep a teacher and which read ground truth;
-# a test holds these against the methods' own needs.
-TWO_VIEW_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "co_rewarding_i+ii"})
-REPHRASED_METHODS: frozenset[MethodName] = TWO_VIEW_METHODS | {"co_rewarding_i+ii_original"}
-TEACHER_METHODS: frozenset[MethodName] = frozenset(
-    {"co_rewarding_ii", "co_rewarding_i+ii", "co_rewarding_i+ii_original"}
-)
-# Whose labels are votes of the policy's own groups.
-POLICY_VOTE_METHODS: frozenset[MethodName] = frozenset({"co_rewarding_i", "majority_voting"})
 
 SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\boxed{}."
 
@@ -58,8 +38,12 @@ class DataSettings(Component):
     train_files: tuple[Path, ...] = Field(min_length=1)
     """Parquet files of training questions in the published format (columns prompt, reward_model, extra_info)."""
     rephrased_files: tuple[Path, ...] = ()
-    """Parquet files of rephrased questions, paired with train_files row by row through extra_info.index. Only the
-    methods co_rewarding_i and co_rewarding_i+ii(_original) read them."""
+    """Parquet files of rephrased questions, paired with train_files row by row through extra_info.index. Only methods
+    with two views read them: co_rewarding_i, co_rewarding_i+ii(_original) and self_harmony."""
+    online_rephrasing: Literal["off", "policy", "teacher"] = "off"
+    """Who rewrites the questions of every step before they are answered, for methods that read rephrased ones. What
+    does not pass the filter of docs/rephrasing.md leaves the rephrasing of rephrased_files or, without those, the
+    question itself. Needs rollout.max_staleness and teacher.lookahead of 0."""
     val_files: tuple[Path, ...] = ()
     """Parquet files of held-out questions with ground truths; empty: no validation."""
     batch_size: Positive = 128
@@ -200,6 +184,11 @@ class RolloutSettings(Component):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings at which an engine ends a response; the tokens of the string are part of it. With any, engines decode
     text token by token, which is slower."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of probability that the policy's training rollouts are drawn from, the most likely tokens first; below 1 it
+    needs loss.mismatch_correction, as actors train the whole distribution. Teacher and validation are not affected."""
+    top_k: NonNegative = 0
+    """Most likely tokens that the policy's training rollouts are drawn from; 0: all. Otherwise as top_p."""
     max_num_seqs: Positive = 256
     """Most sequences that an engine decodes at once."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
@@ -263,8 +252,20 @@ class RewardSettings(Component):
 
 
 class LossSettings(Component):
-    """The PPO-clip loss with its KL term."""
+    """The clipped policy gradient loss with its KL term."""
 
+    objective: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """What is clipped: ppo the probability ratio of each token, gspo one ratio for a whole sequence (its bounds are
+    about a thousandth of those of ppo, and its paper aggregates by seq-mean-token-mean), cispo the weight of a token's
+    gradient, which never vanishes. With one update per batch all ratios are 1, and all three are the same."""
+    advantage_std: bool = True
+    """Whether advantages are divided by the standard deviation of their group's rewards; false as in Dr. GRPO. Methods
+    that compute advantages of their own (restrain) are not affected."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a bonus on the entropy of every token's distribution, in nats, which keeps the policy exploring."""
+    mask_truncated: bool = False
+    """Whether responses that were cut off at rollout.max_response_tokens are left out of the loss (overlong filtering,
+    DAPO). They still vote, and count in the advantages of their group."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """How far below 1 the probability ratio is clipped."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
@@ -413,11 +414,12 @@ class RunConfig(Component):
     """Seed of sampling and of the order of questions. The engines' library takes 32 bits."""
     steps: Positive
     """Steps of the whole run: one batch of rollouts each. Schedules of learning rate and teacher span them."""
-    method: MethodName
-    """Where labels come from: co_rewarding_i from the votes on rephrased questions, co_rewarding_ii from the votes of
-    an EMA teacher, co_rewarding_i+ii from the teacher's votes across views, co_rewarding_i+ii_original from those on
-    rephrased questions for the original ones alone. Baselines: majority_voting, ground_truth, self_certainty and
-    entropy."""
+    method: MethodSetting
+    """How rollouts are rewarded. co_rewarding_i labels them by the votes on rephrased questions, co_rewarding_ii by the
+    votes of an EMA teacher, co_rewarding_i+ii by the teacher's votes across views, co_rewarding_i+ii_original by those
+    on rephrased questions for the original ones alone; docs/methods.md has all methods. A text such as
+    my_package.my_module:MyMethod is a method of your own, by its import path, which loading the recipe imports. Keys
+    and values are several methods with their weights: their rewards are added."""
     gpu: Literal["a100", "h100", "h200"] | None = None
     """GPU that the layout was made for, by which plan judges it unless it is given another; null: none in particular.
     It changes nothing in a run."""

@@ -13,14 +13,9 @@ from pydantic import BaseModel
 
 from megatron_coreward.config import accelerator, layout_rules
 from megatron_coreward.config.architecture import Architecture, read_architecture
-from megatron_coreward.config.schema import (
-    POLICY_VOTE_METHODS,
-    REPHRASED_METHODS,
-    TEACHER_METHODS,
-    TWO_VIEW_METHODS,
-    RunConfig,
-    ValidationSettings,
-)
+from megatron_coreward.config.methods import POLICY_VOTE_METHODS, method_title, needs_of, parts_of
+from megatron_coreward.config.needs import Needs
+from megatron_coreward.config.schema import RunConfig, ValidationSettings
 from megatron_coreward.errors import InputError
 
 # Mean gap of log-probs between engine and actor that rounding alone may make; a limit below it refuses every sync.
@@ -107,7 +102,7 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"actor.tokens_per_microbatch: {a.tokens_per_microbatch} does not hold one sequence of "
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
         )
-    views = 2 if config.method in TWO_VIEW_METHODS else 1
+    views = len(needs_of(config.method).views)
     sequences = config.data.batch_size * views * r.n
     if sequences < a.data_parallel:
         yield f"actor.data_parallel: {a.data_parallel} ranks for a batch of {sequences} sequences"
@@ -127,21 +122,48 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
 def _method_problems(config: RunConfig) -> Iterator[str]:
     """Of what a method has and what other keys ask of it."""
     loss, guard = config.loss, config.guard.action
-    if config.method in REPHRASED_METHODS and not config.data.rephrased_files:
-        yield f"data.rephrased_files: method {config.method} needs rephrased questions, none are given"
-    if config.method not in TEACHER_METHODS and loss.kl_reference == "teacher":
-        yield f"loss.kl_reference: teacher, but method {config.method} keeps none; allowed: frozen, auto"
+    needs, title = needs_of(config.method), method_title(config.method)
+    if "rephrased" in needs.all_views and not config.data.rephrased_files and config.data.online_rephrasing == "off":
+        yield f"data.rephrased_files: method {title} needs rephrased questions, none are given"
+    yield from _rephrasing_problems(config, needs, title)
+    if not needs.teacher and loss.kl_reference == "teacher":
+        yield f"loss.kl_reference: teacher, but method {title} keeps none; allowed: frozen, auto"
     if guard in ("raise_kl", "rollback") and not loss.kl_coef:
         yield f"guard.action: {guard} raises loss.kl_coef, which is 0; allowed: off, warn, stop, or a KL term"
-    if guard == "freeze_teacher" and config.method not in TEACHER_METHODS:
-        yield f"guard.action: freeze_teacher, but method {config.method} keeps none"
+    if guard == "freeze_teacher" and not needs.teacher:
+        yield f"guard.action: freeze_teacher, but method {title} keeps none"
+
+
+def _rephrasing_problems(config: RunConfig, needs: Needs, title: str) -> Iterator[str]:
+    """Of rewriting questions during training."""
+    who = config.data.online_rephrasing
+    if who == "off":
+        return
+    if config.rollout.resample_flat:
+        yield (
+            f"data.online_rephrasing: {who} rewrites the batch of a step before it is sampled; rollout.resample_flat, "
+            f"which draws further questions afterwards, must be 0, found {config.rollout.resample_flat}"
+        )
+    if "rephrased" not in needs.all_views:
+        yield f"data.online_rephrasing: {who}, but method {title} reads no rephrased questions; allowed: off"
+    if who == "teacher" and not needs.teacher:
+        yield f"data.online_rephrasing: teacher, but method {title} keeps none; allowed: off, policy"
+    for key, value in (
+        ("rollout.max_staleness", config.rollout.max_staleness),
+        ("teacher.lookahead", config.teacher.lookahead if needs.teacher else 0),
+    ):
+        if value:
+            yield (
+                f"data.online_rephrasing: {who} writes the questions of a step with its weights, so nothing can be "
+                f"sampled ahead of them; {key} must be 0, found {value}"
+            )
 
 
 def _vote_problems(config: RunConfig) -> Iterator[str]:
     """Of votes on more, or on less, than what is trained on."""
-    r, method = config.rollout, config.method
-    if config.teacher.early_stop and method not in TEACHER_METHODS:
-        yield f"teacher.early_stop: true, but method {method} keeps no teacher whose votes could end; allowed: false"
+    r, needs, title = config.rollout, needs_of(config.method), method_title(config.method)
+    if config.teacher.early_stop and not needs.teacher:
+        yield f"teacher.early_stop: true, but method {title} keeps no teacher whose votes could end; allowed: false"
     elif config.teacher.early_stop and r.schedule != "streaming":
         yield (
             "teacher.early_stop: true needs rollout.schedule: streaming, in which samples are seen as they end; found "
@@ -158,10 +180,10 @@ def _vote_problems(config: RunConfig) -> Iterator[str]:
         return
     if r.votes < r.n:
         yield f"rollout.votes: found {r.votes}; allowed: at least rollout.n ({r.n}), which are chosen from them"
-    if method not in POLICY_VOTE_METHODS:
+    if needs.token_stats or not any(name in POLICY_VOTE_METHODS for name, _ in parts_of(config.method)):
         allowed = " and ".join(sorted(POLICY_VOTE_METHODS))
-        instead = "; teacher.n is the number of the teacher's votes" if method in TEACHER_METHODS else ""
-        yield f"rollout.votes: method {method} has no vote of the policy; allowed: null, or {allowed}{instead}"
+        instead = "; teacher.n is the number of the teacher's votes" if needs.teacher else ""
+        yield f"rollout.votes: method {title} has no vote of the policy; allowed: null, or {allowed}{instead}"
 
 
 def _staleness_problems(config: RunConfig) -> Iterator[str]:
@@ -171,6 +193,8 @@ def _staleness_problems(config: RunConfig) -> Iterator[str]:
         *([f"rollout.max_staleness: {r.max_staleness}"] if r.max_staleness else []),
         *(["rollout.partial: true"] if r.partial else []),
         *(["rollout.quantization: fp8"] if r.quantization == "fp8" else []),
+        *([f"rollout.top_p: {r.top_p}"] if r.top_p < 1 else []),
+        *([f"rollout.top_k: {r.top_k}"] if r.top_k else []),
     ]
     if asked and config.loss.mismatch_correction == "off":
         yield (
@@ -194,8 +218,8 @@ def _staleness_problems(config: RunConfig) -> Iterator[str]:
             "actor.router_replay: rollout reads the experts of whole batches; found rollout.schedule: streaming, "
             "allowed: deterministic"
         )
-    if own and config.method not in TEACHER_METHODS:
-        yield f"teacher.engines: {own}, but method {config.method} keeps no teacher; allowed: 0"
+    if own and not needs_of(config.method).teacher:
+        yield f"teacher.engines: {own}, but method {method_title(config.method)} keeps no teacher; allowed: 0"
     elif own and own >= r.num_engines:
         yield (
             f"teacher.engines: {own} of rollout.num_engines: {r.num_engines} leave none for the policy; allowed: 0 to "
@@ -211,6 +235,8 @@ def _staleness_problems(config: RunConfig) -> Iterator[str]:
 def _bound_problems(config: RunConfig) -> Iterator[str]:
     """Of numbers that bound each other."""
     a, loss = config.actor, config.loss
+    if loss.dual_clip is not None and loss.objective != "ppo":
+        yield f"loss.dual_clip: is a bound of ppo alone, found loss.objective: {loss.objective}"
     if loss.kl_clamp is not None and loss.kl_estimator != "k3":
         yield f"loss.kl_clamp: bounds the estimator k3 alone, found loss.kl_estimator: {loss.kl_estimator}"
     if config.teacher.decay_start > config.teacher.decay_end:

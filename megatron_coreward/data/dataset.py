@@ -68,6 +68,14 @@ class ProblemSet(Sequence[Problem]):
             num_unanswered=self.num_without_ground_truth,
         )
 
+    def with_two_views(self) -> "ProblemSet":
+        """Questions without a rephrasing get a copy of themselves, for runs that write rephrasings as they go."""
+        problems = tuple(
+            replace(problem, prompts={"rephrased": problem.prompts["original"], **problem.prompts})
+            for problem in self.problems
+        )
+        return replace(self, problems=problems)
+
     def missing_in_training(self, method: str) -> str:
         """The complaint about training questions, for a method that reads ground truths."""
         return (

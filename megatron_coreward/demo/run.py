@@ -16,7 +16,8 @@ from rich.table import Table
 
 from megatron_coreward.cluster.ray_start import stop_ray
 from megatron_coreward.config.load import parse_config
-from megatron_coreward.config.schema import TWO_VIEW_METHODS, MethodName, RunConfig
+from megatron_coreward.config.methods import TWO_VIEW_METHODS, MethodName
+from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.task import Files, make_splits, write_parquet
 from megatron_coreward.demo.tokenizer import word_level_tokenizer

@@ -20,6 +20,7 @@ import yaml
 
 from megatron_coreward.algorithms.accuracy import Estimate
 from megatron_coreward.cluster.ray_start import stop_ray
+from megatron_coreward.config.methods import method_title
 from megatron_coreward.config.schema import SYSTEM_PROMPT
 from megatron_coreward.errors import InputError
 from megatron_coreward.evaluation.benchmarks import BENCHMARKS, TEMPERATURE, HarnessBenchmark, MathBenchmark, missing
@@ -217,7 +218,7 @@ def model_labels(
     config = yaml.safe_load(run.read_text())
     trained_on = Path(config["data"]["train_files"][0]).parent.name.replace("-", "_")
     return ModelLabels(
-        base or Path(config["model"]["hf_path"]).name, data or trained_on, method or str(config["method"])
+        base or Path(config["model"]["hf_path"]).name, data or trained_on, method or method_title(config["method"])
     )
 
 

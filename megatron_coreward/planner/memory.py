@@ -17,7 +17,8 @@ from math import prod
 from megatron_coreward.config.accelerator import RECIPES
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.layout_rules import VLLM_VOCAB_MULTIPLE
-from megatron_coreward.config.schema import TEACHER_METHODS, ActorSettings, RunConfig
+from megatron_coreward.config.methods import needs_of
+from megatron_coreward.config.schema import ActorSettings, RunConfig
 from megatron_coreward.planner.hardware import GIB, Assumptions, Gpu
 from megatron_coreward.planner.parameters import layer_shapes, stage_parameters
 from megatron_coreward.weights.buckets import ITEM_BYTES
@@ -101,7 +102,7 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
         InputError: a layout that cannot hold the model.
     """
     a, layout, item = config.actor, ActorLayout.of(config.actor), ITEM_BYTES[config.model.dtype]
-    teacher = config.method in TEACHER_METHODS
+    teacher = needs_of(config.method).teacher
     frozen = keeps_reference(config)
     stages = []
     for stage in range(layout.pipeline_parallel):

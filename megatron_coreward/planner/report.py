@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from megatron_coreward.config.methods import method_title
 from megatron_coreward.planner.hardware import GIB
 from megatron_coreward.planner.memory import StageMemory
 from megatron_coreward.planner.plan import Plan, gib, layout_of
@@ -19,7 +20,7 @@ def _head(plan: Plan, model: str) -> Iterator[str]:
     a, r = c.actor, c.rollout
     beside = "beside" if machine.placement == "colocated" else "and"
     gpu = f"{machine.gpu.name} ({gib(machine.gpu.memory_bytes)})"
-    yield f"{model}, {c.method}, {c.model.dtype}, on {plan.num_gpus} x {gpu}"
+    yield f"{model}, {method_title(c.method)}, {c.model.dtype}, on {plan.num_gpus} x {gpu}"
     yield (
         f"{machine.placement}: {a.world_size} actor ranks (TP {a.tensor_parallel}, PP {a.pipeline_parallel}, VPP "
         f"{a.virtual_pipeline}, CP {a.context_parallel}, EP {a.expert_parallel}, DP {a.data_parallel}; recompute "

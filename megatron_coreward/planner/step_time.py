@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatron_coreward.config.architecture import Architecture
-from megatron_coreward.config.schema import TEACHER_METHODS, TWO_VIEW_METHODS, RunConfig
+from megatron_coreward.config.methods import needs_of
+from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.planner.hardware import Assumptions, Gpu
 from megatron_coreward.planner.memory import EngineMemory, microbatch_tokens, sync_peers
 from megatron_coreward.planner.parameters import stage_parameters
-from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.weights.buckets import ITEM_BYTES
 from megatron_coreward.weights.layouts import ActorLayout, EngineLayout
 from megatron_coreward.weights.mapping import hf_tensors
@@ -62,12 +62,13 @@ class Work:
 
 
 def work(config: RunConfig, assumptions: Assumptions) -> Work:
-    views = 2 if config.method in TWO_VIEW_METHODS else 1
-    teacher, r = config.method in TEACHER_METHODS, config.rollout
-    statistics = METHODS[config.method].needs.token_stats or config.loss.updates_per_batch > 1
+    needs = needs_of(config.method)
+    views, teacher, r = len(needs.views), needs.teacher, config.rollout
+    statistics = needs.token_stats or config.loss.updates_per_batch > 1
     return Work(
         trained=config.data.batch_size * views * r.n,
-        labelled=config.data.batch_size * views * (config.teacher.n * teacher + r.num_samples - r.n),
+        labelled=config.data.batch_size
+        * (len(needs.sampled_views("teacher")) * config.teacher.n + views * (r.num_samples - r.n)),
         prompt=assumptions.mean_prompt * config.data.max_prompt_tokens,
         response=assumptions.mean_response * config.rollout.max_response_tokens,
         longest=config.rollout.max_response_tokens,

@@ -6,6 +6,7 @@ whatever the others found, as far as it can; the message has all problems, one a
 | module | asks |
 |---|---|
 | `config.validate` | does the config contradict itself or the model's shape, are the files there? |
+| `method` | can the method be loaded, and does one of your own do what it says? |
 | `packages` | are the pinned packages installed? |
 | `model` | are weights and tokenizer whole, do they belong together, can the engine run them? |
 | `prompts` | do the questions pair, render and fit? |
@@ -20,7 +21,7 @@ from megatron_coreward.config.architecture import Architecture, read_architectur
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import file_problems, model_problems, setting_problems
 from megatron_coreward.errors import InputError, environment_problem
-from megatron_coreward.preflight import machine, model, packages, prompts, ray_address, resume
+from megatron_coreward.preflight import machine, method, model, packages, prompts, ray_address, resume
 
 
 def preflight(config: RunConfig) -> Architecture:
@@ -29,7 +30,9 @@ def preflight(config: RunConfig) -> Architecture:
     Raises:
         InputError: every problem found, one a line.
     """
-    problems = [*_found(setting_problems(config), file_problems(config), packages.problems(config))]
+    problems = [
+        *_found(setting_problems(config), file_problems(config), method.problems(config), packages.problems(config))
+    ]
     arch: Architecture | None = None
     try:
         arch = read_architecture(config.model.hf_path)

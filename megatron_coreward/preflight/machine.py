@@ -15,10 +15,10 @@ from typing import Literal
 
 from megatron_coreward.config.accelerator import GpuSupport, machine_problems, parse_version
 from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.config.methods import needs_of
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.preflight.memory import gpu_problems, host_problems, parameters
 from megatron_coreward.preflight.packages import installed
-from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout import sockets
 from megatron_coreward.weights.mailbox import NUM_SLOTS, remove_orphans
 from megatron_coreward.weights.spec import tensors_to_send
@@ -210,7 +210,7 @@ def checkpoint_bytes(config: RunConfig, arch: Architecture) -> int:
     """Bytes of one checkpoint at least."""
     item = 4 if config.model.dtype == "float32" else 2
     # Weights; main parameters and two moments; value and compensation of the teacher.
-    return sum(parameters(arch)) * (item + 12 + (8 if METHODS[config.method].needs.teacher else 0))
+    return sum(parameters(arch)) * (item + 12 + (8 if needs_of(config.method).teacher else 0))
 
 
 def model_bytes(config: RunConfig, arch: Architecture) -> int:

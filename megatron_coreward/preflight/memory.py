@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_coreward.config.architecture import Architecture
-from megatron_coreward.config.schema import REPHRASED_METHODS, RunConfig
+from megatron_coreward.config.methods import needs_of
+from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.planner.hardware import GIB, GPUS, Assumptions
 from megatron_coreward.planner.memory import activation_bytes, actor_memory, engine_memory, scoring_bytes
 from megatron_coreward.planner.plan import Machine, actor_problems, engine_problems
-from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.weights.buckets import ITEM_BYTES
 from megatron_coreward.weights.layouts import ActorLayout, expert_number
 from megatron_coreward.weights.mapping import hf_tensors
@@ -37,7 +37,7 @@ def parameters(arch: Architecture) -> tuple[int, int]:
 def host_memory(config: RunConfig, arch: Architecture) -> dict[str, int]:
     """Bytes that a run takes on a machine without GPUs, over all its processes, by what takes them."""
     dense, expert = parameters(arch)
-    a, r, needs = config.actor, config.rollout, METHODS[config.method].needs
+    a, r, needs = config.actor, config.rollout, needs_of(config.method)
     item = ITEM_BYTES[config.model.dtype]
     once = dense + expert
     # Replicas of a shard hold all of it; context-parallel ranks are replicas too.
@@ -59,7 +59,7 @@ def host_memory(config: RunConfig, arch: Architecture) -> dict[str, int]:
 def _micro_batches(config: RunConfig, arch: Architecture) -> int:
     """Activations of the largest micro-batches that can be in flight, and what scoring them takes, over all ranks."""
     a, item = config.actor, ITEM_BYTES[config.model.dtype]
-    views = 2 if config.method in REPHRASED_METHODS else 1
+    views = len(needs_of(config.method).views)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     batch = config.data.batch_size * views * config.rollout.n * longest // a.data_parallel
     a = a.model_copy(update={"tokens_per_microbatch": min(a.tokens_per_microbatch, max(longest, batch))})

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_coreward.config.methods import method_title, needs_of
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
 from megatron_coreward.data.parquet import Message
@@ -15,14 +16,13 @@ from megatron_coreward.data.question_stream import QuestionStream
 from megatron_coreward.data.sampler import BatchOrder
 from megatron_coreward.errors import InputError
 from megatron_coreward.preflight.tokenizer import FileTokenizer, has_fast_tokenizer
-from megatron_coreward.rewards.methods import METHODS
 
 SLACK = 64  # bytes that a template may add beyond twice what it added to the first conversation of a kind
 
 
 def problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with training and validation questions."""
-    data, needs = config.data, METHODS[config.method].needs
+    data, needs, title = config.data, needs_of(config.method), method_title(config.method)
     try:
         tokenizer = FileTokenizer(config.model.hf_path) if has_fast_tokenizer(config.model.hf_path) else None
     except InputError:  # said already
@@ -33,7 +33,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     if train is not None:
         try:
             if needs.ground_truth:
-                train = train.with_ground_truth(data.missing_gold, train.missing_in_training(config.method))
+                train = train.with_ground_truth(data.missing_gold, train.missing_in_training(title))
             BatchOrder(len(train), data.batch_size, config.seed, data.shuffle)
             if config.rollout.resample_flat:
                 most = data.batch_size * (1 + config.rollout.resample_flat)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_coreward.checkpoint import inputs
+from megatron_coreward.config.methods import method_title
 from megatron_coreward.config.names import with_new_names
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
@@ -26,6 +27,7 @@ FIXED = (
     "model",
     "data.train_files",
     "data.rephrased_files",
+    "data.online_rephrasing",
     "data.batch_size",
     "data.max_prompt_tokens",
     "data.over_length",
@@ -52,6 +54,8 @@ FIXED = (
     "rollout.temperature",
     "rollout.max_response_tokens",
     "rollout.stop",
+    "rollout.top_p",
+    "rollout.top_k",
     "teacher",
     "rewards.answer_formats",
     "rewards.stop_at",
@@ -113,7 +117,9 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        if isinstance(value, Mapping):
+        if name == "method":  # a mixture is one value, in which the order counts
+            yield name, method_title(value)
+        elif isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

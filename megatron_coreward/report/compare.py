@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_coreward.config.methods import method_title
 from megatron_coreward.errors import InputError
 from megatron_coreward.report import panels
 from megatron_coreward.report.chart import Scale
@@ -73,7 +74,7 @@ def _ends(runs: Sequence[tuple[str, RunRecord]], accuracy: Sequence[str]) -> str
         rows.append(
             [
                 f'<span style="color:{COLORS[place % len(COLORS)]}">■</span> {text(name)}',
-                text(record.config.get("method", "")),
+                text(method_title(record.config.get("method", ""))),
                 str(int(record.rows[-1][keys.STEP] or 0)),
                 *ends,
                 _best(record, best_of) if best_of else "",

@@ -37,12 +37,12 @@ def counterfactual(
     """The rewards of a run under another relation of equivalence, on the rollouts that it sampled.
 
     Raises:
-        InputError: as `replay`, and for a method whose rewards do not depend on the relation.
+        InputError: as `replay`, and for a method whose rewards rest on token statistics.
     """
     method = method_of(record)
     if method.needs.token_stats:
         raise InputError(
-            f"{record.run_dir}: the rewards of {method.name} do not depend on which answers are equivalent"
+            f"{record.run_dir}: the rewards of {method.name} rest on token statistics, which are not dumped"
         )
     settings = record.settings("rewards", RewardSettings).model_copy(update={"equivalence": relation})
     total = Counterfactual()

@@ -13,6 +13,7 @@ PHASE_COLORS = {
     "teacher_ema": "#CC79A7",
     "switch": "#332288",
     "sync": "#E69F00",
+    "rephrasing": "#44AA99",
     "rollout": "#56B4E9",
     "token_stats": "#B8A800",
     "rewards": "#D55E00",

@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_coreward.algorithms.advantages import group_advantages
-from megatron_coreward.config.schema import RewardSettings
+from megatron_coreward.config.methods import check_method, parts_of
+from megatron_coreward.config.plugins import IMPORT_PATH
+from megatron_coreward.config.schema import LossSettings, RewardSettings
 from megatron_coreward.errors import InputError
 from megatron_coreward.report.run_record import RunRecord
+from megatron_coreward.rewards import methods
 from megatron_coreward.rewards.agreement import agreement_metrics, ground_truth_metrics, reward_metrics, vote_metrics
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.context import BatchRewardContext, GroupKey
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rewards.methods.base import GroupReward, Method
 from megatron_coreward.rewards.voting import Vote
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup, read_rollouts
@@ -39,9 +40,13 @@ class Recomputed:
 
 
 def recompute_step(
-    scored: Sequence[ScoredGroup], method: Method, settings: RewardSettings, equivalence: AnswerEquivalence
+    scored: Sequence[ScoredGroup],
+    method: Method,
+    settings: RewardSettings,
+    equivalence: AnswerEquivalence,
+    by_std: bool = True,
 ) -> Recomputed:
-    """Everything of a step that its dump determines."""
+    """Everything of a step that its dump determines. `by_std`: of `loss.advantage_std`."""
     policy = tuple(item for item in scored if item.group.role == "policy")
     groups = [item.group for item in policy]
     context = BatchRewardContext(
@@ -49,13 +54,13 @@ def recompute_step(
         equivalence,
         policy_groups=groups,
         teacher_groups=[item.group for item in scored if item.group.role == "teacher"],
-        ground_truths={item.group.uid: item.label for item in policy} if method.needs.ground_truth else None,
+        ground_truths={item.group.uid: _gold(item) for item in policy} if method.needs.ground_truth else None,
         min_margin=settings.min_margin,
     )
     group_rewards = tuple(
-        _as_recorded(item) if method.needs.token_stats else method.score(item.group, context) for item in policy
+        _as_recorded(item, method) if method.needs.token_stats else method.score(item.group, context) for item in policy
     )
-    advantages = tuple(_advantages(item) for item in policy)
+    advantages = tuple(_advantages(item, now, by_std) for item, now in zip(policy, group_rewards, strict=True))
     votes = context.votes()
     return Recomputed(
         recorded=tuple(scored),
@@ -90,7 +95,7 @@ def recompute_run(
 
     Raises InputError if there are none or none can be read, or for an unknown method.
     """
-    method = method_of(record)
+    method, by_std = method_of(record), record.settings("loss", LossSettings).advantage_std
     wanted = [step for step in record.dumps if steps is None or step in steps]
     if not wanted:
         have = f"steps {min(record.dumps)} to {max(record.dumps)} have some" if record.dumps else "there are none"
@@ -108,21 +113,28 @@ def recompute_run(
             note(f"step {step} is left out: {error}")
             continue
         some = True
-        yield step, recompute_step(scored, method, settings, equivalence)
+        yield step, recompute_step(scored, method, settings, equivalence, by_std)
     if damaged is not None and not some:
         raise damaged
 
 
 def method_of(record: RunRecord) -> Method:
-    """The run's method. Raises InputError for one that is unknown here."""
+    """The run's method. Raises InputError for one that is unknown here, and for one by import path."""
     if not record.config:
         raise InputError(
             f"{record.run_dir / 'config.yaml'}: missing or empty; it names the method whose votes to recompute"
         )
-    name = str(record.config.get("method"))
-    if name not in METHODS:
-        raise InputError(f"{record.run_dir / 'config.yaml'}: method: found {name!r}; allowed: {', '.join(METHODS)}")
-    return METHODS[name]
+    found, file = record.config.get("method"), record.run_dir / "config.yaml"
+    try:
+        setting = check_method(found)
+        for name, _ in parts_of(setting):
+            if IMPORT_PATH.fullmatch(name):  # a run directory may be somebody else's
+                raise InputError(f"method: {name} is code, which is not imported because a run directory names it")
+        return methods.method_of(setting)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{file}: method: found {found!r}; {error}") from None
 
 
 def name_of(item: ScoredGroup) -> str:
@@ -135,17 +147,23 @@ def _rewards(item: ScoredGroup) -> FloatArray:
     return item.rewards
 
 
-def _advantages(item: ScoredGroup) -> FloatArray:
+def _advantages(item: ScoredGroup, now: GroupReward, by_std: bool) -> FloatArray:
     """Over the rollouts that were trained on, which the dump names; NaN for the others."""
     assert item.advantages is not None
-    trained = ~np.isnan(item.advantages)
+    trained = np.flatnonzero(~np.isnan(item.advantages))
     advantages = np.full_like(item.advantages, np.nan)
-    advantages[trained] = group_advantages(_rewards(item)[trained])
+    advantages[trained] = replace(now, rewards=_rewards(item)).of_rollouts(trained).advantages_of_group(by_std)
     return advantages
 
 
-def _as_recorded(item: ScoredGroup) -> GroupReward:
-    return GroupReward(item.label, _rewards(item))
+def _gold(item: ScoredGroup) -> str | None:
+    """The data set's answer; in dumps that do not have it, the label of a method that labels by it."""
+    return item.label if item.ground_truth is None else item.ground_truth
+
+
+def _as_recorded(item: ScoredGroup, method: Method) -> GroupReward:
+    own = getattr(method, "own_advantages", False)
+    return GroupReward(item.label, _rewards(item), item.advantages if own else None)
 
 
 def _response_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:

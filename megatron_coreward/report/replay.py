@@ -136,7 +136,7 @@ def _close(recorded: float | None, now: float) -> bool:
 
 def summary(record: RunRecord, result: Replay, max_differences: int = 10) -> list[str]:
     """What a person reads of a replay."""
-    lines = [f"{record.run_dir}: {record.config.get('method')}, {result.steps} steps recomputed"]
+    lines = [f"{record.run_dir}: {method_of(record).name}, {result.steps} steps recomputed"]
     wrong = Counter(difference.what for difference in result.differences)
     for what, number in result.compared.items():
         graded = "all as recorded" if not wrong[what] else f"{wrong[what]} differ"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_coreward.config.guard import GuardSettings
+from megatron_coreward.config.methods import method_title
 from megatron_coreward.config.schema import RewardSettings
 from megatron_coreward.guard import Decision, replay_rows
 from megatron_coreward.report import panels, timeline
@@ -87,7 +88,8 @@ def _head(record: RunRecord, decisions: list[Decision]) -> str:
         f'<div class="card{" alarm" if alarming else ""}"><b>{text(value)}</b><span>{text(name)}</span></div>'
         for name, value, alarming in facts
     )
-    method, model = record.config.get("method", "unknown method"), (record.config.get("model") or {}).get("hf_path", "")
+    method = method_title(record.config.get("method", "unknown method"))
+    model = (record.config.get("model") or {}).get("hf_path", "")
     menu = "".join(
         f'<a href="#{name}">{title}</a>'
         for name, title in (

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods.base import Needs, Statistic
+from megatron_coreward.rewards.methods.base import NO_ANSWER, AnswerClasses, Needs, Statistic
+from megatron_coreward.rewards.methods.permission import require_ground_truth, require_token_stats, require_vote
 from megatron_coreward.rewards.voting import Vote, majority_vote
 from megatron_coreward.types import FloatArray, Role, RolloutGroup, TokenStats, View
 
@@ -38,7 +39,7 @@ class BatchRewardContext:
     ) -> None:
         self._needs = needs
         self.equivalence = equivalence
-        self._min_margin = min_margin
+        self.min_margin = min_margin
         self._ground_truths = ground_truths or {}
         self._groups: dict[GroupKey, RolloutGroup] = {}
         self._votes: dict[GroupKey, Vote] = {}
@@ -62,26 +63,36 @@ class BatchRewardContext:
 
     def label_from_vote(self, uid: str, view: View, role: Role) -> str | None:
         """Majority answer of a group; None where the vote abstains. PermissionError: the needs do not name it."""
-        if role == "teacher" and not self._needs.teacher:
-            raise PermissionError("the method asks for a vote of the teacher, but does not declare it in its needs")
-        if view not in self._needs.sampled_views(role):
-            raise PermissionError(
-                f"the method asks for a vote of the {role} on the {view} view, but does not declare it in its needs"
-            )
+        require_vote(self._needs, view, role)
         return self.vote(uid, view, role).label
+
+    def answer_classes(self, uid: str, views: Sequence[View], role: Role) -> AnswerClasses:
+        """Answers of one or several groups of a question, classed together. PermissionError: the needs do not name
+        them."""
+        for view in views:
+            require_vote(self._needs, view, role)
+        groups = [self._group(uid, view, role) for view in views]
+        self._compare()
+        answers = [answer for group in groups for answer in group.answers]
+        classes = self.equivalence.classes(answers)
+        numbers = np.array([NO_ANSWER if index is None else index for index in classes], dtype=np.int32)
+        spellings: dict[int, str] = {}  # classes are numbered in the order in which they are first seen
+        for index, answer in zip(classes, answers, strict=True):
+            if index is not None and answer is not None:
+                spellings.setdefault(index, answer)
+        ends = np.cumsum([len(group.completions) for group in groups])
+        return AnswerClasses(tuple(np.split(numbers, ends[:-1])), tuple(spellings.values()))
 
     def ground_truth(self, uid: str) -> str | None:
         """The data set's answer. PermissionError: the needs do not name it. KeyError: the question is unknown."""
-        if not self._needs.ground_truth:
-            raise PermissionError("the method asks for the data set's answer, but does not declare it in its needs")
+        require_ground_truth(self._needs)
         if uid not in self._ground_truths:
             raise KeyError(f"no data set answer for {uid}")
         return self._ground_truths[uid]
 
     def sequence_means(self, group: RolloutGroup, statistic: Statistic) -> FloatArray:
         """[G] mean of a statistic over each response. PermissionError: the needs do not name it."""
-        if not self._needs.token_stats:
-            raise PermissionError("the method asks for token statistics, but does not declare them in its needs")
+        require_token_stats(self._needs)
         if _key(group) not in self._means:
             raise KeyError(f"no token statistics for {group.uid} ({group.view}, {group.role})")
         return self._means[_key(group)][statistic]
@@ -95,13 +106,17 @@ class BatchRewardContext:
 
     def vote(self, uid: str, view: View, role: Role) -> Vote:
         """The whole vote, for telemetry: not part of what a method sees. KeyError: there is no such group."""
+        key, group = (uid, view, role), self._group(uid, view, role)
+        self._compare()
+        if key not in self._votes:
+            self._votes[key] = majority_vote(group.answers, self.equivalence, self.min_margin)
+        return self._votes[key]
+
+    def _group(self, uid: str, view: View, role: Role) -> RolloutGroup:
         key = (uid, view, role)
         if key not in self._groups:
             raise KeyError(f"the {role} has no rollouts of {uid} ({view})")
-        self._compare()
-        if key not in self._votes:
-            self._votes[key] = majority_vote(self._groups[key].answers, self.equivalence, self._min_margin)
-        return self._votes[key]
+        return self._groups[key]
 
     def _compare(self) -> None:
         """All comparisons of the step together: of a question, every view and role, for labels cross them."""

@@ -3,7 +3,7 @@
 Invariants (tests/rollout):
   1. Samples come from complete weights only: none before the first update, none during one, and every token of a
      sample from the version that the caller asked for.
-  2. A sample's log-probs are those of the distribution that it was drawn from (temperature and top-p applied).
+  2. A sample's log-probs are those of the distribution that it was drawn from (temperature, top-p and top-k applied).
   3. The same requests with the same seeds give the same samples, whatever else the engine did before.
   4. No cached key or value outlives an update of the weights.
   5. Groups that are streamed (`feed`) stand still while the engine does anything else (`rollout.step_loop`).
@@ -205,9 +205,13 @@ class RolloutEngine:
         if not self._stream_begun.wait(patience_s):
             return Taken((), Completions([[]]), 0, 0, ())
         samples, aborted, aborted_tokens, intervals = self._loop().take(patience_s)
+        for sample in samples:
+            if sample.request.stop and len(sample.starts) > 1:
+                self._end_at_stop(sample)
+        texts = self._tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
         return Taken(
             tuple((sample.name, sample.index) for sample in samples),
-            Completions([[self._completion_of(sample) for sample in samples]]),
+            Completions([[_completion_of(sample, text) for sample, text in zip(samples, texts, strict=True)]]),
             aborted,
             aborted_tokens,
             tuple(interval._replace(engine=engine) for interval in intervals),
@@ -299,18 +303,6 @@ class RolloutEngine:
             raise RunError(f"actor.router_replay: vLLM returned the experts of {tokens} tokens as {found}")
         return experts
 
-    def _completion_of(self, sample: Sample) -> Completion:
-        """What was streamed, in one piece or in several."""
-        request = sample.request
-        if request.stop and len(sample.starts) > 1:
-            self._end_at_stop(sample)
-        text = self._tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-        (_, version), *later = sample.starts
-        token_ids, logprobs = sample.arrays
-        assert sample.finish_reason is not None
-        answer = extract_answer(text, request.answer_formats, request.stop_at)
-        return Completion(token_ids, logprobs, text, answer, sample.finish_reason, version, tuple(later))
-
     def _end_at_stop(self, sample: Sample) -> None:
         """Ends a sample at a stop string that began in one piece and ended in the next: vLLM saw only its halves."""
         longest = max(len(stop.encode()) for stop in sample.request.stop)  # in tokens, too
@@ -322,6 +314,15 @@ class RolloutEngine:
                 if any(stop in near for stop in sample.request.stop):
                     sample.cut(end, "stop")
                     return
+
+
+def _completion_of(sample: Sample, text: str) -> Completion:
+    """What was streamed, in one piece or in several."""
+    (_, version), *later = sample.starts
+    token_ids, logprobs = sample.arrays
+    assert sample.finish_reason is not None
+    answer = extract_answer(text, sample.request.answer_formats, sample.request.stop_at)
+    return Completion(token_ids, logprobs, text, answer, sample.finish_reason, version, tuple(later))
 
 
 def _failure_of(worker: object) -> str | None:

@@ -21,6 +21,7 @@ class SamplingRequest:
     answer_formats: Sequence[AnswerFormat] = ()  # in which a final answer is looked for; none: not at all
     stop_at: Sequence[str] = ()  # strings behind which no answer is looked for (`rewards.answer.extract_answer`)
     stop: Sequence[str] = ()  # strings that end a sample; their tokens are part of it
+    top_k: int = 0  # tokens to draw from, the most likely ones; 0: all
     logprobs: bool = True  # of the sampled tokens; False if nothing reads them, which is faster
 
 

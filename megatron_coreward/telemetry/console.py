@@ -48,6 +48,7 @@ _PHASE_COLORS = {
     "teacher_ema": "magenta",
     "switch": "bright_yellow",
     "sync": "yellow",
+    "rephrasing": "bright_cyan",
     "rollout": "cyan",
     "token_stats": "bright_blue",
     "rewards": "bright_magenta",

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_coreward.algorithms.aggregation import token_weights, token_weights_by_view
+from megatron_coreward.algorithms.aggregation import token_weights_by_view
 from megatron_coreward.config.schema import LossSettings
 from megatron_coreward.types import FloatArray, RolloutGroup, Sequences, TokenStats, TrainBatch, cut
 
@@ -75,8 +75,16 @@ def mini_batches(
 def _weights(
     lengths: Sequence[int], groups: Sequence[RolloutGroup], loss: LossSettings, max_response_tokens: int
 ) -> FloatArray:
-    """[S] weights of the tokens of each sequence of the groups."""
-    if loss.views == "mean":
-        return token_weights(lengths, loss.aggregation, max_response_tokens)
+    """[S] weights of the tokens of each sequence of the groups: 0 for those that are left out of the loss, and for the
+    others as if these were not there."""
+    completions = [completion for group in groups for completion in group.completions]
+    kept = [i for i, c in enumerate(completions) if not (loss.mask_truncated and c.finish_reason == "length")]
     views = [group.view for group in groups for _ in group.completions]
-    return token_weights_by_view(lengths, views, loss.aggregation, max_response_tokens)
+    weights = np.zeros(len(lengths), dtype=np.float32)
+    weights[kept] = token_weights_by_view(
+        [lengths[i] for i in kept],
+        [views[i] if loss.views == "sum" else "original" for i in kept],
+        loss.aggregation,
+        max_response_tokens,
+    )
+    return weights

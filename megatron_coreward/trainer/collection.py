@@ -8,11 +8,12 @@ from megatron_coreward.cluster.rollout_engines import RolloutEngines
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.sampler import BatchSampler
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.rewards.methods import method_of
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.early_stop import early_stop_metrics, early_vote_watchers
 from megatron_coreward.trainer.experience import Collector, Experience, RolloutSource, ScoringActors
+from megatron_coreward.trainer.online_rephrasing import RephrasedSource, Rewriter, Rewriting
 from megatron_coreward.trainer.resampling import NOTE, ResamplingSource, StepQuestions
 from megatron_coreward.trainer.rollout_log import LoggedCollector, RolloutLog
 from megatron_coreward.trainer.schedule import RolloutSchedule
@@ -32,6 +33,7 @@ class Collection:
 def open_collection(
     config: RunConfig,
     problems: Sequence[Problem],
+    rewriting: Rewriting | None,
     actors: ScoringActors,
     engines: RolloutEngines,
     equivalence: AnswerEquivalence,
@@ -40,22 +42,29 @@ def open_collection(
     drawn: dict[str, Any] | None,
 ) -> Collection:
     """Args:
+    rewriting: who rewrites the questions of each step; None: nobody.
     drawn: the state of the questions after `steps_done` steps, if a checkpoint has one.
     """
-    method = METHODS[config.method]
+    method = method_of(config.method)
     questions: StepQuestions | None = None
-    problems_of: Callable[[int], list[Problem]]
+    problems_of: Callable[[int], Sequence[Problem]]
     if config.rollout.resample_flat:
         questions = StepQuestions(problems, config, steps_done, drawn, lambda step: log.note(step, NOTE))
         problems_of = questions.of
     else:
         problems_of = BatchSampler(problems, config.data.batch_size, config.seed, config.data.shuffle).batch
+    rewriter: Rewriter | None = None
+    if rewriting is not None:
+        rewriter = Rewriter(config, rewriting, problems_of, log.has)
+        problems_of = rewriter.problems_of
     source: RolloutSource
     if config.rollout.schedule == "streaming":
         watch = early_vote_watchers(config)
         source = StreamingSchedule(config, method.needs, engines, problems_of, log.has, watch)
     else:
         source = RolloutSchedule(config, method.needs, engines, problems_of, log.has)
+    if rewriter is not None:
+        source = RephrasedSource(source, rewriter)
     collector = Collector(config, method, actors, source, equivalence, problems_of)
     further: ResamplingSource | None = None
     if questions is not None:
@@ -69,6 +78,8 @@ def open_collection(
         if config.teacher.early_stop and "rollout/aborted_tokens" in found:
             teachers = [item.group for item in scored if item.group.role == "teacher"]
             found |= early_stop_metrics(teachers, config.teacher.n, found["rollout/aborted_tokens"])
+        if rewriter is not None:
+            found |= rewriter.metrics()
         return found if further is None else found | further.take_metrics()
 
     if questions is None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_coreward.algorithms.advantages import group_advantages
 from megatron_coreward.cluster.weight_sync import SyncReport
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.context import BatchRewardContext
@@ -123,8 +122,10 @@ class Collector:
             )
             if group_rewards is None:
                 group_rewards = [self.method.score(group, context) for group in rollouts.policy]
+            by_std = self.config.loss.advantage_std
             advantages = [
-                group_advantages(reward.rewards[rows]) for reward, rows in zip(group_rewards, chosen, strict=True)
+                reward.of_rollouts(rows).advantages_of_group(by_std)
+                for reward, rows in zip(group_rewards, chosen, strict=True)
             ]
         return Experience(
             num_updates, rollouts, chosen, trained, sequences, stats, context, group_rewards, advantages, ground_truths

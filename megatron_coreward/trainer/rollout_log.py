@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_coreward.checkpoint.inputs import VALIDATION, input_digests
 from megatron_coreward.cluster.weight_sync import SyncReport
+from megatron_coreward.config.methods import method_title
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.methods.base import GroupReward
@@ -89,7 +90,9 @@ class RolloutLog:
         if [(item.group.uid, item.group.view) for item in policy] != asked or not sampled_from <= set(versions):
             discard_rollouts(self._run_dir, step)
             return None
-        group_rewards = [GroupReward(item.label, item.rewards) for item in policy if item.rewards is not None]
+        group_rewards = [
+            GroupReward(item.label, item.rewards, item.advantages) for item in policy if item.rewards is not None
+        ]
         syncs = [SyncReport(*report) for report in json.loads(read_notes(path)["syncs"])]
         teacher = [item.group for item in scored if item.rewards is None]
         return LoggedStep(Rollouts([item.group for item in policy], teacher, syncs), group_rewards)
@@ -155,6 +158,7 @@ class LoggedCollector:
 def fingerprint_of(config: RunConfig) -> str:
     """Changes with every setting, model file or data file that has a part in what a step samples and learns."""
     tree = config.model_dump(mode="json")
+    tree["method"] = method_title(config.method)  # of a mixture, the order counts: the first label is taken
     for name in _WITHOUT_EFFECT:
         del tree[name]
     if config.actor.router_replay != "off":  # no dump has the experts that engines chose: a step is sampled again

@@ -18,13 +18,16 @@ from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollo
 from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
 from megatron_coreward.cluster.weight_sync import canary_tokens
 from megatron_coreward.config.architecture import Architecture
+from megatron_coreward.config.methods import method_title, needs_of
 from megatron_coreward.config.schema import Equivalence, RunConfig
 from megatron_coreward.config.validate import warnings
 from megatron_coreward.data.dataset import ProblemSet, data_sets, load_problems
+from megatron_coreward.data.parquet import Message, read_rows
+from megatron_coreward.data.prompts import Tokenizer
 from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.preflight import preflight, refuse_another_run
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.rewards.methods import method_of
 from megatron_coreward.telemetry import label_history, timeline
 from megatron_coreward.telemetry.console import RunView, open_view
 from megatron_coreward.telemetry.label_history import LabelHistory
@@ -36,6 +39,7 @@ from megatron_coreward.trainer import finish
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.collection import open_collection
 from megatron_coreward.trainer.loop import Trainer
+from megatron_coreward.trainer.online_rephrasing import Rewriting
 from megatron_coreward.trainer.rollback import Collapsing, open_guard, roll_back
 from megatron_coreward.trainer.rollout_log import RolloutLog, fingerprint_of
 from megatron_coreward.trainer.run_directory import (
@@ -55,6 +59,8 @@ class _Data:
     """What a run trains on and what it is validated on."""
 
     train: ProblemSet
+    questions: Mapping[str, Sequence[Message]]  # of the training questions by uid, if a model is to rewrite them
+    tokenizer: Tokenizer
     held_out: Mapping[str, ProblemSet]  # data sets by their names
 
     def notes(self, config: RunConfig) -> Iterator[str]:
@@ -152,7 +158,7 @@ def _run(config: RunConfig, arch: Architecture, data: _Data, opened: OpenedRun, 
         view = stack.enter_context(
             open_view(
                 config.telemetry.console,
-                title=f"{config.method} in {config.run_dir}",
+                title=f"{method_title(config.method)} in {config.run_dir}",
                 total_steps=config.steps,
                 steps_done=opened.steps_done,
             )
@@ -203,7 +209,7 @@ class _Attempt:
     def trainer(self, running: Processes, engines: RolloutEngines) -> Trainer:
         """The trainer, with all that it writes to."""
         actors = running.actors
-        config, method, state = self.config, METHODS[self.config.method], self.opened.trainer_state
+        config, method, state = self.config, method_of(self.config.method), self.opened.trainer_state
         equivalence = self._equivalence(config.rewards.equivalence, running)
         log = RolloutLog(
             config.run_dir,
@@ -216,6 +222,7 @@ class _Attempt:
         collection = open_collection(
             config,
             self.data.train,
+            self._rewriting(engines),
             actors,
             engines,
             equivalence,
@@ -257,6 +264,10 @@ class _Attempt:
         """The step whose row is written next."""
         state = self.opened.trainer_state
         return 0 if state is None else state.step + (state.unfinished_row is None)
+
+    def _rewriting(self, engines: RolloutEngines) -> Rewriting | None:
+        who = self.config.data.online_rephrasing
+        return None if who == "off" else Rewriting(who, engines, self.data.tokenizer, self.data.questions)
 
     def _label_history(self, equivalence: AnswerEquivalence) -> LabelHistory:
         first_step = 0 if self.opened.trainer_state is None else self.opened.steps_done + 1
@@ -300,7 +311,7 @@ class _Attempt:
 
 def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     """The questions to train on, and those to validate on (`data_sets`)."""
-    data, needs = config.data, METHODS[config.method].needs
+    data, needs, title = config.data, needs_of(config.method), method_title(config.method)
     limits: dict[str, Any] = {
         "system_prompt": data.system_prompt,
         "max_prompt_tokens": data.max_prompt_tokens,
@@ -312,10 +323,16 @@ def _load_data(config: RunConfig, tokenizer: Any) -> _Data:
     rephrased = data.rephrased_files if "rephrased" in needs.all_views else ()
     problems = load_problems(data.train_files, rephrased, tokenizer, **limits)
     if needs.ground_truth:
-        problems = problems.with_ground_truth(data.missing_gold, problems.missing_in_training(config.method))
+        problems = problems.with_ground_truth(data.missing_gold, problems.missing_in_training(title))
     held_out = []
     for file in data.val_files:
         found = load_problems([file], (), tokenizer, **limits)
         held_out.append((file, found.with_ground_truth(data.missing_gold, found.missing_in_validation(file))))
     limit = config.validation.max_problems
-    return _Data(problems, {name: part.first(limit) for name, part in data_sets(held_out).items()})
+    online = data.online_rephrasing != "off"
+    return _Data(
+        problems.with_two_views() if online else problems,
+        {row.uid: row.messages for file in data.train_files if online for row in read_rows(file, "original")},
+        tokenizer,
+        {name: part.first(limit) for name, part in data_sets(held_out).items()},
+    )

@@ -68,6 +68,7 @@ def requests_for(
     step: int,
     seed: int,
     top_p: float = 1.0,
+    top_k: int = 0,
     answer_formats: Sequence[AnswerFormat] = (),
     stop_at: Sequence[str] = (),
     stop: Sequence[str] = (),
@@ -85,6 +86,7 @@ def requests_for(
             answer_formats=answer_formats,
             stop_at=stop_at,
             stop=stop,
+            top_k=top_k,
             logprobs=logprobs,
         )
         for problem in problems
@@ -95,20 +97,24 @@ def requests_for(
 def step_requests(
     config: RunConfig, role: Role, views: Sequence[View], step: int, problems: Sequence[Problem]
 ) -> list[SamplingRequest]:
-    """What a role samples for the problems of a step. The teacher only votes: nobody reads its log-probs."""
+    """What a role samples for the problems of a step. The teacher only votes: nobody reads its log-probs, and it votes
+    with the whole distribution."""
+    policy = role == "policy"
     return requests_for(
         problems,
         views,
         role,
         n=config.teacher.n if role == "teacher" else config.rollout.num_samples,
         temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p if policy else 1.0,
+        top_k=config.rollout.top_k if policy else 0,
         max_tokens=config.rollout.max_response_tokens,
         step=step,
         seed=config.seed,
         answer_formats=config.rewards.answer_formats,
         stop_at=config.rewards.stop_at,
         stop=config.rollout.stop,
-        logprobs=role == "policy",
+        logprobs=policy,
     )
 
 

@@ -126,6 +126,50 @@ def test_the_gradient_of_confident_tokens_survives_bf16(probability: float) -> N
     assert off(weight.main_grad[targets[0], 0], of_weight[targets[0], 0]) < 1e-2  # type: ignore[attr-defined]
 
 
+OF_ENTROPY = torch.linspace(1, -0.5, N)
+
+
+@pytest.mark.usefixtures("_chunked")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_the_gradient_of_the_entropy_is_that_of_its_definition_in_fp64(
+    temperature: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    hidden, weight, targets = inputs(dtype)
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logp = (h @ w[:V].t() / temperature).log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    (logp.gather(1, targets[:, None])[:, 0] * FACTORS + entropy * OF_ENTROPY).sum().backward()
+
+    weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
+    scores = score_tokens(hidden, weight, targets, WHOLE, temperature, entropy_gradient=True)
+    (scores.logprobs * FACTORS + scores.entropy * OF_ENTROPY).sum().backward()
+    assert hidden.grad is not None
+    assert h.grad is not None
+    assert w.grad is not None
+    assert off(hidden.grad, h.grad) < tolerance
+    assert off(weight.main_grad, w.grad) < tolerance  # type: ignore[attr-defined]
+
+
+def test_the_gradient_of_the_entropy_is_that_of_finite_differences() -> None:
+    hidden, weight, targets = inputs()
+    hidden, weight, targets = hidden[:3, :4].detach(), weight[:9, :4].detach(), targets[:3] % 7
+    shard, step = VocabularyShard(0, 7, 7, None), 1e-2
+    moved = hidden.clone().requires_grad_()
+    score_tokens(moved, weight, targets, shard, 1.0, entropy_gradient=True).entropy.sum().backward()
+
+    def entropy(states: torch.Tensor) -> float:
+        return float(score_tokens(states, weight, targets, shard, 1.0).entropy.double().sum())
+
+    assert moved.grad is not None
+    for row in range(3):
+        for column in range(4):
+            change = torch.zeros_like(hidden)
+            change[row, column] = step
+            slope = (entropy(hidden + change) - entropy(hidden - change)) / (2 * step)
+            assert float(moved.grad[row, column]) == pytest.approx(slope, abs=2e-4)
+
+
 def test_statistics_that_nobody_asked_for_are_not_computed() -> None:
     hidden, weight, targets = inputs()
     alone, both = (score_tokens(hidden, weight, targets, WHOLE, 1.0, wanted) for wanted in (False, True))

@@ -91,3 +91,8 @@ def test_a_group_of_one_or_none_has_nothing_to_compare_with() -> None:
 def test_rewards_without_a_meaning_are_refused(rewards: list[float]) -> None:
     with pytest.raises(ValueError, match="one-dimensional and finite"):
         group_advantages(rewards)
+
+
+def test_without_the_standard_deviation_they_are_the_distances_from_the_mean() -> None:
+    np.testing.assert_allclose(group_advantages([1.0, 0.0, 0.0, 1.0, 1.0], by_std=False), [0.4, -0.6, -0.6, 0.4, 0.4])
+    np.testing.assert_array_equal(group_advantages([0.3, 0.3], by_std=False), [0, 0])

@@ -2,18 +2,19 @@
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
-import numpy as np
 import pytest
 import yaml
 
 from megatron_coreward.config.load import dump_config, load_config, parse_config
-from megatron_coreward.config.schema import POLICY_VOTE_METHODS, REPHRASED_METHODS, TEACHER_METHODS, TWO_VIEW_METHODS
+from megatron_coreward.config.methods import (
+    BUILT_IN_NEEDS,
+    REPHRASED_METHODS,
+    TEACHER_METHODS,
+    TWO_VIEW_METHODS,
+)
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.methods import METHODS
-from megatron_coreward.rewards.methods.base import Method, RewardContext
-from megatron_coreward.types import Completion, Prompt, RolloutGroup
 
 
 def tree() -> dict[str, Any]:
@@ -116,20 +117,10 @@ def test_files_that_are_no_recipes_are_named(tmp_path: Path, text: str, message:
 
 
 def test_the_configs_tables_agree_with_the_methods() -> None:
-    assert {name for name, method in METHODS.items() if method.needs.teacher} == TEACHER_METHODS
-    assert {name for name, method in METHODS.items() if len(method.needs.views) == 2} == TWO_VIEW_METHODS
-    assert {name for name, method in METHODS.items() if "rephrased" in method.needs.all_views} == REPHRASED_METHODS
-    assert {name for name, method in METHODS.items() if _asks_for_a_vote_of_the_policy(method)} == POLICY_VOTE_METHODS
-
-
-def _asks_for_a_vote_of_the_policy(method: Method) -> bool:
-    """By what it asks for when it judges a group."""
-    context = MagicMock(spec=RewardContext)
-    context.matches.return_value = context.sequence_means.return_value = np.zeros(1, dtype=np.float32)
-    completion = Completion(np.ones(1, np.int32), np.zeros(1, np.float32), "", None, "stop", 0)
-    group = RolloutGroup("a", "original", "policy", Prompt("?", np.ones(1, np.int32)), (completion,))
-    method.score(group, context)
-    return any("policy" in call.args for call in context.label_from_vote.call_args_list)
+    assert {name: method.needs for name, method in METHODS.items()} == BUILT_IN_NEEDS
+    assert {"co_rewarding_ii", "co_rewarding_i+ii", "co_rewarding_i+ii_original"} == TEACHER_METHODS
+    assert {"co_rewarding_i", "co_rewarding_i+ii", "self_harmony"} == TWO_VIEW_METHODS
+    assert TWO_VIEW_METHODS | {"co_rewarding_i+ii_original"} == REPHRASED_METHODS
 
 
 def test_every_recipe_of_the_repository_loads() -> None:
@@ -138,6 +129,44 @@ def test_every_recipe_of_the_repository_loads() -> None:
     assert recipes
     for recipe in recipes:
         assert yaml.safe_load(dump_config(load_config(recipe)))["method"] in METHODS
+
+
+def test_a_mixture_is_one_value_that_a_recipe_or_an_override_replaces(tmp_path: Path) -> None:
+    mixed = {"co_rewarding_i": 1, "random_reward": 0.25}
+    base = write(tmp_path / "base.yaml", {**tree(), "method": mixed})
+    assert load_config(base).method == {"co_rewarding_i": 1.0, "random_reward": 0.25}
+    other = write(tmp_path / "other.yaml", {"base": "base.yaml", "method": {"empo": 2}})
+    assert load_config(other).method == {"empo": 2.0}
+    assert load_config(other, ["method=majority_voting"]).method == "majority_voting"
+    config = load_config(other, ["method={empo: 1, co_rewarding_ii: -0.5}"])
+    assert list(config.method.items()) == [("empo", 1.0), ("co_rewarding_ii", -0.5)]  # type: ignore[union-attr]
+    assert load_config(write(tmp_path / "dumped.yaml", yaml.safe_load(dump_config(config)))) == config
+
+
+def test_a_mixture_has_the_needs_of_its_parts() -> None:
+    loss = parse_config(tree() | {"method": {"majority_voting": 1, "co_rewarding_ii": 1}}).loss
+    assert (loss.kl_coef, loss.kl_reference) == (0.001, "teacher")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "method: expected one of"),
+        ({"empoo": 1}, "method: expected one of"),
+        ({"empo": 0}, "method: the weight of empo must be a finite number other than 0, not 0"),
+        ({"empo": True}, "method: the weight of empo"),
+        ({"empo": "much"}, "method: the weight of empo"),
+        ({"empo": float("nan")}, "method: the weight of empo"),
+        (["empo"], "method: expected one of"),
+        (3, "method: expected one of"),
+        ("a b:C", "method: expected one of"),
+    ],
+    ids=str,
+)
+def test_what_is_no_method_is_refused_with_what_is_allowed(value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        parse_config(tree() | {"method": value})
+    assert str(error.value).count("config: ") == 1
 
 
 def write(path: Path, tree: dict[str, Any]) -> Path:

@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from megatron_coreward.config.schema import MethodName
+from megatron_coreward.config.methods import MethodName
 from megatron_coreward.demo.run import demo_config
 from megatron_coreward.demo.task import Files
 

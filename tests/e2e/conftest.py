@@ -15,9 +15,9 @@ from megatron_coreward.config.schema import RunConfig
 class Task:
     folder: Path
 
-    def config(self, method: str, *overrides: str) -> RunConfig:
+    def config(self, method: str | dict[str, float], *overrides: str) -> RunConfig:
         tree: dict[str, Any] = {
-            "run_dir": str(self.folder / method),
+            "run_dir": str(self.folder / (method if isinstance(method, str) else "mixture")),
             "steps": 3,
             "method": method,
             "model": {"hf_path": str(self.folder / "start"), "dtype": "float32"},

@@ -5,16 +5,16 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_coreward.cluster.rollout_engines import RolloutEngines, open_rollout_engines
-from megatron_coreward.config.schema import MethodName
+from megatron_coreward.config.methods import BUILT_IN, method_title, needs_of
 from megatron_coreward.rewards.context import BatchRewardContext
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.rewards.methods import METHODS
+from megatron_coreward.rewards.methods import METHODS, method_of
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.experience import Collector
@@ -38,16 +38,17 @@ class Running:
     engines: RolloutEngines
     initial: Path
 
-    def weights_after_training(self, method: str, problems: list[Problem], folder: Path) -> str:
+    def weights_after_training(self, setting: Any, problems: list[Problem], folder: Path) -> str:
         self.actors.call("load", self.initial)
-        config, needs = self.task.config(method, "steps=2", *ONLY_REWARDS), METHODS[method].needs
+        config, method = self.task.config(setting, "steps=2", *ONLY_REWARDS), method_of(setting)
+        needs = method.needs
 
         def problems_of(step: int) -> list[Problem]:
             return problems[8 * step : 8 * step + 8]
 
         with AnswerEquivalence("exact") as equivalence:
             schedule = RolloutSchedule(config, needs, self.engines, problems_of)
-            collector = Collector(config, METHODS[method], self.actors, schedule, equivalence, problems_of)
+            collector = Collector(config, method, self.actors, schedule, equivalence, problems_of)
             trainer = Trainer(
                 config=config,
                 needs=needs,
@@ -109,9 +110,22 @@ def problems(task: Task, running: Running) -> list[Problem]:
     return [*first, *(loaded[i] for i in order[8:16])]
 
 
-@pytest.mark.parametrize("method", get_args(MethodName))
+OWN = "tests.rewards.own_methods"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *BUILT_IN,
+        f"{OWN}:FirstAnswer",
+        f"{OWN}:ReadsLabels",
+        {"co_rewarding_i": 1.0, f"{OWN}:LengthPenalty": 0.1},
+        {"majority_voting": 1.0, "ground_truth": 0.5},
+    ],
+    ids=method_title,
+)
 def test_noise_for_labels_changes_only_methods_that_need_them(
-    running: Running, problems: list[Problem], tmp_path: Path, method: str
+    running: Running, problems: list[Problem], tmp_path: Path, method: Any
 ) -> None:
     noisy = [dataclasses.replace(problem, ground_truth=f"noise {i}") for i, problem in enumerate(problems)]
     running.actors.call("load", running.initial)
@@ -119,4 +133,4 @@ def test_noise_for_labels_changes_only_methods_that_need_them(
     labelled = running.weights_after_training(method, problems, tmp_path / "labelled")
     with_noise = running.weights_after_training(method, noisy, tmp_path / "noisy")
     assert labelled != before  # something was learned at all
-    assert (labelled == with_noise) == (not METHODS[method].needs.ground_truth)
+    assert (labelled == with_noise) == (not needs_of(method).ground_truth)

@@ -408,6 +408,26 @@ CASES: dict[str, Case] = {
         resumed("method=majority_voting"),
         says="method: 'co_rewarding_i', but the run in run was made with 'majority_vot",
     ),
+    "a mixture in place of a method": broken(
+        resumed(),
+        "method={co_rewarding_i: 1, empo: 0.5}",
+        says="method: '1.0 x co_rewarding_i . 0.5 x empo', but the run in run was made with 'co_rewarding_i'",
+    ),
+    "a mixture in another order": broken(
+        resumed("method={empo: 0.5, co_rewarding_i: 1}"),
+        "method={co_rewarding_i: 1, empo: 0.5}",
+        says="method: '1.0 x co_rewarding_i . 0.5 x empo', but the run in run was made with '0.5 x empo . 1.0 x",
+    ),
+    "a method that reads labels in secret": key(
+        "method=tests.rewards.own_methods:Peeks",
+        says="method: tests.rewards.own_methods:Peeks: the method asks for the data set's answer, but does not decl",
+    ),
+    "a method that is nowhere": key(
+        "method=tests.nowhere:Method", says="method: tests.nowhere:Method: there is no module tests.nowhere"
+    ),
+    "a mixture of advantages": key(
+        "method={restrain: 1, empo: 1}", says="method: restrain gives advantages of its own, so it cannot be mixed"
+    ),
     "another model": broken(
         resumed("model.hf_path=experts"), says="model.hf_path: 'model', but the run in run was made with 'experts'"
     ),

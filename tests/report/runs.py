@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_coreward.algorithms.advantages import group_advantages
 from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.config.schema import RewardSettings
 from megatron_coreward.guard import Guard
@@ -121,6 +120,6 @@ def judged_step(
     scored = []
     for group in groups["policy"]:
         group_reward = METHODS[method].score(group, context)
-        advantages = group_advantages(group_reward.rewards).astype(np.float32)
+        advantages = group_reward.advantages_of_group()
         scored.append(ScoredGroup(group, group_reward.label, group_reward.rewards, advantages, ground_truth))
     return scored + [ScoredGroup(group, None, None, None, ground_truth) for group in groups.get("teacher", [])]

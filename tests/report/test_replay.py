@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_coreward.cli import main
 from megatron_coreward.errors import InputError
@@ -134,7 +135,7 @@ def test_a_step_that_died_before_its_row_is_noted(tmp_path: Path) -> None:
     ("breaking", "message"),
     [
         (lambda run: [path.unlink() for path in (run / "rollouts").iterdir()], "no rollouts to recompute"),
-        (lambda run: (run / "config.yaml").write_text("method: prayer\n"), "method: found 'prayer'; allowed"),
+        (lambda run: (run / "config.yaml").write_text("method: prayer\n"), "method: found 'prayer'; expected one of"),
         (lambda run: (run / "config.yaml").write_text("{"), "not valid YAML"),
         (lambda run: (run / "config.yaml").write_text("method: entropy\nrewards: {pace: 1}\n"), "rewards.pace"),
         (lambda run: (run / "metrics.jsonl").unlink(), "no such file"),
@@ -222,7 +223,7 @@ def test_another_relation_shows_what_it_would_have_changed(tmp_path: Path) -> No
 
 
 def test_another_relation_means_nothing_to_rewards_without_answers(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="do not depend on which answers are equivalent"):
+    with pytest.raises(InputError, match="rest on token statistics, which are not dumped"):
         counterfactual(load_record(write_run(tmp_path / "run", "entropy")), "math")
 
 
@@ -250,3 +251,22 @@ def test_the_commands_answer_with_their_statuses_without_engine_megatron_or_torc
     page = tmp_path / "all.html"
     assert run("compare", str(honest), str(other), "--out", str(page)).returncode == 0
     assert page.is_file()
+
+
+def test_a_run_directory_never_has_code_imported(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for setting in ("tests.report.never_imported:Method", {"empo": 1.0, "tests.report.never_imported:Method": 1.0}):
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "method": setting}))
+        with pytest.raises(InputError, match="is code, which is not imported because a run directory names it"):
+            replay(load_record(run))
+
+
+def test_a_run_with_a_mixture_comes_out_as_recorded_and_is_shown_by_its_parts(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "empo")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "method": {"empo": 1.0}}))
+    record = load_record(run)
+    result = replay(record)
+    assert result.equal
+    assert summary(record, result)[0].endswith(": 1.0 x empo, 3 steps recomputed")

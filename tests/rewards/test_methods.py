@@ -5,7 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from megatron_coreward.config.schema import MethodName
+from megatron_coreward.config.methods import MethodName
 from megatron_coreward.rewards.context import BatchRewardContext
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
@@ -54,6 +54,13 @@ def test_the_table_holds_exactly_the_methods_of_the_configuration() -> None:
         ("ground_truth", Needs(ground_truth=True)),
         ("self_certainty", Needs(token_stats=True)),
         ("entropy", Needs(token_stats=True)),
+        ("self_harmony", Needs(views=("original", "rephrased"))),
+        ("restrain", Needs()),
+        ("scrl", Needs(token_stats=True)),
+        ("empo", Needs()),
+        ("evol_rl", Needs()),
+        ("confidence_voting", Needs()),
+        ("random_reward", Needs()),
     ],
 )
 def test_a_method_needs_what_its_rule_reads_and_no_more(name: str, needs: Needs) -> None:

@@ -1,6 +1,7 @@
 """What the actors are sent: prompts and responses end to end, the same on the other side of a pickle."""
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,3 +133,32 @@ def test_the_number_of_arrays_on_the_way_does_not_grow_with_the_sequences(count:
     pickle.dumps(sequences, protocol=5, buffer_callback=buffers.append)
     assert len(buffers) == 3
     assert len(over(Sequences([], np.empty(0, dtype=np.int32)))) == 0
+
+
+def test_responses_that_were_cut_off_may_be_left_out_of_the_loss() -> None:
+    """The others weigh as if these were not there, in every aggregation and every part of the batch."""
+    lengths = [[2, 4], [3, 1]]
+    groups = [group(["1", "2"], f"q{i}", lengths=of_group) for i, of_group in enumerate(lengths)]
+    cut_off = replace(groups[0].completions[1], finish_reason="length")
+    groups[0] = replace(groups[0], completions=(groups[0].completions[0], cut_off))
+
+    def weights(**changes: Any) -> list[list[float]]:
+        settings = LossSettings(**changes)
+        advantages = [np.ones(2, np.float32)] * 2
+        args = (to_sequences(groups), groups, advantages, settings, 8)
+        batch = to_batch(*args, old=None, reference=None, kl_coef=0.0)
+        return [part.token_weights.tolist() for part in mini_batches(batch, groups, settings, 8)]
+
+    assert weights() == [pytest.approx([0.1] * 4)]
+    assert weights(mask_truncated=True) == [pytest.approx([1 / 6, 0, 1 / 6, 1 / 6])]
+    by_sequence = weights(mask_truncated=True, aggregation="seq-mean-token-mean")
+    assert by_sequence == [pytest.approx([1 / 6, 0, 1 / 9, 1 / 3])]
+    parts = weights(mask_truncated=True, updates_per_batch=2)
+    assert parts == [pytest.approx([1 / 2, 0]), pytest.approx([1 / 4, 1 / 4])]
+
+
+def test_a_batch_of_nothing_but_cut_off_responses_has_no_loss() -> None:
+    cut = group(["1", "2"])
+    cut = replace(cut, completions=tuple(replace(c, finish_reason="length") for c in cut.completions))
+    args = (to_sequences([cut]), [cut], [np.ones(2, np.float32)], LossSettings(mask_truncated=True), 8)
+    assert to_batch(*args, old=None, reference=None, kl_coef=0.0).token_weights.tolist() == [0, 0]

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_coreward.cluster.rollout_engines import RolloutEngines
 from megatron_coreward.cluster.weight_sync import WeightSync
-from megatron_coreward.config.schema import TEACHER_METHODS, TWO_VIEW_METHODS, MethodName
+from megatron_coreward.config.methods import TEACHER_METHODS, TWO_VIEW_METHODS, MethodName
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.timing import PhaseTimer

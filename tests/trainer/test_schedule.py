@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_coreward.cluster.rollout_engines import Side
 from megatron_coreward.cluster.watchdog import WorkerDied
 from megatron_coreward.config.schema import AnswerFormat, ValidationSettings
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
@@ -146,6 +147,26 @@ def test_a_teacher_that_looks_ahead_labels_windows_between_checkpoints(every: in
     assert sorted(drawn(engines)) == sorted(drawn(in_time[3]))
 
 
+@pytest.mark.parametrize("changes", [{}, STALE, {"teacher.lookahead": 1}])
+def test_a_teacher_with_engines_of_its_own_draws_at_once_what_it_would_draw_before(changes: dict[str, Any]) -> None:
+    actors = FakeActors([])
+    own, others = FakeEngines([]), FakeEngines(actors.events)
+    teacher = Side(own, make_sync(actors, own))
+    trainer, events, _, _ = make_trainer(
+        "co_rewarding_ii", actors=actors, engines=others, more_of_engines={"teacher": teacher}, **{"steps": 4} | changes
+    )
+    own.events = events
+    for step in (1, 2, 3, 4):
+        trainer.step(step, PhaseTimer())
+    first = ["receive 1", "sample 1", "receive 0", "sample 0", "took 1", "took 0"]  # both are at work at once
+    assert only(events, "receive", "sample", "took")[:6] == first
+    shared = make_trainer("co_rewarding_ii", **{"steps": 4} | changes)
+    for step in (1, 2, 3, 4):
+        shared[0].step(step, PhaseTimer())
+    assert sorted(drawn(own) + drawn(others)) == sorted(drawn(shared[3]))
+    assert {n for _, _, n in drawn(own)} == {3}
+
+
 @pytest.mark.parametrize("changes", [{"teacher.lookahead": 2}, STALE, STALE | {"teacher.lookahead": 1}])
 @pytest.mark.parametrize("died_in", [1, 2, 3, 4, 5])
 def test_a_run_that_goes_on_from_its_rollout_log_draws_what_was_not_drawn_from_the_same_weights(
@@ -175,3 +196,11 @@ def test_a_run_that_goes_on_from_its_rollout_log_draws_what_was_not_drawn_from_t
     again, engines = attempt()
     assert outcome(again, range(1, 7)) == expected
     assert len({seed for _, seed, _ in drawn(engines)}) == 4 * (6 - died_in)  # two questions, policy and teacher
+
+
+def test_top_p_and_top_k_are_for_the_policys_training_rollouts_alone() -> None:
+    trainer, _, _, engines = make_trainer(
+        "co_rewarding_ii", **{"rollout.top_p": 0.9, "rollout.top_k": 20, "loss.mismatch_correction": "tis"}
+    )
+    trainer.step(1, PhaseTimer())
+    assert {(r.n, r.top_p, r.top_k) for r in engines.requests} == {(3, 1.0, 0), (4, 0.9, 20)}  # teacher.n, rollout.n

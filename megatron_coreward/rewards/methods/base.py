@@ -4,34 +4,20 @@ The loop gathers the evidence that the needs name and asks the method to judge e
 are a source among others: a vote of some role on some view, the data set's answer, or nothing at all.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from megatron_coreward.types import FloatArray, Role, RolloutGroup, View
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_coreward.algorithms.advantages import group_advantages
+from megatron_coreward.config.needs import Needs as Needs
+from megatron_coreward.types import FloatArray, IntArray, Role, RolloutGroup, View
 
 Statistic = Literal["entropy", "self_certainty"]
 
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What the loop must provide before a method can judge."""
-
-    views: tuple[View, ...] = ("original",)  # sampled from the policy and trained on
-    teacher: bool = False  # the EMA teacher samples as well
-    teacher_views: tuple[View, ...] = ()  # what the teacher samples; none: the same views as the policy
-    token_stats: bool = False  # full-vocabulary statistics of the policy on its own rollouts
-    ground_truth: bool = False  # the data set's answers
-
-    def sampled_views(self, role: Role) -> tuple[View, ...]:
-        """The views that a role samples."""
-        if role == "policy":
-            return self.views
-        return (self.teacher_views or self.views) if self.teacher else ()
-
-    @property
-    def all_views(self) -> frozenset[View]:
-        """The views that a question must have."""
-        return frozenset(self.views + self.teacher_views)
+NO_ANSWER = -1  # the class of a rollout without an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +26,42 @@ class GroupReward:
 
     label: str | None
     rewards: FloatArray  # [G]
+    advantages: FloatArray | None = None  # [G] of a method that computes its own; None: those of the rewards
+
+    def of_rollouts(self, rows: NDArray[np.integer[Any]]) -> "GroupReward":
+        """The same of some of the rollouts."""
+        advantages = None if self.advantages is None else self.advantages[rows]
+        return GroupReward(self.label, self.rewards[rows], advantages)
+
+    def advantages_of_group(self, by_std: bool = True) -> FloatArray:
+        """[G] the method's own advantages, or those of its rewards (`algorithms.advantages.group_advantages`)."""
+        if self.advantages is not None:
+            return self.advantages
+        return group_advantages(self.rewards, by_std).astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerClasses:
+    """The answers of one or several groups, by what they mean."""
+
+    of_groups: tuple[IntArray, ...]  # [G] each: class of each rollout's answer, counted from 0; NO_ANSWER without one
+    spellings: tuple[str, ...]  # [C] the answer that was the first of each class
+
+    def shares(self, place: int = 0) -> FloatArray:
+        """[C] rollouts of a group in each class over G; rollouts without an answer count in G."""
+        of_group = self.of_groups[place]
+        counts = np.bincount(of_group[of_group != NO_ANSWER], minlength=len(self.spellings))
+        return (counts / max(1, len(of_group))).astype(np.float32)
+
+
+def leader(scores: FloatArray, min_margin: float = 0.0) -> int | None:
+    """The class with the highest of the scores [C], the first of several; None if none is above 0, or if the lead over
+    the runner-up (0 without one) is below `min_margin`."""
+    if not len(scores) or scores.max() <= 0:
+        return None
+    ranked = np.sort(scores)[::-1]
+    margin = float(ranked[0] - (ranked[1] if len(ranked) > 1 else 0.0))
+    return None if margin < min_margin else int(scores.argmax())
 
 
 def other_view(view: View) -> View:
@@ -50,8 +72,15 @@ def other_view(view: View) -> View:
 class RewardContext(Protocol):
     """What a method may look at. Asking for something it did not declare in its needs raises PermissionError."""
 
+    @property
+    def min_margin(self) -> float:
+        """The setting `rewards.min_margin`, for methods that hold a vote of their own."""
+
     def label_from_vote(self, uid: str, view: View, role: Role) -> str | None:
         """Majority answer of the group that `role` sampled for `view`; None where the vote abstains."""
+
+    def answer_classes(self, uid: str, views: Sequence[View], role: Role) -> AnswerClasses:
+        """The answers of the groups that `role` sampled for `views`, classed together: a class spans the groups."""
 
     def ground_truth(self, uid: str) -> str | None:
         """The data set's answer."""
@@ -64,6 +93,8 @@ class RewardContext(Protocol):
 
 
 class Method(Protocol):
+    """A rule of rewards. It keeps nothing from one group to the next, so that a resumed run judges as before."""
+
     name: str
     needs: Needs
 

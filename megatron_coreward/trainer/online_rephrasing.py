@@ -1,0 +1,144 @@
+"""Rephrasings that the policy or the teacher writes itself, anew for every step (`data.online_rephrasing`).
+
+Before the rollouts of a step are drawn, the model is asked to rewrite the step's questions; a rewriting that passes the
+filter (`data.rephrasing`) is the question's other view in this step. One that does not leaves the rephrasing of the
+files, or the question itself if there are no files.
+
+Invariants (tests/trainer/test_online_rephrasing.py):
+  1. What is rewritten is a function of weights, questions and seeds: a resumed run asks for the same and gets the same.
+  2. A step in the rollout log is trained on the texts that it was drawn for, and nothing is rewritten for it.
+  3. Ground truths are not looked at.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
+
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.data.parquet import Message
+from megatron_coreward.data.prompts import Tokenizer, build_prompts, with_system_prompt
+from megatron_coreward.data.rephrasing import check, parse_reply, rewriting_prompt
+from megatron_coreward.data.rewriting_prompts import PROMPTS
+from megatron_coreward.rollout.requests import SamplingRequest
+from megatron_coreward.telemetry.timing import PhaseTimer
+from megatron_coreward.trainer.experience import Rollouts, RolloutSource
+from megatron_coreward.trainer.sampling import request_seed
+from megatron_coreward.types import Completion, Problem, Prompt, Role
+
+T = TypeVar("T")
+
+HOW = PROMPTS["own"]  # is asked and read
+
+
+class AskedEngines(Protocol):
+    """What rewriting needs of the engines (`cluster.rollout_engines.RolloutEngines`)."""
+
+    def run(self, ask: Callable[[], T], timer: PhaseTimer) -> T: ...
+    def sync_weights(self, role: Role, num_updates: int, timer: PhaseTimer) -> int: ...
+    def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rewriting:
+    """Who rewrites which questions."""
+
+    role: Role
+    engines: AskedEngines
+    tokenizer: Tokenizer
+    questions: Mapping[str, Sequence[Message]]  # uid -> conversation; its last message is the question
+
+
+@dataclass(slots=True)
+class Rewriter:
+    """The problems of a run, those of the step at hand with rephrasings of the model's own."""
+
+    config: RunConfig
+    by: Rewriting
+    given: Callable[[int], Sequence[Problem]]  # the batch of a step, counted from 0
+    logged: Callable[[int], bool] = lambda step: False  # whether a step's rollouts are in the rollout log
+    _step: int = 0  # that was rewritten last
+    _written: dict[str, Prompt] = field(default_factory=dict)  # for it, by uid
+
+    def problems_of(self, step: int) -> Sequence[Problem]:
+        """The batch of a step, counted from 0, as its rollouts are drawn."""
+        problems = self.given(step)
+        if step + 1 != self._step:
+            return problems
+        return [
+            replace(problem, prompts={**problem.prompts, "rephrased": self._written[problem.uid]})
+            if problem.uid in self._written
+            else problem
+            for problem in problems
+        ]
+
+    def rewrite(self, step: int, num_updates: int, timer: PhaseTimer) -> None:
+        """Rewrites the questions of a step, counted from 1, with the weights of the moment."""
+        self._step, self._written = step, {}
+        if self.logged(step):
+            return
+        uids = [problem.uid for problem in self.given(step - 1)]
+        asked = build_prompts(
+            self.by.tokenizer, [rewriting_prompt(self._question(uid)) for uid in uids], self.config.data.thinking
+        )
+        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
+        requests = {
+            uid: SamplingRequest(
+                prompt=prompt.token_ids,
+                n=1,
+                seed=request_seed(self.config.seed, step, f"{uid}/rewriting", "rephrased", self.by.role),
+                temperature=HOW.temperature,
+                top_p=HOW.top_p,
+                max_tokens=min(HOW.max_tokens, longest - len(prompt.token_ids)),
+                logprobs=False,
+            )
+            for uid, prompt in zip(uids, asked, strict=True)
+            if len(prompt.token_ids) < longest
+        }
+
+        def ask() -> list[list[Completion]]:
+            version = self.by.engines.sync_weights(self.by.role, num_updates, timer)
+            with timer.phase("rephrasing"):
+                return self.by.engines.sample(list(requests.values()), version)
+
+        replies = self.by.engines.run(ask, timer) if requests else []
+        self._written = self._accepted({uid: reply for uid, (reply,) in zip(requests, replies, strict=True)})
+
+    def _accepted(self, replies: Mapping[str, Completion]) -> dict[str, Prompt]:
+        """The prompts of the rewritings that pass the filter and fit."""
+        conversations: dict[str, tuple[Message, ...]] = {}
+        for uid, reply in replies.items():
+            text, _ = parse_reply(reply.text)
+            if text is None or reply.finish_reason != "stop" or not check(self._question(uid), text).passed:
+                continue
+            messages = (*self.by.questions[uid][:-1], Message(role="user", content=text))
+            conversations[uid] = with_system_prompt(messages, self.config.data.system_prompt)
+        if not conversations:
+            return {}
+        # What a model wrote has no control tokens, whatever its text says.
+        prompts = build_prompts(self.by.tokenizer, list(conversations.values()), self.config.data.thinking)
+        return {
+            uid: prompt
+            for uid, prompt in zip(conversations, prompts, strict=True)
+            if len(prompt.token_ids) <= self.config.data.max_prompt_tokens
+        }
+
+    def _question(self, uid: str) -> str:
+        return self.by.questions[uid][-1]["content"]
+
+    def metrics(self) -> dict[str, float]:
+        """How many of the questions that were rewritten last have a rephrasing of the model's own."""
+        count = len(self.given(self._step - 1)) if self._step else 0
+        return {} if not count or self.logged(self._step) else {"rollout/rewritten_share": len(self._written) / count}
+
+
+@dataclass(frozen=True, slots=True)
+class RephrasedSource:
+    """A rollout source whose questions are rewritten before they are asked."""
+
+    source: RolloutSource
+    rewriter: Rewriter
+
+    def sample(self, step: int, num_updates: int, timer: PhaseTimer) -> Rollouts:
+        """See `RolloutSource`."""
+        self.rewriter.rewrite(step, num_updates, timer)
+        return self.source.sample(step, num_updates, timer)
