@@ -40,6 +40,14 @@ class GuardSettings(Component):
     act_after: Positive = 10
     """Steps in a row with that many indicators after which action follows."""
 
+    anchors: NonNegative = 0
+    """Anchor questions: training questions with a clear majority at the start, which the policy answers again every
+    anchor_every steps, beside its training. 0: none, and nothing is drawn for the guard."""
+    anchor_every: Positive = 10
+    """Steps between two draws of the anchor questions."""
+    anchor_rollouts: Positive = 4
+    """Rollouts of each anchor question in a draw."""
+
     # Indicators of change. A policy that has learned shows them too: they are never enough by themselves.
     consensus: Fraction = 0.7
     """Indicator of change: share of the way to unanimity that vote share and distinct answers have both gone."""
