@@ -112,7 +112,9 @@ class Anchors:
             for uid, given in answers.items()
         ]
         agreeing = [
-            self._equivalence.equivalent(answer, self._labels[uid]) for uid, given in answers.items() for answer in given
+            self._equivalence.equivalent(answer, self._labels[uid])
+            for uid, given in answers.items()
+            for answer in given
         ]
         return {"anchor/moved_share": fmean(moved), "anchor/agreement": fmean(agreeing)}
 
