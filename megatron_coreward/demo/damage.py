@@ -8,8 +8,8 @@ A share of the rephrasings is replaced, a third of it in each way:
 | `copy` | the question itself: the two views are one, and vote as one |
 | `off_topic` | the rephrasing of another question |
 
-Invariants (tests/demo/test_damage.py): which questions are damaged depends on the seed alone, and a smaller share damages
-some of those of a larger one; the ground truths stay those of the questions.
+Invariants (tests/demo/test_damage.py): which questions are damaged depends on the seed alone, and a smaller share
+damages some of those of a larger one; the ground truths stay those of the questions.
 """
 
 import random

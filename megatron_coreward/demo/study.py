@@ -1,8 +1,8 @@
 """Studies on the demo's task: many runs from the same starts on one budget, one after the other.
 
-RUN_DIR/<study>/<what is compared>/seed-1/ is a run directory like any other. A cell of a study that has its final model is
-done and is not run again; one that was cut off begins again, for a cell takes minutes. So a study is left and gone on
-by the same command.
+RUN_DIR/<study>/<what is compared>/seed-1/ is a run directory like any other. A cell of a study that has its final model
+is done and is not run again; one that was cut off begins again, for a cell takes minutes. So a study is left and gone
+on by the same command.
 """
 
 import shutil

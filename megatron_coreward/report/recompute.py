@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_coreward.algorithms.advantages import group_advantages
+from megatron_coreward.algorithms.repetition import repeated_ngrams
 from megatron_coreward.config.schema import RewardSettings
 from megatron_coreward.errors import InputError
 from megatron_coreward.report.run_record import RunRecord
@@ -146,4 +147,5 @@ def _response_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "rollout/response_tokens_mean": float(np.mean(lengths)),
         "rollout/response_tokens_max": float(max(lengths)),
         "rollout/truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
+        "rollout/repeated_ngrams": repeated_ngrams([completion.token_ids for completion in completions]),
     }

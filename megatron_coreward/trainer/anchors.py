@@ -67,7 +67,7 @@ class Anchors:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def due(self, step: int) -> bool:
-        """Whether the anchors are drawn after this step; after step 0, which is before the first one, they are chosen."""
+        """Whether the anchors are drawn after this step; they are chosen after step 0, before the first one."""
         return step == 0 if not self._labels else step % self._settings.anchor_every == 0
 
     def observe(self, step: int, draw: Draw) -> dict[str, float]:

@@ -162,15 +162,15 @@ class Trainer:
                 self.record(0, row | timer.metrics())
 
     def _complete(self, step: int, row: Row, timer: PhaseTimer) -> None:
-        """Validates if it is time, and records the row of a step whose update is done."""
-        if self.validate is not None and due(step, self.config.validation.every, self.config.steps):
-            try:
+        """Draws what is drawn beside training, if it is time, and records the row of a step whose update is done."""
+        try:
+            row = row | self.draw_anchors(step, self.state.num_updates, timer)
+            if self.validate is not None and due(step, self.config.validation.every, self.config.steps):
                 row = row | self._validated(timer)
-            except Preempted:
-                self.state = replace(self.state, step=step, score=self._score(row), unfinished_row=_to_json(row))
-                self._save()
-                raise
-        row = row | self.draw_anchors(step, self.state.num_updates, timer)
+        except Preempted:
+            self.state = replace(self.state, step=step, score=self._score(row), unfinished_row=_to_json(row))
+            self._save()
+            raise
         decision = self.guard.observe(step, row)
         row = row | decision.metrics()
         self.record(step, row | timer.metrics())

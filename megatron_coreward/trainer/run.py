@@ -239,7 +239,8 @@ class _Attempt:
         config = self.config
         if config.guard.action == "off" or not config.guard.anchors:
             return lambda step, num_updates, timer: {}
-        first_step = 0 if self.opened.trainer_state is None else self.opened.steps_done + 1
+        state = self.opened.trainer_state
+        first_step = 0 if state is None else state.step + (state.unfinished_row is None)
         path = config.run_dir / anchors.FILE_NAME
         chosen = Anchors(path, self.data.train, config.guard, equivalence, first_step)
         self.stack.callback(chosen.close)
