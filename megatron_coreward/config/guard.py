@@ -55,6 +55,12 @@ class GuardSettings(Component):
     """Indicator of change: share of the policy's entropy that is gone."""
     kl: Annotated[float, Field(gt=0)] = 0.1
     """Indicator of change: KL divergence from the reference, in nats per token."""
+    vote_entropy_fall: Fraction = 0.8
+    """Indicator of change: share of the entropy of the votes that is gone."""
+    saturation: Fraction = 0.8
+    """Indicator of change: share of groups in which all rollouts are rewarded alike, so that nothing is learned."""
+    locking: Fraction = 0.8
+    """Indicator of change: share of the label changes between epochs that is gone: what is wrong then stays wrong."""
     # Indicators of damage.
     length_fall: Fraction = 0.25
     """Indicator of damage: share of the mean response length that is gone."""
@@ -66,6 +72,12 @@ class GuardSettings(Component):
     """Indicator of damage: share of rollouts cut off at rollout.max_response_tokens, above that of the baseline."""
     entropy_rise: Annotated[float, Field(gt=1)] = 3.0
     """Indicator of damage: the policy's entropy as a multiple of the baseline's."""
+    anchor_fall: Fraction = 0.1
+    """Indicator of damage: share of the rollouts on anchor questions that gave the majority answer at the start and no
+    longer do. Training improves that share as long as the majorities are mostly right."""
+    repetition_rise: Fraction = 0.1
+    """Indicator of damage: share of n-grams that repeat an earlier one of their response, above that of the
+    baseline."""
     agreement_fall: Fraction = 0.2
     """Indicator of damage: share of questions on which policy and teacher, or the two views, vote alike, below that of
     the baseline."""
