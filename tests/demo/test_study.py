@@ -1,6 +1,5 @@
 """A study runs the cells that are missing, each with its own settings, and one that was cut off begins again."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,9 @@ from megatron_coreward.errors import InputError
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "stop_ray", lambda: None)
     monkeypatch.setattr(study, "write_start", lambda console, run_dir, seed, splits: run_dir / f"start-{seed}")
-    yield
 
 
 class Runner:
@@ -67,7 +65,7 @@ def test_every_method_gets_the_same_rates_seeds_and_budget() -> None:
         arm, rate = cell.name.split("/")
         rates.setdefault(arm, set()).add(rate)
         assert set(stability.SETTINGS) < set(cell.overrides)
-    assert rates == dict.fromkeys(stability.ARMS, {"lr-0.0001", "lr-0.0002", "lr-5e-05"})
+    assert rates == {arm: {"lr-0.0001", "lr-0.0002", "lr-5e-05"} for arm in stability.ARMS}
     assert stability.STEPS >= 3 * 75
 
 
@@ -90,7 +88,7 @@ def test_damaged_rephrasings_reach_the_run_and_the_filter_takes_them_out(tmp_pat
     runner = Runner()
     run_cells(tmp_path, "rephrasing", rephrasings.cells([0.5], [1]), runner)
     plain, filtered = (
-        [row.prompt[0].content for row in read_rows(config.data.rephrased_files[0])] for config in runner.configs
+        [row.messages[0].content for row in read_rows(config.data.rephrased_files[0])] for config in runner.configs
     )
     assert len(plain) == study.TRAINED_QUESTIONS
     assert len(filtered) < 0.6 * len(plain)
