@@ -88,7 +88,7 @@ def test_damaged_rephrasings_reach_the_run_and_the_filter_takes_them_out(tmp_pat
     runner = Runner()
     run_cells(tmp_path, "rephrasing", rephrasings.cells([0.5], [1]), runner)
     plain, filtered = (
-        [row.messages[0].content for row in read_rows(config.data.rephrased_files[0])] for config in runner.configs
+        [row.messages[0]["content"] for row in read_rows(config.data.rephrased_files[0])] for config in runner.configs
     )
     assert len(plain) == study.TRAINED_QUESTIONS
     assert len(filtered) < 0.6 * len(plain)
