@@ -23,9 +23,7 @@ def add(commands: Any) -> None:
     demo.add_argument("--methods", nargs="+", default=(), help="of the study of stability; default: all of its seven")
     demo.add_argument("--rates", nargs="+", type=float, default=(), help="its learning rates; default: its three")
     demo.add_argument("--seeds", nargs="+", type=whole(0, SEED), default=(), help="of a study; default: all")
-    demo.add_argument(
-        "--recorded", type=Path, help="draw a study from this directory of recorded runs; run nothing"
-    )
+    demo.add_argument("--recorded", type=Path, help="draw a study from this directory of recorded runs; run nothing")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
     demo.add_argument("--seed", type=whole(0, SEED), default=1, help="of weights, data and rollouts")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")

@@ -34,7 +34,7 @@ class GuardSettings(Component):
     window: Positive = 5
     """Newest steps whose mean is compared with the baseline, because single steps are noisy."""
     min_indicators: Annotated[int, Field(ge=2)] = 2
-    """Indicators at once that raise an alarm; one of them has to be one of damage."""
+    """Indicators at once that raise an alarm; one of them has to be one of damage. Anchors need no other."""
     warn_after: Positive = 5
     """Steps in a row with that many indicators after which the guard warns; at most act_after."""
     act_after: Positive = 10

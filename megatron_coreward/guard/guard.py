@@ -105,7 +105,8 @@ class Guard:
             if key not in self._late or count >= settings.warmup
         }
         indicators = find_indicators(base, self._means() | self._held, settings)
-        alarming = len(indicators) >= settings.min_indicators and any(indicator.damage for indicator in indicators)
+        several = len(indicators) >= settings.min_indicators and any(indicator.damage for indicator in indicators)
+        alarming = several or any(indicator.enough for indicator in indicators)
         if not alarming or step <= self._quiet_until:
             self._lasted = 0
         else:

@@ -44,6 +44,7 @@ class Indicator:
     name: str
     damage: bool  # False: change, which learning shows as well
     words: str
+    enough: bool = False  # True: an alarm needs no other indicator
 
 
 def find_indicators(base: Means, now: Means, settings: GuardSettings) -> tuple[Indicator, ...]:
@@ -100,11 +101,12 @@ def _locking(base: Means, now: Means, settings: GuardSettings) -> Indicator | No
 
 
 def _anchors(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
+    """What the policy was sure of is going. It is seen in the answers themselves, so it needs no other indicator."""
     key = "anchor/kept"
     if key not in now or now[key] > 1 - settings.anchor_fall:
         return None
     limit = f"limit {-settings.anchor_fall:.0%}"
-    return Indicator("anchors", True, f"answers to the anchor questions kept to {now[key]:.0%} ({limit})")
+    return Indicator("anchors", True, f"answers to the anchor questions kept to {now[key]:.0%} ({limit})", enough=True)
 
 
 def _repetition(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:

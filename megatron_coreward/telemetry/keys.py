@@ -72,6 +72,7 @@ MEANINGS: Mapping[str, str] = {
     "rollout/self_certainty": "mean KL(uniform || p) of the policy's next-token distribution on its rollouts",
     "rollout/truncated_share": "share of responses cut off at the length limit",
     "rollout/repeated_ngrams": "share of 4-grams of tokens that stood in the same response before",
+    "anchor/questions": "anchor questions: training questions with a clear majority at the start",
     "anchor/moved_share": "share of anchor questions whose majority is another answer than at the start",
     "anchor/agreement": "share of rollouts on anchor questions that give the majority answer of the start",
     "anchor/kept": "that, as a share of what it was at the start",

@@ -75,7 +75,7 @@ class Anchors:
 
         `anchor/moved_share`: anchors whose majority is another answer than at first, or none; `anchor/agreement`: their
         rollouts with the answer of the first majority; `anchor/kept`: that, as a share of what it was at the start.
-        Without any anchor there are no metrics.
+        `anchor/questions`: how many anchors there are; without any, the others are left out.
         """
         row: dict[str, Any] = {"step": step}
         if step == 0:
@@ -88,7 +88,7 @@ class Anchors:
             self._agreement_at_start = metrics.get("anchor/agreement", 0.0)
         with writing(self._path):
             append_line(self._descriptor, json.dumps(row).encode() + b"\n", self._path)
-        return self._with_kept(metrics)
+        return self._with_kept(metrics | {"anchor/questions": float(len(self._labels))})
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -119,7 +119,7 @@ class Anchors:
         return {"anchor/moved_share": fmean(moved), "anchor/agreement": fmean(agreeing)}
 
     def _with_kept(self, metrics: dict[str, float]) -> dict[str, float]:
-        if not metrics or not self._agreement_at_start:
+        if not self._agreement_at_start:
             return metrics
         return metrics | {"anchor/kept": metrics["anchor/agreement"] / self._agreement_at_start}
 
