@@ -101,7 +101,7 @@ def _locking(base: Means, now: Means, settings: GuardSettings) -> Indicator | No
 
 
 def _anchors(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
-    """What the policy was sure of is going. It is seen in the answers themselves, so it needs no other indicator."""
+    """What the policy was sure of is going. That is seen in the answers themselves, and needs no other indicator."""
     key = "anchor/kept"
     if key not in now or now[key] > 1 - settings.anchor_fall:
         return None

@@ -59,7 +59,7 @@ class Anchors:
         self._problems, self._settings, self._equivalence = problems, settings, equivalence
         self._path = path
         self._labels: dict[str, str] = {}
-        self._agreement_at_start = 0.0
+        self._best_agreement = 0.0
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
@@ -74,7 +74,7 @@ class Anchors:
         """Draws the anchors and returns how they answer, compared with the start; at step 0, it chooses them before.
 
         `anchor/moved_share`: anchors whose majority is another answer than at first, or none; `anchor/agreement`: their
-        rollouts with the answer of the first majority; `anchor/kept`: that, as a share of what it was at the start.
+        rollouts with the answer of the first majority; `anchor/kept`: that, as a share of the most that it has been.
         `anchor/questions`: how many anchors there are; without any, the others are left out.
         """
         row: dict[str, Any] = {"step": step}
@@ -84,11 +84,9 @@ class Anchors:
         groups = draw(anchors, self._settings.anchor_rollouts, LATER_DRAWS) if anchors else []
         row["answers"] = {group.uid: group.answers for group in groups}
         metrics = self._metrics(row["answers"])
-        if step == 0:
-            self._agreement_at_start = metrics.get("anchor/agreement", 0.0)
         with writing(self._path):
             append_line(self._descriptor, json.dumps(row).encode() + b"\n", self._path)
-        return self._with_kept(metrics | {"anchor/questions": float(len(self._labels))})
+        return metrics | {"anchor/questions": float(len(self._labels))}
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -104,6 +102,7 @@ class Anchors:
         return labels
 
     def _metrics(self, answers: Mapping[str, Sequence[str | None]]) -> dict[str, float]:
+        """Those of a draw, after all earlier ones."""
         if not answers:
             return {}
         self._equivalence.compare([(self._labels[uid], *given) for uid, given in answers.items()])
@@ -116,12 +115,10 @@ class Anchors:
             for uid, given in answers.items()
             for answer in given
         ]
-        return {"anchor/moved_share": fmean(moved), "anchor/agreement": fmean(agreeing)}
-
-    def _with_kept(self, metrics: dict[str, float]) -> dict[str, float]:
-        if not self._agreement_at_start:
-            return metrics
-        return metrics | {"anchor/kept": metrics["anchor/agreement"] / self._agreement_at_start}
+        agreement = fmean(agreeing)
+        self._best_agreement = max(self._best_agreement, agreement)
+        kept = agreement / self._best_agreement if self._best_agreement else 1.0
+        return {"anchor/moved_share": fmean(moved), "anchor/agreement": agreement, "anchor/kept": kept}
 
     def _read(self, path: Path, first_step: int) -> None:
         *whole, part = path.read_bytes().split(b"\n")
@@ -137,7 +134,7 @@ class Anchors:
             kept.append(line)
             if step == 0:
                 self._labels = labels
-                self._agreement_at_start = self._metrics(answers).get("anchor/agreement", 0.0)
+            self._metrics(answers)  # for the best agreement so far
         if part or len(kept) != len(whole):
             with replaced_whole(path) as temporary:
                 temporary.write_bytes(b"".join(line + b"\n" for line in kept))

@@ -69,6 +69,14 @@ def test_a_later_draw_is_compared_with_the_start(tmp_path: Path) -> None:
     assert metrics["anchor/kept"] == pytest.approx(5 / 7)
 
 
+def test_what_is_kept_is_held_against_the_most_that_was_kept_after_a_resume_as_well(tmp_path: Path) -> None:
+    path, right, half = tmp_path / "anchors.jsonl", Policy(q0=["7"], q2=["5"]), Policy(q0=["8"], q2=["5"])
+    anchors = open_anchors(path)
+    found = [anchors.observe(step, policy)["anchor/kept"] for step, policy in ((0, START), (5, right), (10, half))]
+    assert found == [1, 1, 1 / 2]
+    assert open_anchors(path, first_step=10).observe(10, half)["anchor/kept"] == 1 / 2
+
+
 def test_they_are_due_before_the_first_step_and_then_every_few(tmp_path: Path) -> None:
     anchors = open_anchors(tmp_path / "anchors.jsonl")
     assert [step for step in range(12) if anchors.due(step)] == [0]  # nothing has been chosen
