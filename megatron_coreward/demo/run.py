@@ -105,6 +105,7 @@ def demo_config(
         },
         "rollout": {"num_engines": 2, "max_response_tokens": 32, "kv_cache_gib": 0.25},
         "validation": {"every": 25},
+        "guard": {"anchors": 32},
         "checkpoint": {"resume": "never"},
     }
     return parse_config(tree, overrides, where="demo")
