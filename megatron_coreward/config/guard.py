@@ -74,8 +74,8 @@ class GuardSettings(Component):
     """Indicator of damage: the policy's entropy as a multiple of the baseline's."""
     anchor_fall: Fraction = 0.1
     """Indicator of damage, and enough for an alarm: of the rollouts on anchor questions that give the majority answer
-    of the start, the share that is gone since they were most. Learning adds to them, because clear majorities are
-    mostly right."""
+    of the start, the share that is gone since they were most, over two draws. Learning adds to them, because clear
+    majorities are mostly right."""
     repetition_rise: Fraction = 0.1
     """Indicator of damage: share of n-grams that repeat an earlier one of their response, above that of the
     baseline."""

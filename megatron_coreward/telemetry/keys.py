@@ -75,7 +75,7 @@ MEANINGS: Mapping[str, str] = {
     "anchor/questions": "anchor questions: training questions with a clear majority at the start",
     "anchor/moved_share": "share of anchor questions whose majority is another answer than at the start",
     "anchor/agreement": "share of rollouts on anchor questions that give the majority answer of the start",
-    "anchor/kept": "that, as a share of the most that it has been",
+    "anchor/kept": "that over two draws, as a share of the most that it has been",
     "rollout/tokens_per_s": "response tokens sampled a second, over all engines",
     "rollout/staleness": "steps by which the weights that sampled are behind those that learn",
     "rollout/slowest_engine_s": "time until the slowest engine had sampled its share of the policy's rollouts",

@@ -59,7 +59,7 @@ class Anchors:
         self._problems, self._settings, self._equivalence = problems, settings, equivalence
         self._path = path
         self._labels: dict[str, str] = {}
-        self._best_agreement = 0.0
+        self._agreements: list[float] = []  # of the draws so far
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
@@ -74,7 +74,7 @@ class Anchors:
         """Draws the anchors and returns how they answer, compared with the start; at step 0, it chooses them before.
 
         `anchor/moved_share`: anchors whose majority is another answer than at first, or none; `anchor/agreement`: their
-        rollouts with the answer of the first majority; `anchor/kept`: that, as a share of the most that it has been.
+        rollouts with the answer of the first majority; `anchor/kept`: see `kept`.
         `anchor/questions`: how many anchors there are; without any, the others are left out.
         """
         row: dict[str, Any] = {"step": step}
@@ -115,10 +115,12 @@ class Anchors:
             for uid, given in answers.items()
             for answer in given
         ]
-        agreement = fmean(agreeing)
-        self._best_agreement = max(self._best_agreement, agreement)
-        kept = agreement / self._best_agreement if self._best_agreement else 1.0
-        return {"anchor/moved_share": fmean(moved), "anchor/agreement": agreement, "anchor/kept": kept}
+        self._agreements.append(fmean(agreeing))
+        return {
+            "anchor/moved_share": fmean(moved),
+            "anchor/agreement": self._agreements[-1],
+            "anchor/kept": kept(self._agreements),
+        }
 
     def _read(self, path: Path, first_step: int) -> None:
         *whole, part = path.read_bytes().split(b"\n")
@@ -134,10 +136,19 @@ class Anchors:
             kept.append(line)
             if step == 0:
                 self._labels = labels
-            self._metrics(answers)  # for the best agreement so far
+            self._metrics(answers)  # for the agreements so far
         if part or len(kept) != len(whole):
             with replaced_whole(path) as temporary:
                 temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+
+
+def kept(agreements: Sequence[float]) -> float:
+    """The agreement of the last two draws as a share of the most that any two draws in a row have had.
+
+    Two, because one draw of a few hundred rollouts is noisy, and the most of many noisy numbers is too much.
+    """
+    pairs = [fmean(agreements[max(0, place - 1) : place + 1]) for place in range(len(agreements))]
+    return pairs[-1] / max(pairs) if max(pairs) > 0 else 1.0
 
 
 def draw_anchors(

@@ -66,15 +66,17 @@ def test_a_later_draw_is_compared_with_the_start(tmp_path: Path) -> None:
     metrics = anchors.observe(5, Policy(q0=["8", "8", "7", None], q2=["5"]))
     assert metrics["anchor/moved_share"] == 1 / 2
     assert metrics["anchor/agreement"] == 5 / 8
-    assert metrics["anchor/kept"] == pytest.approx(5 / 7)
+    assert metrics["anchor/kept"] == pytest.approx((7 / 8 + 5 / 8) / 2 / (7 / 8))
 
 
 def test_what_is_kept_is_held_against_the_most_that_was_kept_after_a_resume_as_well(tmp_path: Path) -> None:
     path, right, half = tmp_path / "anchors.jsonl", Policy(q0=["7"], q2=["5"]), Policy(q0=["8"], q2=["5"])
     anchors = open_anchors(path)
-    found = [anchors.observe(step, policy)["anchor/kept"] for step, policy in ((0, START), (5, right), (10, half))]
-    assert found == [1, 1, 1 / 2]
-    assert open_anchors(path, first_step=10).observe(10, half)["anchor/kept"] == 1 / 2
+    draws = ((0, START), (5, right), (10, right), (15, half), (20, half))
+    found = [anchors.observe(step, policy)["anchor/kept"] for step, policy in draws]
+    assert found == [1, 1, 1, 3 / 4, 1 / 2]
+    resumed = open_anchors(path, first_step=15)
+    assert [resumed.observe(step, half)["anchor/kept"] for step in (15, 20)] == [3 / 4, 1 / 2]
 
 
 def test_they_are_due_before_the_first_step_and_then_every_few(tmp_path: Path) -> None:
