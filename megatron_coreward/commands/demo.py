@@ -31,10 +31,10 @@ def add(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    _check(options)
     from megatron_coreward.demo.run import compare, demo
     from megatron_coreward.demo.study_results import run_study, show
 
-    _check(options)
     if options.study and options.recorded:
         show(options.study, options.recorded, options.run_dir / options.study / f"{options.study}.png")
     elif options.study:

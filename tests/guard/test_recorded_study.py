@@ -1,7 +1,7 @@
 """The guard on the runs of the study of stability: silent on those that learn, early on those that collapse.
 
-The tables are those that `demo --study stability` writes. The limit of the anchors was chosen by the runs of seed 1; those
-of other seeds had no part in it.
+The tables are those that `demo --study stability` writes. The limit of the anchors was chosen by the runs of seed 1;
+those of other seeds had no part in it.
 """
 
 import pytest

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_coreward.errors import InputError
+from megatron_coreward.report.panels import STATE_COLORS, draw_states
 from megatron_coreward.report.question_states import STATES, State, Visit, read_visits, state_of, states_over_steps
 
 
@@ -73,3 +74,18 @@ def test_a_damaged_line_is_named_and_a_part_of_one_is_not_read(tmp_path: Path) -
     path.write_text('{"step": 1, "labels": []}\nnonsense\n')
     with pytest.raises(InputError, match="labels.jsonl, line 2"):
         read_visits(path)
+
+
+def test_the_panel_stacks_every_state_and_is_left_out_without_any(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "labels.jsonl",
+        [["a", "original", "3", 0.5, False], ["b", "original", "7", 0.5, True]],
+        [["a", "original", "4", 0.5, True], ["b", "original", "9", 0.4, False]],
+    )
+    drawn = draw_states(list(states_over_steps(read_visits(path))))
+    assert drawn is not None
+    assert drawn.legend == list(STATE_COLORS.items())
+    assert tuple(STATE_COLORS) == STATES
+    shown = {line["name"]: line["shown"] for line in drawn.chart.readout["lines"]}
+    assert (shown["learned"], shown["corrupted"], shown["locked"]) == (["50.0%"], ["50.0%"], ["0.0%"])
+    assert draw_states([]) is None
