@@ -71,7 +71,7 @@ def draw_stability(records: Sequence[Record], out: Path) -> Path:
                 [
                     Panel(
                         f"{title}, lr {rate:g}",
-                        {arm: [_plotted(arm, key, run) for run in runs] for arm, runs in arms.items() if runs},
+                        {arm: [_plotted(arm, key, run) for run in runs] for arm, runs in arms.items()},
                         scale,
                     )
                     for key, title, scale in _PANELS
@@ -89,10 +89,11 @@ def _plotted(arm: str, key: str, record: Record) -> dict[float, float]:
 
 
 def stability_table(records: Sequence[Record]) -> Table:
-    """A line for each method, rate and seed: accuracy at first, at its best and at the end, and where it ends up."""
+    """A line for each method, rate and seed: accuracy at first, at its best and when that was, at the end (mean of two
+    validations), the change from best to last in points, and the vote share at the end."""
     table = Table(title=f"held-out accuracy ({ACCURACY.removeprefix('val/')}) in {stability.STEPS} steps")
-    for column in ("method", "lr", "seed", "first", "best (step)", "last", "lost from best", "vote share at the end"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    for column in ("method", "lr", "seed", "first", "best", "at", "last", "change", "votes"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for line in stability_lines(records):
         table.add_row(*line)
     return table
@@ -114,7 +115,8 @@ def stability_lines(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
             rate,
             str(record.seed),
             f"{accuracy[min(accuracy)]:.1%}",
-            f"{accuracy[best]:.1%} ({best})",
+            f"{accuracy[best]:.1%}",
+            str(best),
             f"{last:.1%}",
             f"{100 * (last - accuracy[best]):+.1f}",
             f"{fmean([votes[step] for step in sorted(votes)[-15:]]):.0%}",
