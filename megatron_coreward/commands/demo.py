@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from megatron_coreward.commands.arguments import SEED, whole
 from megatron_coreward.config.methods import MethodName
+from megatron_coreward.errors import InputError
 
 
 def add(commands: Any) -> None:
@@ -14,6 +15,15 @@ def add(commands: Any) -> None:
     demo.add_argument(
         "--compare", action="store_true", help="run every method on the same budget and draw them together"
     )
+    demo.add_argument(
+        "--study",
+        choices=("stability", "rephrasing"),
+        help="many runs that can be left and gone on: methods by learning rates and seeds, or damaged rephrasings",
+    )
+    demo.add_argument("--methods", nargs="+", default=(), help="of the study of stability; default: all of its seven")
+    demo.add_argument("--rates", nargs="+", type=float, default=(), help="its learning rates; default: its three")
+    demo.add_argument("--seeds", nargs="+", type=whole(0, SEED), default=(), help="of a study; default: all")
+    demo.add_argument("--recorded", type=Path, help="draw a study from this directory of recorded runs; run nothing")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
     demo.add_argument("--seed", type=whole(0, SEED), default=1, help="of weights, data and rollouts")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
@@ -21,9 +31,25 @@ def add(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    _check(options)
     from megatron_coreward.demo.run import compare, demo
+    from megatron_coreward.demo.study_results import run_study, show
 
-    if options.compare:
+    if options.study and options.recorded:
+        show(options.study, options.recorded, options.run_dir / options.study / f"{options.study}.png")
+    elif options.study:
+        run_study(options.study, options.run_dir, options.methods, options.rates, options.seeds)
+    elif options.compare:
         compare(options.run_dir, options.seed, options.overrides)
     else:
         demo(options.method, options.run_dir, options.seed, options.overrides)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Options that belong together. Raises InputError."""
+    of_a_study = {f"--{name}": getattr(options, name) for name in ("methods", "rates", "seeds", "recorded")}
+    given = [name for name, value in of_a_study.items() if value]
+    if given and not options.study:
+        raise InputError(f"{', '.join(given)}: found without --study; allowed: with --study stability or rephrasing")
+    if options.study and options.overrides:
+        raise InputError(f"--study: found with {options.overrides[0]}; allowed: no overrides, for all runs are alike")

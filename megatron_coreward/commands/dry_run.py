@@ -143,6 +143,8 @@ def written_files(config: RunConfig, arch: Architecture | None) -> dict[str, str
         "missed.json": "the first step that a tracker lacks, while one does",
         "lock": "of the process that trains",
     }
+    if config.guard.action != "off" and config.guard.anchors:
+        files["anchors.jsonl"] = "the answers to the anchor questions"
     if config.guard.action == "rollback":
         files["rollbacks.jsonl"] = "when the guard went back, and why"
     if config.telemetry.wandb_project is not None:

@@ -34,11 +34,19 @@ class GuardSettings(Component):
     window: Positive = 5
     """Newest steps whose mean is compared with the baseline, because single steps are noisy."""
     min_indicators: Annotated[int, Field(ge=2)] = 2
-    """Indicators at once that raise an alarm; one of them has to be one of damage."""
+    """Indicators at once that raise an alarm; one of them has to be one of damage. Anchors need no other."""
     warn_after: Positive = 5
     """Steps in a row with that many indicators after which the guard warns; at most act_after."""
     act_after: Positive = 10
     """Steps in a row with that many indicators after which action follows."""
+
+    anchors: NonNegative = 0
+    """Anchor questions: training questions with a clear majority at the start, which the policy answers again every
+    anchor_every steps, beside its training. 0: none, and nothing is drawn for the guard."""
+    anchor_every: Positive = 10
+    """Steps between two draws of the anchor questions."""
+    anchor_rollouts: Positive = 4
+    """Rollouts of each anchor question in a draw."""
 
     # Indicators of change. A policy that has learned shows them too: they are never enough by themselves.
     consensus: Fraction = 0.7
@@ -47,6 +55,12 @@ class GuardSettings(Component):
     """Indicator of change: share of the policy's entropy that is gone."""
     kl: Annotated[float, Field(gt=0)] = 0.1
     """Indicator of change: KL divergence from the reference, in nats per token."""
+    vote_entropy_fall: Fraction = 0.8
+    """Indicator of change: share of the entropy of the votes that is gone."""
+    saturation: Fraction = 0.8
+    """Indicator of change: share of groups in which all rollouts are rewarded alike, so that nothing is learned."""
+    locking: Fraction = 0.8
+    """Indicator of change: share of the label changes between epochs that is gone: what is wrong then stays wrong."""
     # Indicators of damage.
     length_fall: Fraction = 0.25
     """Indicator of damage: share of the mean response length that is gone."""
@@ -58,6 +72,13 @@ class GuardSettings(Component):
     """Indicator of damage: share of rollouts cut off at rollout.max_response_tokens, above that of the baseline."""
     entropy_rise: Annotated[float, Field(gt=1)] = 3.0
     """Indicator of damage: the policy's entropy as a multiple of the baseline's."""
+    anchor_fall: Fraction = 0.1
+    """Indicator of damage, and enough for an alarm: of the rollouts on anchor questions that give the majority answer
+    of the start, the share that is gone since they were most, over two draws. Learning adds to them, because clear
+    majorities are mostly right."""
+    repetition_rise: Fraction = 0.1
+    """Indicator of damage: share of n-grams that repeat an earlier one of their response, above that of the
+    baseline."""
     agreement_fall: Fraction = 0.2
     """Indicator of damage: share of questions on which policy and teacher, or the two views, vote alike, below that of
     the baseline."""

@@ -19,7 +19,7 @@ from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.methods import TWO_VIEW_METHODS, MethodName
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.demo.model import write_model
-from megatron_coreward.demo.task import Files, make_splits, write_parquet
+from megatron_coreward.demo.task import Files, Splits, make_splits, write_parquet
 from megatron_coreward.demo.tokenizer import word_level_tokenizer
 from megatron_coreward.demo.warm_start import warm_start
 from megatron_coreward.telemetry.curves import draw_comparison, draw_run
@@ -106,40 +106,55 @@ def demo_config(
         },
         "rollout": {"num_engines": 2, "max_response_tokens": 32, "kv_cache_gib": 0.25},
         "validation": {"every": 25},
+        "guard": {"anchors": 32},
         "checkpoint": {"resume": "never"},
     }
     return parse_config(tree, overrides, where="demo")
 
 
 def _prepare(console: Console, method: MethodName, run_dir: Path, seed: int, overrides: Sequence[str]) -> RunConfig:
-    data, random, start = (run_dir / f"{name}-{seed}" for name in ("data", "random", "start"))
-    splits = make_splits(seed, TRAIN_QUESTIONS, HELD_OUT_QUESTIONS, SFT_EXAMPLES)
+    splits = demo_splits(seed)
+    data = run_dir / f"data-{seed}"
     data.mkdir(parents=True, exist_ok=True)
+    start = run_dir / f"start-{seed}"
     config = demo_config(method, start, write_parquet(data, splits), run_dir, seed, overrides)
     shutil.rmtree(run_dir / method, ignore_errors=True)  # of an earlier demo; a run_dir of the user's is left alone
-    if not (start / "config.json").is_file():
-        tokenizer = word_level_tokenizer()
-        write_model(random, tokenizer, seed=seed)
-        console.print(f"the task: {splits.train[0].texts['original']}")
-        console.print(f"rephrased: {splits.train[0].texts['rephrased']}")
-        with console.status("") as status:
-
-            def show(step: int, loss: float) -> None:
-                status.update(f"supervised warm start: step {step}, loss {loss:.3f}, until {SFT_LOSS}")
-
-            begin = time.monotonic()
-            steps = warm_start(
-                random,
-                start,
-                tokenizer,
-                splits.sft,
-                max_steps=MAX_SFT_STEPS,
-                target_loss=SFT_LOSS,
-                seed=seed,
-                on_step=show,
-            )
-        console.print(f"supervised warm start: {steps} steps in {time.monotonic() - begin:.0f} s")
+    write_start(console, run_dir, seed, splits)
     return config
+
+
+def demo_splits(seed: int) -> Splits:
+    """The demo's questions, in all their splits."""
+    return make_splits(seed, TRAIN_QUESTIONS, HELD_OUT_QUESTIONS, SFT_EXAMPLES)
+
+
+def write_start(console: Console, run_dir: Path, seed: int, splits: Splits) -> Path:
+    """The model that training starts from: one that is there already, or random weights after a warm start."""
+    random, start = run_dir / f"random-{seed}", run_dir / f"start-{seed}"
+    if (start / "config.json").is_file():
+        return start
+    tokenizer = word_level_tokenizer()
+    write_model(random, tokenizer, seed=seed)
+    console.print(f"the task: {splits.train[0].texts['original']}")
+    console.print(f"rephrased: {splits.train[0].texts['rephrased']}")
+    with console.status("") as status:
+
+        def show(step: int, loss: float) -> None:
+            status.update(f"supervised warm start: step {step}, loss {loss:.3f}, until {SFT_LOSS}")
+
+        begin = time.monotonic()
+        steps = warm_start(
+            random,
+            start,
+            tokenizer,
+            splits.sft,
+            max_steps=MAX_SFT_STEPS,
+            target_loss=SFT_LOSS,
+            seed=seed,
+            on_step=show,
+        )
+    console.print(f"supervised warm start: {steps} steps in {time.monotonic() - begin:.0f} s")
+    return start
 
 
 def _print_table(console: Console, runs: Mapping[str, Path]) -> None:

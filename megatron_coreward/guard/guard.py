@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from megatron_coreward.config.guard import GuardAction, GuardSettings
-from megatron_coreward.guard.indicators import METRICS, Indicator, find_indicators
+from megatron_coreward.guard.indicators import HELD, METRICS, Indicator, find_indicators
 from megatron_coreward.telemetry import keys
 
 Level = Literal["none", "warn", "act"]
@@ -62,7 +62,10 @@ class Guard:
         self._settings = settings
         self._rollbacks = rollbacks
         self._seen = 0
-        self._base: dict[str, list[float]] = {}  # metric -> sum, count over the warm-up
+        # Metric -> sum and count of its first steps: over the warm-up, or as many from where it appears later on.
+        self._base: dict[str, list[float]] = {}
+        self._late: set[str] = set()  # metrics that appeared after the warm-up
+        self._held: dict[str, float] = {}  # last values of `indicators.HELD`
         self._recent: list[dict[str, float]] = []
         self._lasted = 0
         self._since = 0  # step of the first of them
@@ -89,17 +92,21 @@ class Guard:
         settings = self._settings
         values = {key: float(value) for key in METRICS if (value := row.get(key)) is not None and math.isfinite(value)}
         self._seen += 1
+        self._held |= {key: values.pop(key) for key in HELD if key in values}
         self._recent = [*self._recent, values][-settings.window :]
         if settings.action == "off":
             return self._decision(step, ())
+        self._extend_base(values)
         if self._seen <= settings.warmup:
-            for key, value in values.items():
-                total, count = self._base.get(key, (0.0, 0))
-                self._base[key] = [total + value, count + 1]
             return self._decision(step, ())
-        base = {key: total / count for key, (total, count) in self._base.items()}
-        indicators = find_indicators(base, self._means(), settings)
-        alarming = len(indicators) >= settings.min_indicators and any(indicator.damage for indicator in indicators)
+        base = {
+            key: total / count
+            for key, (total, count) in self._base.items()
+            if key not in self._late or count >= settings.warmup
+        }
+        indicators = find_indicators(base, self._means() | self._held, settings)
+        several = len(indicators) >= settings.min_indicators and any(indicator.damage for indicator in indicators)
+        alarming = several or any(indicator.enough for indicator in indicators)
         if not alarming or step <= self._quiet_until:
             self._lasted = 0
         else:
@@ -112,6 +119,8 @@ class Guard:
         return {
             "seen": self._seen,
             "base": {key: list(entry) for key, entry in self._base.items()},
+            "late": sorted(self._late),
+            "held": dict(self._held),
             "recent": [dict(values) for values in self._recent],
             "lasted": self._lasted,
             "since": self._since,
@@ -122,13 +131,26 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken. Raises KeyError for a state with something missing."""
+        """Goes on where `state_dict` was taken, by an earlier version too, which held nothing and had no late metrics.
+
+        Raises KeyError for a state with anything else missing.
+        """
+        self._late, self._held = set(state.get("late", ())), dict(state.get("held", {}))
         self._seen, self._lasted, self._since = int(state["seen"]), int(state["lasted"]), int(state["since"])
         self._base = {key: list(entry) for key, entry in state["base"].items()}
         self._recent = [dict(values) for values in state["recent"]]
         self._level = _LEVELS[_LEVELS.index(state["level"])]
         self._quiet_until, self._raises = int(state["quiet_until"]), int(state["raises"])
         self._frozen = bool(state["frozen"])
+
+    def _extend_base(self, values: Mapping[str, float]) -> None:
+        warming_up = self._seen <= self._settings.warmup
+        for key, value in values.items():
+            total, count = self._base.get(key, (0.0, 0))
+            if not warming_up and count == 0:
+                self._late.add(key)
+            if warming_up or (key in self._late and count < self._settings.warmup):
+                self._base[key] = [total + value, count + 1]
 
     def _means(self) -> dict[str, float]:
         found: dict[str, list[float]] = {}

@@ -19,16 +19,22 @@ METRICS = (
     "vote/share",
     "vote/distinct_answers",
     "vote/no_answer_rate",
+    "vote/entropy",
     "vote/label_variety",
     "teacher_vote/share",
+    "advantage/zero_variance_share",
     "rollout/response_tokens_mean",
     "rollout/truncated_share",
+    "rollout/repeated_ngrams",
     "rollout/entropy",
     "loss/kl",
     "label/teacher_agreement",
     "label/view_agreement",
     "label/flip_rate",
+    "anchor/kept",
 )
+# Drawn every few steps: the last value counts until there is another one.
+HELD = ("anchor/kept",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class Indicator:
     name: str
     damage: bool  # False: change, which learning shows as well
     words: str
+    enough: bool = False  # True: an alarm needs no other indicator
 
 
 def find_indicators(base: Means, now: Means, settings: GuardSettings) -> tuple[Indicator, ...]:
@@ -60,6 +67,50 @@ def _consensus(base: Means, now: Means, settings: GuardSettings) -> Indicator | 
         f"vote share {base[share]:.2f} -> {now[share]:.2f} and distinct answers {base[distinct]:.1f} -> "
         f"{now[distinct]:.1f}, at least {settings.consensus:.0%} of the way to unanimity",
     )
+
+
+def _vote_entropy(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
+    key = "vote/entropy"
+    if not _have(base, now, key) or base[key] <= 0 or now[key] > (1 - settings.vote_entropy_fall) * base[key]:
+        return None
+    limit = f"limit {-settings.vote_entropy_fall:.0%}"
+    return Indicator("vote_entropy", False, f"entropy of the votes {base[key]:.2f} -> {now[key]:.2f} ({limit})")
+
+
+def _saturation(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
+    key = "advantage/zero_variance_share"
+    if not _have(base, now, key) or base[key] >= settings.saturation or now[key] < settings.saturation:
+        return None
+    return Indicator(
+        "saturation",
+        False,
+        f"groups in which all rollouts are rewarded alike {base[key]:.0%} -> {now[key]:.0%} "
+        f"(limit {settings.saturation:.0%})",
+    )
+
+
+def _locking(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
+    """Labels that no longer change: right ones need not, and wrong ones will not any more."""
+    key = "label/flip_rate"
+    if not _have(base, now, key) or base[key] < settings.min_flip_rate:
+        return None
+    if now[key] > (1 - settings.locking) * base[key]:
+        return None
+    limit = f"limit {-settings.locking:.0%}"
+    return Indicator("locking", False, f"labels that change between epochs {base[key]:.0%} -> {now[key]:.0%} ({limit})")
+
+
+def _anchors(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
+    """What the policy was sure of is going. That is seen in the answers themselves, and needs no other indicator."""
+    key = "anchor/kept"
+    if key not in now or now[key] > 1 - settings.anchor_fall:
+        return None
+    limit = f"limit {-settings.anchor_fall:.0%}"
+    return Indicator("anchors", True, f"answers to the anchor questions kept to {now[key]:.0%} ({limit})", enough=True)
+
+
+def _repetition(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
+    return _risen("repetition", "repeated n-grams", "rollout/repeated_ngrams", settings.repetition_rise, base, now)
 
 
 def _entropy_fall(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
@@ -156,4 +207,9 @@ _DETECTORS: tuple[Callable[[Means, Means, GuardSettings], Indicator | None], ...
     _agreement,
     _kl,
     _label_flips,
+    _vote_entropy,
+    _saturation,
+    _locking,
+    _anchors,
+    _repetition,
 )

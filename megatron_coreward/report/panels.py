@@ -1,14 +1,23 @@
 """Which curves a report shows, in which order, and what each one says."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_coreward.report.chart import Chart, Line, Mark, Points, Scale, line_chart, share_chart
+from megatron_coreward.report.question_states import State
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.jsonl import Row
 
 # Okabe and Ito's colours, which every colour vision distinguishes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#B8A800", "#8C8C8C")
+STATE_COLORS: Mapping[State, str] = {
+    "learned": "#009E73",
+    "sharpened": "#56B4E9",
+    "weakened": "#0072B2",
+    "unsettled": "#B8A800",
+    "locked": "#E69F00",
+    "corrupted": "#D55E00",
+}
 PHASE_COLORS = {
     "teacher_ema": "#CC79A7",
     "switch": "#332288",
@@ -19,6 +28,7 @@ PHASE_COLORS = {
     "rewards": "#D55E00",
     "update": "#009E73",
     "validation": "#0072B2",
+    "anchors": "#88CCEE",
     "checkpoint": "#44546A",
     "rollout_log": "#7A5195",
     keys.OUTSIDE: "#BDBDBD",
@@ -55,7 +65,11 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(
         "Label quality (read by nobody in training)",
-        (("label/accuracy", "labels that are right"), ("rollout/accuracy", "rollouts that are right")),
+        (
+            ("label/accuracy", "labels that are right"),
+            ("rollout/accuracy", "rollouts that are right"),
+            ("reward/accuracy", "rollouts rewarded rightly"),
+        ),
         "share",
     ),
     Panel(
@@ -65,6 +79,7 @@ PANELS: tuple[Panel, ...] = (
             ("label/view_agreement", "views agree"),
             ("label/teacher_agreement", "teacher agrees"),
             ("vote/label_variety", "distinct labels"),
+            ("anchor/kept", "anchors kept"),
         ),
         "share",
     ),
@@ -152,6 +167,18 @@ def draw_time(rows: Sequence[Row]) -> Drawn | None:
     if not any(_has_value([point for point in layer.points if point[1]]) for layer in layers):
         return None
     title = "Where the time of a step goes"
+    return Drawn(title, share_chart(title, layers), [(layer.name, layer.color) for layer in layers])
+
+
+def draw_states(states: Sequence[tuple[int, Mapping[State, int]]]) -> Drawn | None:
+    """What became of the labels of the questions seen twice or more, as shares of them; None if there are none."""
+    if not states:
+        return None
+    layers = [
+        Line(name, color, [(step, float(count[name])) for step, count in states])
+        for name, color in STATE_COLORS.items()
+    ]
+    title = "What became of each question's label"
     return Drawn(title, share_chart(title, layers), [(layer.name, layer.color) for layer in layers])
 
 

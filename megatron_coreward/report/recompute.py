@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_coreward.algorithms.repetition import repeated_ngrams
 from megatron_coreward.config.methods import check_method, parts_of
 from megatron_coreward.config.plugins import IMPORT_PATH
 from megatron_coreward.config.schema import LossSettings, RewardSettings
@@ -173,4 +174,5 @@ def _response_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "rollout/response_tokens_mean": float(np.mean(lengths)),
         "rollout/response_tokens_max": float(max(lengths)),
         "rollout/truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
+        "rollout/repeated_ngrams": repeated_ngrams([completion.token_ids for completion in completions]),
     }

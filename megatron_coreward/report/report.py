@@ -10,10 +10,11 @@ from megatron_coreward.guard import Decision, replay_rows
 from megatron_coreward.report import panels, timeline
 from megatron_coreward.report.chart import Mark
 from megatron_coreward.report.html_page import figures, readouts, section, table, text, write_page
+from megatron_coreward.report.question_states import State, read_visits, states_over_steps
 from megatron_coreward.report.run_record import RunRecord, load_record
 from megatron_coreward.report.samples import Limits, Samples, collect_samples
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.telemetry import keys
+from megatron_coreward.telemetry import keys, label_history
 from megatron_coreward.telemetry.display import format_seconds
 
 _FILTERS = {
@@ -49,8 +50,8 @@ def write_report(run_dir: Path, out: Path | None = None, limits: Limits | None =
         for panel in (panels.validation_panel(record.known_keys()), *panels.PANELS)
         if (item := panels.draw(panel, record.rows, marks)) is not None
     ]
-    time = panels.draw_time(record.rows)
-    drawn += [time] if time is not None else []
+    more = (panels.draw_states(_question_states(run_dir)), panels.draw_time(record.rows))
+    drawn += [item for item in more if item is not None]
     path = out or run_dir / "report.html"
     sections = [
         _head(record, decisions),
@@ -62,6 +63,11 @@ def write_report(run_dir: Path, out: Path | None = None, limits: Limits | None =
     ]
     write_page(path, f"Run {record.name}", sections, {"charts": readouts(drawn), "samples": samples.steps})
     return path
+
+
+def _question_states(run_dir: Path) -> list[tuple[int, dict[State, int]]]:
+    labels = run_dir / label_history.FILE_NAME
+    return list(states_over_steps(read_visits(labels))) if labels.is_file() else []
 
 
 def _head(record: RunRecord, decisions: list[Decision]) -> str:

@@ -24,8 +24,8 @@ def vote_metrics(votes: Mapping[GroupKey, Vote]) -> dict[str, float]:
     """The policy's votes as `vote/...`, the teacher's as `teacher_vote/...`; means over its votes.
 
     share and margin of the leading class, rates of ties, of abstentions and of rollouts without an answer, distinct
-    answers a group; `label_variety`, distinct labels over all labels of a view, which falls when a policy answers every
-    question alike.
+    answers a group, and their entropy as a share of the largest; `label_variety`, distinct labels over all labels of a
+    view, which falls when a policy answers every question alike.
     """
     metrics: dict[str, float] = {}
     for role in ROLES:
@@ -39,6 +39,7 @@ def vote_metrics(votes: Mapping[GroupKey, Vote]) -> dict[str, float]:
             "abstention_rate": [vote.abstained for vote in cast],
             "no_answer_rate": [1.0 - vote.num_answers / vote.num_rollouts for vote in cast if vote.num_rollouts],
             "distinct_answers": [vote.num_classes for vote in cast],
+            "entropy": [vote.entropy for vote in cast],
             "label_variety": _variety(votes, role),
         }
         area = "vote" if role == "policy" else "teacher_vote"
@@ -126,7 +127,9 @@ def ground_truth_metrics(
 
     `label/accuracy`: groups whose label is equivalent to the gold answer (a missing label is wrong; left out for a
     method that gives no labels at all), with the ends of its 95% interval as `_low` and `_high`; `rollout/accuracy`:
-    rollouts whose answer is.
+    rollouts whose answer is; `reward/accuracy`: rollouts that were rewarded rightly, which are those with a right
+    answer that got more than the mean of their group and those with a wrong one that did not. (In a group without
+    variance, any reward above zero counts as rewarded.)
     """
     known = [
         (group, group_reward, ground_truth)
@@ -144,4 +147,12 @@ def ground_truth_metrics(
             equivalence.equivalent(answer, ground_truth) for group, _, ground_truth in known for answer in group.answers
         ]
         metrics["rollout/accuracy"] = fmean(right)
+        rewarded = [given for _, group_reward, _ in known for given in _rewarded(group_reward.rewards)]
+        metrics["reward/accuracy"] = fmean(a == b for a, b in zip(right, rewarded, strict=True))
     return metrics
+
+
+def _rewarded(rewards: FloatArray) -> list[bool]:
+    """[G] whether a rollout was rewarded, against the others of its group."""
+    threshold = float(rewards.mean()) if np.ptp(rewards) > 0 else 0.0
+    return [bool(reward > threshold) for reward in rewards]

@@ -4,6 +4,7 @@ Invariants: a rollout without an answer never wins and still counts in G; the la
 only through ties and through which spelling stands for the winning class.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Vote:
     num_answers: int  # rollouts with an answer
     num_classes: int  # distinct answers
     winners: tuple[int, ...]  # rollouts in the leading class; empty where there is no label
+    entropy: float = 0.0  # of the classes over the rollouts with an answer, as a share of log G: 1 if no two agree
 
 
 def majority_vote(
@@ -55,4 +57,11 @@ def majority_vote(
         num_answers=sum(index is not None for index in classes),
         num_classes=len(ranking),
         winners=winners,
+        entropy=_entropy([size for _, size in ranking], len(answers)),
     )
+
+
+def _entropy(sizes: Sequence[int], num_rollouts: int) -> float:
+    total = sum(sizes)
+    nats = sum(size / total * math.log(total / size) for size in sizes)
+    return nats / math.log(num_rollouts) if num_rollouts > 1 else 0.0

@@ -54,6 +54,7 @@ _PHASE_COLORS = {
     "rewards": "bright_magenta",
     "update": "green",
     "validation": "blue",
+    "anchors": "bright_cyan",
     "checkpoint": "red",
     keys.OUTSIDE: "bright_black",
 }

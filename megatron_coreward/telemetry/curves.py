@@ -38,7 +38,7 @@ _COLORS = (_BLUE, _RED, _GREEN, _ORANGE, _PINK, _SKY, _YELLOW, _GRAY)
 _PHASE_COLORS = dict(
     zip(
         (*keys.PHASES, keys.OUTSIDE),
-        (_PINK, "#7A5195", _ORANGE, "#44AA99", _SKY, _YELLOW, _RED, _GREEN, _BLUE, "#44546A", "#CFCFCF"),
+        (_PINK, "#7A5195", _ORANGE, "#44AA99", _SKY, _YELLOW, _RED, _GREEN, _BLUE, "#88CCEE", "#44546A", "#CFCFCF"),
         strict=True,
     )
 )

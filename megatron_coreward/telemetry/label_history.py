@@ -1,8 +1,10 @@
 """How stable pseudo-labels are: the label of a question now against the one it had when it was last labelled.
 
-RUN/labels.jsonl holds one line a step, `{"step": 3, "labels": [[uid, view, label], ...]}`. It is a file of its own, not
-a look back into the dumps of rollouts: those may be turned off and weigh megabytes a step, a line of labels weighs
-kilobytes. Read by people, and by this module on resuming; never by training.
+RUN/labels.jsonl holds one line a step, `{"step": 3, "labels": [[uid, view, label, share, right], ...]}`: the label,
+the share of the group's rollouts that were rewarded by it, and whether it is the data set's answer (null: there is
+none). It is a file of its own, not a look back into the dumps of rollouts: those may be turned off and weigh megabytes
+a step, a line of labels weighs kilobytes. Read by people (`report.question_states`), and by this module on resuming;
+never by training.
 
 Invariants, each held by a test: a step is on disk when `observe` returns; opening for `first_step` forgets that step
 and later ones, so a resumed run counts what an uninterrupted one would; a part of a line that a kill left is dropped.
@@ -54,21 +56,32 @@ class LabelHistory:
         answer; `label/seen_before_share`: the share of labels whose question had one before. A group without a label
         counts in neither and leaves the last one as it was. Without any label there are no metrics.
         """
-        labels: dict[Key, str] = {
-            (item.group.uid, item.group.view): item.label
+        labelled = {
+            (item.group.uid, item.group.view): item
             for item in scored
             if item.group.role == "policy" and item.label is not None
         }
+        labels = {key: item.label for key, item in labelled.items() if item.label is not None}
         if not labels:
             return {}
-        self._compare([(self._last[key], label) for key, label in labels.items() if key in self._last])
+        self._compare(
+            [
+                tuple(text for text in (self._last.get(key), label, labelled[key].ground_truth) if text is not None)
+                for key, label in labels.items()
+            ]
+        )
         flips = [not self._same(self._last[key], label) for key, label in labels.items() if key in self._last]
-        line = json.dumps({"step": step, "labels": [[*key, label] for key, label in labels.items()]})
+        entries = [[*key, label, *self._details(labelled[key], label)] for key, label in labels.items()]
+        line = json.dumps({"step": step, "labels": entries})
         with writing(self._path):
             append_line(self._descriptor, line.encode() + b"\n", self._path)
         self._last.update(labels)
         metrics = {"label/seen_before_share": len(flips) / len(labels)}
         return metrics | ({"label/flip_rate": sum(flips) / len(flips)} if flips else {})
+
+    def _details(self, item: ScoredGroup, label: str) -> tuple[float | None, bool | None]:
+        share = None if item.rewards is None else round(float((item.rewards > 0).mean()), 4)
+        return share, None if item.ground_truth is None else self._same(label, item.ground_truth)
 
     def snapshot(self, step: int) -> bytes:
         """The last label of every question as a history of one line: all that a run needs to go on after `step`."""
@@ -106,7 +119,7 @@ def read_lines(path: Path) -> tuple[list[tuple[int, bytes, dict[Key, str]]], byt
     for number, line in enumerate(whole, start=1):
         try:
             row = json.loads(line)
-            lines.append((int(row["step"]), line, {(uid, view): label for uid, view, label in row["labels"]}))
+            lines.append((int(row["step"]), line, {(uid, view): label for uid, view, label, *_ in row["labels"]}))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}, line {number}: not the labels of a step ({error}); remove the file: checkpoints have copies"

@@ -65,6 +65,7 @@ class Trainer:
     guard: Guard = field(default_factory=lambda: Guard(GuardSettings()))
     stop: StopRequest = field(default_factory=StopRequest)
     validate: Callable[[int, PhaseTimer], Row] | None = None  # updates so far; None: nothing is held out
+    draw_anchors: Callable[[int, int, PhaseTimer], Row] = lambda step, num_updates, timer: {}  # if it is time
     observe: Callable[[int, Sequence[ScoredGroup]], Row] = lambda step, scored: {}  # further metrics of a step
     questions: Callable[[int], dict[str, Any] | None] = lambda step: None  # their state after a step, for checkpoints
     record: Callable[[int, Row], None] = lambda step, row: None
@@ -156,18 +157,23 @@ class Trainer:
             self._complete(self.state.step, row, timer)
             if self.state.step == self.config.steps:  # no later checkpoint comes, and this one has half a row
                 self._save()
-        elif self.state.step == 0 and self.validate is not None and self.config.validation.at_start:
-            self.record(0, self._validated(timer) | timer.metrics())
+        elif self.state.step == 0:
+            row = self.draw_anchors(0, self.state.num_updates, timer)
+            if self.validate is not None and self.config.validation.at_start:
+                row = row | self._validated(timer)
+            if row:
+                self.record(0, row | timer.metrics())
 
     def _complete(self, step: int, row: Row, timer: PhaseTimer) -> None:
-        """Validates if it is time, and records the row of a step whose update is done."""
-        if self.validate is not None and due(step, self.config.validation.every, self.config.steps):
-            try:
+        """Draws what is drawn beside training, if it is time, and records the row of a step whose update is done."""
+        try:
+            row = row | self.draw_anchors(step, self.state.num_updates, timer)
+            if self.validate is not None and due(step, self.config.validation.every, self.config.steps):
                 row = row | self._validated(timer)
-            except Preempted:
-                self.state = replace(self.state, step=step, score=self._score(row), unfinished_row=_to_json(row))
-                self._save()
-                raise
+        except Preempted:
+            self.state = replace(self.state, step=step, score=self._score(row), unfinished_row=_to_json(row))
+            self._save()
+            raise
         decision = self.guard.observe(step, row)
         row = row | decision.metrics()
         self.record(step, row | timer.metrics())

@@ -35,7 +35,8 @@ from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timeline import Timeline
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.trainer import finish
+from megatron_coreward.trainer import anchors, finish
+from megatron_coreward.trainer.anchors import Anchors, draw_anchors
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.collection import open_collection
 from megatron_coreward.trainer.loop import Trainer
@@ -253,6 +254,7 @@ class _Attempt:
             guard=open_guard(config, state),
             stop=self.stop,
             validate=self._validation(engines, running),
+            draw_anchors=self._anchors(engines, equivalence),
             observe=observe,
             questions=collection.questions,
             record=self._recorder(),
@@ -273,6 +275,32 @@ class _Attempt:
         first_step = 0 if self.opened.trainer_state is None else self.opened.steps_done + 1
         path = self.config.run_dir / label_history.FILE_NAME
         return self.stack.enter_context(LabelHistory(path, equivalence.equivalent, first_step, equivalence.compare))
+
+    def _anchors(
+        self, engines: RolloutEngines, equivalence: AnswerEquivalence
+    ) -> Callable[[int, int, PhaseTimer], dict[str, float]]:
+        """Draws the anchor questions whenever it is time (`trainer.anchors`)."""
+        config = self.config
+        if config.guard.action == "off" or not config.guard.anchors:
+            return lambda step, num_updates, timer: {}
+        state = self.opened.trainer_state
+        first_step = 0 if state is None else state.step + (state.unfinished_row is None)
+        path = config.run_dir / anchors.FILE_NAME
+        chosen = Anchors(path, self.data.train, config.guard, equivalence, first_step)
+        self.stack.callback(chosen.close)
+
+        def observe(step: int, num_updates: int, timer: PhaseTimer) -> dict[str, float]:
+            if not chosen.due(step):
+                return {}
+
+            def ask() -> dict[str, float]:
+                version = engines.sync_weights("policy", num_updates, timer)
+                with timer.phase("anchors"):
+                    return chosen.observe(step, partial(draw_anchors, config, engines, version))
+
+            return engines.run(ask, timer)
+
+        return observe
 
     def _recorder(self) -> Callable[[int, dict[str, float]], None]:
         """Writes the row of a step to every sink and shows it."""

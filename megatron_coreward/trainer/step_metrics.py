@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_coreward.algorithms.repetition import repeated_ngrams
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.rewards.agreement import (
     agreement_metrics,
@@ -46,6 +47,7 @@ def of_step(
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
         "rollout/truncated_share": float(np.mean(cut_off)),
+        "rollout/repeated_ngrams": repeated_ngrams([c.token_ids for group in groups for c in group.completions]),
     }
     if "rollout" in seconds:  # else the rollouts are from the rollout log, or were drawn meanwhile
         metrics["rollout/tokens_per_s"] = sampled / seconds["rollout"]

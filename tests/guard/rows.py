@@ -12,18 +12,22 @@ STEADY: dict[str, float] = {
     "vote/share": 0.6,
     "vote/distinct_answers": 3.0,
     "vote/no_answer_rate": 0.01,
+    "vote/entropy": 0.4,
     "vote/label_variety": 0.9,
+    "advantage/zero_variance_share": 0.2,
     "rollout/response_tokens_mean": 200.0,
     "rollout/truncated_share": 0.02,
+    "rollout/repeated_ngrams": 0.05,
     "rollout/entropy": 0.5,
     "loss/kl": 0.01,
     "label/teacher_agreement": 0.8,
     "label/view_agreement": 0.7,
     "label/flip_rate": 0.2,
+    "anchor/kept": 1.0,
 }
 # Each sign by itself, far beyond its limit.
 SIGNS: dict[str, dict[str, float]] = {
-    "consensus": {"vote/share": 0.98, "vote/distinct_answers": 1.1, "label/flip_rate": 0.0},
+    "consensus": {"vote/share": 0.98, "vote/distinct_answers": 1.1, "label/flip_rate": 0.05},
     "entropy_fall": {"rollout/entropy": 0.01},
     "kl": {"loss/kl": 5.0},
     "entropy_rise": {"rollout/entropy": 5.0},
@@ -33,8 +37,13 @@ SIGNS: dict[str, dict[str, float]] = {
     "truncated": {"rollout/truncated_share": 0.7},
     "agreement": {"label/view_agreement": 0.1},
     "label_flips": {"label/flip_rate": 0.9},
+    "vote_entropy": {"vote/entropy": 0.02},
+    "saturation": {"advantage/zero_variance_share": 0.95},
+    "locking": {"label/flip_rate": 0.01},
+    "anchors": {"anchor/kept": 0.6},
+    "repetition": {"rollout/repeated_ngrams": 0.5},
 }
-CHANGE = ("consensus", "entropy_fall", "kl")  # learning shows them too
+CHANGE = ("consensus", "entropy_fall", "kl", "vote_entropy", "saturation", "locking")  # learning shows them too
 DAMAGE = tuple(name for name in SIGNS if name not in CHANGE)
 
 

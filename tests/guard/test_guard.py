@@ -18,6 +18,9 @@ from tests.guard.rows import CHANGE, DAMAGE, SIGNS, row
 # A window of one step, so that a test's rows are what the guard sees.
 QUICK: dict[str, Any] = {"warmup": 3, "window": 1, "warn_after": 2, "act_after": 4, "cooldown": 3}
 
+# Indicators of damage that come and go with single rows, and of which one alone is no alarm.
+NOT_ENOUGH = [name for name in DAMAGE if name not in ("entropy_rise", "anchors")]
+
 values = st.one_of(st.none(), st.floats(0, 10, allow_nan=False), st.just(math.nan))
 histories = st.lists(st.dictionaries(st.sampled_from(METRICS), values), max_size=40)
 actions = st.sampled_from(["off", "warn", "raise_kl", "freeze_teacher", "rollback", "stop"])
@@ -55,7 +58,26 @@ def test_two_indicators_with_damage_warn_when_they_last_and_act_when_they_go_on(
     assert decisions[6].metrics() == {"guard/level": 2.0, "guard/indicators": 2.0}
 
 
-@pytest.mark.parametrize("name", SIGNS)
+def test_anchors_that_go_are_an_alarm_by_themselves_and_hold_until_they_are_drawn_again() -> None:
+    drawn = {4: 0.6, 8: 0.95}
+    rows = [{key: value for key, value in row(step).items() if key != "anchor/kept"} for step in range(1, 12)]
+    for step, kept in drawn.items():
+        rows[step - 1]["anchor/kept"] = kept
+    decisions = run(GuardSettings(**QUICK), rows)
+    assert levels(decisions) == ["none"] * 4 + ["warn", "warn", "act"] + ["none"] * 4
+    assert "answers to the anchor questions kept to 60% (limit -10%)" in decisions[4].reason
+
+
+def test_what_appears_late_is_compared_with_its_own_first_steps() -> None:
+    rows = rows_with((), 20)
+    for place, flips in enumerate([None] * 5 + [0.3] * 6 + [0.01] * 12):
+        rows[place]["label/flip_rate"] = flips
+    named = {d.step: [indicator.name for indicator in d.indicators] for d in run(GuardSettings(**QUICK), rows)}
+    assert [step for step, names in named.items() if names] == list(range(12, 24))
+    assert named[12] == ["locking"]
+
+
+@pytest.mark.parametrize("name", [name for name in SIGNS if name != "anchors"])
 def test_one_sign_alone_is_no_alarm(name: str) -> None:
     decisions = run(GuardSettings(**QUICK), rows_with((name,), 20))
     assert set(levels(decisions)) == {"none"}
@@ -66,7 +88,10 @@ def test_certainty_and_distance_together_are_no_alarm_for_learning_shows_them_to
     assert set(levels(run(GuardSettings(**QUICK), rows_with(CHANGE, 20)))) == {"none"}
 
 
-@given(st.sets(st.sampled_from([name for name in DAMAGE if name != "entropy_rise"]), min_size=2), st.integers(1, 9))
+@given(
+    st.sets(st.sampled_from(NOT_ENOUGH), min_size=2),
+    st.integers(1, 9),
+)
 def test_indicators_that_do_not_last_are_no_alarm(indicators: set[str], pause: int) -> None:
     rows = [row(step, *(sorted(indicators) if step % 2 and step > 3 + pause else ())) for step in range(1, 40)]
     assert set(levels(run(GuardSettings(**QUICK), rows))) == {"none"}
@@ -79,7 +104,8 @@ def test_no_alarm_in_the_warm_up_nor_sooner_than_patience(settings: GuardSetting
     assert set(levels(decisions[: settings.warmup + settings.warn_after - 1])) <= {"none"}
     for decision in decisions:
         if decision.level != "none":
-            assert len(decision.indicators) >= settings.min_indicators
+            enough = any(indicator.enough for indicator in decision.indicators)
+            assert len(decision.indicators) >= settings.min_indicators or enough
             assert any(indicator.damage for indicator in decision.indicators)
             assert 0 <= decision.good_step < decision.step - decision.lasted + 1
 

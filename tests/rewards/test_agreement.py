@@ -1,5 +1,7 @@
 """The label metrics are the counts they say they are, and absent where there is nothing to count."""
 
+from math import log
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,8 @@ from megatron_coreward.rewards.methods.base import GroupReward
 from megatron_coreward.rewards.voting import Vote, majority_vote
 from tests.rewards.groups import group
 
+# Of three answers against one, as a share of log 4; one against one is log 2 = log 4 / 2.
+H_3_1 = (3 / 4 * log(4 / 3) + 1 / 4 * log(4)) / log(4)
 EXACT, MATH = AnswerEquivalence("exact"), AnswerEquivalence("math")
 
 ANSWERS: dict[GroupKey, list[str | None]] = {
@@ -41,6 +45,7 @@ def test_vote_metrics_are_means_over_the_votes_of_a_role() -> None:
             "vote/abstention_rate": 0,
             "vote/no_answer_rate": 2 / 16,
             "vote/distinct_answers": (2 + 2 + 1 + 2) / 4,
+            "vote/entropy": (H_3_1 + 1 / 2 + 0 + H_3_1) / 4,
             "vote/label_variety": 1,
             "teacher_vote/share": (3 / 4 + 1 / 2) / 2,
             "teacher_vote/margin": (1 / 2 + 1 / 2) / 2,
@@ -48,6 +53,7 @@ def test_vote_metrics_are_means_over_the_votes_of_a_role() -> None:
             "teacher_vote/abstention_rate": 0,
             "teacher_vote/no_answer_rate": 2 / 8,
             "teacher_vote/distinct_answers": (2 + 1) / 2,
+            "teacher_vote/entropy": (H_3_1 + 0) / 2,
             "teacher_vote/label_variety": 1,
         }
     )
@@ -119,8 +125,29 @@ def test_gold_metrics_score_labels_and_rollouts_where_gold_is_known() -> None:
     metrics = ground_truth_metrics(groups, group_rewards, ground_truths, MATH)
     assert metrics.pop("label/accuracy_low") == pytest.approx(0.0945, abs=1e-4)  # Wilson, 1 of 2
     assert metrics.pop("label/accuracy_high") == pytest.approx(0.9055, abs=1e-4)
-    assert metrics == {"label/accuracy": 1 / 2, "rollout/accuracy": 2 / 4}
+    # Of question a the wrong rollout was rewarded instead of the right one; of question b the right one was.
+    assert metrics == {"label/accuracy": 1 / 2, "rollout/accuracy": 2 / 4, "reward/accuracy": 2 / 4}
     missing = [GroupReward(None, group_rewards[0].rewards), group_rewards[1], group_rewards[2]]
     assert ground_truth_metrics(groups, missing, ground_truths, MATH)["label/accuracy"] == 1 / 2
     without = [GroupReward(None, group_reward.rewards) for group_reward in group_rewards]
-    assert ground_truth_metrics(groups, without, ground_truths, MATH) == {"rollout/accuracy": 2 / 4}
+    assert ground_truth_metrics(groups, without, ground_truths, MATH) == {
+        "rollout/accuracy": 2 / 4,
+        "reward/accuracy": 2 / 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rewards", "rightly"),
+    [
+        ([1, 1, 0, 0], 4 / 4),
+        ([0, 0, 1, 1], 0 / 4),
+        ([1, 1, 1, 1], 2 / 4),  # all rewarded alike
+        ([0, 0, 0, 0], 2 / 4),
+        ([-0.1, -0.2, -0.3, -0.9], 3 / 4),  # certainty: above the mean, which is -0.375, are three
+    ],
+)
+def test_a_rollout_is_rewarded_rightly_if_it_gets_more_for_a_right_answer(rewards: list[float], rightly: float) -> None:
+    metrics = ground_truth_metrics(
+        [group(["5", "5", "6", None])], [GroupReward(None, np.float32(rewards))], {"q": "5"}, EXACT
+    )
+    assert metrics["reward/accuracy"] == rightly

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from math import log
 
 import pytest
 from hypothesis import given
@@ -24,7 +25,13 @@ def test_the_largest_class_wins() -> None:
         num_answers=6,
         num_classes=3,
         winners=(1, 2, 4),
+        entropy=pytest.approx((1 / 2 * log(2) + 1 / 3 * log(3) + 1 / 6 * log(6)) / log(8)),
     )
+
+
+def test_the_entropy_of_a_vote_is_0_if_all_agree_and_1_if_no_two_do() -> None:
+    assert majority_vote(["4"] * 4).entropy == majority_vote(["4", None]).entropy == majority_vote(["4"]).entropy == 0
+    assert majority_vote(["1", "2", "3", "4"]).entropy == pytest.approx(1)
 
 
 def test_a_tie_goes_to_the_class_that_was_seen_first() -> None:

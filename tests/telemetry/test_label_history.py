@@ -1,5 +1,7 @@
 """Flips are counted against the last label of the same question and view, over a kill and a resume as well."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,16 @@ def test_a_flip_is_another_answer_than_the_last_one_in_the_same_view(tmp_path: P
         )
         assert metrics == {"label/seen_before_share": 2 / 4, "label/flip_rate": 1 / 2}
         assert history.observe(3, [scored("b", "3")])["label/flip_rate"] == 0
+
+
+def test_a_line_says_which_share_a_label_rewarded_and_whether_it_is_right(tmp_path: Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    with open_history(path) as history:
+        history.observe(1, [scored("a", "1"), replace(scored("b", "0.5"), ground_truth="1/2")])
+    assert json.loads(path.read_text())["labels"] == [
+        ["a", "original", "1", 0.0, None],
+        ["b", "original", "0.5", 0.0, True],
+    ]
 
 
 def test_missing_labels_and_the_teacher_s_groups_do_not_count(tmp_path: Path) -> None:

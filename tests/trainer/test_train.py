@@ -249,6 +249,49 @@ def test_a_stop_in_the_last_validation_leaves_no_half_row_in_the_checkpoint(
     assert check_checkpoint(checkpoint_path(tmp_path, 4)).unfinished_row is None
 
 
+def anchors_of(w: World, draw: Callable[[int], dict[str, float]]) -> list[tuple[int, int]]:
+    """Lets the trainer draw anchors by `draw`; returns what it asks for: steps, and updates done."""
+    asked: list[tuple[int, int]] = []
+
+    def draw_anchors(step: int, num_updates: int, timer: PhaseTimer) -> dict[str, float]:
+        asked.append((step, num_updates))
+        return draw(step)
+
+    w.trainer.draw_anchors = draw_anchors
+    return asked
+
+
+def test_anchors_are_drawn_after_the_update_and_the_guard_sees_them(world: Callable[..., World]) -> None:
+    w = world()
+    asked = anchors_of(w, lambda step: {"anchor/kept": 0.5} if step in (0, 2) else {})
+    w.trainer.train()
+    assert asked == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]
+    assert [step for step, row in w.rows if "anchor/kept" in row] == [0, 2]
+    assert w.trainer.guard.state_dict()["held"] == {"anchor/kept": 0.5}
+
+
+def test_a_stop_while_anchors_are_drawn_keeps_the_step(world: Callable[..., World], tmp_path: Path) -> None:
+    w = world()
+
+    def interrupted(step: int) -> dict[str, float]:
+        if step == 2:
+            w.stop.signal = "SIGTERM"
+            w.stop.check()
+        return {}
+
+    anchors_of(w, interrupted)
+    with pytest.raises(Preempted):
+        w.trainer.train()
+    trainer_state = check_checkpoint(checkpoint_path(tmp_path, 2))
+    assert trainer_state.unfinished_row is not None
+    again = world(state=trainer_state)
+    asked = anchors_of(again, lambda step: {"anchor/kept": 1.0})
+    again.trainer.train()
+    assert asked == [(2, 2), (3, 3), (4, 4)]
+    assert again.rows[0][1]["anchor/kept"] == 1.0
+    assert len(only(again.events, "update")) == 2
+
+
 def test_a_stop_between_steps_saves_what_no_checkpoint_covers(world: Callable[..., World], tmp_path: Path) -> None:
     def stop_in_step_3(w: World, step: int) -> None:
         w.stop.signal = "SIGTERM" if step == 3 else None

@@ -1,0 +1,167 @@
+"""A study from its cells to its picture and its table, which are made from what was recorded (`study_records`)."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_coreward.demo import rephrasings, stability
+from megatron_coreward.demo.study import run_cells
+from megatron_coreward.demo.study_records import ACCURACY, Record, by_name, read_records, record_run
+from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry.bands import Panel, draw_bands
+
+STUDIES = (stability.STUDY, rephrasings.STUDY)
+
+
+def run_study(
+    study: str, run_dir: Path, arms: Sequence[str] = (), rates: Sequence[float] = (), seeds: Sequence[int] = ()
+) -> Path:
+    """Runs the cells of a study that are not done and shows what there is, earlier cells included. Returns the picture.
+
+    Raises InputError, before anything runs, for an unknown arm and for arms or rates of a study that has none.
+    """
+    if study == stability.STUDY:
+        cells = stability.cells(arms, rates, seeds)
+    else:
+        if arms or rates:
+            raise InputError(f"--methods, --rates: found with --study {study}; allowed: with --study {stability.STUDY}")
+        cells = rephrasings.cells(seeds=seeds)
+    recorded = run_dir / study / "recorded"
+    for cell, cell_dir in zip(cells, run_cells(run_dir, study, cells), strict=True):
+        record_run(cell_dir, cell.name, cell.seed, recorded)
+    return show(study, recorded, run_dir / study / f"{study}.png")
+
+
+def show(study: str, recorded: Path, picture: Path) -> Path:
+    """Draws and prints a study from what was recorded of it. Raises InputError if there is nothing."""
+    records = read_records(recorded)
+    if not records:
+        raise InputError(f"{recorded}: found no recorded run (*.csv.gz); allowed: a directory that a study has written")
+    console = Console()
+    if study == stability.STUDY:
+        draw_stability(records, picture)
+        console.print(stability_table(records))
+    else:
+        draw_rephrasing(records, picture)
+        console.print(rephrasing_table(records))
+    console.print(f"curves: {picture}")
+    return picture
+
+
+_PANELS = (
+    (ACCURACY, "held-out accuracy", "share"),
+    ("reward/mean", "reward", "linear"),
+    ("vote/share", "vote share", "share"),
+    ("loss/kl", "KL (nats a token)", "log"),
+)
+
+
+def draw_stability(records: Sequence[Record], out: Path) -> Path:
+    """A row of charts for each learning rate: accuracy, reward, vote share, KL; one line a method. Returns `out`."""
+    rows = []
+    for rate in sorted(stability.RATES):
+        arms = {
+            arm: [record for record in records if record.name == stability.name_of(arm, rate)] for arm in stability.ARMS
+        }
+        if any(arms.values()):
+            rows.append(
+                [
+                    Panel(
+                        f"{title}, lr {rate:g}",
+                        {arm: [_plotted(arm, key, run) for run in runs] for arm, runs in arms.items()},
+                        scale,
+                    )
+                    for key, title, scale in _PANELS
+                ]
+            )
+    return draw_bands(rows, out)
+
+
+def _plotted(arm: str, key: str, record: Record) -> dict[float, float]:
+    """Certainty rewards are of another size: only rewards between 0 and 1 share an axis."""
+    if key == "reward/mean" and arm in ("entropy", "self_certainty"):
+        return {}
+    series = record.series(key)
+    return {float(step): value for step, value in series.items() if key != "loss/kl" or value > 0}
+
+
+def stability_table(records: Sequence[Record]) -> Table:
+    """A line for each method, rate and seed: accuracy at first, at its best and when that was, at the end (mean of two
+    validations), the change from best to last in points, and the vote share at the end."""
+    table = Table(title=f"held-out accuracy ({ACCURACY.removeprefix('val/')}) in {stability.STEPS} steps")
+    for column in ("method", "lr", "seed", "first", "best", "at", "last", "change", "votes"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for line in stability_lines(records):
+        table.add_row(*line)
+    return table
+
+
+def stability_lines(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
+    """The cells of `stability_table`."""
+    order = {
+        stability.name_of(arm, rate): (rate, i) for i, arm in enumerate(stability.ARMS) for rate in stability.RATES
+    }
+    for record in sorted(records, key=lambda r: (*order.get(r.name, (9, 9)), r.seed)):
+        accuracy = record.series(ACCURACY)
+        best = max(accuracy, key=lambda step: accuracy[step])
+        last = fmean([accuracy[step] for step in sorted(accuracy)[-2:]])
+        votes = record.series("vote/share")
+        arm, rate = record.name.split("/lr-")
+        yield (
+            arm,
+            rate,
+            str(record.seed),
+            f"{accuracy[min(accuracy)]:.1%}",
+            f"{accuracy[best]:.1%}",
+            str(best),
+            f"{last:.1%}",
+            f"{100 * (last - accuracy[best]):+.1f}",
+            f"{fmean([votes[step] for step in sorted(votes)[-15:]]):.0%}",
+        )
+
+
+def draw_rephrasing(records: Sequence[Record], out: Path) -> Path:
+    """Accuracy at the end against the share of damaged rephrasings, with and without the filter. Returns `out`."""
+    named = by_name(records)
+    lines: dict[str, list[dict[float, float]]] = {}
+    for filtered, label in ((False, "all rephrasings"), (True, "those that pass the filter")):
+        for seed in rephrasings.SEEDS:
+            series = {
+                100 * share: end_of(record)
+                for share in sorted(rephrasings.SHARES)
+                for record in named.get(rephrasings.name_of(share, filtered and share > 0), [])
+                if record.seed == seed
+            }
+            lines.setdefault(label, []).append(series)
+    title = f"held-out accuracy after {rephrasings.STEPS} steps"
+    return draw_bands([[Panel(title, lines, "share")]], out, "damaged rephrasings (%)", legend_columns=1)
+
+
+def rephrasing_table(records: Sequence[Record]) -> Table:
+    """A line for each share of damage: accuracy at the end with and without the filter, for each seed."""
+    table = Table(title=f"held-out accuracy after {rephrasings.STEPS} steps, from the start's")
+    for column in ("damaged", "filter", *(f"seed {seed}" for seed in rephrasings.SEEDS)):
+        table.add_column(column, justify="right")
+    for share in sorted(rephrasings.SHARES):
+        for filtered in (False, True) if share else (False,):
+            runs = {r.seed: r for r in records if r.name == rephrasings.name_of(share, filtered)}
+            ends = [
+                f"{start_of(runs[seed]):.1%} -> {end_of(runs[seed]):.1%}" if seed in runs else "-"
+                for seed in rephrasings.SEEDS
+            ]
+            table.add_row(f"{share:.0%}", "yes" if filtered else "no", *ends)
+    return table
+
+
+def start_of(record: Record) -> float:
+    """Accuracy before training."""
+    return record.series(ACCURACY)[0]
+
+
+def end_of(record: Record) -> float:
+    """Accuracy at the end: the mean of the last two validations, for one alone is noisy."""
+    accuracy = record.series(ACCURACY)
+    return fmean([accuracy[step] for step in sorted(accuracy)[-2:]])

@@ -1,0 +1,173 @@
+"""Can this model be trained on its own labels with this data? A short run at a high rate, until it collapses.
+
+Rewards from a model's own answers sharpen what it believes. That helps while its beliefs are mostly right, and every
+run falls in the end; how soon depends on the model and the data more than on the method (arXiv 2603.08660, which takes
+the step of the collapse as a measure of trainability). Here the rate is raised, so that the end comes sooner, and the
+collapse is seen without ground truths: by the guard, whose anchor questions show when the policy begins to forget what
+it was sure of.
+
+What a run can bear is counted in learning rate summed over steps, because Adam moves each weight by about its rate in a
+step. A planned run that sums to more than what the short one bore is expected to collapse; when, is that sum's step.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import HaltedError, InputError
+from megatron_coreward.guard import replay_rows
+from megatron_coreward.telemetry import keys
+from megatron_coreward.telemetry.jsonl import FILE_NAME, Row, read_rows
+
+FACTOR = 4.0  # by which the rate is raised
+STEPS = 100
+# Anchors cost a tenth of the usual batch; a run whose only result is when it collapses needs them often.
+SETTINGS = (
+    "actor.lr_schedule=constant",
+    "actor.lr_warmup=0",
+    "guard.action=stop",
+    "guard.anchors=64",
+    "guard.anchor_every=4",
+    "validation.every=0",
+    "validation.at_start=false",
+    "data.val_files=[]",
+    "checkpoint.every=0",
+    "checkpoint.resume=never",
+    "telemetry.dump_rollouts=false",
+)
+FEWEST_CLEAR = 16  # anchor questions below which nothing can be said
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a short run at a high rate says of a planned one."""
+
+    collapse_step: int | None  # of the short run; None: it went to its end
+    steps: int  # of the short run
+    rate: float  # its learning rate
+    planned_steps: int
+    planned_sum: float  # of the learning rate over the planned steps
+    anchors_kept: float  # share of the anchors' answers that are kept at the end of the short run
+    reason: str  # what the guard saw
+
+    @property
+    def borne_sum(self) -> float:
+        """Learning rate, summed over the steps before the collapse; a lower bound if there was none."""
+        return self.rate * (self.steps if self.collapse_step is None else self.collapse_step - 1)
+
+    @property
+    def share(self) -> float:
+        """Of the planned run, that is expected to be done before it collapses; at least that without a collapse."""
+        return self.borne_sum / self.planned_sum
+
+    @property
+    def expected_step(self) -> int | None:
+        """The step at which the planned run is expected to collapse, by a constant rate; None: not within it."""
+        if self.collapse_step is None or self.share >= 1:
+            return None
+        return max(1, round(self.share * self.planned_steps))
+
+    @property
+    def recommendation(self) -> str:
+        """In words, for people."""
+        if self.collapse_step is None and self.share >= 1:
+            return "train as planned: the short run went as far as the plan does, without a collapse"
+        if self.collapse_step is None:
+            return (
+                f"no collapse within {self.share:.0%} of the planned way: train with guard.anchors on, or forecast "
+                "with more steps"
+            )
+        if self.share >= 1:
+            return (
+                f"train as planned, with guard.anchors on: the collapse is expected after {self.share:.1f} times the "
+                "planned way"
+            )
+        if self.share >= 0.5:
+            return (
+                f"train with guard.action=rollback, or at most {self.expected_step} of the {self.planned_steps} steps: "
+                f"the collapse is expected at {self.share:.0%} of the planned way"
+            )
+        return (
+            f"do not train this model on its own labels as planned: the collapse is expected by step "
+            f"{self.expected_step} of {self.planned_steps}; try a lower rate, a stronger model, easier questions or "
+            "ground truths"
+        )
+
+
+def forecast(
+    load: Callable[[Sequence[str]], RunConfig],
+    run: Callable[[RunConfig], object],
+    factor: float = FACTOR,
+    steps: int = STEPS,
+) -> Forecast:
+    """Trains for at most `steps` at `factor` times the planned rate, in <run_dir>/forecast, until the guard stops it.
+
+    Args:
+        load: makes the configuration with further overrides.
+        run: trains (`trainer.run.train`).
+
+    Raises:
+        InputError: a method that reads ground truths, or too few questions of which the model is sure.
+    """
+    planned = load(())
+    if planned.method == "ground_truth":
+        raise InputError("method: found ground_truth; allowed for a forecast: methods that learn without labels")
+    rate, run_dir = factor * planned.actor.lr, planned.run_dir / "forecast"
+    config = load((*SETTINGS, f"run_dir={run_dir}", f"steps={steps}", f"actor.lr={rate:g}"))
+    shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier forecast
+    with suppress(HaltedError):  # the guard has seen a collapse, which is what the run was for
+        run(config)
+    return read_forecast(config, planned, read_rows(run_dir / FILE_NAME))
+
+
+def read_forecast(config: RunConfig, planned: RunConfig, rows: Sequence[Row]) -> Forecast:
+    """What the metrics of the short run say. Raises InputError if there were too few anchors."""
+    kept = [value for row in rows if (value := row.get("anchor/kept")) is not None]
+    found = max((row.get("anchor/questions") or 0 for row in rows), default=0)
+    if not kept or found < FEWEST_CLEAR:
+        raise InputError(
+            f"data.train_files: found {found:.0f} questions on which the model has a clear majority, among those that "
+            f"were asked; allowed for a forecast: {FEWEST_CLEAR} or more. A model that is sure of so little has no "
+            "labels to learn from: take a stronger one or easier questions"
+        )
+    trained = [row for row in rows if row[keys.STEP] != 0]
+    alarm = next((d for _, d in replay_rows(config.guard, trained) if d.level != "none"), None)
+    return Forecast(
+        collapse_step=None if alarm is None else alarm.step - alarm.lasted + 1,
+        steps=len(trained),
+        rate=config.actor.lr,
+        planned_steps=planned.steps,
+        planned_sum=rate_sum(planned),
+        anchors_kept=kept[-1],
+        reason="" if alarm is None else alarm.reason,
+    )
+
+
+def rate_sum(config: RunConfig) -> float:
+    """The learning rate summed over all optimizer steps, after the schedule's shape."""
+    actor, updates = config.actor, config.steps * config.loss.updates_per_batch
+    warmup = actor.lr_warmup * actor.lr / 2
+    after = actor.lr if actor.lr_schedule == "constant" else (actor.lr + actor.min_lr) / 2
+    return updates * (warmup + (1 - actor.lr_warmup) * after)
+
+
+def describe(forecast: Forecast, where: Path) -> str:
+    """The forecast on a few lines."""
+    collapse = (
+        f"no collapse in {forecast.steps} steps"
+        if forecast.collapse_step is None
+        else f"collapse at step {forecast.collapse_step} ({forecast.reason})"
+    )
+    return "\n".join(
+        (
+            f"short run at a learning rate of {forecast.rate:g}: {collapse}",
+            f"anchor questions: {forecast.anchors_kept:.0%} of their answers kept",
+            f"learning rate summed over steps: {forecast.borne_sum:.2g} borne, {forecast.planned_sum:.2g} planned "
+            f"({forecast.share:.0%})",
+            f"recommendation: {forecast.recommendation}",
+            f"its curves: {where}",
+        )
+    )

@@ -1,0 +1,76 @@
+"""The guard on the runs of the study of stability: silent on those that learn, early on those that collapse.
+
+The tables are those that `demo --study stability` writes. The limit of the anchors was chosen by the runs of seed 1;
+those of other seeds had no part in it.
+"""
+
+import pytest
+
+from megatron_coreward.config.guard import GuardSettings
+from megatron_coreward.demo.study_records import ACCURACY, Record, read_records
+from megatron_coreward.guard import Decision, replay_rows
+from tests.guard.rows import RECORDED
+
+RECORDS = read_records(RECORDED / "stability")
+LOST = 0.1  # of the accuracy, below the best validation before: a run that loses as much has collapsed
+
+
+def lost_at(record: Record) -> int | None:
+    """The step of the first validation that is 10 points below an earlier one."""
+    accuracy = record.series(ACCURACY)
+    return next(
+        (step for step in accuracy if accuracy[step] <= max(accuracy[s] for s in accuracy if s <= step) - LOST), None
+    )
+
+
+def decisions(record: Record) -> list[Decision]:
+    return [decision for _, decision in replay_rows(GuardSettings(), [row for row in record.rows if row["step"] != 0])]
+
+
+def first_warning(record: Record) -> int | None:
+    return next((decision.step for decision in decisions(record) if decision.level != "none"), None)
+
+
+def named(records: list[Record]) -> list[object]:
+    return [pytest.param(record, id=f"{record.name}-seed-{record.seed}") for record in records]
+
+
+COLLAPSED = [record for record in RECORDS if lost_at(record) is not None]
+HEALTHY = [record for record in RECORDS if lost_at(record) is None]
+
+
+def test_the_study_has_both_kinds_of_runs() -> None:
+    assert {record.name.split("/")[0] for record in COLLAPSED} >= {"majority_voting", "entropy", "self_certainty"}
+    assert {record.name.split("/")[0] for record in HEALTHY} >= {"ground_truth", "co_rewarding_i"}
+
+
+@pytest.mark.parametrize("record", named(HEALTHY))
+def test_no_alarm_in_a_run_that_does_not_lose_what_it_has_learned(record: Record) -> None:
+    assert first_warning(record) is None
+
+
+@pytest.mark.parametrize("record", named(COLLAPSED))
+def test_an_alarm_before_ten_points_of_accuracy_are_lost(record: Record) -> None:
+    warned, lost = first_warning(record), lost_at(record)
+    assert warned is not None
+    assert lost is not None
+    assert warned < lost
+
+
+def test_no_ground_truth_is_needed_for_it() -> None:
+    for record in RECORDS:
+        blind = [
+            {key: value for key, value in row.items() if "accuracy" not in key and not key.startswith("val/")}
+            for row in record.rows
+            if row["step"] != 0
+        ]
+        assert [decision for _, decision in replay_rows(GuardSettings(), blind)] == decisions(record)
+
+
+def test_without_anchors_the_rewards_of_certainty_collapse_unseen() -> None:
+    """Why they are drawn: what else the guard reads shows these collapses too late, or never."""
+    for record in COLLAPSED:
+        if record.name.split("/")[0] in ("entropy", "self_certainty"):
+            rows = [{k: v for k, v in row.items() if k != "anchor/kept"} for row in record.rows if row["step"] != 0]
+            seen = next((d.step for _, d in replay_rows(GuardSettings(), rows) if d.level != "none"), 10_000)
+            assert seen > (lost_at(record) or 0)

@@ -1,0 +1,116 @@
+"""Anchors are chosen once, drawn when it is time, compared with the start, and the same after a resume."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_coreward.config.guard import GuardSettings
+from megatron_coreward.errors import InputError
+from megatron_coreward.rewards.equivalence import AnswerEquivalence
+from megatron_coreward.trainer.anchors import FIRST_ROLLOUTS, LATER_DRAWS, Anchors
+from megatron_coreward.types import Completion, Problem, RolloutGroup
+from tests.trainer.fakes import make_problem
+
+SETTINGS = GuardSettings(anchors=2, anchor_every=5, anchor_rollouts=4)
+PROBLEMS = [make_problem(number) for number in range(6)]
+
+
+class Policy:
+    """Answers each question with the texts that it is given for it, in turn; notes what it was asked."""
+
+    def __init__(self, **answers: Sequence[str | None]) -> None:
+        self.answers = answers
+        self.asked: list[tuple[list[str], int, int]] = []
+
+    def __call__(self, problems: Sequence[Problem], n: int, seed_step: int) -> list[RolloutGroup]:
+        self.asked.append(([problem.uid for problem in problems], n, seed_step))
+        return [self._group(problem, n) for problem in problems]
+
+    def _group(self, problem: Problem, n: int) -> RolloutGroup:
+        texts = self.answers.get(f"q{problem.uid.split('/')[1]}", ["0"])
+        zero = np.zeros(1, dtype=np.int32)
+        made = [Completion(zero, np.zeros(1, dtype=np.float32), "", texts[i % len(texts)], "stop", 0) for i in range(n)]
+        return RolloutGroup(problem.uid, "original", "policy", problem.prompts["original"], tuple(made))
+
+
+def open_anchors(path: Path, first_step: int = 0, settings: GuardSettings = SETTINGS) -> Anchors:
+    return Anchors(path, PROBLEMS, settings, AnswerEquivalence("exact"), first_step)
+
+
+# Questions 0 and 2 are clear (6 of 8 agree); 1 is split, 3 is never asked, because 2 anchors have 4 candidates.
+START = Policy(q0=["7", "7", "7", "8"], q1=["1", "2"], q2=["5"], q3=["9"])
+
+
+def test_the_first_questions_with_a_clear_majority_are_the_anchors(tmp_path: Path) -> None:
+    path, policy = tmp_path / "anchors.jsonl", Policy(**START.answers)
+    metrics = open_anchors(path).observe(0, policy)
+    assert policy.asked == [
+        ([f"fake/{number}" for number in range(4)], FIRST_ROLLOUTS, 0),
+        (["fake/0", "fake/2"], 4, LATER_DRAWS),
+    ]
+    assert json.loads(path.read_text())["labels"] == {"fake/0": "7", "fake/2": "5"}
+    assert metrics == {
+        "anchor/moved_share": 0,
+        "anchor/agreement": 7 / 8,
+        "anchor/questions": 2,
+        "anchor/kept": 1,
+    }
+
+
+def test_a_later_draw_is_compared_with_the_start(tmp_path: Path) -> None:
+    anchors = open_anchors(tmp_path / "anchors.jsonl")
+    anchors.observe(0, START)
+    metrics = anchors.observe(5, Policy(q0=["8", "8", "7", None], q2=["5"]))
+    assert metrics["anchor/moved_share"] == 1 / 2
+    assert metrics["anchor/agreement"] == 5 / 8
+    assert metrics["anchor/kept"] == pytest.approx((7 / 8 + 5 / 8) / 2 / (7 / 8))
+
+
+def test_what_is_kept_is_held_against_the_most_that_was_kept_after_a_resume_as_well(tmp_path: Path) -> None:
+    path, right, half = tmp_path / "anchors.jsonl", Policy(q0=["7"], q2=["5"]), Policy(q0=["8"], q2=["5"])
+    anchors = open_anchors(path)
+    draws = ((0, START), (5, right), (10, right), (15, half), (20, half))
+    found = [anchors.observe(step, policy)["anchor/kept"] for step, policy in draws]
+    assert found == [1, 1, 1, 3 / 4, 1 / 2]
+    resumed = open_anchors(path, first_step=15)
+    assert [resumed.observe(step, half)["anchor/kept"] for step in (15, 20)] == [3 / 4, 1 / 2]
+
+
+def test_they_are_due_before_the_first_step_and_then_every_few(tmp_path: Path) -> None:
+    anchors = open_anchors(tmp_path / "anchors.jsonl")
+    assert [step for step in range(12) if anchors.due(step)] == [0]  # nothing has been chosen
+    anchors.observe(0, START)
+    assert [step for step in range(1, 12) if anchors.due(step)] == [5, 10]
+
+
+def test_a_resumed_run_draws_what_an_uninterrupted_one_would(tmp_path: Path) -> None:
+    later, path = Policy(q0=["8"], q2=["5"]), tmp_path / "cut.jsonl"
+    whole = open_anchors(tmp_path / "whole.jsonl")
+    expected = [whole.observe(step, policy) for step, policy in ((0, START), (5, START), (10, later))]
+    first = open_anchors(path)
+    assert [first.observe(0, START), first.observe(5, START)] == expected[:2]
+    first.observe(10, START)  # of an attempt that was killed before its checkpoint
+    with path.open("ab") as file:
+        file.write(b'{"step": 15, "ans')
+    resumed = open_anchors(path, first_step=8)
+    assert resumed.due(10)
+    assert not resumed.due(9)
+    assert resumed.observe(10, later) == expected[2]
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_without_a_clear_majority_there_is_no_anchor_and_no_metric_but_their_number(tmp_path: Path) -> None:
+    anchors = open_anchors(tmp_path / "anchors.jsonl")
+    unsure = Policy(**{f"q{number}": ["1", "2", "3", None] for number in range(6)})
+    assert anchors.observe(0, unsure) == {"anchor/questions": 0}
+    assert not any(anchors.due(step) for step in range(1, 20))
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "anchors.jsonl"
+    path.write_text('{"step": 0, "answers": {}}\nnonsense\n')
+    with pytest.raises(InputError, match=r"anchors.jsonl, line 2"):
+        open_anchors(path, first_step=3)

@@ -1,0 +1,109 @@
+"""A forecast reads the collapse of a short run at a high rate and says how far a planned run may go."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import HaltedError, InputError
+from megatron_coreward.trainer.forecast import Forecast, describe, forecast, rate_sum
+from tests.trainer.fakes import make_config
+
+Load = Callable[[Sequence[str]], RunConfig]
+
+
+def loader(tmp_path: Path, method: str = "co_rewarding_i", **changes: object) -> Load:
+    def load(overrides: Sequence[str]) -> RunConfig:
+        pairs = dict(override.split("=", 1) for override in overrides)
+        return make_config(method, **({"run_dir": tmp_path / "run", **changes} | pairs))
+
+    return load
+
+
+class Run:
+    """Writes the metrics of a run whose anchors begin to go at a step, and is stopped as the guard would."""
+
+    def __init__(self, falls_at: int | None, questions: int = 64) -> None:
+        self.falls_at, self.questions = falls_at, questions
+        self.configs: list[RunConfig] = []
+
+    def __call__(self, config: RunConfig) -> None:
+        self.configs.append(config)
+        config.run_dir.mkdir(parents=True)
+        rows = [{"step": 0, "step_time_s": 1.0, "anchor/questions": self.questions, "anchor/kept": 1.0}]
+        for step in range(1, config.steps + 1):
+            gone = self.falls_at is not None and step >= self.falls_at
+            rows.append({"step": step, "step_time_s": 1.0})
+            if step % config.guard.anchor_every == 0:
+                rows[-1]["anchor/kept"] = 0.5 if gone else 1.0
+            if gone and step >= (self.falls_at or 0) + config.guard.act_after + 3:
+                break
+        (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if self.falls_at is not None:
+            raise HaltedError("training may be collapsing")
+
+
+def test_the_short_run_is_the_planned_one_at_a_higher_rate_without_ground_truths(tmp_path: Path) -> None:
+    run = Run(falls_at=None)
+    forecast(loader(tmp_path, steps=500, **{"actor.lr": 1e-6}), run, factor=4, steps=50)
+    (config,) = run.configs
+    assert (config.run_dir, config.steps, config.actor.lr) == (tmp_path / "run" / "forecast", 50, 4e-6)
+    assert (config.actor.lr_schedule, config.actor.lr_warmup, config.guard.action) == ("constant", 0, "stop")
+    assert config.data.val_files == ()
+    assert config.guard.anchors > 0
+
+
+@pytest.mark.parametrize(
+    ("falls_at", "planned_steps", "collapse", "expected", "said"),
+    [
+        (None, 100, None, None, "train as planned: the short run went as far"),
+        (None, 1000, None, None, "no collapse within 20% of the planned way"),
+        (24, 80, 24, None, "collapse is expected after 1.2 times the planned way"),
+        (24, 150, 24, 92, "at most 92 of the 150 steps"),
+        (24, 1000, 24, 92, "do not train this model on its own labels as planned"),
+    ],
+)
+def test_a_collapse_is_carried_over_by_the_sum_of_rates(
+    tmp_path: Path, falls_at: int | None, planned_steps: int, collapse: int | None, expected: int | None, said: str
+) -> None:
+    constant = {"actor.lr": 1e-6, "actor.lr_schedule": "constant", "actor.lr_warmup": 0}
+    found = forecast(loader(tmp_path, steps=planned_steps, **constant), Run(falls_at), factor=4, steps=50)
+    assert found.collapse_step == collapse
+    assert found.borne_sum == pytest.approx(4e-6 * (50 if collapse is None else collapse - 1))
+    assert found.planned_sum == pytest.approx(planned_steps * 1e-6)
+    assert found.expected_step == expected
+    assert said in found.recommendation
+    assert found.recommendation in describe(found, tmp_path / "report.html")
+
+
+def test_a_second_forecast_replaces_the_first(tmp_path: Path) -> None:
+    load = loader(tmp_path)
+    assert forecast(load, Run(falls_at=None), steps=30).collapse_step is None
+    assert forecast(load, Run(falls_at=20), steps=30).collapse_step == 20
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [("constant", 0.0, 10.0), ("constant", 0.2, 9.0), ("cosine", 0.0, 5.0), ("linear", 0.2, 5.0)],
+)
+def test_the_sum_of_rates_follows_the_schedule(schedule: str, warmup: float, expected: float) -> None:
+    config = make_config(steps=10, **{"actor.lr": 1.0, "actor.lr_schedule": schedule, "actor.lr_warmup": warmup})
+    assert rate_sum(config) == pytest.approx(expected)
+
+
+def test_a_model_that_is_sure_of_nothing_has_no_forecast(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found 5 questions on which the model has a clear majority"):
+        forecast(loader(tmp_path), Run(falls_at=None, questions=5))
+
+
+def test_ground_truths_need_no_forecast(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="method: found ground_truth"):
+        forecast(loader(tmp_path, "ground_truth"), Run(falls_at=None))
+
+
+def test_shares_and_steps_are_those_of_the_planned_run() -> None:
+    found = Forecast(21, 30, 4e-6, 200, 2e-4, 0.7, "anchors")
+    assert found.share == pytest.approx(0.4)
+    assert found.expected_step == 80
