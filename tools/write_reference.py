@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_coreward import cli
-from megatron_coreward.config.describe import Group, Key, groups
+from megatron_coreward.config.describe import Key, groups
 from megatron_coreward.config.names import RENAMED_KEYS
 from megatron_coreward.telemetry import keys
 
@@ -49,9 +49,10 @@ megatron-coreward config --json-schema > recipe.schema.json
 COMMAND_LINE = """# Command line
 <!-- made by tools/write_reference.py from the parsers of megatron_coreward/commands/; do not edit -->
 
-Every command is `megatron-coreward COMMAND ...`, also as `python -m megatron_coreward COMMAND ...`. What it takes is shown by
-`megatron-coreward COMMAND --help`, from which this page is made. Options are written out in full, and `key=value` arguments may
-stand before, between and behind them; the keys are those of [Configuration](configuration.md).
+Every command is `megatron-coreward COMMAND ...`, also as `python -m megatron_coreward COMMAND ...`. What it takes is
+shown by `megatron-coreward COMMAND --help`, from which this page is made. Options are written out in full, and
+`key=value` arguments may stand before, between and behind them; the keys are those of
+[Configuration](configuration.md).
 
 | exit status | what it says |
 |---|---|
@@ -65,8 +66,8 @@ METRICS = """# Metrics
 <!-- made by tools/write_reference.py from megatron_coreward/telemetry/keys.py; do not edit -->
 
 A run writes one JSON object a step into `metrics.jsonl`, and the same numbers to TensorBoard and to any tracker that is
-configured. A metric that a method or a step does not have is left out of the row; it is never written as zero. Times are in
-seconds, entropies, KL terms and log-probability gaps are in nats, and shares and rates are between 0 and 1.
+configured. A metric that a method or a step does not have is left out of the row; it is never written as zero. Times
+are in seconds, entropies, KL terms and log-probability gaps are in nats, and shares and rates are between 0 and 1.
 """
 
 

@@ -25,7 +25,12 @@ def add(commands: Any) -> None:
         action.add_argument("source", type=Path, metavar="SRC", help=what)
         action.add_argument("target", type=Path, metavar="DST", help="must not exist; appears whole or not at all")
         action.add_argument("--dtype", choices=_DTYPES, help="default: as they are")
-        action.add_argument("--workers", type=whole(1), default=min(8, os.cpu_count() or 1), help="threads")
+        action.add_argument(
+            "--workers",
+            type=whole(1),
+            default=min(8, os.cpu_count() or 1),
+            help="threads; default: the cores, at most 8",
+        )
     to_hf.add_argument("--hf-path", type=Path, help="config.json and tokenizer; default: what the checkpoint brings")
     to_hf.add_argument("--weights", choices=("policy", "teacher"), default="policy", help="of a run's checkpoint")
     to_hf.add_argument("--shard-gb", type=float, default=5.0, help="size of a weight file at most, 10^9 bytes")
