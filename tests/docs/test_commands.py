@@ -7,6 +7,7 @@ that the project is tested on (`NOT_RUN_HERE`, each with its reason).
 import argparse
 import ast
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import pytest
 from megatron_coreward import cli
 from megatron_coreward.config.describe import all_keys, find_keys
 from megatron_coreward.config.load import load_config
-from tests.docs.pages import ALL_PAGES, PAGES, ROOT, Command, blocks, commands
+from tests.docs.pages import ALL_PAGES, PAGES, ROOT, Block, Command, blocks, commands
 
 COMMANDS = [command for page in ALL_PAGES for command in commands(page)]
 
-RUN_HERE = ("plan", "config")  # on recipes that are shipped; in a moment, with no process
+SCRIPT = re.compile(r"python3? ((?:tools|benchmarks)/\w+\.py)")
+RUN_HERE = ("plan", "config")  # with recipes that are shipped
 RUN_BY = {
     "demo": "tests/demo/test_demo_run.py",
     "prepare-data": "tests/data/test_prepare.py",
@@ -45,6 +47,21 @@ RUN_BY = {
 NOT_RUN_HERE = {
     "launch kubernetes": "it needs a cluster with KubeRay; its manifests are tested (tests/launch/test_previews.py)",
     "launch skypilot": "it needs an account of a cloud; the task is tested (tests/launch/test_previews.py)",
+}
+
+
+# Programs beside the command line that blocks of shell commands call.
+OTHER_PROGRAMS = {
+    "make": "its targets are checked below",
+    "python": "its scripts are checked below",
+    ".venv/bin/python": "the script is compiled below",
+    "docker": "it needs Docker; what images are made of is checked (tests/test_images.py)",
+    "pip": "it needs the package index",
+    "git": "it needs the network",
+    "hf": "it needs the network",
+    "kubectl": "it needs a Kubernetes cluster",
+    "apt-get": "it changes the machine",
+    **dict.fromkeys(("cd", "cp", "ls", "mkdir", "for", "done"), "the shell's own"),
 }
 
 
@@ -88,22 +105,20 @@ def test_the_command_line_takes_it(command: Command, monkeypatch: pytest.MonkeyP
         find_keys([word for word in options.overrides if word != "WORD" and word != "KEY"])
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.words[0] in RUN_HERE], ids=str)
-def test_commands_on_shipped_recipes_do_what_the_pages_say(
+def runs_here(command: Command) -> bool:
+    """Whether it only reads, and files that are shipped."""
+    named = {"KEY", "WORD", "RECIPE", "CONFIG", "recipe.yaml"}
+    return command.words[0] in RUN_HERE and named.isdisjoint(command.words) and "--help" not in command.words
+
+
+@pytest.mark.parametrize("command", filter(runs_here, COMMANDS), ids=str)
+def test_commands_that_only_read_do_what_the_pages_say(
     command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [word for word in command.words if word not in ("KEY", "WORD")]
-    if any(word in ("RECIPE", "recipe.yaml", "CONFIG") for word in words):
-        words = [
-            "configs/math_co_rewarding_i.yaml" if "recipe" in word.lower() and word[0] != "-" else word
-            for word in words
-        ]
-    if "--help" in words:
-        return
     monkeypatch.chdir(ROOT)
-    status = cli.main(words)
-    said = capsys.readouterr()
-    assert (status, said.err) == (0, "") or (status == 2 and "does not fit" in said.err), said.err
+    status = cli.main(command.words)
+    said = capsys.readouterr().err
+    assert (status, said) == (0, "") or (status == 2 and "does not fit" in said), said
 
 
 def test_what_runs_a_command_is_there() -> None:
@@ -119,8 +134,30 @@ def test_what_runs_a_command_is_there() -> None:
     [block for page in PAGES for block in blocks(page) if block.language == "python"],
     ids=lambda block: f"{block.page}:{block.line}",
 )
-def test_python_in_pages_compiles_and_imports_what_there_is(block) -> None:  # type: ignore[no-untyped-def]
+def test_python_in_pages_compiles_and_imports_what_there_is(block: Block) -> None:
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             module = importlib.import_module(node.module)
             assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+HERE_DOCUMENT = re.compile(r"<<'PY'\n(.*?)\nPY\n", re.DOTALL)
+SHELL = [block for page in ALL_PAGES for block in blocks(page) if block.language == "bash"]
+
+
+@pytest.mark.parametrize("block", SHELL, ids=lambda block: f"{block.page}:{block.line}")
+def test_what_else_a_block_calls_is_known(block: Block) -> None:
+    for script in HERE_DOCUMENT.findall(block.text):
+        compile(script, block.page, "exec")
+    text = re.sub(r"\\\n\s*", " ", HERE_DOCUMENT.sub("\n", block.text))
+    pieces = [piece.split() for line in text.splitlines() for piece in line.partition("#")[0].split("&&")]
+    called = [words for words in pieces if words and not words[0].endswith("megatron-coreward")]
+    assert [words[0] for words in called if words[0] not in OTHER_PROGRAMS] == []
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert [words[1] for words in called if words[0] == "make" and words[1] not in targets] == []
+
+
+def test_scripts_that_pages_call_exist() -> None:
+    called = {path for page in ALL_PAGES for path in SCRIPT.findall(page.read_text())}
+    assert len(called) > 8
+    assert [path for path in called if not (ROOT / path).is_file()] == []
