@@ -38,8 +38,8 @@ def add(commands: Any) -> None:
     to_hf.set_defaults(run=_to_hf)
 
     verify = actions.add_parser("verify", help="compare two checkpoints of either kind, or one with its manifest")
-    verify.add_argument("one", type=Path, metavar="A")
-    verify.add_argument("other", type=Path, metavar="B", nargs="?")
+    verify.add_argument("one", type=Path, metavar="A", help="a checkpoint of either kind")
+    verify.add_argument("other", type=Path, metavar="B", nargs="?", help="another; default: the manifest of A")
     verify.add_argument("--hf-path", type=Path, help="config.json of Megatron checkpoints that bring none")
     verify.add_argument("--weights", choices=("policy", "teacher"), default="policy", help="of runs' checkpoints")
     verify.add_argument(
