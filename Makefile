@@ -1,4 +1,4 @@
-# make env | demo | test | test-slow | lint | format | bench | gpu-test | clean
+# make env | demo | test | test-slow | lint | format | docs | docs-serve | bench | gpu-test | clean
 #
 #   PYTHON           interpreter that the environment is made with (3.11, as the lock is)
 #   TORCH_CPU_INDEX  where torch's CPU build is looked for when the configured package index lacks it
@@ -17,6 +17,9 @@ LOCKS := requirements/cpu.lock requirements/evaluation.lock requirements/dev.loc
 # The stamps carry a checksum of what they were made from: a changed lock makes a new environment, a touched one does not.
 LOCK_STAMP := $(VENV)/.lock-$(shell cat $(LOCKS) | cksum | cut -d' ' -f1)
 PROJECT_STAMP := $(VENV)/.project-$(shell cat $(LOCKS) pyproject.toml | cksum | cut -d' ' -f1)
+# The site has an environment of its own: it needs neither torch nor the package.
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.lock-$(shell cksum < requirements/docs.lock | cut -d' ' -f1)
 
 # One thread a process: the processes of a run share the cores, and OpenMP threads that spin slow each other down.
 export OMP_NUM_THREADS ?= 1
@@ -24,7 +27,7 @@ export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow lint format bench gpu-test clean
+.PHONY: help env demo test test-slow lint format docs docs-serve bench gpu-test clean
 
 help:
 	@sed -n 's/^# make //p' Makefile
@@ -74,9 +77,20 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+$(DOCS_STAMP):
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/docs.lock
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+docs-serve: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs serve
+
 bench: env
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -155,6 +155,16 @@ def test_every_option_says_its_default() -> None:
     assert silent == []
 
 
+def test_every_argument_says_what_it_is() -> None:
+    silent = [
+        f"{parser.prog} {action.dest}"
+        for parser in all_parsers(cli._parser())
+        for action in parser._actions
+        if action.help is None and not isinstance(action, argparse._SubParsersAction)
+    ]
+    assert silent == ["megatron-coreward evaluate harness anything"]  # a former command, which only says its new name
+
+
 @pytest.mark.parametrize(
     "words",
     [["launch", "slurm", "a.yaml", "--gpus", "8"], ["plan", "a.yaml", "--gp", "8"], ["report", "run", "--st", "3"]],

@@ -25,7 +25,12 @@ def add(commands: Any) -> None:
         action.add_argument("source", type=Path, metavar="SRC", help=what)
         action.add_argument("target", type=Path, metavar="DST", help="must not exist; appears whole or not at all")
         action.add_argument("--dtype", choices=_DTYPES, help="default: as they are")
-        action.add_argument("--workers", type=whole(1), default=min(8, os.cpu_count() or 1), help="threads")
+        action.add_argument(
+            "--workers",
+            type=whole(1),
+            default=min(8, os.cpu_count() or 1),
+            help="threads; default: the cores, at most 8",
+        )
     to_hf.add_argument("--hf-path", type=Path, help="config.json and tokenizer; default: what the checkpoint brings")
     to_hf.add_argument("--weights", choices=("policy", "teacher"), default="policy", help="of a run's checkpoint")
     to_hf.add_argument("--shard-gb", type=float, default=5.0, help="size of a weight file at most, 10^9 bytes")
@@ -33,8 +38,8 @@ def add(commands: Any) -> None:
     to_hf.set_defaults(run=_to_hf)
 
     verify = actions.add_parser("verify", help="compare two checkpoints of either kind, or one with its manifest")
-    verify.add_argument("one", type=Path, metavar="A")
-    verify.add_argument("other", type=Path, metavar="B", nargs="?")
+    verify.add_argument("one", type=Path, metavar="A", help="a checkpoint of either kind")
+    verify.add_argument("other", type=Path, metavar="B", nargs="?", help="another; default: the manifest of A")
     verify.add_argument("--hf-path", type=Path, help="config.json of Megatron checkpoints that bring none")
     verify.add_argument("--weights", choices=("policy", "teacher"), default="policy", help="of runs' checkpoints")
     verify.add_argument(

@@ -64,7 +64,7 @@ def _add_run(actions: Any) -> None:
 def _add_compare(actions: Any) -> None:
     compare = actions.add_parser("compare", help="paired test of two evaluations of the same questions")
     compare.add_argument("a", type=Path, metavar="A", help="directory or result.json of an evaluation")
-    compare.add_argument("b", type=Path, metavar="B")
+    compare.add_argument("b", type=Path, metavar="B", help="the other one")
     compare.add_argument("--out", type=Path, help="directory for the comparison as JSON and a page")
     compare.set_defaults(run=_compare)
 
@@ -82,7 +82,7 @@ def _add_lm_eval(actions: Any) -> None:
     lm_eval.add_argument(
         "--max-model-len", type=whole(2), help="tokens of prompt and answer together; default: the model's"
     )
-    lm_eval.add_argument("--no-chat-template", action="store_true")
+    lm_eval.add_argument("--no-chat-template", action="store_true", help="prompts as the tasks have them")
     lm_eval.add_argument("--include-path", type=Path, help="directory with further task definitions")
     lm_eval.set_defaults(run=_lm_eval)
 

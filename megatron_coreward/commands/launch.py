@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     kinds = launch.add_subparsers(required=True, metavar="WHERE")
     for kind, text in _HELP.items():
         parser = kinds.add_parser(kind, help=text)
-        parser.add_argument("config", type=Path, metavar="CONFIG")
+        parser.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
         parser.add_argument("--cluster", type=Path, metavar="FILE", help="the cluster's settings (launch/clusters/)")
         parser.add_argument("--nodes", type=whole(1), default=1, help="nodes of the job")

@@ -12,7 +12,7 @@ def add(commands: Any) -> None:
     from megatron_coreward.planner.hardware import GPUS, Assumptions
 
     plan = commands.add_parser("plan", help="memory, layout and time of a run before it is queued")
-    plan.add_argument("config", type=Path, metavar="CONFIG")
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
     plan.add_argument(
         "overrides",
         nargs="*",

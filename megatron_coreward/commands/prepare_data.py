@@ -22,8 +22,8 @@ def add(commands: Any) -> None:
     prepare.add_argument("--split", help="default: the source's first")
     prepare.add_argument("--against", type=Path, nargs="+", default=[], help="prepared files to count shared questions")
     prepare.add_argument("--tokenizer", type=Path, help="model directory; adds lengths in tokens")
-    prepare.add_argument("--question-column")
-    prepare.add_argument("--answer-column")
+    prepare.add_argument("--question-column", help="column of the question in local files")
+    prepare.add_argument("--answer-column", help="column of the answer in local files")
     prepare.add_argument("--answer-from", choices=get_args(AnswerFrom), help="how the answer stands in its column")
     prepare.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="'' for none")
     prepare.add_argument(

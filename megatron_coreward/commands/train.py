@@ -11,7 +11,7 @@ from megatron_coreward.telemetry.untrusted_text import say
 
 def add(commands: Any) -> None:
     train = commands.add_parser("train", help="train from a config file")
-    train.add_argument("config", type=Path, metavar="CONFIG")
+    train.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, such as actor.lr=1e-5")
     train.add_argument(
         "--dry-run",

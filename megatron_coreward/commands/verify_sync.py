@@ -9,7 +9,7 @@ def add(commands: Any) -> None:
     verify = commands.add_parser(
         "verify-sync", help="start a config's actors and engines, sync the weights and prove that they arrive"
     )
-    verify.add_argument("config", type=Path, metavar="CONFIG")
+    verify.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
     verify.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
     verify.set_defaults(run=_verify)
 
