@@ -47,7 +47,8 @@ def of_step(
         "rollout/response_tokens_max": float(lengths.max()),
         "rollout/truncated_share": float(np.mean(cut_off)),
     }
-    if "rollout" in seconds:  # else the rollouts are from the rollout log, or were drawn meanwhile
+    # Else the rollouts are from the rollout log, or were drawn while the actors learnt.
+    if "rollout" in seconds and not config.rollout.max_staleness:
         metrics["rollout/tokens_per_s"] = sampled / seconds["rollout"]
     metrics |= _loss(updates.reports)
     if "loss/kl" in metrics:
