@@ -208,7 +208,9 @@ class RolloutEngine:
         for sample in samples:
             if sample.request.stop and len(sample.starts) > 1:
                 self._end_at_stop(sample)
-        texts = self._tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
+        # Of no samples at all, a tokenizer makes one empty text.
+        token_ids = [sample.token_ids for sample in samples]
+        texts = self._tokenizer.batch_decode(token_ids, skip_special_tokens=True) if samples else []
         return Taken(
             tuple((sample.name, sample.index) for sample in samples),
             Completions([[_completion_of(sample, text) for sample, text in zip(samples, texts, strict=True)]]),

@@ -49,7 +49,8 @@ def of_step(
         "rollout/truncated_share": float(np.mean(cut_off)),
         "rollout/repeated_ngrams": repeated_ngrams([c.token_ids for group in groups for c in group.completions]),
     }
-    if "rollout" in seconds:  # else the rollouts are from the rollout log, or were drawn meanwhile
+    # Else the rollouts are from the rollout log, or were drawn while the actors learnt.
+    if "rollout" in seconds and not config.rollout.max_staleness:
         metrics["rollout/tokens_per_s"] = sampled / seconds["rollout"]
     metrics |= _loss(updates.reports)
     if "loss/kl" in metrics:
