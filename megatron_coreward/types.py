@@ -115,9 +115,11 @@ class Completions(list[list[Completion]]):
     def __reduce__(self) -> tuple[Any, ...]:
         every = [completion for of_request in self for completion in of_request]
         token_ids, lengths = join([c.token_ids for c in every])
-        logprobs = join([c.logprobs for c in every])
+        logprobs, as_many = join([c.logprobs for c in every])
+        if np.array_equal(as_many, lengths):
+            as_many = lengths  # sent once
         columns = [tuple(getattr(c, name) for c in every) for name in _PLAIN_COLUMNS]
-        return _completions, (tuple(map(len, self)), (token_ids, lengths), logprobs, columns)
+        return _completions, (tuple(map(len, self)), (token_ids, lengths), (logprobs, as_many), columns)
 
 
 _PLAIN_COLUMNS = ("text", "answer", "finish_reason", "weight_version", "later_versions")

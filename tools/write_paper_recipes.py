@@ -5,7 +5,7 @@ python tools/write_paper_recipes.py --check  # status 1, and their names, if som
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,12 @@ def stale() -> list[Path]:
     """Files that are missing or differ, and recipes that are nobody's."""
     wanted = dict(recipes())
     differ = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
-    return differ + [path for path in sorted((CONFIGS / "paper").glob("*.yaml")) if path not in wanted]
+    return differ + leftovers(wanted)
+
+
+def leftovers(wanted: Container[Path]) -> list[Path]:
+    """Recipes of runs that are in the table no longer."""
+    return [path for path in sorted((CONFIGS / "paper").glob("*.yaml")) if path not in wanted]
 
 
 if __name__ == "__main__":
@@ -85,5 +90,8 @@ if __name__ == "__main__":
         if out_of_date := stale():
             sys.exit("\n".join(["not up to date; run python tools/write_paper_recipes.py", *map(str, out_of_date)]))
     else:
-        for path, text in recipes():
+        wanted = dict(recipes())
+        for path, text in wanted.items():
             path.write_text(text)
+        for path in leftovers(wanted):
+            path.unlink()

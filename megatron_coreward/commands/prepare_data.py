@@ -31,7 +31,9 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="what the rows call their source; two sets of one name and the same indices cannot be in one run",
     )
-    prepare.add_argument("--skip-bad", action="store_true", help="leave out rows without an answer, and list them")
+    prepare.add_argument(
+        "--skip-bad", action="store_true", help="leave out rows without question or answer, and list them"
+    )
     prepare.add_argument(
         "--view",
         choices=("original", "rephrased"),  # `types.VIEWS`, which would import numpy to print help
@@ -48,6 +50,8 @@ def _prepare(options: argparse.Namespace) -> None:
     from megatron_coreward.data.prepare import prepare
     from megatron_coreward.data.sources import find_source
 
+    if options.data_source is not None and not options.data_source.strip():
+        raise InputError("--data-source: found no name; allowed: a name, or no such option for the source's own")
     source = find_source(
         options.source,
         question=options.question_column,

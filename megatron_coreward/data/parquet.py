@@ -85,23 +85,44 @@ def iter_rows(file: Path, view: View = "original") -> Iterator[Row]:
 
     Raises InputError as `read_rows` does; for a bad row, when it is reached.
     """
+    for row in iter_rows_or_faults(file, view):
+        if isinstance(row, InputError):
+            raise row
+        yield row
+
+
+def iter_rows_or_faults(file: Path, view: View = "original") -> Iterator[Row | InputError]:
+    """The rows of a file in file order; in the place of a bad row, what is wrong with it.
+
+    Raises InputError for what is wrong with the file as a whole, and if two rows share source and index.
+    """
     seen: dict[str, int] = {}
-    for number, (prompt, source, extra_info, reward_model) in enumerate(_cells(file, view)):
-        if not source:
-            raise _bad(file, "data_source", repr(source), "a non-empty string", number)
-        index = None if extra_info is None else extra_info["index"]
-        if index is None or index == "":
-            raise _bad(file, "extra_info.index", repr(index), "an integer or a non-empty string", number)
-        ground_truth = None if reward_model is None else reward_model.get("ground_truth")
-        ground_truth = None if ground_truth is None or not str(ground_truth).strip() else str(ground_truth)
-        row = Row(_messages(file, number, prompt), ground_truth, source, index)
+    number = -1
+    for number, cells in enumerate(_cells(file, view)):
+        try:
+            row = _row(file, number, *cells)
+        except InputError as fault:
+            yield fault
+            continue
         first = seen.setdefault(row.uid, number)
         if first != number:
-            found = f"{index!r}, which row {first} has too"
-            raise _bad(file, "extra_info.index", found, f"one row an index within the source {source!r}", number)
+            found = f"{row.index!r}, which row {first} has too"
+            raise _bad(file, "extra_info.index", found, f"one row an index within the source {row.source!r}", number)
         yield row
-    if not seen:
+    if number < 0:
         raise InputError(f"{file}: found no rows; allowed: at least one")
+
+
+def _row(file: Path, number: int, prompt: Any, source: Any, extra_info: Any, reward_model: Any) -> Row:
+    """One row, checked. Raises InputError."""
+    if not source:
+        raise _bad(file, "data_source", repr(source), "a non-empty string", number)
+    index = None if extra_info is None else extra_info["index"]
+    if index is None or index == "":
+        raise _bad(file, "extra_info.index", repr(index), "an integer or a non-empty string", number)
+    ground_truth = None if reward_model is None else reward_model.get("ground_truth")
+    ground_truth = None if ground_truth is None or not str(ground_truth).strip() else str(ground_truth)
+    return Row(_messages(file, number, prompt), ground_truth, source, index)
 
 
 def write_rows(file: Path, rows: Iterable[Row], *, split: str, ability: str = "math") -> None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_coreward.data.parquet import BATCH_ROWS, SCHEMA, holds_pairs, iter_rows
+from megatron_coreward.data.parquet import BATCH_ROWS, SCHEMA, holds_pairs, iter_rows, iter_rows_or_faults
 from megatron_coreward.data.sources import AnswerFrom, DataSource
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.answer import extract_answer
@@ -222,9 +222,16 @@ class _Rows:
                     yield None
             return
         for number, (row, (ability, own_split)) in enumerate(
-            zip(iter_rows(file, self.view), _labels(file), strict=True)
+            zip(iter_rows_or_faults(file, self.view), _labels(file), strict=True)
         ):
-            if row.ground_truth is None and self.skipped is not None:
+            if isinstance(row, InputError):
+                if self.skipped is None:
+                    raise row
+                self.skipped.append(str(row))
+                yield None
+                continue
+            ground_truth = read_answer(row.ground_truth, "as-is")
+            if ground_truth is None and self.skipped is not None:
                 self.skipped.append(f"{file}, row {number}: no answer")
                 yield None
                 continue
@@ -232,7 +239,7 @@ class _Rows:
                 "data_source": self.source.data_source if self.rename else row.source,
                 "prompt": list(row.messages),
                 "ability": ability or self.source.ability,
-                "reward_model": {"ground_truth": row.ground_truth, "style": "rule"},
+                "reward_model": {"ground_truth": ground_truth, "style": "rule"},
                 "extra_info": {"index": row.index, "split": own_split or self.split},
             }
 

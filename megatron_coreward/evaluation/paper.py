@@ -5,7 +5,8 @@ OUT/<benchmark>/    the evaluation of each mathematical one (`evaluation.evaluat
 OUT/lm_eval/        the others (`evaluation.lm_eval`)
 
 Temperature 0.8; one sample for each question of MATH500 and GSM8K, eight of AMC, whose mean is reported. What was
-sampled is not sampled again, so a killed evaluation is started with the same command.
+sampled is not sampled again, so a killed evaluation is started with the same command. paper.json is written after each
+benchmark, and keeps what an earlier call under the same settings has measured.
 """
 
 import json
@@ -98,7 +99,8 @@ def evaluate_paper(
         data: the folder of `evaluation.benchmarks`.
         convert: see `evaluation.evaluate.hf_model_dir`.
 
-    Raises InputError for unknown benchmarks, and if none can run.
+    Raises InputError for unknown benchmarks, if none can run, and if `out` has a result of another model or under other
+    settings.
     """
     if unknown := [name for name in benchmarks if name not in BENCHMARKS]:
         raise InputError(f"benchmark {unknown[0]!r}: unknown; allowed: {', '.join(BENCHMARKS)}")
@@ -107,17 +109,20 @@ def evaluate_paper(
     if len(not_measured) == len(reasons):
         raise InputError("\n  ".join(["no benchmark can run:", *(f"{n}: {r}" for n, r in not_measured.items())]))
     possible = [name for name in reasons if name not in not_measured]
-    measured: dict[str, Measured] = {}
+    run = {"temperature": TEMPERATURE, **asdict(settings)}
+    result = _with(_earlier(out, labels, run), {}, not_measured)
     with hf_model_dir(model, convert) as hf_path:
         for name in possible:
             benchmark = BENCHMARKS[name]
             if isinstance(benchmark, MathBenchmark):
-                measured[name] = _mathematics(
+                found = _mathematics(
                     benchmark, data, hf_path, out / name, engines, settings, str(model), partial(on_progress, name)
                 )
+                result = _with(result, {name: found})
+                write_paper_result(out / FILE_NAME, result)
         if others := [name for name in possible if isinstance(BENCHMARKS[name], HarnessBenchmark)]:
             stop_ray()  # the harness's process starts its own
-            found = run_lm_eval(
+            rows = run_lm_eval(
                 hf_path,
                 others,
                 out / "lm_eval",
@@ -128,10 +133,40 @@ def evaluate_paper(
                 allow_code=allow_code,
                 **asdict(settings),
             )
-            measured |= {name: _read_measured(row) for name, row in found.items()}
-    result = PaperResult(labels, measured, not_measured, {"temperature": TEMPERATURE, **asdict(settings)})
-    write_paper_result(out / FILE_NAME, result)
+            result = _with(result, {name: _read_measured(row) for name, row in rows.items()})
+            write_paper_result(out / FILE_NAME, result)
     return result
+
+
+def _earlier(out: Path, labels: ModelLabels, settings: Mapping[str, Any]) -> PaperResult:
+    """What is in `out` already. Raises InputError if it is of another model or under other settings."""
+    if not (out / FILE_NAME).exists():
+        return PaperResult(labels, {}, {}, settings)
+    earlier = read_paper_result(out)
+    for what, before, now in (
+        *(("model", getattr(earlier.labels, key), value) for key, value in asdict(labels).items()),
+        *((key, earlier.settings.get(key), value) for key, value in settings.items()),
+    ):
+        if before != now:
+            raise InputError(
+                f"{out / FILE_NAME}: found a result of another evaluation ({what}: {before}, and {now} now); "
+                "allowed: the same model and settings, or another folder"
+            )
+    return earlier
+
+
+def _with(
+    result: PaperResult, measured: Mapping[str, Measured], not_measured: Mapping[str, str] | None = None
+) -> PaperResult:
+    """A result with further numbers, in the order of the table."""
+    known = {**result.measured, **measured}
+    reasons = {**result.not_measured, **(not_measured or {})}
+    return PaperResult(
+        result.labels,
+        {name: known[name] for name in BENCHMARKS if name in known},
+        {name: reasons[name] for name in BENCHMARKS if name in reasons and name not in known},
+        result.settings,
+    )
 
 
 def _mathematics(

@@ -200,9 +200,13 @@ class RolloutEngine:
         if not self._stream_begun.wait(patience_s):
             return Taken((), Completions([[]]), 0, 0, ())
         samples, aborted, aborted_tokens, intervals = self._loop().take(patience_s)
+        for sample in samples:
+            if sample.request.stop and len(sample.starts) > 1:
+                self._end_at_stop(sample)
+        texts = self._tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
         return Taken(
             tuple((sample.name, sample.index) for sample in samples),
-            Completions([[self._completion_of(sample) for sample in samples]]),
+            Completions([[_completion_of(sample, text) for sample, text in zip(samples, texts, strict=True)]]),
             aborted,
             aborted_tokens,
             tuple(interval._replace(engine=engine) for interval in intervals),
@@ -282,18 +286,6 @@ class RolloutEngine:
             weight_version=version,
         )
 
-    def _completion_of(self, sample: Sample) -> Completion:
-        """What was streamed, in one piece or in several."""
-        request = sample.request
-        if request.stop and len(sample.starts) > 1:
-            self._end_at_stop(sample)
-        text = self._tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-        (_, version), *later = sample.starts
-        token_ids, logprobs = sample.arrays
-        assert sample.finish_reason is not None
-        answer = extract_answer(text, request.answer_formats, request.stop_at)
-        return Completion(token_ids, logprobs, text, answer, sample.finish_reason, version, tuple(later))
-
     def _end_at_stop(self, sample: Sample) -> None:
         """Ends a sample at a stop string that began in one piece and ended in the next: vLLM saw only its halves."""
         longest = max(len(stop.encode()) for stop in sample.request.stop)  # in tokens, too
@@ -305,6 +297,15 @@ class RolloutEngine:
                 if any(stop in near for stop in sample.request.stop):
                     sample.cut(end, "stop")
                     return
+
+
+def _completion_of(sample: Sample, text: str) -> Completion:
+    """What was streamed, in one piece or in several."""
+    (_, version), *later = sample.starts
+    token_ids, logprobs = sample.arrays
+    assert sample.finish_reason is not None
+    answer = extract_answer(text, sample.request.answer_formats, sample.request.stop_at)
+    return Completion(token_ids, logprobs, text, answer, sample.finish_reason, version, tuple(later))
 
 
 def _failure_of(worker: object) -> str | None:

@@ -27,7 +27,7 @@ class VllmSteps:
 
     def add(self, number: int, prompt: list[int], request: SamplingRequest, seed: int, max_tokens: int) -> None:
         params = sampling_params(request, 1, seed, max_tokens)
-        name = self._engine.add_request(_name(number), {"prompt_token_ids": prompt}, params)
+        name = self._engine.add_request(_name(number), {"type": "token", "prompt_token_ids": prompt}, params)
         self._ids[number] = name or _name(number)
 
     def step(self) -> Mapping[int, Drawn]:
@@ -51,7 +51,14 @@ class VllmSteps:
             logprobs = flat(state.logprobs_processor.logprobs)
             found[number] = Drawn(list(state.detokenizer.output_token_ids), logprobs, None)
         self._engine.abort_request([_name(number) for number in names])
+        if not self._ids:
+            self._finish_batches()
         return found
+
+    def _finish_batches(self) -> None:
+        """vLLM schedules ahead on GPUs: a batch may be on its way, and its blocks are not free before it is back."""
+        while getattr(self._engine.engine_core.engine_core, "batch_queue", None):
+            self._engine.step()
 
 
 def sampling_params(request: SamplingRequest, n: int, seed: int, max_tokens: int) -> Any:

@@ -117,8 +117,8 @@ def read_rollouts(path: Path) -> list[ScoredGroup]:
     except _UNREADABLE as error:
         raise InputError(f"{path}: not a file of rollouts ({error})") from error
     table = table.rename_columns([_FORMER.get(name, name) for name in table.schema.names])
-    if "later_versions" not in table.schema.names:
-        place = SCHEMA.get_field_index("later_versions")
+    place = SCHEMA.get_field_index("later_versions")
+    if table.schema.names == [name for name in SCHEMA.names if name != "later_versions"]:
         table = table.add_column(place, SCHEMA.field(place), pa.nulls(len(table), _LATER))
     if not table.schema.equals(SCHEMA):
         raise InputError(f"{path}: columns {table.schema.names}; a file of rollouts has {SCHEMA.names}")

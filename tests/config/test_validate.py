@@ -8,7 +8,7 @@ import pytest
 
 from megatron_coreward.cli import main
 from megatron_coreward.config.load import dump_config, parse_config
-from megatron_coreward.config.validate import validate
+from megatron_coreward.config.validate import validate, warnings
 from megatron_coreward.errors import InputError
 
 DENSE = {
@@ -59,6 +59,23 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        ["rollout.max_staleness=1", "loss.mismatch_correction=tis"],
+        [
+            *("rollout.schedule=streaming", "rollout.max_staleness=3", "rollout.partial=true"),
+            "loss.mismatch_correction=icepop",
+        ],
+        ["rollout.schedule=streaming", "rollout.placement=colocated"],
+        ["method=co_rewarding_ii", "teacher.engines=1", "rollout.num_engines=2"],
+    ],
+    ids=" ".join,
+)
+def test_rollouts_from_older_weights_are_possible_with_a_correction(tmp_path: Path, changes: list[str]) -> None:
+    validate(parse_config(tree(tmp_path), changes))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
@@ -87,6 +104,40 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
         (["rollout.tensor_parallel=3"], "rollout.tensor_parallel: 3 does not divide"),
         (["rollout.max_response_tokens=4000"], "4512 tokens, the model has positions for 4096"),
         (["loss.kl_clamp=10", "loss.kl_estimator=k2"], "loss.kl_clamp: bounds the estimator k3 alone, found .*: k2"),
+        (
+            ["rollout.max_staleness=2", "rollout.schedule=streaming", "rollout.partial=true"],
+            "loss.mismatch_correction: off, but rollout.max_staleness: 2 and rollout.partial: true samples from a "
+            "distribution that is not the one that learns; allowed: tis, icepop$",
+        ),
+        (
+            ["rollout.quantization=fp8", "actor.backend=local"],
+            "loss.mismatch_correction: off, but rollout.quantization: fp8 samples from",
+        ),
+        (
+            ["rollout.max_staleness=1", "rollout.placement=colocated", "loss.mismatch_correction=tis"],
+            "rollout.max_staleness: 1 needs engines that run while actors learn; found .*: colocated",
+        ),
+        (
+            ["rollout.max_staleness=2", "loss.mismatch_correction=tis"],
+            "rollout.max_staleness: 2 needs rollout.schedule: streaming; deterministic has 0 and 1",
+        ),
+        (
+            ["rollout.partial=true", "rollout.schedule=streaming", "loss.mismatch_correction=tis"],
+            "rollout.partial: true needs .* nothing is in flight when weights change; found streaming and 0",
+        ),
+        (
+            ["rollout.partial=true", "rollout.max_staleness=1", "loss.mismatch_correction=tis"],
+            "rollout.partial: true needs .*; found deterministic and 1",
+        ),
+        (["teacher.engines=1", "rollout.num_engines=2"], "teacher.engines: 1, but method co_rewarding_i keeps no"),
+        (
+            ["method=co_rewarding_ii", "teacher.engines=2", "rollout.num_engines=2"],
+            "teacher.engines: 2 of rollout.num_engines: 2 leave none for the policy; allowed: 0 to 1",
+        ),
+        (
+            ["method=co_rewarding_ii", "teacher.engines=1", "rollout.num_engines=2", "rollout.placement=colocated"],
+            "teacher.engines: 1 are for engines with GPUs of their own; found rollout.placement: colocated",
+        ),
         (["checkpoint.best_metric=val/avg@8", "validation.samples=greedy"], "best_metric: .*; allowed: val/pass@1$"),
         (["checkpoint.best_metric=val/set/avg@16"], "checkpoint.best_metric: found 'val/set/avg@16'"),
         (["checkpoint.best_metric=val/avg@16"], "checkpoint.best_metric: found 'val/avg@16'.* val/avg@8, "),
@@ -183,6 +234,16 @@ def test_experts_may_lie_whole_on_the_tensor_parallel_ranks(tmp_path: Path) -> N
     layout = ["tensor_parallel=2", "sequence_parallel=true", "expert_parallel=4", "expert_tensor_parallel=1"]
     changes = [f"actor.{change}" for change in (*layout, "data_parallel=2")]
     assert validate(parse_config(tree(tmp_path, EXPERTS), changes)).experts is not None
+
+
+def test_a_mixture_of_experts_without_a_correction_is_warned_about(tmp_path: Path) -> None:
+    def warned(model: dict[str, Any], *changes: str) -> list[str]:
+        config = parse_config(tree(tmp_path, model), changes)
+        return list(warnings(config, validate(config)))
+
+    (warning,) = warned(EXPERTS)
+    assert warning.startswith("loss.mismatch_correction: off for a mixture of experts")
+    assert warned(EXPERTS, "loss.mismatch_correction=tis") == warned(DENSE) == []
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:

@@ -120,6 +120,32 @@ def test_a_prepared_file_loses_its_blank_answers_too(tmp_path: Path) -> None:
     assert len(summary.skipped) == 1
 
 
+def test_a_prepared_file_loses_its_blank_questions_too(tmp_path: Path) -> None:
+    texts = ("Q0", " ", "Q2")
+    rows = [Row((Message(role="user", content=text),), "7", "set", i) for i, text in enumerate(texts)]
+    write_rows(tmp_path / "in.parquet", rows, split="train")
+    with pytest.raises(InputError, match="row 1, column prompt: found a blank user message"):
+        run("math", [tmp_path / "in.parquet"], tmp_path / "out.parquet")
+    summary = run("math", [tmp_path / "in.parquet"], tmp_path / "out.parquet", skip_bad=True)
+    assert [row.index for row in read_rows(tmp_path / "out.parquet")] == [0, 2]
+    assert ["row 1, column prompt" in fault for fault in summary.skipped] == [True]
+
+
+def test_whole_numbers_of_a_prepared_file_are_written_as_such(tmp_path: Path) -> None:
+    """The release's AMC questions have 142.0 where the answer is 142."""
+    answers = ("142.0", "-4.0", "2.5", "x.0")
+    rows = [Row((Message(role="user", content=f"Q{i}"),), answer, "set", i) for i, answer in enumerate(answers)]
+    write_rows(tmp_path / "in.parquet", rows, split="train")
+    run("amc", [tmp_path / "in.parquet"], tmp_path / "out.parquet")
+    assert [row.ground_truth for row in read_rows(tmp_path / "out.parquet")] == ["142", "-4", "2.5", "x.0"]
+
+
+def test_a_source_without_a_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.jsonl", RAW)
+    assert main(["prepare-data", "math", "--input", str(file), "--data-source", ""]) == 2
+    assert "--data-source: found no name" in capsys.readouterr().err
+
+
 def test_two_sets_that_call_themselves_the_same_fit_into_one_run_under_another_name(tmp_path: Path) -> None:
     first, second = tmp_path / "1.parquet", tmp_path / "2.parquet"
     run("math", [write(tmp_path / "a.jsonl", RAW)], first)

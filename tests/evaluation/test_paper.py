@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from megatron_coreward.algorithms.accuracy import Estimate
+from megatron_coreward.config.paper import paper_runs
 from megatron_coreward.data.parquet import Message, Row, write_rows
-from megatron_coreward.errors import InputError
+from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.evaluation import paper
 from megatron_coreward.evaluation.benchmarks import BENCHMARKS, MathBenchmark
 from megatron_coreward.evaluation.evaluate import Engines, Sampling
@@ -89,6 +90,50 @@ class TestEvaluation:
         assert read_paper_result(tmp_path / "out") == result
         evaluate_paper(model, tmp_path / "out", Engines(), data=data, labels=LABELS, settings=SETTINGS)
         assert len(sampled) == 2  # nothing is sampled again
+
+    def test_benchmarks_that_are_measured_one_by_one_stand_in_one_result(
+        self,
+        model: Path,  # noqa: F811
+        data: Path,
+        sampled: list[Sampling],
+        tmp_path: Path,
+    ) -> None:
+        def evaluate(name: str, settings: PaperSettings = SETTINGS, labels: ModelLabels = LABELS) -> PaperResult:
+            return evaluate_paper(
+                model, tmp_path / "out", Engines(), data=data, labels=labels, settings=settings, benchmarks=[name]
+            )
+
+        amc = evaluate("amc").measured["amc"]
+        both = evaluate("math500")
+        assert list(both.measured) == ["math500", "amc"]
+        assert both.measured["amc"] == amc
+        assert read_paper_result(tmp_path / "out") == both
+        with pytest.raises(InputError, match=r"another evaluation \(seed: 0, and 1 now\)"):
+            evaluate("amc", settings=PaperSettings(max_tokens=24, seed=1))
+        with pytest.raises(InputError, match="another evaluation .*model: co_rewarding_ii, and entropy now"):
+            evaluate("amc", labels=ModelLabels("Qwen3-8B-Base", "dapo", "entropy"))
+        assert len(sampled) == 2
+
+    def test_what_was_measured_is_written_before_the_harness_fails(
+        self,
+        model: Path,  # noqa: F811
+        data: Path,
+        sampled: list[Sampling],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        (data / "cruxeval").mkdir()
+        (data / "cruxeval" / "test.jsonl").write_text("{}\n")
+
+        def fail(*_: Any, **__: Any) -> dict[str, Any]:
+            raise RunError("the harness has ended")
+
+        monkeypatch.setattr(paper, "run_lm_eval", fail)
+        with pytest.raises(RunError):
+            evaluate_paper(
+                model, tmp_path / "out", Engines(), data=data, labels=LABELS, settings=SETTINGS, allow_code=True
+            )
+        assert list(read_paper_result(tmp_path / "out").measured) == ["math500", "amc"]
 
     def test_the_harness_measures_the_others(
         self,
@@ -174,11 +219,12 @@ class TestTable:
     def test_rows_stand_beside_the_paper_s_in_its_order(self) -> None:
         lines = markdown(self.RESULTS, read_numbers()).splitlines()
         assert lines[0] == "| model | trained on | method | GSM8K | IFEval |"
-        assert lines[2:6] == [
+        assert lines[2:7] == [
             "| A_model | MATH | Entropy | 40.00 (38.0 .. 42.0) |  |",
             "| Qwen3-8B-Base |  | before RL | 30.00 (28.0 .. 32.0) |  |",
+            "|  |  | in the paper | 27.82 | 50.89 |",
             "| Qwen3-8B-Base | DAPO-14k | Co-rewarding-II | 93.25 (91.2 .. 95.2) | 55.00 (53.0 .. 57.0) |",
-            "|  |  | in the paper | 94.01 |  |",
+            "|  |  | in the paper | 94.01 | 53.31 |",
         ]
         assert "GSM8K: acc of 100 questions" in lines[-1]
 
@@ -186,16 +232,34 @@ class TestTable:
         rows = list(csv.DictReader(io.StringIO(csv_text(self.RESULTS, read_numbers()))))
         assert [(row["method"], row["benchmark"], row["percent"], row["paper_percent"]) for row in rows] == [
             ("entropy", "gsm8k", "40.00", ""),
-            ("untrained", "gsm8k", "30.00", ""),
+            ("untrained", "gsm8k", "30.00", "27.82"),
             ("co_rewarding_ii", "gsm8k", "93.25", "94.01"),
-            ("co_rewarding_ii", "ifeval", "55.00", ""),
+            ("co_rewarding_ii", "ifeval", "55.00", "53.31"),
         ]
+
+    def test_the_paper_s_numbers_are_there_for_every_recipe_and_for_the_models_before_training(self) -> None:
+        runs = {(run.model, run.data, run.method) for run in paper_runs()}
+        before = {(name, "", "untrained") for name, _, _ in runs}
+        numbers = read_numbers()
+        assert set(numbers) == {
+            (ModelLabels(*labels), benchmark) for labels in runs | before for benchmark in BENCHMARKS
+        }
+        # Averages that the text of the paper gives: of tables 1 and 2 over GT-Reward on GSM8K, in percent of it.
+        for data, methods, gain in (("math", ("i", "ii"), 2.94), ("dapo", ("ii",), 5.44)):
+            relative = [
+                numbers[ModelLabels(name, data, f"co_rewarding_{method}"), "gsm8k"]
+                / numbers[ModelLabels(name, data, "ground_truth"), "gsm8k"]
+                - 1
+                for name in ("Qwen3-8B-Base", "Qwen3-4B-Base", "Llama-3.2-3B-Instruct")
+                for method in methods
+            ]
+            assert 100 * sum(relative) / len(relative) == pytest.approx(gain, abs=0.25)
 
     def test_latex_escapes_names(self) -> None:
         text = latex(self.RESULTS, read_numbers())
         assert r"A\_model & MATH & Entropy & 40.00 {\scriptsize [38.0, 42.0]} &  \\" in text
-        assert r" &  & \emph{in the paper} & 94.01 &  \\" in text
-        assert text.count(r"\\") == 1 + 3 + 1
+        assert r" &  & \emph{in the paper} & 94.01 & 53.31 \\" in text
+        assert text.count(r"\\") == 1 + 3 + 2  # head, results, the paper
 
     def test_results_under_other_settings_are_pointed_out(self) -> None:
         other = PaperResult(LABELS, self.RESULTS[0].measured, {}, {"temperature": 0.8, "limit": 5})
@@ -208,7 +272,7 @@ class TestTable:
         file.write_text(text + "Qwen3-8B-Base,,untrained,gsm8k,27.5,a test\n")
         assert "| 27.50 |" in markdown(self.RESULTS, read_numbers(file))
         file.write_text(text + "Qwen3-8B-Base,,untrained,aime,27.5,a test\n")
-        with pytest.raises(InputError, match="line 3: benchmark 'aime'; allowed"):
+        with pytest.raises(InputError, match="line 506: benchmark 'aime'; allowed"):
             read_numbers(file)
         file.write_text(text + "Qwen3-8B-Base,,untrained,gsm8k,much,a test\n")
         with pytest.raises(InputError, match="could not convert"):

@@ -1,5 +1,6 @@
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,7 @@ def test_a_file_has_one_row_a_completion_with_the_columns_that_users_read(tmp_pa
         "reward": 1.0,
         "advantage": pytest.approx(0.7),
         "weight_version": 7,
+        "later_versions": None,
         "finish_reason": "stop",
     }
     assert first["logprobs"] == pytest.approx([-0.1, -0.55, -1.0])
@@ -209,3 +211,18 @@ def test_a_dump_is_within_a_path_that_looks_like_a_partition(tmp_path: Path) -> 
     path = dump_rollouts(run_dir, 1, written)
     assert_same(read_rollouts(path), written)
     assert pq.ParquetFile(path).schema_arrow.names == SCHEMA.names
+
+
+def test_the_versions_of_later_tokens_are_kept_and_older_files_have_none(tmp_path: Path) -> None:
+    first, second = policy_group().group.completions
+    first = replace(first, later_versions=((1, 8), (2, 10)))
+    second = replace(second, logprobs=np.empty(0, dtype=np.float32))
+    path = dump_rollouts(tmp_path, 1, [replace(policy_group(), group=group(first, second))])
+    read = [c for item in read_rollouts(path) for c in item.group.completions]
+    assert [c.later_versions for c in read] == [((1, 8), (2, 10)), ()]
+    assert read[0].token_versions.tolist() == [7, 8, 10]
+    assert len(read[1].logprobs) == 0
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["later_versions"]), path)
+    read = [c for item in read_rollouts(path) for c in item.group.completions]
+    assert [(c.weight_version, c.later_versions) for c in read] == [(7, ()), (7, ())]

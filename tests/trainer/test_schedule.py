@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_coreward.cluster.rollout_engines import Side
 from megatron_coreward.cluster.watchdog import WorkerDied
 from megatron_coreward.config.schema import AnswerFormat, ValidationSettings
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
@@ -144,6 +145,26 @@ def test_a_teacher_that_looks_ahead_labels_windows_between_checkpoints(every: in
     for step in range(1, 8):
         in_time[0].step(step, PhaseTimer())
     assert sorted(drawn(engines)) == sorted(drawn(in_time[3]))
+
+
+@pytest.mark.parametrize("changes", [{}, STALE, {"teacher.lookahead": 1}])
+def test_a_teacher_with_engines_of_its_own_draws_at_once_what_it_would_draw_before(changes: dict[str, Any]) -> None:
+    actors = FakeActors([])
+    own, others = FakeEngines([]), FakeEngines(actors.events)
+    teacher = Side(own, make_sync(actors, own))
+    trainer, events, _, _ = make_trainer(
+        "co_rewarding_ii", actors=actors, engines=others, more_of_engines={"teacher": teacher}, **{"steps": 4} | changes
+    )
+    own.events = events
+    for step in (1, 2, 3, 4):
+        trainer.step(step, PhaseTimer())
+    first = ["receive 1", "sample 1", "receive 0", "sample 0", "took 1", "took 0"]  # both are at work at once
+    assert only(events, "receive", "sample", "took")[:6] == first
+    shared = make_trainer("co_rewarding_ii", **{"steps": 4} | changes)
+    for step in (1, 2, 3, 4):
+        shared[0].step(step, PhaseTimer())
+    assert sorted(drawn(own) + drawn(others)) == sorted(drawn(shared[3]))
+    assert {n for _, _, n in drawn(own)} == {3}
 
 
 @pytest.mark.parametrize("changes", [{"teacher.lookahead": 2}, STALE, STALE | {"teacher.lookahead": 1}])
