@@ -270,8 +270,12 @@ class GroupStream:
         (completions,) = taken.completions
         for (name, sample), completion in zip(taken.ended, completions, strict=True):
             group = self._groups.get(name)
-            if group is None or sample in group.ended:
-                continue  # of a group that its watcher has ended
+            if group is None:  # its watcher has ended it, and the sample ended before the engine heard of it
+                self._aborted_samples += 1
+                self._aborted_tokens += len(completion.token_ids)
+                continue
+            if sample in group.ended:
+                continue
             group.ended[sample] = completion
             watcher = group.asked.watcher
             enough = watcher is not None and watcher.completed(sample, completion)

@@ -2,7 +2,7 @@
 
 The answers of a group come in any order. As soon as no answer that is still out can change the pseudo-label or the
 abstention of `rewards.voting.majority_vote` of the whole group, the vote is decided, and what is still being sampled
-for it can be aborted. An answer that is out may turn out to be anything: a member of any class, a new class, or none.
+for it can be aborted. An answer that is out may be anything: a member of any class, a new class, or none.
 
 Pairs of answers that need a process to be compared (`math`) count as possibly the same, so nothing here waits for one.
 
@@ -76,7 +76,7 @@ class EarlyVote:
 
         Rollouts with one form are always in one class, so the leader's class keeps at least its count. The others are
         cliques of the relation (`classes.py`): each lies within the neighbourhood of any of its members, and may get
-        all that is out. That bound holds although a further answer may divide a class anew.
+        all that is out. That bound holds although a further answer may divide a class.
         """
         out, first_out = len(self._out), min(self._out)
         others = [answer for answer in seen if answer is not leader]

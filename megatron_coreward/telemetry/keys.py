@@ -82,8 +82,8 @@ MEANINGS: Mapping[str, str] = {
     "rollout/staleness": "steps by which the weights that sampled are behind those that learn, mean over tokens",
     "rollout/staleness_max": "the largest such number of a token",
     "rollout/continued_share": "share of responses that several versions of the weights have drawn",
-    "rollout/teacher_tokens_saved": "estimated share of the teacher's tokens that votes which ended early have spared: "
-    "aborted samples are counted with the mean length of those that ended, which is too little",
+    "rollout/teacher_tokens_saved": "share of the teacher's tokens that votes which ended early have spared, an "
+    "estimate: as if each token of a response were equally likely to be its last",
     "rollout/teacher_aborted_share": "share of the teacher's samples that were aborted because their vote was decided",
     "rollout/teacher_stopped_share": "share of the teacher's groups that ended before their last sample",
     "rollout/flat_share": "share of the questions drawn whose rollouts were all rewarded alike, replaced ones included",

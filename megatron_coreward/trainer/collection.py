@@ -77,7 +77,8 @@ def open_collection(
             found = {}  # of rollouts that nobody waited for
         if config.teacher.early_stop and "rollout/aborted_tokens" in found:
             teachers = [item.group for item in scored if item.group.role == "teacher"]
-            found |= early_stop_metrics(teachers, config.teacher.n, found["rollout/aborted_tokens"])
+            limit = config.rollout.max_response_tokens
+            found |= early_stop_metrics(teachers, config.teacher.n, found["rollout/aborted_tokens"], limit)
         if rewriter is not None:
             found |= rewriter.metrics()
         return found if further is None else found | further.take_metrics()

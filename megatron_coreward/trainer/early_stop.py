@@ -36,22 +36,27 @@ def early_vote_watchers(config: RunConfig) -> Watch:
     return watch
 
 
-def early_stop_metrics(teacher_groups: Sequence[RolloutGroup], n: int, aborted_tokens: float) -> dict[str, float]:
+def early_stop_metrics(
+    teacher_groups: Sequence[RolloutGroup], n: int, aborted_tokens: float, max_tokens: int
+) -> dict[str, float]:
     """How much of the teacher's work was spared.
 
-    What an aborted sample would have drawn is not known. It is counted as if it had been as long as the mean of those
-    that ended, which is less than what is to be expected: those that are aborted are those that go on.
+    What an aborted sample would still have drawn is not known. It is estimated as if every token were as likely as any
+    other to be the last: then tokens drawn over samples ended is what is left of a sample, however long it is (maximum
+    likelihood under censoring). If lengths have a longer tail than that, more is spared than the estimate says.
 
     Args:
         n: samples of a group (`teacher.n`).
         aborted_tokens: that had been drawn of the samples that were then aborted.
+        max_tokens: of a response.
     """
     lengths = [len(c.token_ids) for group in teacher_groups for c in group.completions]
     if not lengths:
         return {}
     aborted = sum(n - len(group.completions) for group in teacher_groups)
     drawn = sum(lengths) + aborted_tokens
-    saved = max(aborted * sum(lengths) / len(lengths) - aborted_tokens, 0.0)
+    left = min(drawn / len(lengths), max(max_tokens - aborted_tokens / aborted, 0.0)) if aborted else 0.0
+    saved = aborted * left
     return {
         "rollout/teacher_tokens_saved": saved / (drawn + saved),
         "rollout/teacher_aborted_share": aborted / (n * len(teacher_groups)),

@@ -1,4 +1,4 @@
-"""A timeline has what every lane did in each step, bounded, and goes on after a kill where the run does."""
+"""A timeline has what every lane did in each step, bounded, and goes on after a kill as the run does."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_the_longest_stay_if_neighbours_are_of_different_kinds(tmp_path: Path) -
     assert len(step.lanes["engine 0"]) == MOST_INTERVALS
 
 
-def test_a_resumed_run_writes_its_steps_anew_and_drops_a_part_of_a_line(tmp_path: Path) -> None:
+def test_a_resumed_run_writes_its_steps_again_and_drops_a_part_of_a_line(tmp_path: Path) -> None:
     path = tmp_path / "timeline.jsonl"
     with Timeline(path) as timeline:
         for step in (1, 2, 3):

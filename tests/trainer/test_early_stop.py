@@ -1,4 +1,4 @@
-"""A teacher's group ends when its vote is decided, and what it spared is counted low rather than high."""
+"""A teacher's group ends when its vote is decided, and what that spares is estimated."""
 
 import numpy as np
 import pytest
@@ -36,16 +36,34 @@ def test_without_early_stop_nobody_watches() -> None:
     assert early_vote_watchers(make_config("co_rewarding_ii"))("teacher", make_problem(0), "original", REQUEST) is None
 
 
-def test_what_was_spared_is_estimated_by_the_samples_that_ended() -> None:
+def test_what_was_spared_is_estimated_from_the_tokens_to_an_end() -> None:
     def group(*lengths: int) -> RolloutGroup:
         completions = tuple(completion("7", length) for length in lengths)
         return RolloutGroup("a", "original", "teacher", Prompt("?", np.arange(2, dtype=np.int32)), completions)
 
-    found = early_stop_metrics([group(10, 10, 10), group(10, 10, 10, 10)], n=4, aborted_tokens=4.0)
+    groups = [group(10, 10, 10), group(10, 10, 10, 10)]
+    found = early_stop_metrics(groups, n=4, aborted_tokens=7.0, max_tokens=100)
     assert found == {
-        "rollout/teacher_tokens_saved": pytest.approx(6 / 80),  # one sample of 10 tokens, 4 of which were drawn
+        "rollout/teacher_tokens_saved": pytest.approx(11 / (77 + 11)),  # 77 tokens, 7 ends: 11 more for the aborted one
         "rollout/teacher_aborted_share": 1 / 8,
         "rollout/teacher_stopped_share": 0.5,
     }
-    assert early_stop_metrics([group(2, 2)], n=4, aborted_tokens=50.0)["rollout/teacher_tokens_saved"] == 0.0
-    assert early_stop_metrics([], n=4, aborted_tokens=0.0) == {}
+    at_the_limit = early_stop_metrics(groups, n=4, aborted_tokens=7.0, max_tokens=10)
+    assert at_the_limit["rollout/teacher_tokens_saved"] == pytest.approx(3 / 80)
+    assert early_stop_metrics([group(2, 2)], n=2, aborted_tokens=0.0, max_tokens=9)["rollout/teacher_tokens_saved"] == 0
+    assert early_stop_metrics([], n=4, aborted_tokens=0.0, max_tokens=9) == {}
+
+
+def test_the_estimate_is_right_if_every_token_is_as_likely_to_be_the_last() -> None:
+    rng, n, full, drawn, aborted_tokens = np.random.default_rng(0), 8, 0, 0, 0.0
+    groups = []
+    for _ in range(500):
+        lengths = np.sort(rng.geometric(1 / 50, n))
+        cut = int(lengths[4])  # the vote is decided when five have ended
+        full += int(lengths.sum())
+        drawn += int(np.minimum(lengths, cut).sum())
+        aborted_tokens += float((n - (lengths <= cut).sum()) * cut)
+        ended = tuple(completion("7", int(length)) for length in lengths[lengths <= cut])
+        groups.append(RolloutGroup("a", "original", "teacher", Prompt("?", np.arange(2, dtype=np.int32)), ended))
+    found = early_stop_metrics(groups, n, aborted_tokens, max_tokens=10_000)
+    assert found["rollout/teacher_tokens_saved"] == pytest.approx(1 - drawn / full, abs=0.02)

@@ -104,7 +104,7 @@ def test_a_batch_that_teaches_is_left_as_it_is() -> None:
     assert run.source.take_metrics() == {"rollout/flat_share": 0.0, "rollout/further_questions": 0.0}
 
 
-def test_a_question_of_two_views_is_flat_if_both_are_and_both_come_anew() -> None:
+def test_a_question_of_two_views_is_flat_if_both_are_and_both_are_replaced() -> None:
     experience = Run(flat=[0], method="co_rewarding_i").step(1)
     assert questions_of(experience) == [2, 1]
     assert [(group.uid, group.view) for group in experience.trained] == [
