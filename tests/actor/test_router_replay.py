@@ -1,6 +1,5 @@
 """With the experts that another has chosen, every layout computes what transformers computes with them."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from megatron_coreward.actor.microbatch import build_pack
+from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.demo.model import write_model
 from megatron_coreward.demo.tokenizer import byte_level_tokenizer
 from megatron_coreward.types import Sequences, TrainBatch
@@ -70,8 +70,9 @@ def gates(model: Any, choose: Any) -> Iterator[None]:
 
 def random_experts(path: Path, sequences: Sequences) -> list[Any]:
     """[T - 1, layers, top k] for every sequence: which nobody's router would choose."""
-    config, rng = json.loads((path / "config.json").read_text()), np.random.default_rng(3)
-    layers, of, top = config["num_hidden_layers"], config["num_experts"], config["num_experts_per_tok"]
+    arch, rng = read_architecture(path), np.random.default_rng(3)
+    assert arch.experts is not None
+    layers, of, top = arch.num_layers, arch.experts.num, arch.experts.top_k
     assert top < of
     return [
         rng.random((len(ids) - 1, layers, of)).argsort(-1)[..., :top].astype(np.uint8) for ids in sequences.token_ids
