@@ -205,7 +205,8 @@ class _Attempt:
         actors = running.actors
         config, method, state = self.config, method_of(self.config.method), self.opened.trainer_state
         equivalence = self._equivalence(config.rewards.equivalence, running)
-        problems_of = BatchSampler(self.data.train, config.data.batch_size, config.seed, config.data.shuffle).batch
+        batches = BatchSampler(self.data.train, config.data.batch_size, config.seed, config.data.shuffle)
+        problems_of: Callable[[int], Sequence[Problem]] = batches.batch
         log = RolloutLog(
             config.run_dir,
             fingerprint_of(config),
