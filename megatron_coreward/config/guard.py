@@ -72,7 +72,7 @@ class GuardSettings(Component):
     """Indicator of damage: share of rollouts cut off at rollout.max_response_tokens, above that of the baseline."""
     entropy_rise: Annotated[float, Field(gt=1)] = 3.0
     """Indicator of damage: the policy's entropy as a multiple of the baseline's."""
-    anchor_fall: Fraction = 0.1
+    anchor_fall: Fraction = 0.09
     """Indicator of damage, and enough for an alarm: of the rollouts on anchor questions that give the majority answer
     of the start, the share that is gone since they were most, over two draws. Learning adds to them, because clear
     majorities are mostly right."""

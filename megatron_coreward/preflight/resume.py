@@ -7,7 +7,7 @@ schedules of learning rate and teacher then have the new horizon.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,16 @@ from megatron_coreward.config.methods import method_title
 from megatron_coreward.config.names import with_new_names
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
-from megatron_coreward.telemetry import label_history, timeline
+from megatron_coreward.telemetry import anchor_draws, label_history, timeline
 from megatron_coreward.telemetry.jsonl import FILE_NAME, read_rows
+
+# What a resumed run reads and goes on writing.
+_READ_ON: tuple[tuple[str, Callable[[Path], object]], ...] = (
+    (FILE_NAME, read_rows),
+    (label_history.FILE_NAME, label_history.read_lines),
+    (anchor_draws.FILE_NAME, anchor_draws.read_draws),
+    (timeline.FILE_NAME, timeline.read_timeline),
+)
 
 FIXED = (
     "method",
@@ -84,11 +92,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"run_dir: {run_dir} holds checkpoints and checkpoint.resume is never; choose another run_dir"
         return
     yield from inputs.refused_inputs(run_dir / "checkpoints" / f"step_{newest:06d}", config)
-    for name, read in (
-        (FILE_NAME, read_rows),
-        (label_history.FILE_NAME, label_history.read_lines),
-        (timeline.FILE_NAME, timeline.read_timeline),
-    ):
+    for name, read in _READ_ON:
         try:
             if (run_dir / name).is_file():
                 read(run_dir / name)

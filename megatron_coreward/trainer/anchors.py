@@ -5,9 +5,6 @@ well. What it then forgets are answers that it was sure of. So before the first 
 drawn from the policy of the start, and those with a clear majority are kept as anchors; every few steps, the policy
 draws them again. No ground truth is read: what is compared is the policy with its own past.
 
-RUN/anchors.jsonl holds a line for each draw, `{"step": 20, "answers": {uid: [answer, ...], ...}}`; the first one, of
-step 0, also holds `"labels": {uid: majority, ...}`.
-
 Invariants, each held by a test: the anchors are a function of the start, the seed and the settings; a draw is a
 function of the weights (its seeds are always the same); opening for `first_step` forgets the draws of that step and of
 later ones, so a resumed run draws what an uninterrupted one would.
@@ -22,14 +19,12 @@ from typing import Any
 
 from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import majority_vote
+from megatron_coreward.telemetry.anchor_draws import read_draws
 from megatron_coreward.telemetry.files import append_line, replaced_whole, writing
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
 from megatron_coreward.types import Problem, RolloutGroup
-
-FILE_NAME = "anchors.jsonl"
 
 CANDIDATES = 2  # questions that are asked at first, for each anchor that is wanted
 FIRST_ROLLOUTS = 8  # of each candidate: its first majority
@@ -65,6 +60,11 @@ class Anchors:
             if path.exists():
                 self._read(path, first_step)
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether there are any: they are chosen before the first step, and at no other time."""
+        return bool(self._labels)
 
     def due(self, step: int) -> bool:
         """Whether the anchors are drawn after this step; they are chosen after step 0, before the first one."""
@@ -123,23 +123,14 @@ class Anchors:
         }
 
     def _read(self, path: Path, first_step: int) -> None:
-        *whole, part = path.read_bytes().split(b"\n")
-        kept = []
-        for number, line in enumerate(whole, start=1):
-            try:
-                row = json.loads(line)
-                step, answers, labels = int(row["step"]), dict(row["answers"]), dict(row.get("labels", {}))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: not a draw of anchor questions ({error})") from error
-            if step >= first_step:
-                continue
-            kept.append(line)
-            if step == 0:
-                self._labels = labels
-            self._metrics(answers)  # for the agreements so far
-        if part or len(kept) != len(whole):
+        draws, part = read_draws(path)
+        known = [draw for draw in draws if draw.step < first_step]
+        for draw in known:
+            self._labels = draw.labels or self._labels
+            self._metrics(draw.answers)  # for the agreements so far
+        if part or len(known) != len(draws):
             with replaced_whole(path) as temporary:
-                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+                temporary.write_bytes(b"".join(draw.line + b"\n" for draw in known))
 
 
 def kept(agreements: Sequence[float]) -> float:

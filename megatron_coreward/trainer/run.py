@@ -28,14 +28,14 @@ from megatron_coreward.errors import HaltedError, InputError, RunError
 from megatron_coreward.preflight import preflight, refuse_another_run
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import method_of
-from megatron_coreward.telemetry import label_history, timeline
+from megatron_coreward.telemetry import anchor_draws, label_history, timeline
 from megatron_coreward.telemetry.console import RunView, open_view
 from megatron_coreward.telemetry.label_history import LabelHistory
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
 from megatron_coreward.telemetry.timeline import Timeline
 from megatron_coreward.telemetry.timing import PhaseTimer
-from megatron_coreward.trainer import anchors, finish
+from megatron_coreward.trainer import finish
 from megatron_coreward.trainer.anchors import Anchors, draw_anchors
 from megatron_coreward.trainer.checkpoints import CheckpointWriter
 from megatron_coreward.trainer.collection import open_collection
@@ -285,9 +285,13 @@ class _Attempt:
             return lambda step, num_updates, timer: {}
         state = self.opened.trainer_state
         first_step = 0 if state is None else state.step + (state.unfinished_row is None)
-        path = config.run_dir / anchors.FILE_NAME
+        path = config.run_dir / anchor_draws.FILE_NAME
         chosen = Anchors(path, self.data.train, config.guard, equivalence, first_step)
         self.stack.callback(chosen.close)
+        if first_step > 0 and not chosen.chosen:
+            self.notify(
+                f"no anchor questions: {path} has none, and they are chosen before the first step (guard.anchors)"
+            )
 
         def observe(step: int, num_updates: int, timer: PhaseTimer) -> dict[str, float]:
             if not chosen.due(step):

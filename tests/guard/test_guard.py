@@ -65,7 +65,7 @@ def test_anchors_that_go_are_an_alarm_by_themselves_and_hold_until_they_are_draw
         rows[step - 1]["anchor/kept"] = kept
     decisions = run(GuardSettings(**QUICK), rows)
     assert levels(decisions) == ["none"] * 4 + ["warn", "warn", "act"] + ["none"] * 4
-    assert "answers to the anchor questions kept to 60% (limit -10%)" in decisions[4].reason
+    assert "answers to the anchor questions kept to 60% (limit -9%)" in decisions[4].reason
 
 
 def test_what_appears_late_is_compared_with_its_own_first_steps() -> None:
