@@ -105,7 +105,7 @@ def _add_paper(actions: Any) -> None:
     paper = actions.add_parser(
         "paper",
         help="the paper's benchmarks, those whose data is there",
-        example="megatron-coreward evaluate paper models/trained --out results/paper --base Qwen3-8B --method co_rewarding_i",
+        example="megatron-coreward evaluate paper models/trained --out results/paper --base Qwen3-8B",
     )
     paper.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     paper.add_argument("--out", type=Path, required=True, help="directory; started again, it goes on where it was")

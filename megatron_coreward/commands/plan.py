@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help="memory, layout and time of a run before it is queued",
-        example="megatron-coreward plan configs/large/qwen3_14b_math_co_rewarding_i_8x141.yaml --gpu h200 --gpus 16 --search",
+        example="megatron-coreward plan configs/large/qwen3_14b_math_co_rewarding_i_8x141.yaml --gpus 16 --search",
     )
     plan.add_argument("config", type=Path, metavar="CONFIG")
     plan.add_argument(
