@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-LOCKS := requirements/cpu.lock requirements/evaluation.lock requirements/dev.lock
+LOCKS := requirements/cpu.lock requirements/evaluation.lock requirements/trackers.lock requirements/dev.lock
 # The stamps carry a checksum of what they were made from: a changed lock makes a new environment, a touched one does not.
 LOCK_STAMP := $(VENV)/.lock-$(shell cat $(LOCKS) | cksum | cut -d' ' -f1)
 PROJECT_STAMP := $(VENV)/.project-$(shell cat $(LOCKS) pyproject.toml | cksum | cut -d' ' -f1)

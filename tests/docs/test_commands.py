@@ -4,7 +4,6 @@ What a command does is shown by the test that `RUN_BY` names and by this file (`
 that the project is tested on (`NOT_RUN_HERE`, each with its reason).
 """
 
-import argparse
 import ast
 import importlib
 import re
@@ -36,6 +35,7 @@ RUN_BY = {
     "evaluate lm-eval": "tests/evaluation/test_lm_eval.py",
     "evaluate paper": "tests/e2e/test_reproduce.py",
     "evaluate table": "tests/e2e/test_reproduce.py",
+    "completion": "tests/commands/test_completion.py",
     "report": "tests/report/test_replay.py",
     "compare": "tests/report/test_replay.py",
     "replay": "tests/report/test_replay.py",
@@ -61,18 +61,8 @@ OTHER_PROGRAMS = {
     "hf": "it needs the network",
     "kubectl": "it needs a Kubernetes cluster",
     "apt-get": "it changes the machine",
-    **dict.fromkeys(("cd", "cp", "ls", "mkdir", "for", "done"), "the shell's own"),
+    **dict.fromkeys(("cd", "cp", "eval", "ls", "mkdir", "for", "done"), "the shell's own"),
 }
-
-
-def parsed(command: Command) -> argparse.Namespace:
-    """The options of a command, with all of its key=value in `overrides`."""
-    options, more = cli._parser().parse_known_args(command.words)
-    if more:
-        assert hasattr(options, "overrides"), f"{command}: nobody takes {more}"
-        assert not [word for word in more if word.startswith("-")], f"{command}: nobody takes {more}"
-        options.overrides += more
-    return options
 
 
 def name_of(words: Sequence[str]) -> str:
@@ -92,7 +82,7 @@ def test_the_command_line_takes_it(command: Command, monkeypatch: pytest.MonkeyP
             cli.main(command.words)
         return
     monkeypatch.chdir(ROOT)
-    options = parsed(command)
+    options = cli.parse(command.words)
     keys = [word.partition("=")[0] for word in getattr(options, "overrides", []) if "=" in word]
     assert [key for key in keys if key not in all_keys()] == []
     cluster = getattr(options, "cluster", None)
