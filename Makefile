@@ -1,19 +1,21 @@
-# make env | demo | test | test-slow | lint | format | docs | docs-serve | bench | gpu-test | clean
+# make env | demo | test-quick | test | test-slow | lint | format | docs | docs-serve | bench | gpu-test | clean
 #
 #   PYTHON           interpreter that the environment is made with (3.11, as the lock is)
 #   TORCH_CPU_INDEX  where torch's CPU build is looked for when the configured package index lacks it
 #   GPU_PYTHON       interpreter of the CUDA environment that gpu-test runs in (.venv holds the CPU one)
+#   TEST_WORKERS     processes that make test and make test-quick spread the test files over
 #   PYTEST_ARGS      further arguments for pytest, e.g. make test PYTEST_ARGS="tests/rewards -x"
 
 PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
 PYTHON_VERSION := 3.11
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU_PYTHON ?= python3
+TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-LOCKS := requirements/cpu.lock requirements/evaluation.lock requirements/dev.lock
+LOCKS := requirements/cpu.lock requirements/evaluation.lock requirements/trackers.lock requirements/dev.lock
 # The stamps carry a checksum of what they were made from: a changed lock makes a new environment, a touched one does not.
 LOCK_STAMP := $(VENV)/.lock-$(shell cat $(LOCKS) | cksum | cut -d' ' -f1)
 PROJECT_STAMP := $(VENV)/.project-$(shell cat $(LOCKS) pyproject.toml | cksum | cut -d' ' -f1)
@@ -27,7 +29,7 @@ export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow lint format docs docs-serve bench gpu-test clean
+.PHONY: help env demo test test-quick test-slow lint format docs docs-serve bench gpu-test clean
 
 help:
 	@sed -n 's/^# make //p' Makefile
@@ -59,8 +61,14 @@ $(PROJECT_STAMP): | $(LOCK_STAMP)
 demo: env
 	$(BIN)/megatron-coreward demo
 
+# Files are what workers are given (tests/conftest.py): a file, and an engine that several of them share, stay in one.
+SPREAD = --numprocesses $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: env
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(SPREAD) $(PYTEST_ARGS)
+
+test-quick: env
+	$(BIN)/python -m pytest --quick $(SPREAD) $(PYTEST_ARGS)
 
 test-slow: env
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from megatron_coreward import __version__
 from megatron_coreward.commands import (
+    completion,
     config,
     convert,
     demo,
@@ -41,19 +42,14 @@ COMMANDS: tuple[ModuleType, ...] = (
     report,
     verify_sync,
     convert,
+    completion,
 )
 _RUNS = ("train", "demo")  # the commands that train: of the others none says that a run has failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and runs the command; returns the exit status."""
-    parser = _parser()
-    options, more = parser.parse_known_args(arguments)
-    if more:  # key=value behind an option, which argparse does not count to those before it
-        taken = getattr(options, "overrides", None)
-        if taken is None or any(argument.startswith("-") for argument in more):
-            parser.error(f"unrecognized arguments: {' '.join(more)}")
-        taken += more
+    options = parse(arguments)
     what = "the run" if options.command in _RUNS else f"`{options.command}`"
     try:
         options.run(options)
@@ -78,6 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line. One that no command takes ends the process with status 2."""
+    parser = make_parser()
+    options, more = parser.parse_known_args(arguments)
+    if more:  # key=value behind an option, which argparse does not count to those before it
+        taken = getattr(options, "overrides", None)
+        if taken is None or any(argument.startswith("-") for argument in more):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        taken += more
+    return options
+
+
 def _in_words(error: Exception) -> str:
     """One line about an error that nobody expected, with its traceback above unless it is plainly the machine's."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
@@ -96,13 +104,17 @@ def console() -> NoReturn:
     sys.exit(status)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = Parser(
-        prog="megatron-coreward", description="Co-rewarding: reinforcement learning for LLM reasoning without labels."
+        prog="megatron-coreward",
+        description="Co-rewarding: reinforcement learning for LLM reasoning without labels.",
+        example="megatron-coreward demo",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     for command in COMMANDS:
         command.add(commands)
+    parser.set_defaults(parser=parser)  # for the command that describes them all to a shell
     return parser

@@ -1,9 +1,11 @@
 """The command line: how it ends, and that asking it for help is cheap."""
 
 import argparse
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -140,10 +142,30 @@ def all_parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser
     return found
 
 
+def test_the_help_of_every_command_ends_with_an_example_that_the_command_takes() -> None:
+    """Its own command takes it, and what it names of this repository is there."""
+    seen = 0
+    for parser in all_parsers(cli.make_parser()):
+        if not parser.add_help:
+            continue  # a former name, which is not listed
+        lines = parser.format_help().rstrip().splitlines()
+        assert lines[-2] == "example:", parser.prog
+        words = shlex.split(lines[-1])
+        if words[0] == "eval":
+            words = shlex.split(words[1].removeprefix("$(").removesuffix(")"))
+        assert words[: len(parser.prog.split())] == parser.prog.split()
+        options = cli.parse(words[1:])
+        assert callable(options.run)
+        named = [word for word in words if word.startswith(("configs/", "launch/"))]
+        assert [word for word in named if not (Path(__file__).parents[1] / word).is_file()] == []
+        seen += 1
+    assert seen >= len(cli.COMMANDS)
+
+
 def test_every_option_says_its_default() -> None:
     """Options of all commands that have one; a switch is off, and says nothing."""
     silent, seen = [], 0
-    for parser in all_parsers(cli._parser()):
+    for parser in all_parsers(cli.make_parser()):
         for action in parser._actions:
             if not action.option_strings or action.default in (None, False, [], argparse.SUPPRESS):
                 continue
@@ -158,7 +180,7 @@ def test_every_option_says_its_default() -> None:
 def test_every_argument_says_what_it_is() -> None:
     silent = [
         f"{parser.prog} {action.dest}"
-        for parser in all_parsers(cli._parser())
+        for parser in all_parsers(cli.make_parser())
         for action in parser._actions
         if action.help is None and not isinstance(action, argparse._SubParsersAction)
     ]

@@ -90,7 +90,7 @@ def _key_row(key: Key) -> str:
 
 def command_line() -> str:
     """Every command with its arguments, options, defaults and examples."""
-    return "\n".join([COMMAND_LINE, *_commands(cli._parser(), "")])
+    return "\n".join([COMMAND_LINE, *_commands(cli.make_parser(), "")])
 
 
 def _commands(parser: argparse.ArgumentParser, about: str) -> Iterator[str]:
@@ -102,8 +102,8 @@ def _commands(parser: argparse.ArgumentParser, about: str) -> Iterator[str]:
     arguments = [action for action in parser._actions if _is_shown(action)]
     if words and arguments:
         yield "\n".join(["| argument | what it is |", "|---|---|", *(_argument(parser, a) for a in arguments), ""])
-    if parser.epilog:
-        yield f"```\n{parser.epilog.strip()}\n```\n"
+    if words and (example := getattr(parser, "example", None)):
+        yield f"```bash\n{example}\n```\n"
     for action in inner:
         texts = {choice.dest: choice.help or "" for choice in action._choices_actions}
         for name, command in action.choices.items():

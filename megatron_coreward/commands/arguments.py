@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+_EXAMPLE = "example:\n  "
+
 
 class _Formatter(argparse.HelpFormatter):
     """Says the default of an option that has one, unless its help does."""
@@ -16,6 +18,10 @@ class _Formatter(argparse.HelpFormatter):
             return text
         return f"{text} (default: %(default)s)"
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """An example stays in its line, so that it can be copied."""
+        return text if text.startswith(_EXAMPLE) else super()._fill_text(text, width, indent)
+
 
 class Parser(argparse.ArgumentParser):
     """A parser, its commands' parsers included, that takes no option by the beginning of its name.
@@ -23,8 +29,11 @@ class Parser(argparse.ArgumentParser):
     One command's `--gpus` would be another's `--gpus-per-node` otherwise.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": _Formatter, **settings})
+    def __init__(self, *, example: str | None = None, **settings: Any) -> None:
+        """`example` is a whole command line, which stands at the end of the help."""
+        epilog = None if example is None else f"{_EXAMPLE}{example}"
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _Formatter, "epilog": epilog, **settings})
+        self.example = example
 
 
 class FormerOption(argparse.Action):

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    config = commands.add_parser("config", help="explain the keys of a recipe: type, default, limits, value")
+    config = commands.add_parser(
+        "config",
+        help="explain the keys of a recipe: type, default, limits, value",
+        example="megatron-coreward config actor.lr rollout --recipe configs/math_co_rewarding_i.yaml",
+    )
     config.add_argument(
         "overrides",
         nargs="*",

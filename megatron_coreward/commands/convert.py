@@ -16,11 +16,23 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add(commands: Any) -> None:
-    convert = commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron, and their check")
+    convert = commands.add_parser(
+        "convert",
+        help="checkpoints between Hugging Face and Megatron, and their check",
+        example="megatron-coreward convert to-megatron models/Qwen3-8B checkpoints/qwen3-8b",
+    )
     actions = convert.add_subparsers(required=True, metavar="ACTION")
 
-    to_megatron = actions.add_parser("to-megatron", help="Hugging Face directory -> Megatron distributed checkpoint")
-    to_hf = actions.add_parser("to-hf", help="Megatron distributed checkpoint -> Hugging Face directory")
+    to_megatron = actions.add_parser(
+        "to-megatron",
+        help="Hugging Face directory -> Megatron distributed checkpoint",
+        example="megatron-coreward convert to-megatron models/Qwen3-8B checkpoints/qwen3-8b --dtype bfloat16",
+    )
+    to_hf = actions.add_parser(
+        "to-hf",
+        help="Megatron distributed checkpoint -> Hugging Face directory",
+        example="megatron-coreward convert to-hf runs/first/checkpoints/step_000100 models/trained --weights teacher",
+    )
     for action, what in ((to_megatron, "Hugging Face directory"), (to_hf, "Megatron checkpoint, or one of a run")):
         action.add_argument("source", type=Path, metavar="SRC", help=what)
         action.add_argument("target", type=Path, metavar="DST", help="must not exist; appears whole or not at all")
@@ -37,7 +49,11 @@ def add(commands: Any) -> None:
     to_megatron.set_defaults(run=_to_megatron)
     to_hf.set_defaults(run=_to_hf)
 
-    verify = actions.add_parser("verify", help="compare two checkpoints of either kind, or one with its manifest")
+    verify = actions.add_parser(
+        "verify",
+        help="compare two checkpoints of either kind, or one with its manifest",
+        example="megatron-coreward convert verify models/Qwen3-8B checkpoints/qwen3-8b",
+    )
     verify.add_argument("one", type=Path, metavar="A", help="a checkpoint of either kind")
     verify.add_argument("other", type=Path, metavar="B", nargs="?", help="another; default: the manifest of A")
     verify.add_argument("--hf-path", type=Path, help="config.json of Megatron checkpoints that bring none")

@@ -10,7 +10,11 @@ from megatron_coreward.errors import InputError
 
 
 def add(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="train a small model without labels, here and now, with no download")
+    demo = commands.add_parser(
+        "demo",
+        help="train a small model without labels, here and now, with no download",
+        example="megatron-coreward demo --method co_rewarding_ii --seed 2",
+    )
     demo.add_argument("--method", choices=get_args(MethodName), default="co_rewarding_i", help="of training")
     demo.add_argument(
         "--compare", action="store_true", help="run every method on the same budget and draw them together"

@@ -149,4 +149,6 @@ def written_files(config: RunConfig, arch: Architecture | None) -> dict[str, str
         files["rollbacks.jsonl"] = "when the guard went back, and why"
     if config.telemetry.wandb_project is not None:
         files["wandb/"] = files["wandb_id"] = f"of the project {config.telemetry.wandb_project} in Weights & Biases"
+    if config.telemetry.mlflow_experiment is not None:
+        files["mlflow_run_id"] = f"of the experiment {config.telemetry.mlflow_experiment} in MLflow"
     return files

@@ -12,7 +12,9 @@ from megatron_coreward.telemetry.untrusted_text import say
 
 def add(commands: Any) -> None:
     evaluate = commands.add_parser(
-        "evaluate", help="pass@1, avg@k, pass@k, maj@k on prepared questions, with intervals"
+        "evaluate",
+        help="pass@1, avg@k, pass@k, maj@k on prepared questions, with intervals",
+        example="megatron-coreward evaluate run models/trained data/math500.parquet --out results/trained",
     )
     actions = evaluate.add_subparsers(required=True, metavar="ACTION")
     _add_run(actions)
@@ -26,7 +28,11 @@ def add(commands: Any) -> None:
 
 
 def _add_run(actions: Any) -> None:
-    run = actions.add_parser("run", help="sample answers and grade them; goes on where it was interrupted")
+    run = actions.add_parser(
+        "run",
+        help="sample answers and grade them; goes on where it was interrupted",
+        example="megatron-coreward evaluate run models/trained data/math500.parquet --out results/trained --n 16",
+    )
     run.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     run.add_argument("files", type=Path, nargs="+", metavar="FILE", help="parquet, as prepare-data writes it")
     run.add_argument("--out", type=Path, required=True, help="directory for samples.jsonl, result.json and page.html")
@@ -62,7 +68,11 @@ def _add_run(actions: Any) -> None:
 
 
 def _add_compare(actions: Any) -> None:
-    compare = actions.add_parser("compare", help="paired test of two evaluations of the same questions")
+    compare = actions.add_parser(
+        "compare",
+        help="paired test of two evaluations of the same questions",
+        example="megatron-coreward evaluate compare results/base results/trained",
+    )
     compare.add_argument("a", type=Path, metavar="A", help="directory or result.json of an evaluation")
     compare.add_argument("b", type=Path, metavar="B", help="the other one")
     compare.add_argument("--out", type=Path, help="directory for the comparison as JSON and a page")
@@ -70,7 +80,11 @@ def _add_compare(actions: Any) -> None:
 
 
 def _add_lm_eval(actions: Any) -> None:
-    lm_eval = actions.add_parser("lm-eval", help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM")
+    lm_eval = actions.add_parser(
+        "lm-eval",
+        help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM",
+        example="megatron-coreward evaluate lm-eval models/trained ifeval mmlu_pro --out results/trained-lm-eval",
+    )
     lm_eval.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     lm_eval.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="of the paper, or a task of the harness")
     lm_eval.add_argument("--out", type=Path, required=True, help="directory for samples.jsonl and results.json")
@@ -88,7 +102,11 @@ def _add_lm_eval(actions: Any) -> None:
 
 
 def _add_paper(actions: Any) -> None:
-    paper = actions.add_parser("paper", help="the paper's benchmarks, those whose data is there")
+    paper = actions.add_parser(
+        "paper",
+        help="the paper's benchmarks, those whose data is there",
+        example="megatron-coreward evaluate paper models/trained --out results/paper --base Qwen3-8B",
+    )
     paper.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
     paper.add_argument("--out", type=Path, required=True, help="directory; started again, it goes on where it was")
     _add_common(paper)
@@ -102,7 +120,11 @@ def _add_paper(actions: Any) -> None:
 
 
 def _add_table(actions: Any) -> None:
-    table = actions.add_parser("table", help="results of `evaluate paper` as the paper's table, beside its numbers")
+    table = actions.add_parser(
+        "table",
+        help="results of `evaluate paper` as the paper's table, beside its numbers",
+        example="megatron-coreward evaluate table results/paper results/paper-base --out tables",
+    )
     table.add_argument("results", type=Path, nargs="+", metavar="DIR", help="directories of `evaluate paper`")
     table.add_argument("--out", type=Path, help="directory for table.md, table.csv and table.tex")
     table.add_argument("--paper-numbers", type=Path, help="CSV of the paper's numbers; default: those that come along")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megatron_coreward.launch.job import Job
     from megatron_coreward.launch.supervise import Backend
 
+_RECIPE = "configs/math_co_rewarding_i.yaml"
 _HELP = {
     "local": "on this machine, again and again until it is finished",
     "slurm": "as a Slurm job, with containers (Pyxis) or without",
@@ -22,10 +23,15 @@ _HELP = {
 
 
 def add(commands: Any) -> None:
-    launch = commands.add_parser("launch", help="run on a cluster, follow it, and submit it again until it is finished")
+    example = f"megatron-coreward launch {{kind}} {_RECIPE} --cluster launch/clusters/{{kind}}.yaml"
+    launch = commands.add_parser(
+        "launch",
+        help="run on a cluster, follow it, and submit it again until it is finished",
+        example=f"{example.format(kind='slurm')} --nodes 2 --gpus-per-node 8 --dry-run",
+    )
     kinds = launch.add_subparsers(required=True, metavar="WHERE")
     for kind, text in _HELP.items():
-        parser = kinds.add_parser(kind, help=text)
+        parser = kinds.add_parser(kind, help=text, example=example.format(kind=kind))
         parser.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
         parser.add_argument("--cluster", type=Path, metavar="FILE", help="the cluster's settings (launch/clusters/)")

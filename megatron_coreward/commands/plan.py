@@ -11,7 +11,11 @@ from megatron_coreward.errors import InputError
 def add(commands: Any) -> None:
     from megatron_coreward.planner.hardware import GPUS, Assumptions
 
-    plan = commands.add_parser("plan", help="memory, layout and time of a run before it is queued")
+    plan = commands.add_parser(
+        "plan",
+        help="memory, layout and time of a run before it is queued",
+        example="megatron-coreward plan configs/large/qwen3_14b_math_co_rewarding_i_8x141.yaml --gpus 16 --search",
+    )
     plan.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
     plan.add_argument(
         "overrides",

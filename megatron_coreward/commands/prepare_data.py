@@ -13,7 +13,11 @@ from megatron_coreward.telemetry.untrusted_text import say
 def add(commands: Any) -> None:
     from megatron_coreward.data.sources import GENERIC, SOURCES, AnswerFrom
 
-    prepare = commands.add_parser("prepare-data", help="question sets into the parquet format that training reads")
+    prepare = commands.add_parser(
+        "prepare-data",
+        help="question sets into the parquet format that training reads",
+        example="megatron-coreward prepare-data math --input data/math.jsonl --out data/math.parquet",
+    )
     prepare.add_argument("source", choices=(*SOURCES, GENERIC), metavar="SOURCE", help=", ".join((*SOURCES, GENERIC)))
     prepare.add_argument(
         "--input", type=Path, nargs="+", default=[], help="local parquet, jsonl or json; default: the hub"

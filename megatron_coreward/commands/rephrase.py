@@ -11,7 +11,11 @@ from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
-    rephrase = commands.add_parser("rephrase", help="rewrite questions with a model, and keep what passes the checks")
+    rephrase = commands.add_parser(
+        "rephrase",
+        help="rewrite questions with a model, and keep what passes the checks",
+        example="megatron-coreward rephrase models/Qwen3-32B data/math.parquet --out data/math_rephrased.parquet",
+    )
     rephrase.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory")
     rephrase.add_argument("file", type=Path, metavar="FILE", help="parquet, as prepare-data writes it")
     rephrase.add_argument("--out", type=Path, required=True, help="parquet; replies and report are written beside it")

@@ -13,6 +13,7 @@ def add(commands: Any) -> None:
     report = commands.add_parser(
         "report",
         help="one page of a run: curves, alarms, where the time goes, its samples; brings to trackers what they missed",
+        example="megatron-coreward report runs/demo/co_rewarding_i",
     )
     report.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, help="the page (default: report.html in the run directory)")
@@ -23,7 +24,11 @@ def add(commands: Any) -> None:
     )
     report.set_defaults(run=_report)
 
-    compare = commands.add_parser("compare", help="several runs on one page")
+    compare = commands.add_parser(
+        "compare",
+        help="several runs on one page",
+        example="megatron-coreward compare runs/demo/co_rewarding_i runs/demo/majority_voting --out both.html",
+    )
     compare.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run directories")
     compare.add_argument("--out", type=Path, default=Path("comparison.html"), help="the page")
     compare.set_defaults(run=_compare)
@@ -31,6 +36,7 @@ def add(commands: Any) -> None:
     replay = commands.add_parser(
         "replay",
         help="recompute votes, rewards, advantages, guard decisions from what a run sampled; status 1 if they differ",
+        example="megatron-coreward replay runs/demo/co_rewarding_i --steps 10-20",
     )
     replay.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory with rollouts")
     replay.add_argument("--steps", metavar="FIRST-LAST", help="only these steps, such as 10-20 or 7")

@@ -10,7 +10,11 @@ from megatron_coreward.telemetry.untrusted_text import say
 
 
 def add(commands: Any) -> None:
-    train = commands.add_parser("train", help="train from a config file")
+    train = commands.add_parser(
+        "train",
+        help="train from a config file",
+        example="megatron-coreward train configs/math_co_rewarding_i.yaml run_dir=runs/first actor.lr=1e-6",
+    )
     train.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, such as actor.lr=1e-5")
     train.add_argument(

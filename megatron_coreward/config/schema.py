@@ -403,6 +403,11 @@ class TelemetrySettings(Component):
     """Whether the rollouts of every step are kept in run_dir/rollouts/."""
     wandb_project: str | None = None
     """Project of Weights & Biases that metrics are logged to as well; null: none."""
+    mlflow_experiment: str | None = None
+    """Experiment of MLflow that metrics are logged to as well; it is made if it does not exist; null: none."""
+    mlflow_uri: str | None = None
+    """Tracking server of MLflow, http://HOST:PORT for example; null: what the environment variable MLFLOW_TRACKING_URI
+    says. A user name, password or token belongs into MLflow's environment variables: this key is shown and kept."""
 
 
 class RunConfig(Component):

@@ -37,6 +37,7 @@ OWN_NAMES: Mapping[str, Literal["file", "directory"] | None] = {
     "logs": "directory",
     "metrics.jsonl": "file",
     "missed.json": None,
+    "mlflow_run_id": None,
     "report.html": None,
     "rollbacks.jsonl": "file",
     "rollouts": "directory",

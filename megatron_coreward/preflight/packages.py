@@ -54,10 +54,10 @@ def problems(config: RunConfig) -> Iterator[str]:
             yield f"package {wanted.name}: not installed; allowed: {wanted.specifier} ({hint})"
         elif not wanted.specifier.contains(found, prereleases=True):
             yield f"package {wanted.name}: found {found}; allowed: {wanted.specifier} ({hint})"
-    if config.telemetry.wandb_project is not None:
-        from megatron_coreward.telemetry.sinks import require_wandb  # with TensorBoard, which takes a while to import
+    if config.telemetry.wandb_project is not None or config.telemetry.mlflow_experiment is not None:
+        from megatron_coreward.telemetry.sinks import require_trackers  # with TensorBoard, which is slow to import
 
         try:
-            require_wandb(config.telemetry.wandb_project)
+            require_trackers(config.model_dump(include={"telemetry"}))
         except InputError as error:
             yield str(error)

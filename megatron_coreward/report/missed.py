@@ -2,14 +2,12 @@
 
 import fcntl
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_coreward.report.run_record import load_record
 from megatron_coreward.telemetry.jsonl import FILE_NAME
 from megatron_coreward.telemetry.sinks import trackers_of
-from megatron_coreward.telemetry.trackers import Tracker, bring_missed, read_missed
+from megatron_coreward.telemetry.trackers import bring_missed, read_missed
 
 
 def bring_to_trackers(run_dir: Path) -> list[str]:
@@ -23,13 +21,8 @@ def bring_to_trackers(run_dir: Path) -> list[str]:
     if is_training(run_dir):
         return [f"{', '.join(sorted(missed))}: what is missing can be brought once the run in {run_dir} has ended"]
     warnings: list[str] = []
-    trackers = trackers_from(run_dir, load_record(run_dir).config)
+    trackers = trackers_of(run_dir, load_record(run_dir).config)
     return bring_missed(run_dir, run_dir / FILE_NAME, trackers, warnings.append) + warnings
-
-
-def trackers_from(run_dir: Path, config: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers of a run, of its resolved configuration."""
-    return trackers_of(run_dir, (config.get("telemetry") or {}).get("wandb_project"), config)
 
 
 def is_training(run_dir: Path) -> bool:

@@ -1,12 +1,13 @@
 """Where the metrics of a run go: metrics.jsonl, which a run cannot do without, and trackers, which it can.
 
 A resumed run writes its steps from `first_step` on once more. Each place makes sure that a reader sees one history: the
-metrics file drops the rows from there on, TensorBoard hides them, and Weights & Biases goes on in the same
+metrics file drops the rows from there on, TensorBoard hides them, and Weights & Biases and MLflow go on in the same
 run. An error of the metrics file ends the run; none of a tracker does (`trackers`).
 """
 
 import importlib
 import importlib.util
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.files import replaced_whole
 from megatron_coreward.telemetry.jsonl import FILE_NAME, JsonlSink
+from megatron_coreward.telemetry.mlflow_run import Mlflow
 from megatron_coreward.telemetry.trackers import GuardedTracker, Tracker
 
 
@@ -82,23 +84,39 @@ class Wandb:
         self._run.finish()
 
 
-def trackers_of(run_dir: Path, wandb_project: str | None, config: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers of a run: TensorBoard in its directory, and W&B if a project is named.
+def trackers_of(run_dir: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers of a run: TensorBoard in its directory, and those that its `telemetry` keys name.
 
-    `config` is what W&B shows as the run's configuration.
+    `config` is the run's configuration, resolved and nested; W&B and MLflow show it.
     """
+    telemetry: Mapping[str, Any] = config.get("telemetry") or {}
+    project, experiment = telemetry.get("wandb_project"), telemetry.get("mlflow_experiment")
     trackers = [Tracker("tensorboard", lambda first_step: TensorBoard(run_dir / "tensorboard", first_step))]
-    if wandb_project is not None:
-        trackers.append(Tracker("wandb", lambda first_step: Wandb(wandb_project, run_dir, config)))
+    if project is not None:
+        trackers.append(Tracker("wandb", lambda first_step: Wandb(project, run_dir, config)))
+    if experiment is not None:
+        uri = telemetry.get("mlflow_uri")
+        trackers.append(Tracker("mlflow", lambda first_step: Mlflow(experiment, uri, run_dir, config)))
     return trackers
 
 
-def require_wandb(project: str) -> None:
-    """Raises InputError if the W&B package is missing. It costs nothing: ask before a run starts."""
-    if importlib.util.find_spec("wandb") is None:
+def require_trackers(config: Mapping[str, Any]) -> None:
+    """Raises InputError if a tracker that the configuration names cannot be opened at all.
+
+    It imports and asks nothing of the trackers' packages: call it before a run starts.
+    """
+    telemetry: Mapping[str, Any] = config.get("telemetry") or {}
+    for key, package in (("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")):
+        if telemetry.get(key) is not None and importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"telemetry.{key} is {telemetry[key]!r}, but the package {package} is not installed: "
+                f"pip install 'megatron-coreward[trackers]', or leave telemetry.{key} out"
+            )
+    nowhere = telemetry.get("mlflow_uri") is None and not os.environ.get("MLFLOW_TRACKING_URI")
+    if telemetry.get("mlflow_experiment") is not None and nowhere:
         raise InputError(
-            f"telemetry.wandb_project is {project!r}, but the package wandb is not installed: "
-            "pip install 'megatron-coreward[wandb]', or leave telemetry.wandb_project out"
+            f"telemetry.mlflow_experiment is {telemetry['mlflow_experiment']!r}, but no server is named: set "
+            "telemetry.mlflow_uri or MLFLOW_TRACKING_URI, to http://HOST:PORT for example"
         )
 
 
@@ -128,21 +146,20 @@ def open_sinks(
     run_dir: Path,
     *,
     first_step: int,
-    wandb_project: str | None = None,
     config: Mapping[str, Any] | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> SinkGroup:
     """The sinks of a run: metrics.jsonl, and its trackers.
 
     `first_step` is the first step that will be written (0 for a new run that validates before training); rows from
-    there on that an earlier attempt wrote are replaced. `config` is what W&B shows as the run's configuration. `warn`
-    takes a line for people about a tracker that fails.
+    there on that an earlier attempt wrote are replaced. `config` is the run's configuration, which names its trackers
+    and is what they show. `warn` takes a line for people about a tracker that fails.
     """
-    if wandb_project is not None:
-        require_wandb(wandb_project)
+    config = config or {}
+    require_trackers(config)
     metrics_file = run_dir / FILE_NAME
     sinks: list[Sink] = [JsonlSink(metrics_file, first_step)]
-    for tracker in trackers_of(run_dir, wandb_project, config or {}):
+    for tracker in trackers_of(run_dir, config):
         sinks.append(GuardedTracker(tracker, run_dir, metrics_file, first_step, warn))
     return SinkGroup(sinks)
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from megatron_coreward.checkpoint.store import saved_steps
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError, RunError
-from megatron_coreward.report.missed import trackers_from
 from megatron_coreward.report.report import write_report
 from megatron_coreward.telemetry.jsonl import FILE_NAME
+from megatron_coreward.telemetry.sinks import trackers_of
 from megatron_coreward.telemetry.trackers import bring_missed, read_missed
 
 MODEL, REPORT = "hf", "report.html"
@@ -49,7 +49,7 @@ def final_model_is_whole(run_dir: Path) -> bool:
 def missing(config: RunConfig) -> list[str]:
     """What a run that is trained lacks."""
     lacks = [] if (config.run_dir / REPORT).is_file() else [REPORT]
-    used = {tracker.name for tracker in trackers_from(config.run_dir, config.model_dump(mode="json"))}
+    used = {tracker.name for tracker in trackers_of(config.run_dir, config.model_dump(mode="json"))}
     return lacks + [f"rows of {name}" for name in sorted(used & set(read_missed(config.run_dir)))]
 
 
@@ -63,7 +63,7 @@ def complete(config: RunConfig, notify: Callable[[str], None]) -> None:
     if not (config.run_dir / REPORT).is_file():
         try_report(config, notify)
     if read_missed(config.run_dir):
-        trackers = trackers_from(config.run_dir, config.model_dump(mode="json"))
+        trackers = trackers_of(config.run_dir, config.model_dump(mode="json"))
         for line in bring_missed(config.run_dir, config.run_dir / FILE_NAME, trackers, notify):
             notify(line)
 

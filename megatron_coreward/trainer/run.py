@@ -32,7 +32,7 @@ from megatron_coreward.telemetry import anchor_draws, label_history, timeline
 from megatron_coreward.telemetry.console import RunView, open_view
 from megatron_coreward.telemetry.label_history import LabelHistory
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
-from megatron_coreward.telemetry.sinks import open_sinks, require_wandb
+from megatron_coreward.telemetry.sinks import open_sinks, require_trackers
 from megatron_coreward.telemetry.timeline import Timeline
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer import finish
@@ -101,8 +101,7 @@ def train(config: RunConfig, arch: Architecture | None = None) -> Path:
             arch = arch or preflight(config)
         stack.enter_context(lock_run_directory(config.run_dir))
         stack.enter_context(interrupt_says_how_to_go_on(config))
-        if config.telemetry.wandb_project is not None:
-            require_wandb(config.telemetry.wandb_project)
+        require_trackers(config.model_dump(include={"telemetry"}))
         if completes:
             finish.complete(config, partial(announce, config))
             return config.run_dir
@@ -313,7 +312,6 @@ class _Attempt:
             open_sinks(
                 config.run_dir,
                 first_step=self._first_row(),
-                wandb_project=config.telemetry.wandb_project,
                 config=config.model_dump(mode="json"),
                 warn=self.notify,
             )

@@ -1,4 +1,8 @@
-"""Runs a function on several gloo ranks in processes of their own, and brings back what each returned."""
+"""Runs a function on several gloo ranks in processes of their own, and brings back what each returned.
+
+The ranks are forked from one process that has imported torch and Megatron and has done nothing else: for most tests
+these imports, seconds of each rank, would be most of the work.
+"""
 
 import os
 import pickle
@@ -14,6 +18,8 @@ from megatron_coreward.weights.ports import free_port
 
 __all__ = ["free_port", "run_ranks"]
 
+IMPORTED = ["megatron_coreward.actor.actor", "tests.actor.on_ranks"]  # once, for all ranks of all tests
+
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
     """`function(rank, *args)` on every rank; results in rank order. The first error of a rank is raised here.
@@ -21,10 +27,11 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
     `function` must be importable by name: it lives in a module, not in a test.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         root = str(Path(__file__).parents[2])
         if root not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
             os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])
+        context.set_forkserver_preload(IMPORTED)  # in effect when its process starts, at the first call
         processes = [
             context.Process(target=_entry, args=(rank, Path(folder), function, args)) for rank in range(num_ranks)
         ]

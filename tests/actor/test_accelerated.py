@@ -111,6 +111,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(path, byte_level_tokenizer(), family="qwen3", layers=2, hidden=64, ffn=96, head_dim=24)
 
 
+@pytest.mark.ranks
 def test_unknown_scales_are_found_by_two_passes_that_leave_no_trace(model: Path) -> None:
     cold, warm = (
         run_ranks(1, update_with_cold_scales, model, free_port(), make_batch(259), cold)[0] for cold in (True, False)
@@ -122,6 +123,7 @@ def test_unknown_scales_are_found_by_two_passes_that_leave_no_trace(model: Path)
 
 
 @pytest.mark.parametrize(("recipe", "while_scored"), [("delayed", None), ("tensorwise", "hybrid")])
+@pytest.mark.ranks
 def test_scoring_the_policy_under_delayed_scaling_is_in_bf16(
     model: Path, recipe: str, while_scored: str | None
 ) -> None:
@@ -131,6 +133,7 @@ def test_scoring_the_policy_under_delayed_scaling_is_in_bf16(
     assert seen["really"]
 
 
+@pytest.mark.ranks
 def test_a_checkpoint_holds_nothing_of_transformer_engines_pickles(model: Path, tmp_path: Path) -> None:
     (found,) = run_ranks(1, checkpoint_keys, model, free_port(), tmp_path)
     assert found["has"]  # the model has such a state

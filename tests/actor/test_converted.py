@@ -16,6 +16,8 @@ from tests.actor.ranks import free_port, run_ranks
 from tests.actor.test_parity import make_batch
 from tests.checkpoint.models import assert_bit_equal, read_hf
 
+pytestmark = pytest.mark.ranks
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2, tied": {"family": "qwen2", "tie": True},
     "qwen2": {"family": "qwen2"},

@@ -56,6 +56,7 @@ def test_a_failing_call_leaves_the_part_where_it_rests() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.ranks
 def test_training_does_not_notice_that_its_state_was_away(tmp_path: Path, dtype: str) -> None:
     write_model(tmp_path / "model", byte_level_tokenizer(), family="qwen3", hidden=64, ffn=96, head_dim=24)
     batch, runs = make_batch(259), []

@@ -15,6 +15,8 @@ from tests.actor.offload_on_ranks import by_packing
 from tests.actor.ranks import free_port, run_ranks
 from tests.actor.test_parity import make_batch
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.mark.parametrize(("tokens", "packs"), [(4096, 1), (128, 3)])
 def test_packing_changes_nothing_but_the_shape_of_the_work(tmp_path: Path, tokens: int, packs: int) -> None:

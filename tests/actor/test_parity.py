@@ -16,6 +16,8 @@ from megatron_coreward.types import Sequences, TrainBatch
 from tests.actor.on_ranks import gradients_and_stats
 from tests.actor.ranks import free_port, run_ranks
 
+pytestmark = pytest.mark.ranks
+
 CLIP, KL_COEF = 0.2, 0.1
 
 ONE = [{}, {"tokens_per_microbatch": 64}, {"tokens_per_microbatch": 4096}]

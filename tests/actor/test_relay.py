@@ -24,6 +24,7 @@ def test_a_replica_is_a_copy_of_the_model_and_a_rank_that_has_results_leads_it()
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.ranks
 def test_every_rank_carries_out_every_command_once_and_the_wanted_answers_come_back() -> None:
     # Ranks 0 and 2 are the stages of the first replica, 1 and 3 those of the second; the last stages lead.
     ranks = run_ranks(4, commands, 4, free_port())
@@ -44,6 +45,7 @@ def test_every_rank_carries_out_every_command_once_and_the_wanted_answers_come_b
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.ranks
 def test_a_rank_that_fails_ends_its_loop_with_the_error() -> None:
     """Its outstanding call brings it to the driver, whatever the leader waits for."""
     assert run_ranks(2, failing, 2, free_port()) == [

@@ -11,6 +11,8 @@ from tests.actor.memory_on_ranks import save_and_resume
 from tests.actor.ranks import free_port, run_ranks
 from tests.actor.test_parity import make_batch
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

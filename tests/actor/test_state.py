@@ -14,6 +14,8 @@ from tests.actor.on_ranks import refuses_bad_gradient, resume, train_and_save
 from tests.actor.ranks import free_port, run_ranks
 from tests.actor.test_parity import make_batch
 
+pytestmark = pytest.mark.ranks
+
 WEIGHTS: tuple[Weights, ...] = ("policy", "teacher", "reference")
 
 

@@ -83,6 +83,7 @@ def test_the_gradient_of_the_weight_is_added_to_the_main_gradient_where_there_is
     assert off(weight.main_grad - 1, of_weight) < 1e-6  # type: ignore[attr-defined]
 
 
+@pytest.mark.ranks
 def test_ranks_with_unequal_parts_of_the_vocabulary_agree_with_the_whole_one() -> None:
     """Of 151,936 tokens, padded for two ranks, the last rank has 64 fewer; a rank may have none at all."""
     for errors in run_ranks(2, scores_of_many_chunks, free_port()):

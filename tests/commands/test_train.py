@@ -123,7 +123,8 @@ def test_the_plan_is_that_of_this_machines_gpus(world: Path, tmp_path: Path, mon
 
 
 def test_everything_that_a_run_writes_is_named(world: Path) -> None:
-    config = load_config(world / "recipe.yaml", ["guard.action=rollback", "telemetry.wandb_project=x"])
+    everywhere = ["telemetry.wandb_project=x", "telemetry.mlflow_experiment=x"]
+    config = load_config(world / "recipe.yaml", ["guard.action=rollback", *everywhere])
     assert {name.rstrip("/") for name in written_files(config, None)} == set(machine.OWN_NAMES)
 
 

@@ -11,6 +11,8 @@ DOCS = ROOT / "docs"
 PAGES = tuple(sorted(DOCS.rglob("*.md")))
 ALL_PAGES = (*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")), *PAGES)
 
+FORMER = ("CHANGELOG.md", "migration.md")  # pages that name what was
+
 _FENCE = re.compile(r"\s*```(\S*)")
 _COMMAND = re.compile(r"(?:^|\s)(?:\.venv/bin/)?megatron-coreward\s(?=[a-z-])")
 

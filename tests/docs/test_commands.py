@@ -4,7 +4,6 @@ What a command does is shown by the test that `RUN_BY` names and by this file (`
 that the project is tested on (`NOT_RUN_HERE`, each with its reason).
 """
 
-import argparse
 import ast
 import importlib
 import re
@@ -16,7 +15,7 @@ import pytest
 from megatron_coreward import cli
 from megatron_coreward.config.describe import all_keys, find_keys
 from megatron_coreward.config.load import load_config
-from tests.docs.pages import ALL_PAGES, PAGES, ROOT, Block, Command, blocks, commands
+from tests.docs.pages import ALL_PAGES, FORMER, PAGES, ROOT, Block, Command, blocks, commands
 
 COMMANDS = [command for page in ALL_PAGES for command in commands(page)]
 
@@ -36,6 +35,7 @@ RUN_BY = {
     "evaluate lm-eval": "tests/evaluation/test_lm_eval.py",
     "evaluate paper": "tests/e2e/test_reproduce.py",
     "evaluate table": "tests/e2e/test_reproduce.py",
+    "completion": "tests/commands/test_completion.py",
     "report": "tests/report/test_replay.py",
     "compare": "tests/report/test_replay.py",
     "replay": "tests/report/test_replay.py",
@@ -61,18 +61,8 @@ OTHER_PROGRAMS = {
     "hf": "it needs the network",
     "kubectl": "it needs a Kubernetes cluster",
     "apt-get": "it changes the machine",
-    **dict.fromkeys(("cd", "cp", "ls", "mkdir", "for", "done"), "the shell's own"),
+    **dict.fromkeys(("cd", "cp", "eval", "ls", "mkdir", "for", "done"), "the shell's own"),
 }
-
-
-def parsed(command: Command) -> argparse.Namespace:
-    """The options of a command, with all of its key=value in `overrides`."""
-    options, more = cli._parser().parse_known_args(command.words)
-    if more:
-        assert hasattr(options, "overrides"), f"{command}: nobody takes {more}"
-        assert not [word for word in more if word.startswith("-")], f"{command}: nobody takes {more}"
-        options.overrides += more
-    return options
 
 
 def name_of(words: Sequence[str]) -> str:
@@ -92,7 +82,7 @@ def test_the_command_line_takes_it(command: Command, monkeypatch: pytest.MonkeyP
             cli.main(command.words)
         return
     monkeypatch.chdir(ROOT)
-    options = parsed(command)
+    options = cli.parse(command.words)
     keys = [word.partition("=")[0] for word in getattr(options, "overrides", []) if "=" in word]
     assert [key for key in keys if key not in all_keys()] == []
     cluster = getattr(options, "cluster", None)
@@ -158,6 +148,6 @@ def test_what_else_a_block_calls_is_known(block: Block) -> None:
 
 
 def test_scripts_that_pages_call_exist() -> None:
-    called = {path for page in ALL_PAGES for path in SCRIPT.findall(page.read_text())}
+    called = {path for page in ALL_PAGES if page.name not in FORMER for path in SCRIPT.findall(page.read_text())}
     assert len(called) > 8
     assert [path for path in called if not (ROOT / path).is_file()] == []

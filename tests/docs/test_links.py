@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.docs.pages import ALL_PAGES, DOCS, PAGES, ROOT, prose
+from tests.docs.pages import ALL_PAGES, DOCS, FORMER, PAGES, ROOT, prose
 
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 CODE = re.compile(r"`[^`]*`")
@@ -52,7 +52,7 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_by_their_path_exist(page: Path) -> None:
-    if page.name in ("CHANGELOG.md", "migration.md"):  # they name what was
+    if page.name in FORMER:
         return
     named = {path for _, line in prose(page) for path in PATH.findall(line)}
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []

@@ -1,11 +1,14 @@
 """A small model that answers, made by the demo's warm start; and Ray, stopped in any case."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import RunConfig
@@ -40,13 +43,27 @@ class Task:
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
+    """A folder of this process's own; the model in it is made once for all processes that run tests."""
     from megatron_coreward.cluster.ray_start import stop_ray
+
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "task"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "complete").exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            make_task(shared)
+            (shared / "complete").touch()
+    yield Task(Path(shutil.copytree(shared, tmp_path_factory.mktemp("e2e") / "task")))
+    stop_ray()
+
+
+def make_task(folder: Path) -> None:
     from megatron_coreward.demo.model import write_model
     from megatron_coreward.demo.task import make_splits, write_parquet
     from megatron_coreward.demo.tokenizer import word_level_tokenizer
     from megatron_coreward.demo.warm_start import warm_start
 
-    folder = tmp_path_factory.mktemp("task")
+    folder.mkdir()
     splits = make_splits(1, num_train=64, num_heldout=16, num_sft=16)
     write_parquet(folder, splits)
     tokenizer = word_level_tokenizer()
@@ -56,5 +73,3 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
     warm_start(
         folder / "random", folder / "start", tokenizer, examples, max_steps=60, seed=1, on_step=lambda step, loss: None
     )
-    yield Task(folder)
-    stop_ray()

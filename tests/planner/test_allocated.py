@@ -17,6 +17,8 @@ from megatron_coreward.weights.layouts import ActorLayout
 from tests.actor.ranks import free_port, run_ranks
 from tests.planner.on_ranks import allocated
 
+pytestmark = pytest.mark.ranks
+
 # Sizes that leave padding at every place where there can be some: 259 tokens, heads of 24, odd layer counts.
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2 tied": {"family": "qwen2", "tie": True},

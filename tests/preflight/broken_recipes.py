@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,13 @@ def key(*changes: str, says: str) -> Case:
 
 def broken(do: Break, *changes: str, says: str) -> Case:
     return Case(says, changes, do)
+
+
+def without(package: str) -> Break:
+    def do(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, package, None)
+
+    return do
 
 
 def text(path: str, content: str | bytes) -> Break:
@@ -388,8 +396,18 @@ CASES: dict[str, Case] = {
     "no package": broken(
         version("megatron-core", None), says="package megatron-core: not installed; allowed: ==0.16.1"
     ),
-    "no wandb": key(
-        "telemetry.wandb_project=p", says="telemetry.wandb_project is 'p', but the package wandb is not inst"
+    "no wandb": broken(
+        without("wandb"),
+        "telemetry.wandb_project=p",
+        says="telemetry.wandb_project is 'p', but the package wandb is not inst",
+    ),
+    "no mlflow": broken(
+        without("mlflow"),
+        "telemetry.mlflow_experiment=p",
+        says="telemetry.mlflow_experiment is 'p', but the package mlflow is not inst",
+    ),
+    "no mlflow server": key(
+        "telemetry.mlflow_experiment=p", says="telemetry.mlflow_experiment is 'p', but no server is named"
     ),
     # the run directory
     "run_dir is a file": key("run_dir=recipe.yaml", says="run_dir: recipe.yaml is a file"),

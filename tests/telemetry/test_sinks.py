@@ -109,19 +109,20 @@ def test_wandb_without_its_package_is_bad_input_that_names_key_and_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r"telemetry\.wandb_project is 'demo'.*megatron-coreward\[wandb\]"):
-        open_sinks(tmp_path / "run", first_step=0, wandb_project="demo")
+    with pytest.raises(InputError, match=r"telemetry\.wandb_project is 'demo'.*megatron-coreward\[trackers\]"):
+        open_sinks(tmp_path / "run", first_step=0, config={"telemetry": {"wandb_project": "demo"}})
     assert not (tmp_path / "run").exists()
 
 
 def test_wandb_gets_every_row_over_our_own_step(tmp_path: Path, wandb: FakeWandb) -> None:
-    with open_sinks(tmp_path, first_step=0, wandb_project="demo", config={"seed": 1}) as sinks:
+    config = {"seed": 1, "telemetry": {"wandb_project": "demo"}}
+    with open_sinks(tmp_path, first_step=0, config=config) as sinks:
         sinks.write(3, {"step_time_s": 1.0, "reward/mean": 0.5})
     assert wandb.logged == [{"step_time_s": 1.0, "reward/mean": 0.5, "step": 3}]
     assert wandb.defined == [("step", None), ("*", "step")]
     assert wandb.finished == 1
     assert wandb.inits[0]["project"] == "demo"
-    assert wandb.inits[0]["config"] == {"seed": 1}
+    assert wandb.inits[0]["config"] == config
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path, wandb: FakeWandb) -> None:

@@ -13,7 +13,6 @@ from megatron_coreward.attempt import FINISHED
 from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import InputError
-from megatron_coreward.report import missed
 from megatron_coreward.telemetry import sinks
 from megatron_coreward.telemetry.jsonl import JsonlSink
 from megatron_coreward.telemetry.trackers import note_missed, read_missed
@@ -66,8 +65,7 @@ def test_the_page_and_the_rows_of_trackers_are_completed_once(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake, notes = FakeTracker(), list[str]()
-    monkeypatch.setattr(missed, "trackers_of", lambda *_: [fake.tracker()])
-    monkeypatch.setattr(finish, "trackers_from", missed.trackers_from)
+    monkeypatch.setattr(finish, "trackers_of", lambda *_: [fake.tracker()])
     write_model(config)
     note_missed(config.run_dir, "fake", 7)
     assert finish.missing(config) == ["report.html", "rows of fake"]
