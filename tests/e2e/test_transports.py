@@ -12,23 +12,25 @@ from tests.e2e.test_train import digest, run
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.e2e, pytest.mark.timeout(400)]
 
 
-def test_a_run_over_gloo_is_the_run_through_shared_memory(task: Task) -> None:
-    weights = {}
-    for transport in ("shared_memory", "gloo"):
-        changes = [f"run_dir={task.folder / transport}", f"sync.transport={transport}", "sync.checksums=true"]
-        small = ["steps=2", "rollout.num_engines=2", "sync.bucket_mib=0.1", "validation.at_start=false"]
-        weights[transport] = digest(run(task, *changes, *small))
-    assert weights["gloo"] == weights["shared_memory"]
+def weights_after(task: Task, name: str, *changes: str) -> str:
+    """The digest of the model that a short run leaves; its weights travel in many buckets, with checksums."""
+    small = ["steps=2", "rollout.num_engines=2", "sync.bucket_mib=0.1", "validation.at_start=false"]
+    return digest(run(task, f"run_dir={task.folder / name}", "sync.checksums=true", *small, *changes))
 
 
-def test_a_colocated_run_is_the_disaggregated_one(task: Task) -> None:
+@pytest.fixture(scope="module")
+def through_shared_memory(task: Task) -> str:
+    return weights_after(task, "shared_memory", "sync.transport=shared_memory")
+
+
+def test_a_run_over_gloo_is_the_run_through_shared_memory(task: Task, through_shared_memory: str) -> None:
+    assert weights_after(task, "gloo", "sync.transport=gloo") == through_shared_memory
+
+
+def test_a_colocated_run_is_the_disaggregated_one(task: Task, through_shared_memory: str) -> None:
     """Handing the GPU over changes who holds memory when, and no number."""
-    weights = {}
-    for placement in ("disaggregated", "colocated"):
-        changes = [f"run_dir={task.folder / placement}", f"rollout.placement={placement}"]
-        offload = ["actor.offload_optimizer=true"] if placement == "colocated" else []
-        weights[placement] = digest(run(task, *changes, *offload, "steps=2", "sync.bucket_mib=0.1"))
-    assert weights["colocated"] == weights["disaggregated"]
+    handed_over = ["rollout.placement=colocated", "actor.offload_optimizer=true"]
+    assert weights_after(task, "colocated", *handed_over) == through_shared_memory
 
 
 @pytest.mark.slow
