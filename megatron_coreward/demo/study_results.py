@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -51,7 +52,7 @@ def show(study: str, recorded: Path, picture: Path) -> Path:
     return picture
 
 
-_PANELS = (
+_PANELS: tuple[tuple[str, str, Literal["linear", "share", "log"]], ...] = (
     (ACCURACY, "held-out accuracy", "share"),
     ("reward/mean", "reward", "linear"),
     ("vote/share", "vote share", "share"),

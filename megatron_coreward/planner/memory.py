@@ -121,13 +121,13 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
             "activations": activation_bytes(arch, a, stage, item, assumptions),
             "scoring": scoring_bytes(arch, a, stage, item),
         }
-        adam = {"Adam": ADAM_BYTES * min(held.largest, held.owned)}
-        averaging = {
+        adam: dict[str, int] = {"Adam": ADAM_BYTES * min(held.largest, held.owned)}
+        averaging: dict[str, int] = {
             "teacher's state": ema * a.offload_teacher,
             "EMA": EMA_BYTES * min(max(held.largest, EMA_GROUP), held.owned) * teacher,
         }
         step = {"optimizer's state": optimizer * a.offload_optimizer}
-        step |= max(adam, averaging, key=lambda parts: sum(parts.values()))
+        step |= adam if sum(adam.values()) > sum(averaging.values()) else averaging
         checkpoint = 4 * held.numel  # main parameters, moments and teacher are gathered one after the other
         total = sum(static.values()) + max(sum(update.values()), sum(step.values()), checkpoint)
         buckets = bucket_bytes(config, assumptions)

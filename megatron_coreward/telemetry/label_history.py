@@ -61,7 +61,9 @@ class LabelHistory:
             for item in scored
             if item.group.role == "policy" and item.label is not None
         }
-        labels = {key: item.label for key, item in labelled.items() if item.label is not None}
+        labels: dict[tuple[str, str], str] = {
+            key: item.label for key, item in labelled.items() if item.label is not None
+        }
         if not labels:
             return {}
         self._compare(

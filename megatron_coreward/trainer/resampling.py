@@ -114,7 +114,7 @@ class ResamplingSource:
         if self.logged(step):
             return rollouts
         batch, policy, teacher = self.config.data.batch_size, list(rollouts.policy), list(rollouts.teacher)
-        size, of_teacher = len(policy) // batch, len(teacher) // batch  # groups of a question
+        of_role: dict[Role, list[RolloutGroup]] = {"policy": policy, "teacher": teacher}
         flat = self._flat(self.score(step, num_updates, rollouts, timer), range(batch))
         left, drawn, flat_drawn = self.config.rollout.resample_flat * batch, batch, len(flat)
         while flat and left:
@@ -124,7 +124,8 @@ class ResamplingSource:
                 self.questions.put(at, place)
             asked, flat = flat[: len(places)], flat[len(places) :]
             problems = [self.questions.problem(place) for place in places]
-            for role, groups, each in (("policy", policy, size), ("teacher", teacher, of_teacher)):
+            for role, groups in of_role.items():
+                each = len(groups) // batch  # groups of a question
                 found = self._draw(role, problems, step, num_updates, timer) if each else []
                 for number, at in enumerate(asked):
                     groups[at * each : (at + 1) * each] = found[number * each : (number + 1) * each]
