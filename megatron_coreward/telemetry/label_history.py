@@ -61,9 +61,7 @@ class LabelHistory:
             for item in scored
             if item.group.role == "policy" and item.label is not None
         }
-        labels: dict[tuple[str, str], str] = {
-            key: item.label for key, item in labelled.items() if item.label is not None
-        }
+        labels = {key: item.label for key, item in labelled.items() if item.label is not None}
         if not labels:
             return {}
         self._compare(
@@ -77,7 +75,8 @@ class LabelHistory:
         line = json.dumps({"step": step, "labels": entries})
         with writing(self._path):
             append_line(self._descriptor, line.encode() + b"\n", self._path)
-        self._last.update(labels)
+        for key, label in labels.items():
+            self._last[key] = label
         metrics = {"label/seen_before_share": len(flips) / len(labels)}
         return metrics | ({"label/flip_rate": sum(flips) / len(flips)} if flips else {})
 
