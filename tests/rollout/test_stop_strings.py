@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_coreward.rollout.engine import RolloutEngine
-from megatron_coreward.rollout.requests import SamplingRequest
+from megatron_coreward.rollout.requests import GroupName, SamplingRequest
+from megatron_coreward.rollout.step_loop import Sample
 
 pytest.importorskip("vllm")
 
@@ -83,3 +84,22 @@ def test_without_a_stop_in_the_engine_the_follow_up_is_sampled_and_not_read(engi
     ((sample,),) = engine.sample([request(stop_at=("Question:",))], 3)
     assert sample.text.endswith(r"\boxed{8}")
     assert sample.answer == "7"
+
+
+@pytest.mark.parametrize(
+    ("ids", "border", "kept"),
+    [([0, 1, 2, 3, 4], 3, 4), ([0, 2, 4, 3, 2], 2, 5), ([2, 3], 1, 2)],
+    ids=["across", "apart", "at the end"],
+)
+def test_a_string_that_an_interruption_has_cut_ends_the_sample(
+    engine: RolloutEngine, ids: list[int], border: int, kept: int
+) -> None:
+    """`Question` was drawn before, `:` after: vLLM has seen neither as the string. What it has seen whole it ends."""
+    name, drawn = GroupName(1, "policy", 0), [-0.5] * len(ids)
+    sample = Sample(name, 0, request("Question:"), 0, list(ids), drawn, [(0, 2), (border, 4)], "length")
+    engine._tokenizer.decode = lambda ids, skip_special_tokens: "".join(WORDS[i] for i in ids)
+    engine._end_at_stop(sample)
+    assert sample.token_ids == ids[:kept]
+    assert len(sample.logprobs) == kept
+    cut = ids[border - 1 : border + 1] == [2, 3]
+    assert sample.finish_reason == ("stop" if cut else "length")

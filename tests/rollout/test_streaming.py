@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,9 @@ def test_samples_go_on_with_new_weights_and_each_token_has_the_log_prob_of_those
     found = take(engine, 8)
     continued = [c for c in found.values() if len(c.later_versions) > 0]
     assert continued
-    of = dict.fromkeys((4, 6, 8))
     for completion in found.values():
         versions = completion.token_versions
-        assert set(versions.tolist()) <= set(of)
+        assert set(versions.tolist()) <= {4, 6, 8}
         assert len(completion.logprobs) == len(completion.token_ids) <= 400
         for version in set(versions.tolist()):
             expected = logprobs(checkpoint(kind, version), completion)
@@ -145,22 +145,24 @@ def test_an_aborted_group_frees_the_engine(engine: Any, checkpoint: Callable[[st
 def test_a_stop_string_across_an_interruption_ends_the_sample(
     engine: Any, checkpoint: Callable[[str, int], Path]
 ) -> None:
-    """Interrupted after each of its first letters."""
+    """Interrupted so often that some strings begin before an interruption and end behind it."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("untied", 4))
     (plain,) = engine.sample([replace(REQUEST, n=8, max_tokens=100)], 4)
-    long = next(c for c in plain if len(c.token_ids) > 60)
-    sample = next(i for i, c in enumerate(plain) if c is long)
-    text = tokenizer.decode(long.token_ids[20:24], skip_special_tokens=True)
-    request = replace(REQUEST, n=8, max_tokens=100, stop=(text,))
-    engine.feed([fed(0, request)])
+    long = max(plain, key=lambda c: len(c.token_ids))
+    letters = [tokenizer.decode(long.token_ids[i : i + 1], skip_special_tokens=True) for i in range(40)]
+    stop = next(a + b for a, b in pairwise(letters[20:]) if a + b == (a + b).strip() and a and b)
+    engine.feed([fed(0, replace(REQUEST, n=8, max_tokens=100, stop=(stop,)))])
     engine.go_on(4)
     for _ in range(20):
         engine.score(PROMPT)
-    for (_, i), completion in take(engine, 8).items():
-        decoded = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        if completion.finish_reason == "stop" and text in decoded:
-            assert decoded.endswith(text) or decoded.index(text) + len(text) >= len(decoded) - 1
-        assert decoded.count(text) <= 1, (i, sample)
+    ended = 0
+    for completion in take(engine, 8).values():
+        before = tokenizer.decode(completion.token_ids[:-1], skip_special_tokens=True)
+        assert stop not in before
+        if stop in tokenizer.decode(completion.token_ids, skip_special_tokens=True):
+            assert completion.finish_reason == "stop"
+            ended += 1
+    assert ended
 
 
 def test_a_request_that_does_not_fit_is_refused_when_it_is_fed(engine: Any) -> None:
