@@ -96,7 +96,7 @@ def attach_replay(model: torch.nn.Module, settings: ActorSettings) -> tuple[Laye
     for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
         assert router.layer_number is not None
         replay = LayerReplay(router.layer_number - 1, settings.recompute != "none", settings.sequence_parallel)
-        router.router_replay = replay  # type: ignore[assignment]
+        router.router_replay = replay
         found.append(replay)
     return tuple(found)
 
