@@ -126,8 +126,8 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
             "teacher's state": ema * a.offload_teacher,
             "EMA": EMA_BYTES * min(max(held.largest, EMA_GROUP), held.owned) * teacher,
         }
-        step = {"optimizer's state": optimizer * a.offload_optimizer}
-        step |= adam if sum(adam.values()) > sum(averaging.values()) else averaging
+        larger: dict[str, int] = max(adam, averaging, key=lambda parts: sum(parts.values()))
+        step = {"optimizer's state": optimizer * a.offload_optimizer, **larger}
         checkpoint = 4 * held.numel  # main parameters, moments and teacher are gathered one after the other
         total = sum(static.values()) + max(sum(update.values()), sum(step.values()), checkpoint)
         buckets = bucket_bytes(config, assumptions)

@@ -42,5 +42,5 @@ def test_the_parameters_are_those_of_mbridge(
     write_model(tmp_path, byte_level_tokenizer(), hidden=64, ffn=96, jitter=0.05, pad_vocab_to=512, **model)
     for of_rank in run_ranks(2, unlike_mbridge, tmp_path, layouts, [free_port() for _ in layouts]):
         for layout, (count, unlike) in zip(layouts, of_rank, strict=True):
-            assert count > 10, layout
+            assert count >= 10, layout
             assert unlike == [], layout
