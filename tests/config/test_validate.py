@@ -62,6 +62,10 @@ def test_a_config_that_fits_passes(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         (
+            ["telemetry.mlflow_uri=https://me:hunter2@mlflow.example"],
+            r"telemetry.mlflow_uri: holds a user name or password, (?!.*hunter2).*MLFLOW_TRACKING_PASSWORD",
+        ),
+        (
             ["actor.tensor_parallel=3"],
             r"actor.tensor_parallel: 3 does not divide the model's attention heads \(4\); allowed: 1, 2, 4",
         ),
