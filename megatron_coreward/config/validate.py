@@ -82,6 +82,11 @@ def setting_problems(config: RunConfig) -> Iterator[str]:
     yield from _vote_problems(config)
     yield from _staleness_problems(config)
     yield from _bound_problems(config)
+    if "@" in (config.telemetry.mlflow_uri or ""):
+        yield (
+            "telemetry.mlflow_uri: holds a user name or password, which the run directory would keep; allowed: an "
+            "address without them, beside MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
     best, scores = config.checkpoint.best_metric, score_names(config.validation)
     # A data set's own scores are named after its source, which only the file knows: val/<source>/<score> (preflight).
     if best is not None and best.startswith("val") and best.rpartition("/")[2] not in scores:

@@ -79,6 +79,10 @@ def test_rollouts_from_older_weights_are_possible_with_a_correction(tmp_path: Pa
     ("changes", "message"),
     [
         (
+            ["telemetry.mlflow_uri=https://me:hunter2@mlflow.example"],
+            r"telemetry.mlflow_uri: holds a user name or password, (?!.*hunter2).*MLFLOW_TRACKING_PASSWORD",
+        ),
+        (
             ["actor.tensor_parallel=3"],
             r"actor.tensor_parallel: 3 does not divide the model's attention heads \(4\); allowed: 1, 2, 4",
         ),
