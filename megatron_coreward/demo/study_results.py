@@ -11,7 +11,7 @@ from megatron_coreward.demo import rephrasings, stability
 from megatron_coreward.demo.study import run_cells
 from megatron_coreward.demo.study_records import ACCURACY, Record, by_name, read_records, record_run
 from megatron_coreward.errors import InputError
-from megatron_coreward.telemetry.bands import Panel, draw_bands
+from megatron_coreward.telemetry.bands import Panel, Scale, draw_bands
 
 STUDIES = (stability.STUDY, rephrasings.STUDY)
 
@@ -51,7 +51,7 @@ def show(study: str, recorded: Path, picture: Path) -> Path:
     return picture
 
 
-_PANELS = (
+_PANELS: tuple[tuple[str, str, Scale], ...] = (
     (ACCURACY, "held-out accuracy", "share"),
     ("reward/mean", "reward", "linear"),
     ("vote/share", "vote share", "share"),

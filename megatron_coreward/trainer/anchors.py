@@ -94,7 +94,7 @@ class Anchors:
     def _choose(self, draw: Draw) -> dict[str, str]:
         """The first questions of the data with a clear majority, and that majority."""
         candidates = self._problems[: CANDIDATES * self._settings.anchors]
-        labels = {}
+        labels: dict[str, str] = {}
         for group in draw(candidates, FIRST_ROLLOUTS, FIRST_DRAW):
             vote = majority_vote(group.answers, self._equivalence)
             if vote.label is not None and vote.share >= CLEAR and len(labels) < self._settings.anchors:
