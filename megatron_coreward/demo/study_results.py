@@ -12,7 +12,7 @@ from megatron_coreward.demo import rephrasings, stability
 from megatron_coreward.demo.study import run_cells
 from megatron_coreward.demo.study_records import ACCURACY, Record, by_name, read_records, record_run
 from megatron_coreward.errors import InputError
-from megatron_coreward.telemetry.bands import Panel, draw_bands
+from megatron_coreward.telemetry.bands import Panel, Scale, draw_bands
 
 STUDIES = (stability.STUDY, rephrasings.STUDY)
 
@@ -52,7 +52,11 @@ def show(study: str, recorded: Path, picture: Path) -> Path:
     return picture
 
 
+<<<<<<< HEAD
 _PANELS: tuple[tuple[str, str, Literal["linear", "share", "log"]], ...] = (
+=======
+_PANELS: tuple[tuple[str, str, Scale], ...] = (
+>>>>>>> science
     (ACCURACY, "held-out accuracy", "share"),
     ("reward/mean", "reward", "linear"),
     ("vote/share", "vote share", "share"),

@@ -16,6 +16,7 @@ from megatron_coreward.telemetry.files import replaced_whole
 COLORS = ("#8C8C8C", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B8A800")
 _SMOOTHED = 40  # points; longer curves are shown as means over a twentieth of them
 
+Scale = Literal["linear", "share", "log"]
 Series = Mapping[float, float]  # place on the horizontal axis -> value
 
 
@@ -25,7 +26,7 @@ class Panel:
 
     title: str
     lines: Mapping[str, Sequence[Series]]
-    scale: Literal["linear", "share", "log"] = "linear"
+    scale: Scale = "linear"
 
 
 def draw_bands(panels: Sequence[Sequence[Panel]], out: Path, xlabel: str = "step", legend_columns: int = 4) -> Path:

@@ -56,12 +56,12 @@ class LabelHistory:
         answer; `label/seen_before_share`: the share of labels whose question had one before. A group without a label
         counts in neither and leaves the last one as it was. Without any label there are no metrics.
         """
-        labelled = {
+        labelled: dict[Key, ScoredGroup] = {
             (item.group.uid, item.group.view): item
             for item in scored
             if item.group.role == "policy" and item.label is not None
         }
-        labels = {key: item.label for key, item in labelled.items() if item.label is not None}
+        labels: dict[Key, str] = {key: item.label for key, item in labelled.items() if item.label is not None}
         if not labels:
             return {}
         self._compare(
