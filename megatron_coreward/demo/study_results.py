@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -52,11 +51,7 @@ def show(study: str, recorded: Path, picture: Path) -> Path:
     return picture
 
 
-<<<<<<< HEAD
-_PANELS: tuple[tuple[str, str, Literal["linear", "share", "log"]], ...] = (
-=======
 _PANELS: tuple[tuple[str, str, Scale], ...] = (
->>>>>>> science
     (ACCURACY, "held-out accuracy", "share"),
     ("reward/mean", "reward", "linear"),
     ("vote/share", "vote share", "share"),

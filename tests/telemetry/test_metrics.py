@@ -41,7 +41,8 @@ def test_a_key_that_is_not_area_and_name_is_refused(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", [*sorted(keys.MEANINGS.keys() - {"step"}), "val/pass@1", "val/math-500/avg@8", "time/rollout.sample_s"]
+    "key",
+    [*(k for k in keys.MEANINGS if k != "step"), "val/pass@1", "val/math-500/avg@8", "time/rollout.sample_s"],
 )
 def test_every_documented_key_is_accepted(key: str) -> None:
     StepMetrics(1).add(key, 1.0)
