@@ -36,7 +36,8 @@ class GuardSettings(Component):
     min_indicators: Annotated[int, Field(ge=2)] = 2
     """Indicators at once that raise an alarm; one of them has to be one of damage. Anchors need no other."""
     warn_after: Positive = 5
-    """Steps in a row with that many indicators after which the guard warns; at most act_after."""
+    """Steps in a row with that many indicators after which the guard warns; at most act_after. Of anchors it warns at
+    once, because they are means of two draws already."""
     act_after: Positive = 10
     """Steps in a row with that many indicators after which action follows."""
 

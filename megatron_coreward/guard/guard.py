@@ -4,7 +4,8 @@ Invariants (tests/guard/test_guard.py):
   1. A decision is a function of the settings and of the rows so far: the same rows give the same decisions, in a run,
      in a resumed run (`state_dict`) and in a replay.
   2. No decision rests on ground truths or on validation.
-  3. Certainty and distance alone never raise an alarm, however large; nor do indicators that do not last.
+  3. Certainty and distance alone never raise an alarm, however large; nor do indicators that do not last, but for
+     those that are enough by themselves: they warn at once, and lead to an action only if they last.
 """
 
 import math
@@ -164,7 +165,7 @@ class Guard:
         level: Level = "none"
         if lasted >= settings.act_after:
             level = "act"
-        elif lasted >= settings.warn_after:
+        elif lasted >= settings.warn_after or (lasted and any(indicator.enough for indicator in indicators)):
             level = "warn"
         rising = _LEVELS.index(level) > _LEVELS.index(self._level)
         action = self._possible_action() if level == "act" else None

@@ -44,7 +44,7 @@ class Indicator:
     name: str
     damage: bool  # False: change, which learning shows as well
     words: str
-    enough: bool = False  # True: an alarm needs no other indicator
+    enough: bool = False  # True: a warning needs no other indicator, and no more steps
 
 
 def find_indicators(base: Means, now: Means, settings: GuardSettings) -> tuple[Indicator, ...]:

@@ -64,8 +64,9 @@ def test_anchors_that_go_are_an_alarm_by_themselves_and_hold_until_they_are_draw
     for step, kept in drawn.items():
         rows[step - 1]["anchor/kept"] = kept
     decisions = run(GuardSettings(**QUICK), rows)
-    assert levels(decisions) == ["none"] * 4 + ["warn", "warn", "act"] + ["none"] * 4
-    assert "answers to the anchor questions kept to 60% (limit -9%)" in decisions[4].reason
+    assert levels(decisions) == ["none"] * 3 + ["warn", "warn", "warn", "act"] + ["none"] * 4
+    assert [decision.news for decision in decisions] == [False] * 3 + [True, False, False, True] + [False] * 4
+    assert "answers to the anchor questions kept to 60% (limit -9%)" in decisions[3].reason
 
 
 def test_what_appears_late_is_compared_with_its_own_first_steps() -> None:
@@ -101,7 +102,9 @@ def test_indicators_that_do_not_last_are_no_alarm(indicators: set[str], pause: i
 def test_no_alarm_in_the_warm_up_nor_sooner_than_patience(settings: GuardSettings, history: list[Row]) -> None:
     rows: list[Row] = [{"step": step, **values} for step, values in enumerate(history, start=1)]
     decisions = run(settings, rows)
-    assert set(levels(decisions[: settings.warmup + settings.warn_after - 1])) <= {"none"}
+    assert set(levels(decisions[: settings.warmup])) <= {"none"}
+    for decision in decisions[settings.warmup : settings.warmup + settings.warn_after - 1]:
+        assert decision.level == "none" or any(indicator.enough for indicator in decision.indicators)
     for decision in decisions:
         if decision.level != "none":
             enough = any(indicator.enough for indicator in decision.indicators)
