@@ -28,6 +28,7 @@ RUN_BY = {
     "plan": "tests/planner/test_recipes.py",
     "config": "tests/commands/test_config.py",
     "train": "tests/e2e/test_train.py",
+    "forecast": "tests/trainer/test_forecast.py",
     "launch local": "tests/launch/test_local.py",
     "launch slurm": "tests/launch/test_slurm.py",
     "evaluate run": "tests/evaluation/test_evaluate.py",
