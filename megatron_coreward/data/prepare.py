@@ -230,7 +230,8 @@ class _Rows:
                 self.skipped.append(str(row))
                 yield None
                 continue
-            if row.ground_truth is None and self.skipped is not None:
+            ground_truth = read_answer(row.ground_truth, "as-is")
+            if ground_truth is None and self.skipped is not None:
                 self.skipped.append(f"{file}, row {number}: no answer")
                 yield None
                 continue
@@ -238,7 +239,7 @@ class _Rows:
                 "data_source": self.source.data_source if self.rename else row.source,
                 "prompt": list(row.messages),
                 "ability": ability or self.source.ability,
-                "reward_model": {"ground_truth": row.ground_truth, "style": "rule"},
+                "reward_model": {"ground_truth": ground_truth, "style": "rule"},
                 "extra_info": {"index": row.index, "split": own_split or self.split},
             }
 

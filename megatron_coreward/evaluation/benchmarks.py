@@ -32,7 +32,7 @@ class HarnessBenchmark:
 
     title: str
     task: str
-    metric: str  # of the task's samples; the benchmark's number is its mean over all of them
+    metrics: tuple[str, ...]  # of the task's samples; the benchmark's number is the mean of their means
     folder: str
     repository: str  # of the data, on the Hugging Face hub
     files: str  # pattern of the data in the folder
@@ -40,6 +40,10 @@ class HarnessBenchmark:
     runs_code: bool = False  # executes what the model wrote
     nltk: str | None = None  # a resource of nltk that the task reads
     loads_files: bool = False  # the folder has a loading script as well, so its files are named to the task
+
+    @property
+    def metric(self) -> str:
+        return self.metrics[0] if len(self.metrics) == 1 else f"mean of {len(self.metrics)} accuracies"
 
 
 Benchmark = MathBenchmark | HarnessBenchmark
@@ -51,7 +55,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "livecodebench": HarnessBenchmark(
         "LiveCodeBench",
         "coreward_livecodebench",
-        "acc",
+        ("acc",),
         "livecodebench",
         "livecodebench/code_generation_lite",
         "*.jsonl",
@@ -59,12 +63,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         loads_files=True,
     ),
     "crux": HarnessBenchmark(
-        "CRUX", "coreward_crux", "acc", "cruxeval", "cruxeval-org/cruxeval", "**/test*", runs_code=True
+        "CRUX", "coreward_crux", ("acc",), "cruxeval", "cruxeval-org/cruxeval", "**/test*", runs_code=True
     ),
     "mmlu_pro": HarnessBenchmark(
         "MMLU-Pro",
         "mmlu_pro",
-        "exact_match",
+        ("exact_match",),
         "mmlu_pro",
         "TIGER-Lab/MMLU-Pro",
         "**/test*",
@@ -73,7 +77,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "ifeval": HarnessBenchmark(
         "IFEval",
         "ifeval",
-        "prompt_level_strict_acc",
+        ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc"),
         "ifeval",
         "google/IFEval",
         "**/*.jsonl",

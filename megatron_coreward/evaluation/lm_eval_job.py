@@ -161,11 +161,27 @@ def _result(name: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The benchmark's number with its interval over questions; of other tasks, the first metric's."""
     benchmark = BENCHMARKS.get(name)
     if isinstance(benchmark, HarnessBenchmark):
-        metric, chosen = benchmark.metric, benchmark.filter
+        metrics, metric, chosen = benchmark.metrics, benchmark.metric, benchmark.filter
     else:
         metric, chosen = samples[0]["metrics"][0], samples[0]["filter"]
-    scores = [float(sample[metric]) for sample in samples if sample["filter"] == chosen]
+        metrics = (metric,)
+    chosen_samples = [sample for sample in samples if sample["filter"] == chosen]
+    scores = mean_scores([[sample[name] for sample in chosen_samples] for name in metrics])
     return {"metric": metric, "num_questions": len(scores), **asdict(bootstrap(scores))}
+
+
+def mean_scores(metrics: Sequence[Sequence[float | Sequence[float]]]) -> list[float]:
+    """[Q] scores whose mean is the mean of several metrics of Q questions.
+
+    A metric may have several values for a question (IFEval: one for each instruction), and is their mean over all
+    questions: a question then counts as often as it has values.
+    """
+    columns = []
+    for values in metrics:
+        lists = [value if isinstance(value, Sequence) else [value] for value in values]
+        per_question = sum(map(len, lists)) / len(lists)
+        columns.append([sum(map(float, of_question)) / per_question for of_question in lists])
+    return [sum(scores) / len(columns) for scores in zip(*columns, strict=True)]
 
 
 def _metrics(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, float]]:

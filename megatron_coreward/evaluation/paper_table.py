@@ -1,8 +1,7 @@
 """Results of `evaluate paper` as the paper's table: model x training set x method x benchmark, with intervals.
 
-Beside each row of ours stands the paper's, as far as `paper_numbers.csv` has it: only numbers that were checked against
-the paper's text are in that file, each with where it stands. Whoever has the paper's tables at hand gives more in a
-file of the same columns.
+Beside each row of ours stands the paper's, from `paper_numbers.csv`: every number of tables 1, 2, 7 and 8 of version 2
+of the paper, each with its table. For other numbers a file of the same columns is given.
 """
 
 import csv
@@ -29,6 +28,7 @@ METHODS: Mapping[str, str] = {
     "majority_voting": "Majority-Voting",
     "co_rewarding_i": "Co-rewarding-I",
     "co_rewarding_ii": "Co-rewarding-II",
+    "co_rewarding_i+ii": "Co-rewarding-III",  # in the paper's later versions
 }
 DATA: Mapping[str, str] = {"": "", "math": "MATH", "dapo": "DAPO-14k", "open_rs": "Open-RS"}
 

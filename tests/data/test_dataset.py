@@ -281,12 +281,11 @@ def test_all_of_math_loads_and_pairs_within_seconds() -> None:
     assert seconds < 60
 
 
-@pytest.mark.skipif(
-    not (MATH.parent / "open-rs").is_dir(), reason="MEGATRON_COREWARD_PUBLISHED_DATA names no such files"
-)
-@pytest.mark.parametrize(("folder", "count", "blank"), [("math", 7500, 2), ("open-rs", 6999, 1)])
+@pytest.mark.parametrize(("folder", "count", "blank"), [("math", 7500, 2), ("open-rs", 6999, 1), ("dapo", 14109, 0)])
 def test_ground_truth_can_train_on_the_published_sets(folder: str, count: int, blank: int) -> None:
     files = MATH.parent / folder
+    if not files.is_dir():
+        pytest.skip("MEGATRON_COREWARD_PUBLISHED_DATA names no such files")
     limits: dict[str, Any] = {"system_prompt": None, "max_prompt_tokens": 10**6}
     problems = load_problems([files / "train_original.parquet"], [], WordTokenizer(), **limits)
     assert (len(problems), problems.num_without_ground_truth) == (count, blank)

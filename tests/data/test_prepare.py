@@ -131,6 +131,15 @@ def test_a_prepared_file_loses_its_blank_questions_too(tmp_path: Path) -> None:
     assert ["row 1, column prompt" in fault for fault in summary.skipped] == [True]
 
 
+def test_whole_numbers_of_a_prepared_file_are_written_as_such(tmp_path: Path) -> None:
+    """The release's AMC questions have 142.0 where the answer is 142."""
+    answers = ("142.0", "-4.0", "2.5", "x.0")
+    rows = [Row((Message(role="user", content=f"Q{i}"),), answer, "set", i) for i, answer in enumerate(answers)]
+    write_rows(tmp_path / "in.parquet", rows, split="train")
+    run("amc", [tmp_path / "in.parquet"], tmp_path / "out.parquet")
+    assert [row.ground_truth for row in read_rows(tmp_path / "out.parquet")] == ["142", "-4", "2.5", "x.0"]
+
+
 def test_a_source_without_a_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "a.jsonl", RAW)
     assert main(["prepare-data", "math", "--input", str(file), "--data-source", ""]) == 2

@@ -239,6 +239,12 @@ class TestThePaperS:
             run_lm_eval(model, [name], tmp_path / "out", ENGINES, data=tmp_path)
         assert not (tmp_path / "out").exists()
 
+    def test_ifeval_is_the_mean_of_four_accuracies(self) -> None:
+        """Two prompts with one and three instructions: two of four instructions are followed, one prompt of two."""
+        strict, loose = [1.0, 0.0], [1.0, 1.0]
+        scores = lm_eval_job.mean_scores([strict, loose, [[True], [False, True, False]], [[True], [True, True, True]]])
+        assert sum(scores) / 2 == pytest.approx((0.5 + 1.0 + 0.5 + 1.0) / 4)
+
     def test_ifeval_says_that_nltk_lacks_its_sentences(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import nltk
 
