@@ -6,6 +6,8 @@ available. Every replacement names its cause. All of it can go when megatron-cor
 """
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +44,30 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         return factory(*args, **kwargs)
 
     return wrapper
+
+
+def _import_megatron() -> None:
+    """Megatron's first import, without two things that it brings and that take two fifths of a rank's start.
+
+    `megatron.core.jit` decorates its fused kernels with torch.compile, which imports torch's compilers; without CUDA
+    fusions are off, and nobody calls these kernels. `megatron.core.inference` imports W&B wherever it is installed.
+    """
+    compile_, module = torch.compile, "wandb"
+
+    def as_it_is(function: Any = None, **settings: Any) -> Any:
+        return (lambda later: later) if function is None else function
+
+    hides = module not in sys.modules
+    try:
+        setattr(torch, "compile", as_it_is)  # noqa: B010  (mypy: a name of a module)
+        if hides:
+            sys.modules[module] = None  # type: ignore[assignment]  # importing it raises ImportError
+        for name in ("core", "core.distributed", "core.models.gpt", "core.optimizer", "core.dist_checkpointing"):
+            importlib.import_module(f"megatron.{name}")
+    finally:
+        setattr(torch, "compile", compile_)  # noqa: B010
+        if hides:
+            del sys.modules[module]
 
 
 def _let_experts_do_without_transformer_engine() -> None:
@@ -93,6 +119,7 @@ def install() -> None:
 
     tensor_class.type = type_with_cuda_name
 
+    _import_megatron()
     import megatron.core.tensor_parallel.random as megatron_random
 
     # The tracker reads the generator of a CUDA device by index.

@@ -18,7 +18,8 @@ from megatron_coreward.weights.ports import free_port
 
 __all__ = ["free_port", "run_ranks"]
 
-IMPORTED = ["megatron_coreward.actor.actor", "tests.actor.on_ranks"]  # once, for all ranks of all tests
+# Once, for all ranks of all tests; the last one is what torch's optimizers import in their first step.
+IMPORTED = ["megatron_coreward.actor.actor", "tests.actor.on_ranks", "torch._dynamo"]
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
