@@ -417,7 +417,15 @@ def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(world: Ca
 def test_a_state_is_read_as_it_was_written(world: Callable[..., World], tmp_path: Path) -> None:
     w = world(steps=1)
     w.trainer.train()
-    expected = TrainerState(1, 1, 1, guard=w.trainer.guard.state_dict())
+    state = w.trainer.state
+    expected = TrainerState(
+        1,
+        1,
+        1,
+        guard=w.trainer.guard.state_dict(),
+        canary_limit=state.canary_limit,
+        canary_allowed=state.canary_allowed,
+    )
     assert check_checkpoint(checkpoint_path(tmp_path, 1)) == expected
 
 

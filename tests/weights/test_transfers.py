@@ -6,6 +6,7 @@ CUDA IPC itself is faked: mapping memory of another process. Who packs, sends, c
 
 import functools
 import gc
+import os
 import threading
 import time
 import weakref
@@ -143,7 +144,7 @@ def start() -> Iterator[Start]:
     yield make
     for world in started:
         world.close()
-    assert list(SHARED_MEMORY.glob("megatron_coreward.test-*")) == []
+    assert list(SHARED_MEMORY.glob(f"megatron_coreward.test-{os.getpid()}-*")) == []
 
 
 def run_updates(world: World) -> None:
