@@ -70,7 +70,9 @@ def test_partial_rollouts_two_steps_ahead_outlive_an_engine(task: Task) -> None:
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert max(float(row["rollout/staleness_max"]) for row in rows) == 2
     assert max(float(row["rollout/continued_share"]) for row in rows) > 0
-    assert all(float(row["sync/canary_gap"]) < 1e-3 for row in rows)
+    gaps = [float(row["sync/canary_gap"]) for row in rows if "sync/canary_gap" in row]
+    assert len(gaps) >= 8  # nothing is left to draw from the weights of the last steps
+    assert max(gaps) < 1e-3
 
 
 def test_a_teacher_with_an_engine_of_its_own_labels_while_the_policy_samples(task: Task) -> None:
