@@ -15,7 +15,7 @@ def names(now: dict[str, float], base: dict[str, float] = STEADY, settings: Guar
 
 
 def test_chance_alarms_no_more_often_with_few_anchors_than_with_many() -> None:
-    """300 healthy runs of 30 draws each: anchors keep their first answers with a probability of their own throughout."""
+    """300 healthy runs of 30 draws each, in which every anchor has a probability of its own that does not change."""
     generator = np.random.default_rng(1)
 
     def alarms(questions: int, wide: bool) -> float:

@@ -80,7 +80,7 @@ def test_an_alarm_before_ten_points_of_accuracy_are_lost(record: Record) -> None
 
 
 def test_the_limit_holds_on_runs_that_it_was_not_chosen_by() -> None:
-    """All of them collapsed, one of them late: that it stays silent in healthy runs it was not chosen by is not shown."""
+    """All of them collapsed, one of them late: no healthy run was held out."""
     others = [record for record in RECORDS if (record.name, record.seed) not in CHOSEN_BY]
     assert len(RECORDS) - len(others) == len(CHOSEN_BY)
     assert {record.seed for record in others} - {1}
