@@ -20,8 +20,9 @@ class GuardSettings(Component):
     """What follows when indicators of collapse have lasted for act_after steps; before that, the guard warns. off looks
     for nothing; warn only says so; raise_kl multiplies the weight of the KL term by kl_factor; freeze_teacher ends the
     teacher's updates, so that labels do not follow the policy; rollback goes back to the newest checkpoint from before
-    the indicators, with the KL term raised by kl_factor, because the same step from the same weights would only
-    collapse again; stop ends the run with status 3."""
+    what the indicators rest on (window steps, or two draws of the anchors, before the first alarm of the episode), with
+    the KL term raised by kl_factor, because the same step from the same weights would only collapse again; stop ends
+    the run with status 3."""
     kl_factor: Annotated[float, Field(gt=1)] = 3.0
     """Factor by which raise_kl and rollback raise the weight of the KL term."""
     max_actions: Positive = 3
@@ -39,11 +40,15 @@ class GuardSettings(Component):
     """Steps in a row with that many indicators after which the guard warns; at most act_after. Of anchors it warns at
     once, because they are means of two draws already."""
     act_after: Positive = 10
-    """Steps in a row with that many indicators after which action follows."""
+    """Steps in a row with that many indicators after which action follows. Of anchors alone it follows only if a second
+    draw shows them too."""
 
     anchors: NonNegative = 0
     """Anchor questions: training questions with a clear majority at the start, which the policy answers again every
     anchor_every steps, beside its training. 0: none, and nothing is drawn for the guard."""
+    min_anchors: NonNegative = 0
+    """Fewest anchor questions that must be found: with fewer the run ends before its first step. 0: it goes on with
+    what there is."""
     anchor_every: Positive = 10
     """Steps between two draws of the anchor questions."""
     anchor_rollouts: Positive = 4
@@ -76,7 +81,8 @@ class GuardSettings(Component):
     anchor_fall: Fraction = 0.09
     """Indicator of damage, and enough for an alarm: of the rollouts on anchor questions that give the majority answer
     of the start, the share that is gone since they were most, over two draws. Learning adds to them, because clear
-    majorities are mostly right."""
+    majorities are mostly right. With fewer than 220 rollouts in a draw (55 anchors of 4) the limit widens as the
+    standard error of a draw does: by sqrt(220 / rollouts), so 12% with 32 anchors of 4."""
     repetition_rise: Fraction = 0.1
     """Indicator of damage: share of n-grams that repeat an earlier one of their response, above that of the
     baseline."""
@@ -91,7 +97,9 @@ class GuardSettings(Component):
     """Share of labels that must change between epochs before label_flips counts, whatever the ratio."""
 
     @model_validator(mode="after")
-    def _warn_before_acting(self) -> Self:
+    def _bounds(self) -> Self:
         if self.warn_after > self.act_after:
             raise ValueError(f"warn_after ({self.warn_after}) must not be above act_after ({self.act_after})")
+        if self.min_anchors > self.anchors:
+            raise ValueError(f"min_anchors ({self.min_anchors}) must not be above anchors ({self.anchors})")
         return self

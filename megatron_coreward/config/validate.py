@@ -15,9 +15,10 @@ from megatron_coreward.config import accelerator, layout_rules
 from megatron_coreward.config.architecture import Architecture, read_architecture
 from megatron_coreward.config.methods import POLICY_VOTE_METHODS, method_title, needs_of, parts_of
 from megatron_coreward.config.needs import Needs
-from megatron_coreward.config.schema import RunConfig, ValidationSettings
+from megatron_coreward.config.schema import LossSettings, RunConfig, ValidationSettings
 from megatron_coreward.errors import InputError
 
+GSPO_CLIP = 0.01  # bound above which a clipped sequence ratio is a mistake rather than a choice
 # Mean gap of log-probs between engine and actor that rounding alone may make; a limit below it refuses every sync.
 LEAST_LOGPROB_GAP = {"float32": 1e-6, "bfloat16": 1e-3}  # nats
 
@@ -45,6 +46,22 @@ def warnings(config: RunConfig, arch: Architecture) -> Iterator[str]:
         yield (
             "loss.mismatch_correction: off for a mixture of experts: engines and actors route some tokens to other "
             "experts, and the loss takes that for the policy's; tis or icepop corrects it"
+        )
+    if config.loss.objective == "gspo":
+        yield from _gspo_warnings(config.loss)
+
+
+def _gspo_warnings(loss: LossSettings) -> Iterator[str]:
+    """Of bounds and an aggregation that are made for the ratios of tokens."""
+    if loss.clip_high > GSPO_CLIP:
+        yield (
+            f"loss.clip_high: {loss.clip_high} with loss.objective: gspo, whose ratio is that of a whole sequence, to "
+            f"the power of 1 / its length; above {GSPO_CLIP} hardly anything is clipped (its paper has 4e-4)"
+        )
+    if loss.aggregation != "seq-mean-token-mean":
+        yield (
+            f"loss.aggregation: {loss.aggregation} with loss.objective: gspo, which its paper aggregates by "
+            "seq-mean-token-mean, so that every sequence weighs the same"
         )
 
 
@@ -188,7 +205,10 @@ def _vote_problems(config: RunConfig) -> Iterator[str]:
     if needs.token_stats or not any(name in POLICY_VOTE_METHODS for name, _ in parts_of(config.method)):
         allowed = " and ".join(sorted(POLICY_VOTE_METHODS))
         instead = "; teacher.n is the number of the teacher's votes" if needs.teacher else ""
-        yield f"rollout.votes: method {title} has no vote of the policy; allowed: null, or {allowed}{instead}"
+        yield (
+            f"rollout.votes: found {r.votes} with method {title}; allowed: null, or the methods {allowed} alone, for "
+            f"which more votes than rollouts are supported{instead}"
+        )
 
 
 def _staleness_problems(config: RunConfig) -> Iterator[str]:

@@ -108,7 +108,7 @@ def demo_config(
         },
         "actor": {  # on two cores: halves of a batch need one exchange a step, halves of a layer one each
             "data_parallel": 2,
-            "tokens_per_microbatch": 2048,  # of which the activations stay in the processor's cache
+            "tokens_per_microbatch": 2048,
             "lr": LEARNING_RATE_TWO_VIEWS if method in TWO_VIEW_METHODS else LEARNING_RATE,
             "lr_schedule": "constant",
         },

@@ -1,8 +1,8 @@
 """Studies on the demo's task: many runs from the same starts on one budget, one after the other.
 
 RUN_DIR/<study>/<what is compared>/seed-1/ is a run directory like any other. A cell of a study that has its final model
-is done and is not run again; one that was cut off begins again, for a cell takes minutes. So a study is left and gone
-on by the same command.
+is done and is not run again, unless its settings are others now; one that was cut off begins again, for a cell takes
+minutes. So a study is left and gone on by the same command.
 """
 
 import shutil
@@ -16,9 +16,12 @@ from megatron_coreward.cluster.ray_start import stop_ray
 from megatron_coreward.config.methods import MethodName
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.demo.run import demo_config, demo_splits, write_start
-from megatron_coreward.demo.task import Question, write_parquet
+from megatron_coreward.demo.task import Files, Question, write_parquet
 from megatron_coreward.trainer.run import train
+from megatron_coreward.trainer.run_directory import changed_keys
 
+# Settings that may be others without a cell being another: a study may have been moved.
+PLACES = ("run_dir", "model.hf_path", "data.train_files", "data.rephrased_files", "data.val_files")
 TRAINED_QUESTIONS = 256  # of the demo's 512: an epoch is 32 steps
 # Of every cell: a third of the demo's batch, because a study is many runs.
 SETTINGS = (
@@ -49,9 +52,20 @@ class Cell:
         """Its run directory, below that of the study."""
         return directory / self.name / f"seed-{self.seed}"
 
-    def is_done(self, directory: Path) -> bool:
-        """Whether the final model is there: a run writes it last."""
-        return (self.run_dir(directory) / "hf" / "config.json").is_file()
+    def config(self, run_dir: Path, target: Path) -> RunConfig:
+        """What it trains with, from the demo's `run_dir`, in `target`."""
+        overrides = (*SETTINGS, *self.overrides, f"run_dir={target}")
+        start, files = run_dir / f"start-{self.seed}", Files.below(target / "data")
+        return demo_config(self.method, start, files, run_dir, self.seed, overrides)
+
+    def is_done(self, run_dir: Path, study: str) -> bool:
+        """Whether the final model is there, which a run writes last, and was trained by the settings of today."""
+        target = self.run_dir(run_dir / study)
+        saved = target / "config.yaml"
+        if not saved.is_file() or not (target / "hf" / "config.json").is_file():
+            return False
+        changed = changed_keys(saved, self.config(run_dir, target))
+        return all(key.split()[0] in PLACES for key in changed)
 
 
 def run_cells(
@@ -67,7 +81,7 @@ def run_cells(
         for cell in cells:
             target = cell.run_dir(directory)
             run_dirs.append(target)
-            if not cell.is_done(directory):
+            if not cell.is_done(run_dir, study):
                 shutil.rmtree(target, ignore_errors=True)
                 console.print(f"{study}: {cell.name}, seed {cell.seed}")
                 run(cell_config(console, run_dir, cell, target))
@@ -82,7 +96,6 @@ def cell_config(console: Console, run_dir: Path, cell: Cell, target: Path) -> Ru
     data = target / "data"
     data.mkdir(parents=True)
     trained = cell.prepare(list(splits.train[:TRAINED_QUESTIONS]))
-    files = write_parquet(data, replace(splits, train=tuple(trained)))
-    start = write_start(console, run_dir, cell.seed, splits)
-    overrides = (*SETTINGS, *cell.overrides, f"run_dir={target}")
-    return demo_config(cell.method, start, files, run_dir, cell.seed, overrides)
+    write_parquet(data, replace(splits, train=tuple(trained)))
+    write_start(console, run_dir, cell.seed, splits)
+    return cell.config(run_dir, target)

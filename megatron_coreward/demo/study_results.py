@@ -62,7 +62,7 @@ _PANELS: tuple[tuple[str, str, Scale], ...] = (
 def draw_stability(records: Sequence[Record], out: Path) -> Path:
     """A row of charts for each learning rate: accuracy, reward, vote share, KL; one line a method. Returns `out`."""
     rows = []
-    for rate in sorted(stability.RATES):
+    for rate in sorted({float(record.name.rpartition("/lr-")[2]) for record in records}):
         arms = {
             arm: [record for record in records if record.name == stability.name_of(arm, rate)] for arm in stability.ARMS
         }
@@ -101,10 +101,13 @@ def stability_table(records: Sequence[Record]) -> Table:
 
 def stability_lines(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
     """The cells of `stability_table`."""
-    order = {
-        stability.name_of(arm, rate): (rate, i) for i, arm in enumerate(stability.ARMS) for rate in stability.RATES
-    }
-    for record in sorted(records, key=lambda r: (*order.get(r.name, (9, 9)), r.seed)):
+    arms = list(stability.ARMS)
+
+    def place(record: Record) -> tuple[float, int, int]:
+        arm, rate = record.name.split("/lr-")
+        return float(rate), arms.index(arm) if arm in arms else len(arms), record.seed
+
+    for record in sorted(records, key=place):
         accuracy = record.series(ACCURACY)
         best = max(accuracy, key=lambda step: accuracy[step])
         last = fmean([accuracy[step] for step in sorted(accuracy)[-2:]])

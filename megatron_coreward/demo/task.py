@@ -131,12 +131,22 @@ class Splits:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Where `write_parquet` wrote; the rephrased files pair with those before them."""
+    """Where `write_parquet` writes; the rephrased files pair with those before them."""
 
     train: Path
     train_rephrased: Path
     heldout: Path
     heldout_rephrased: Path
+
+    @classmethod
+    def below(cls, directory: Path) -> "Files":
+        """Those of a directory."""
+        return cls(
+            train=directory / "train.parquet",
+            train_rephrased=directory / "train_rephrased.parquet",
+            heldout=directory / "heldout.parquet",
+            heldout_rephrased=directory / "heldout_rephrased.parquet",
+        )
 
 
 def make_splits(seed: int, num_train: int, num_heldout: int, num_sft: int) -> Splits:
@@ -162,12 +172,7 @@ def make_splits(seed: int, num_train: int, num_heldout: int, num_sft: int) -> Sp
 
 def write_parquet(directory: Path, splits: Splits) -> Files:
     """Writes the training and held-out questions and their rephrasings in the published format."""
-    files = Files(
-        train=directory / "train.parquet",
-        train_rephrased=directory / "train_rephrased.parquet",
-        heldout=directory / "heldout.parquet",
-        heldout_rephrased=directory / "heldout_rephrased.parquet",
-    )
+    files = Files.below(directory)
     write_rows(files.train, _rows(splits.train, "original"), split="train")
     write_rows(files.train_rephrased, _rows(splits.train, "rephrased"), split="train")
     write_rows(files.heldout, _rows(splits.heldout, "original"), split="heldout")

@@ -5,7 +5,8 @@ Invariants (tests/guard/test_guard.py):
      in a resumed run (`state_dict`) and in a replay.
   2. No decision rests on ground truths or on validation.
   3. Certainty and distance alone never raise an alarm, however large; nor do indicators that do not last, but for
-     those that are enough by themselves: they warn at once, and lead to an action only if they last.
+     anchors, which are enough by themselves: they warn at once, and alone they lead to an action only if they last
+     and a second draw of the anchor questions shows them too.
 """
 
 import math
@@ -19,6 +20,7 @@ from megatron_coreward.guard.indicators import HELD, METRICS, Indicator, find_in
 from megatron_coreward.telemetry import keys
 
 Level = Literal["none", "warn", "act"]
+CONFIRMED = 2  # draws of the anchor questions that have to show an alarm of theirs before it is acted on
 _LEVELS: tuple[Level, ...] = ("none", "warn", "act")
 
 
@@ -69,7 +71,10 @@ class Guard:
         self._held: dict[str, float] = {}  # last values of `indicators.HELD`
         self._recent: list[dict[str, float]] = []
         self._lasted = 0
-        self._since = 0  # step of the first of them
+        self._since = 0  # step of the first alarm of the episode: alarms with short gaps between them are one
+        self._last_alarm = 0  # step of the newest
+        self._several = 0  # steps in a row with as many indicators as an alarm without anchors takes
+        self._draws = 0  # draws of the anchor questions that showed the alarm
         self._level: Level = "none"
         self._quiet_until = 0  # no indicator counts up to this step
         self._raises = 0
@@ -93,7 +98,8 @@ class Guard:
         settings = self._settings
         values = {key: float(value) for key in METRICS if (value := row.get(key)) is not None and math.isfinite(value)}
         self._seen += 1
-        self._held |= {key: values.pop(key) for key in HELD if key in values}
+        drawn = {key: values.pop(key) for key in HELD if key in values}
+        self._held |= drawn
         self._recent = [*self._recent, values][-settings.window :]
         if settings.action == "off":
             return self._decision(step, ())
@@ -109,11 +115,22 @@ class Guard:
         several = len(indicators) >= settings.min_indicators and any(indicator.damage for indicator in indicators)
         alarming = several or any(indicator.enough for indicator in indicators)
         if not alarming or step <= self._quiet_until:
-            self._lasted = 0
+            self._lasted = self._several = self._draws = 0
         else:
-            self._since = step if self._lasted == 0 else self._since
+            # Before its first alarm a run has no episode that this one could belong to.
+            if not self._last_alarm or step - self._last_alarm > self._reach(indicators):
+                self._since = step
+            self._last_alarm = step
             self._lasted += 1
+            self._several = self._several + 1 if several else 0
+            self._draws += "anchor/kept" in drawn and any(indicator.enough for indicator in indicators)
         return self._decision(step, indicators)
+
+    def _reach(self, indicators: tuple[Indicator, ...]) -> int:
+        """Steps before an alarm in which what it shows may have begun: the window of means, and for anchors two draws,
+        because a reading is the mean of two."""
+        draws = 2 * self._settings.anchor_every if any(indicator.enough for indicator in indicators) else 0
+        return max(self._settings.window, draws)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -125,6 +142,9 @@ class Guard:
             "recent": [dict(values) for values in self._recent],
             "lasted": self._lasted,
             "since": self._since,
+            "last_alarm": self._last_alarm,
+            "several": self._several,
+            "draws": self._draws,
             "level": self._level,
             "quiet_until": self._quiet_until,
             "raises": self._raises,
@@ -132,10 +152,13 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken, by an earlier version too, which held nothing and had no late metrics.
+        """Goes on where `state_dict` was taken, by an earlier version too, which held nothing, had no late metrics and
+        counted neither draws nor gaps.
 
         Raises KeyError for a state with anything else missing.
         """
+        self._last_alarm, self._several = int(state.get("last_alarm", 0)), int(state.get("several", 0))
+        self._draws = int(state.get("draws", 0))
         self._late, self._held = set(state.get("late", ())), dict(state.get("held", {}))
         self._seen, self._lasted, self._since = int(state["seen"]), int(state["lasted"]), int(state["since"])
         self._base = {key: list(entry) for key, entry in state["base"].items()}
@@ -163,7 +186,7 @@ class Guard:
     def _decision(self, step: int, indicators: tuple[Indicator, ...]) -> Decision:
         settings, lasted, since = self._settings, self._lasted, self._since
         level: Level = "none"
-        if lasted >= settings.act_after:
+        if self._several >= settings.act_after or (lasted >= settings.act_after and self._draws >= CONFIRMED):
             level = "act"
         elif lasted >= settings.warn_after or (lasted and any(indicator.enough for indicator in indicators)):
             level = "warn"
@@ -179,7 +202,7 @@ class Guard:
             action=action,
             indicators=indicators,
             lasted=lasted,
-            good_step=max(0, since - settings.window) if lasted else step,
+            good_step=max(0, since - self._reach(indicators)) if lasted else step,
             news=rising or action is not None,
         )
 
@@ -193,11 +216,13 @@ class Guard:
         return action
 
     def _take(self, action: GuardAction | None, step: int) -> None:
-        """Notes an action in the state; after those that change training, the indicators get time to go."""
+        """Notes an action in the state. After those that change training, the indicators get time to go, and what the
+        anchors showed before counts no more: only a new draw does."""
         self._raises += action == "raise_kl"
         self._frozen = self._frozen or action == "freeze_teacher"
         if action in ("raise_kl", "freeze_teacher"):
             self._lasted, self._quiet_until = 0, step + self._settings.cooldown
+            self._several, self._draws, self._held = 0, 0, {}
 
 
 def replay_rows(settings: GuardSettings, rows: Iterable[Mapping[str, float | None]]) -> Iterator[tuple[int, Decision]]:

@@ -7,6 +7,7 @@ collapse, learning looks the same; with damage they are.
 An indicator whose metrics a run does not have stays silent.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -32,9 +33,12 @@ METRICS = (
     "label/view_agreement",
     "label/flip_rate",
     "anchor/kept",
+    "anchor/questions",
 )
 # Drawn every few steps: the last value counts until there is another one.
-HELD = ("anchor/kept",)
+HELD = ("anchor/kept", "anchor/questions")
+# Rollouts of a draw in the smallest of the runs by which guard.anchor_fall was chosen: 55 anchors, 4 rollouts of each.
+FEWEST_ROLLOUTS = 220
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +104,26 @@ def _locking(base: Means, now: Means, settings: GuardSettings) -> Indicator | No
     return Indicator("locking", False, f"labels that change between epochs {base[key]:.0%} -> {now[key]:.0%} ({limit})")
 
 
+def anchor_limit(settings: GuardSettings, questions: float | None) -> float:
+    """The share of the anchors' answers that may go: `guard.anchor_fall`, wider in proportion to the standard error of
+    a draw if that is of fewer than FEWEST_ROLLOUTS rollouts, so that chance alone does not raise more alarms then.
+
+    Args:
+        questions: anchors that there are; None: a record that does not say, for which nothing is widened.
+    """
+    if not questions:
+        return settings.anchor_fall
+    rollouts = questions * settings.anchor_rollouts
+    return min(1.0, settings.anchor_fall * math.sqrt(max(1.0, FEWEST_ROLLOUTS / rollouts)))
+
+
 def _anchors(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
     """What the policy was sure of is going. That is seen in the answers themselves, and needs no other indicator."""
     key = "anchor/kept"
-    if key not in now or now[key] > 1 - settings.anchor_fall:
+    fall = anchor_limit(settings, now.get("anchor/questions"))
+    if key not in now or now[key] > 1 - fall:
         return None
-    limit = f"limit {-settings.anchor_fall:.0%}"
+    limit = f"limit {-fall:.0%}"
     return Indicator("anchors", True, f"answers to the anchor questions kept to {now[key]:.0%} ({limit})", enough=True)
 
 

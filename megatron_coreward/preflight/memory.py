@@ -1,8 +1,9 @@
 """Whether a run fits the memory of this machine, asked of the planner, and which key makes it fit.
 
-Without GPUs all processes share the host's memory: what they hold and the largest micro-batch that the config allows
-are counted, libraries and the processes themselves (about 1 GiB each) are not, so that a refusal is right. With GPUs
-the planner's peak of every rank, its assumptions included, must fit what is free on the fullest of them now.
+Without GPUs all processes share the host's memory. What they hold is counted, and the largest micro-batch that the
+config allows: an upper bound, which a run whose answers stay short does not reach, so a refusal says what long answers
+would need. Libraries and the processes themselves (about 1 GiB each) are not counted. With GPUs the planner's peak of
+every rank, its assumptions included, must fit what is free on the fullest of them now.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,9 +87,10 @@ def host_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[
     total = sum(parts.values())
     if total > free:
         largest = max(parts, key=lambda name: parts[name])
+        remedy = _remedy(config, lambda changed: needed(changed) <= free)
         yield (
-            f"memory: the run needs {_gib(total)} at least ({largest}: {_gib(parts[largest])}), {_gib(free)} "
-            f"are available; {_remedy(config, lambda changed: needed(changed) <= free)}"
+            f"memory: the run needs {_gib(total)} if answers are as long as they may be ({largest}: "
+            f"{_gib(parts[largest])}), {_gib(free)} are available; {remedy}"
         )
 
 
@@ -134,6 +136,8 @@ def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     half = config.actor.tokens_per_microbatch // 2
     fewer = [half >> k for k in range(half.bit_length()) if half >> k >= longest]
+    if longest < config.actor.tokens_per_microbatch and longest not in fewer:
+        fewer.append(longest)
     tokens: list[dict[str, Any]] = [{"actor.tokens_per_microbatch": number} for number in fewer]
     full = {"actor.recompute": "full"}
     caches = [{"rollout.kv_cache_gib": config.rollout.kv_cache_gib / 2**k} for k in (1, 2, 3)]

@@ -39,7 +39,7 @@ class Visit:
 
     step: int
     label: str
-    share: float  # of the rollouts, that the label rewarded
+    share: float  # of the rollouts, that give the label
     right: bool
 
 

@@ -1,7 +1,7 @@
 """How stable pseudo-labels are: the label of a question now against the one it had when it was last labelled.
 
 RUN/labels.jsonl holds one line a step, `{"step": 3, "labels": [[uid, view, label, share, right], ...]}`: the label,
-the share of the group's rollouts that were rewarded by it, and whether it is the data set's answer (null: there is
+the share of the group's rollouts that give it, and whether it is the data set's answer (null: there is
 none). It is a file of its own, not a look back into the dumps of rollouts: those may be turned off and weigh megabytes
 a step, a line of labels weighs kilobytes. Read by people (`report.question_states`), and by this module on resuming;
 never by training.
@@ -66,7 +66,16 @@ class LabelHistory:
             return {}
         self._compare(
             [
-                tuple(text for text in (self._last.get(key), label, labelled[key].ground_truth) if text is not None)
+                tuple(
+                    text
+                    for text in (
+                        self._last.get(key),
+                        label,
+                        labelled[key].ground_truth,
+                        *dict.fromkeys(labelled[key].group.answers),
+                    )
+                    if text is not None
+                )
                 for key, label in labels.items()
             ]
         )
@@ -80,8 +89,10 @@ class LabelHistory:
         metrics = {"label/seen_before_share": len(flips) / len(labels)}
         return metrics | ({"label/flip_rate": sum(flips) / len(flips)} if flips else {})
 
-    def _details(self, item: ScoredGroup, label: str) -> tuple[float | None, bool | None]:
-        share = None if item.rewards is None else round(float((item.rewards > 0).mean()), 4)
+    def _details(self, item: ScoredGroup, label: str) -> tuple[float, bool | None]:
+        answers = item.group.answers
+        giving = sum(answer is not None and self._same(label, answer) for answer in answers)
+        share = round(giving / len(answers), 4)
         return share, None if item.ground_truth is None else self._same(label, item.ground_truth)
 
     def snapshot(self, step: int) -> bytes:

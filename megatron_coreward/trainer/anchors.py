@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.voting import majority_vote
 from megatron_coreward.telemetry.anchor_draws import read_draws
@@ -76,10 +77,15 @@ class Anchors:
         `anchor/moved_share`: anchors whose majority is another answer than at first, or none; `anchor/agreement`: their
         rollouts with the answer of the first majority; `anchor/kept`: see `kept`.
         `anchor/questions`: how many anchors there are; without any, the others are left out.
+
+        Raises InputError at step 0 if there are fewer than `guard.min_anchors`; nothing is written then.
         """
         row: dict[str, Any] = {"step": step}
         if step == 0:
-            row["labels"] = self._labels = self._choose(draw)
+            labels = self._choose(draw)
+            if len(labels) < self._settings.min_anchors:
+                raise InputError(too_few(len(labels), self._settings.min_anchors))
+            row["labels"] = self._labels = labels
         anchors = [problem for problem in self._problems if problem.uid in self._labels]
         groups = draw(anchors, self._settings.anchor_rollouts, LATER_DRAWS) if anchors else []
         row["answers"] = {group.uid: group.answers for group in groups}
@@ -133,6 +139,15 @@ class Anchors:
                 temporary.write_bytes(b"".join(draw.line + b"\n" for draw in known))
 
 
+def too_few(found: int, allowed: int) -> str:
+    """What is said of a model that is sure of too little."""
+    return (
+        f"data.train_files: found {found} anchor questions, on which the model has a clear majority, among those that "
+        f"were asked; allowed: {allowed} or more (guard.min_anchors). A model that is sure of so little has no labels "
+        "to learn from: take a stronger one or easier questions"
+    )
+
+
 def kept(agreements: Sequence[float]) -> float:
     """The agreement of the last two draws as a share of the most that any two draws in a row have had.
 
@@ -153,6 +168,8 @@ def draw_anchors(
         "policy",
         n=n,
         temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
         max_tokens=config.rollout.max_response_tokens,
         version=version,
         step=seed_step,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from megatron_coreward.cluster.weight_sync import SyncReport
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.errors import RunError
 from megatron_coreward.rewards.context import BatchRewardContext
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods.base import GroupReward, Method
@@ -122,11 +123,17 @@ class Collector:
             )
             if group_rewards is None:
                 group_rewards = [self.method.score(group, context) for group in rollouts.policy]
-            by_std = self.config.loss.advantage_std
             advantages = [
-                reward.of_rollouts(rows).advantages_of_group(by_std)
-                for reward, rows in zip(group_rewards, chosen, strict=True)
+                self._advantages(group, reward.of_rollouts(rows))
+                for group, reward, rows in zip(rollouts.policy, group_rewards, chosen, strict=True)
             ]
         return Experience(
             num_updates, rollouts, chosen, trained, sequences, stats, context, group_rewards, advantages, ground_truths
         )
+
+    def _advantages(self, group: RolloutGroup, reward: GroupReward) -> FloatArray:
+        """[n] of the rollouts that are trained on. Raises RunError for rewards or advantages that are not finite."""
+        try:
+            return reward.advantages_of_group(self.config.loss.advantage_std)
+        except ValueError as error:
+            raise RunError(f"method {self.method.name}, question {group.uid} ({group.view}): {error}") from None

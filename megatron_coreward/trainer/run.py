@@ -88,7 +88,8 @@ def train(config: RunConfig, arch: Architecture | None = None) -> Path:
         The run directory.
 
     Raises:
-        InputError: before any process starts, if config, model or data cannot work.
+        InputError: before any process starts, if config, model or data cannot work; before the first step, if there are
+            fewer anchor questions than guard.min_anchors.
         Preempted: the run was asked to stop; what it had done is saved.
         HaltedError: the guard has ended the run.
         RunError: the run cannot go on; the message names the cause and from where it would go on.

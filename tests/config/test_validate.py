@@ -175,8 +175,14 @@ def test_rollouts_from_older_weights_are_possible_with_a_correction(tmp_path: Pa
         (["sync.max_logprob_gap=1e-4"], "sync.max_logprob_gap: 0.0001 is less than rounding makes of .* bfloat16"),
         (["loss.clip_high=0.1"], "loss.clip_high: 0.1 is below loss.clip_low"),
         (["rollout.votes=7"], r"rollout.votes: found 7; allowed: at least rollout.n \(8\)"),
-        (["method=ground_truth", "rollout.votes=16"], "rollout.votes: method ground_truth has no vote of the policy"),
-        (["method=self_certainty", "rollout.votes=16"], "allowed: null, or co_rewarding_i and majority_voting"),
+        (
+            ["method=ground_truth", "rollout.votes=16"],
+            "rollout.votes: found 16 with method ground_truth; allowed: null, or the methods co_rewarding_i and",
+        ),
+        (
+            ["method=self_certainty", "rollout.votes=16"],
+            "allowed: null, or the methods co_rewarding_i and majority_voting alone",
+        ),
         (["method=co_rewarding_ii", "rollout.votes=16"], "teacher.n is the number of the teacher's votes"),
         (
             ["actor.router_replay=rollout", "rollout.schedule=streaming"],
@@ -267,6 +273,17 @@ def test_a_mixture_of_experts_without_a_correction_is_warned_about(tmp_path: Pat
     (warning,) = warned(EXPERTS)
     assert warning.startswith("loss.mismatch_correction: off for a mixture of experts")
     assert warned(EXPERTS, "loss.mismatch_correction=tis") == warned(DENSE) == []
+
+
+def test_gspo_with_the_bounds_or_the_aggregation_of_token_ratios_is_warned_about(tmp_path: Path) -> None:
+    def warned(*changes: str) -> list[str]:
+        config = parse_config(tree(tmp_path), ["loss.objective=gspo", *changes])
+        return [warning.partition(":")[0] for warning in warnings(config, validate(config))]
+
+    right = ["loss.clip_low=3e-4", "loss.clip_high=4e-4", "loss.aggregation=seq-mean-token-mean"]
+    assert warned() == ["loss.clip_high", "loss.aggregation"]
+    assert warned(*right) == []
+    assert warned(*right, "loss.aggregation=token-mean") == ["loss.aggregation"]
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_a_cell_is_run_recorded_and_drawn_and_a_forecast_reads_its_own_run(
         (*stability.SETTINGS, "steps=4", "guard.anchor_every=2", "validation.every=4", "telemetry.console=off"),
     )
     (run_dir,) = study.run_cells(tmp_path, stability.STUDY, [cell])
-    assert cell.is_done(tmp_path / stability.STUDY)
+    assert cell.is_done(tmp_path, stability.STUDY)
     record_run(run_dir, cell.name, cell.seed, tmp_path / "recorded")
     (record,) = read_records(tmp_path / "recorded")
     assert sorted(record.series("vote/entropy")) == [1, 2, 3, 4]

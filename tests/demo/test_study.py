@@ -1,9 +1,11 @@
 """A study runs the cells that are missing, each with its own settings, and one that was cut off begins again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.data.parquet import read_rows
 from megatron_coreward.demo import rephrasings, stability, study
@@ -27,6 +29,7 @@ class Runner:
     def __call__(self, config: RunConfig) -> None:
         self.configs.append(config)
         (config.run_dir / "metrics.jsonl").write_text("")
+        (config.run_dir / "config.yaml").write_text(dump_config(config))
         if len(self.configs) == self.fails:
             raise KeyboardInterrupt
         (config.run_dir / "hf").mkdir()
@@ -54,6 +57,18 @@ def test_a_study_that_was_cut_off_goes_on_with_the_cell_that_it_had_begun(tmp_pa
     assert [run_dir.relative_to(tmp_path / "stability").as_posix() for run_dir in run_dirs] == [
         f"{cell.name}/seed-1" for cell in cells
     ]
+
+
+def test_a_cell_whose_settings_are_others_now_is_run_again_and_one_that_was_moved_is_not(tmp_path: Path) -> None:
+    (cell,) = stability.cells(["entropy"], [1e-4], [1])
+    longer = replace(cell, overrides=(*cell.overrides, "steps=226"))
+    first, second, third = Runner(), Runner(), Runner()
+    run_cells(tmp_path / "here", "stability", [cell], first)
+    run_cells(tmp_path / "here", "stability", [longer], second)
+    assert [runner.configs[0].steps for runner in (first, second)] == [225, 226]
+    (tmp_path / "here").rename(tmp_path / "there")
+    run_cells(tmp_path / "there", "stability", [longer], third)
+    assert names(third) == []
 
 
 def test_every_method_gets_the_same_rates_seeds_and_budget() -> None:

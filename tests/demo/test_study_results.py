@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coreward.demo import rephrasings, stability
+from megatron_coreward.demo import rephrasings, stability, study_results
 from megatron_coreward.demo.study_records import COLUMNS, read_records, record_run
 from megatron_coreward.demo.study_results import (
     draw_rephrasing,
@@ -15,6 +15,7 @@ from megatron_coreward.demo.study_results import (
     stability_lines,
     start_of,
 )
+from megatron_coreward.telemetry.bands import Panel
 
 ACCURACY = [0.5, 0.6, 0.72, 0.6, 0.58]  # every 15 steps
 
@@ -67,6 +68,24 @@ def test_the_table_of_stability_has_the_best_and_what_is_lost_of_it(tmp_path: Pa
     ]
     assert lines[0][3:] == ("50.0%", "72.0%", "30", "59.0%", "-13.0", "65%")
     assert draw_stability(records, tmp_path / "stability.png").stat().st_size > 10_000
+
+
+def test_a_rate_that_is_none_of_the_study_s_own_is_in_the_table_at_its_place(tmp_path: Path) -> None:
+    for rate in (2e-4, 3e-4, 5e-5):
+        name = stability.name_of("entropy", rate)
+        record_run(write_run(tmp_path / name, ACCURACY), name, 1, tmp_path / "recorded")
+    records = read_records(tmp_path / "recorded")
+    assert [line[1] for line in stability_lines(records)] == ["5e-05", "0.0002", "0.0003"]
+    drawn: list[str] = []
+
+    def draw(rows: list[list[Panel]], out: Path) -> Path:
+        drawn.extend(row[0].title for row in rows)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_results, "draw_bands", draw)
+        draw_stability(records, tmp_path / "stability.png")
+    assert [title.rpartition(" ")[2] for title in drawn] == ["5e-05", "0.0002", "0.0003"]
 
 
 def test_the_study_of_rephrasings_is_read_at_its_ends(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ STEADY: dict[str, float] = {
     "label/view_agreement": 0.7,
     "label/flip_rate": 0.2,
     "anchor/kept": 1.0,
+    "anchor/questions": 64.0,
 }
 # Each sign by itself, far beyond its limit.
 SIGNS: dict[str, dict[str, float]] = {

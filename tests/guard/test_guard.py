@@ -41,6 +41,14 @@ def rows_with(indicators: tuple[str, ...], steps: int, steady: int = 3) -> list[
     return [row(step, *(indicators if step > steady else ())) for step in range(1, steady + steps + 1)]
 
 
+def drawn_at(kept: dict[int, float], steps: int) -> list[Row]:
+    """A steady policy whose anchors are drawn at these steps alone."""
+    rows = [{key: value for key, value in row(step).items() if key != "anchor/kept"} for step in range(1, steps + 1)]
+    for step, value in kept.items():
+        rows[step - 1]["anchor/kept"] = value
+    return rows
+
+
 def levels(decisions: list[Decision]) -> list[str]:
     return [decision.level for decision in decisions]
 
@@ -59,14 +67,37 @@ def test_two_indicators_with_damage_warn_when_they_last_and_act_when_they_go_on(
 
 
 def test_anchors_that_go_are_an_alarm_by_themselves_and_hold_until_they_are_drawn_again() -> None:
-    drawn = {4: 0.6, 8: 0.95}
-    rows = [{key: value for key, value in row(step).items() if key != "anchor/kept"} for step in range(1, 12)]
-    for step, kept in drawn.items():
-        rows[step - 1]["anchor/kept"] = kept
-    decisions = run(GuardSettings(**QUICK), rows)
-    assert levels(decisions) == ["none"] * 3 + ["warn", "warn", "warn", "act"] + ["none"] * 4
-    assert [decision.news for decision in decisions] == [False] * 3 + [True, False, False, True] + [False] * 4
+    decisions = run(GuardSettings(**QUICK), drawn_at({4: 0.6, 9: 0.95}, 12))
+    assert levels(decisions) == ["none"] * 3 + ["warn"] * 5 + ["none"] * 4
+    assert [decision.news for decision in decisions] == [False] * 3 + [True] + [False] * 8
     assert "answers to the anchor questions kept to 60% (limit -9%)" in decisions[3].reason
+
+
+def test_anchors_alone_are_acted_on_after_a_second_draw_and_go_back_to_before_the_two_of_the_first() -> None:
+    settings = GuardSettings(**QUICK, action="stop", anchor_every=6)
+    decisions = run(settings, drawn_at({24: 0.6, 30: 0.6}, 30))
+    assert levels(decisions) == ["none"] * 23 + ["warn"] * 6 + ["act"]
+    assert (decisions[-1].action, decisions[-1].lasted, decisions[-1].good_step) == ("stop", 7, 24 - 2 * 6)
+    with_others = [r | row(r["step"], "kl", "length") if r["step"] >= 24 else r for r in drawn_at({24: 0.6}, 27)]  # type: ignore[operator,arg-type]
+    for r in with_others[24:]:
+        r.pop("anchor/kept")
+    assert levels(run(settings, with_others))[-1] == "act"  # others need no draw
+
+
+def test_alarms_with_a_short_gap_are_one_episode_and_what_is_older_is_good() -> None:
+    settings = GuardSettings(**QUICK, anchor_every=6)
+    gap = drawn_at({24: 0.6, 30: 0.95, 36: 0.6, 42: 0.6}, 42)
+    assert run(settings, gap)[-1].good_step == 24 - 2 * 6
+    far = drawn_at({24: 0.6, 30: 0.95, 60: 0.6, 66: 0.6}, 66)
+    assert run(settings, far)[-1].good_step == 60 - 2 * 6
+
+
+def test_after_an_action_what_anchors_showed_before_is_forgotten() -> None:
+    settings = GuardSettings(**QUICK, action="raise_kl", anchor_every=6)
+    decisions = run(settings, drawn_at({6: 0.6, 12: 0.6, 60: 0.6}, 61))
+    assert [decision.step for decision in decisions if decision.action] == [12]
+    assert {decision.level for decision in decisions[12:59]} == {"none"}
+    assert decisions[59].level == "warn"
 
 
 def test_what_appears_late_is_compared_with_its_own_first_steps() -> None:

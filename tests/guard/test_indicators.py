@@ -1,9 +1,10 @@
 """Each sign appears beyond its limit, not before, and stays silent without its metrics."""
 
+import numpy as np
 import pytest
 
 from megatron_coreward.config.guard import GuardSettings
-from megatron_coreward.guard.indicators import METRICS, find_indicators
+from megatron_coreward.guard.indicators import METRICS, anchor_limit, find_indicators
 from tests.guard.rows import CHANGE, SIGNS, STEADY
 
 SETTINGS = GuardSettings()
@@ -11,6 +12,40 @@ SETTINGS = GuardSettings()
 
 def names(now: dict[str, float], base: dict[str, float] = STEADY, settings: GuardSettings = SETTINGS) -> list[str]:
     return [indicator.name for indicator in find_indicators(base, now, settings)]
+
+
+def test_chance_alarms_no_more_often_with_few_anchors_than_with_many() -> None:
+    """300 healthy runs of 30 draws each, in which every anchor has a probability of its own that does not change."""
+    generator = np.random.default_rng(1)
+
+    def alarms(questions: int, wide: bool) -> float:
+        settings, hits = GuardSettings(anchors=questions), 0
+        for _ in range(300):
+            sure = generator.beta(7.7, 1.3, questions)  # as clear as the majority of 7 of 8 rollouts
+            agreement = generator.binomial(4, sure, (30, questions)).mean(axis=1) / 4
+            pairs = np.append(agreement[:1], (agreement[1:] + agreement[:-1]) / 2)
+            worst = float((pairs / np.maximum.accumulate(pairs)).min())
+            row = {"anchor/kept": worst} | ({"anchor/questions": float(questions)} if wide else {})
+            hits += bool(find_indicators({}, row, settings))
+        return hits / 300
+
+    found = {questions: alarms(questions, wide=True) for questions in (8, 16, 32, 48, 64)}
+    assert max(found.values()) < 0.15, found
+    assert alarms(32, wide=False) > 0.3  # what the limit would do without it
+    assert alarms(16, wide=False) > 0.7
+
+
+def test_the_limit_of_anchors_widens_with_the_standard_error_of_a_draw() -> None:
+    settings = GuardSettings(anchor_fall=0.1)
+    assert [round(anchor_limit(settings, q), 3) for q in (None, 64, 55, 32, 16, 0.2)] == [
+        0.1,
+        0.1,
+        0.1,
+        0.131,
+        0.185,
+        1,
+    ]
+    assert anchor_limit(GuardSettings(anchor_fall=0.1, anchor_rollouts=8), 32) == 0.1
 
 
 def test_a_steady_policy_shows_none() -> None:

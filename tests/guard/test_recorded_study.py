@@ -50,8 +50,20 @@ HEALTHY = [record for record in RECORDS if lost_at(record) is None]
 
 
 def test_the_study_has_both_kinds_of_runs() -> None:
-    assert {record.name.split("/")[0] for record in COLLAPSED} >= {"majority_voting", "entropy", "self_certainty"}
-    assert {record.name.split("/")[0] for record in HEALTHY} >= {"ground_truth", "co_rewarding_i"}
+    """By seed: of Co-rewarding-I at 2e-4 one stays and one falls."""
+    assert {(record.name, record.seed) for record in COLLAPSED} >= {
+        ("majority_voting/lr-0.0002", 1),
+        ("majority_voting/lr-0.0002", 2),
+        ("majority_voting/lr-0.0002", 3),
+        ("co_rewarding_i/lr-0.0002", 2),
+        ("entropy/lr-0.0001", 1),
+        ("self_certainty/lr-0.0001", 1),
+    }
+    assert {(record.name, record.seed) for record in HEALTHY} >= {
+        ("ground_truth/lr-0.0001", 1),
+        ("co_rewarding_i/lr-0.0002", 1),
+        ("co_rewarding_ii/lr-0.0002", 1),
+    }
 
 
 @pytest.mark.parametrize("record", named(HEALTHY))
@@ -68,13 +80,22 @@ def test_an_alarm_before_ten_points_of_accuracy_are_lost(record: Record) -> None
 
 
 def test_the_limit_holds_on_runs_that_it_was_not_chosen_by() -> None:
-    """Of other seeds and rates, one that loses ten points late among them."""
+    """All of them collapsed, one of them late: no healthy run was held out."""
     others = [record for record in RECORDS if (record.name, record.seed) not in CHOSEN_BY]
     assert len(RECORDS) - len(others) == len(CHOSEN_BY)
     assert {record.seed for record in others} - {1}
+    assert others
     for record in others:
         warned, lost = first_warning(record), lost_at(record)
         assert (warned is None) if lost is None else (warned is not None and warned < lost), record.name
+
+
+@pytest.mark.parametrize("record", named(RECORDS))
+def test_the_number_of_anchors_that_these_runs_had_changes_no_decision(record: Record) -> None:
+    """The tables do not have it: 64, and 55 at seed 2."""
+    questions = 55.0 if record.seed == 2 else 64.0
+    rows = [r | {"anchor/questions": questions} for r in record.rows if r["step"] != 0]
+    assert [decision for _, decision in replay_rows(GuardSettings(), rows)] == decisions(record)
 
 
 def test_no_ground_truth_is_needed_for_it() -> None:

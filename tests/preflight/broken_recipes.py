@@ -380,7 +380,8 @@ CASES: dict[str, Case] = {
         "rollout.kv_cache_gib=4096", says=r"memory: .*\(key-value caches \(rollout.kv_cache_gib\): 4096.0 GiB"
     ),
     "memory of the model": broken(
-        patch(machine, "available_memory", lambda: 1 << 20), says="memory: the run needs .* at least .* are available"
+        patch(machine, "available_memory", lambda: 1 << 20),
+        says="memory: the run needs .* if answers are as long .* are available",
     ),
     "shared memory": broken(
         patch(machine, "free_bytes", lambda folder: 1000), says="sync.bucket_mib: 256 takes .* in /dev/shm .* are free"

@@ -169,6 +169,15 @@ def test_engines_claim_their_share_of_the_whole_gpu_not_of_what_is_free(placemen
     assert list(memory.gpu_problems(claimed, arch, total, total)) == []
 
 
+def test_one_sequence_is_the_smallest_micro_batch_that_is_proposed() -> None:
+    longest = config().data.max_prompt_tokens + config().rollout.max_response_tokens
+    changes = list(memory._changes(config(f"actor.tokens_per_microbatch={3 * longest}")))
+    tokens = [
+        change["actor.tokens_per_microbatch"] for change in changes if set(change) == {"actor.tokens_per_microbatch"}
+    ]
+    assert tokens == [3 * longest // 2, longest]
+
+
 def test_free_and_whole_memory_are_those_of_the_fullest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_ask_driver", lambda query: ["70000, 81559", "[N/A], 81559", "20000, 81559", ""])
     assert machine.gpu_memory() == (20_000 * 2**20, 81_559 * 2**20)
@@ -181,7 +190,7 @@ def test_a_host_that_is_too_small_is_reported_the_packs_that_fit() -> None:
     needed = sum(memory.host_memory(config(), arch).values())
     assert list(memory.host_problems(config(), arch, needed)) == []
     (problem,) = memory.host_problems(config(), arch, needed - 1)
-    assert re.search(r"memory: the run needs .* at least .* actor\.tokens_per_microbatch=8192 makes it fit$", problem)
+    assert re.search(r"memory: the run needs .* if answers .* actor\.tokens_per_microbatch=8192 makes it fit$", problem)
 
 
 def test_requirements_are_those_of_the_project() -> None:

@@ -47,6 +47,34 @@ class AsksTheTeacher(FirstAnswer):
         return GroupReward(label, context.matches(group, label))
 
 
+class HiddenAdvantages(FirstAnswer):
+    """Returns advantages, and does not say that it does."""
+
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        rewards = context.matches(group, group.answers[0])
+        return GroupReward(None, rewards, rewards - rewards.mean())
+
+
+class FailsOnSilence(FirstAnswer):
+    """Divides by the number of rollouts that have an answer."""
+
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        given = [answer for answer in group.answers if answer is not None]
+        return GroupReward(None, context.matches(group, given[0]))
+
+
+class FailsOnAgreement(FirstAnswer):
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        rewards = context.matches(group, group.answers[0])
+        with np.errstate(all="ignore"):
+            return GroupReward(None, (rewards / rewards.std()).astype(np.float32))
+
+
+class FailsAlone(FirstAnswer):
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        return GroupReward(None, context.matches(group, group.answers[1]))
+
+
 class ClaimsTooMuch(Peeks):
     needs = Needs(ground_truth=True)
 

@@ -70,6 +70,10 @@ def test_a_class_or_an_instance_is_a_method_by_its_import_path(name: str) -> Non
         (f"{OWN}:NotFinite", "rewards must be finite"),
         (f"{OWN}:NoReward", "`score` must return a GroupReward, found NoneType"),
         (f"{OWN}:Fails", "failed on made-up rollouts with ValueError: no such thing"),
+        (f"{OWN}:HiddenAdvantages", "does not say `own_advantages = True`"),
+        (f"{OWN}:FailsOnSilence", "IndexError: list index out of range (their answers: (None, None, None, None))"),
+        (f"{OWN}:FailsOnAgreement", "rewards must be finite"),
+        (f"{OWN}:FailsAlone", "IndexError: list index out of range (their answers: ('1',))"),
         (f"{OWN}:LengthPenalty", "its needs name no view, so it can only be mixed with a method that does"),
     ],
 )
@@ -107,6 +111,14 @@ def test_every_method_of_the_table_passes_the_trial_of_strangers() -> None:
 
     for name, method in METHODS.items():
         try_method(name, method)
+
+
+def test_what_is_not_finite_is_no_advantage() -> None:
+    bad, good = np.float32([1, np.nan]), np.float32([1, 0])
+    with pytest.raises(ValueError, match=r"advantages must be finite numbers, found \[1.0, nan\]"):
+        GroupReward(None, good, bad).advantages_of_group()
+    with pytest.raises(ValueError, match="rewards must be finite"):
+        GroupReward(None, bad).advantages_of_group()
 
 
 class TestMixtures:
@@ -175,6 +187,10 @@ class TestMixtures:
         assert problems({"restrain": 1.0, "empo": 1.0}) == [
             "method: restrain gives advantages of its own, so it cannot be mixed"
         ]
+
+    def test_advantages_that_nobody_announced_are_not_dropped(self) -> None:
+        with pytest.raises(InputError, match="first_answer gives advantages for question q without saying so"):
+            self.score({"majority_voting": 1.0, f"{OWN}:HiddenAdvantages": 1.0})
 
     def test_its_name_says_what_is_mixed(self) -> None:
         assert method_of({"empo": 1.0, "entropy": 0.1}).name == "1.0 x empo + 0.1 x entropy"

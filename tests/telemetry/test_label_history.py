@@ -35,7 +35,7 @@ def test_a_flip_is_another_answer_than_the_last_one_in_the_same_view(tmp_path: P
         assert history.observe(3, [scored("b", "3")])["label/flip_rate"] == 0
 
 
-def test_a_line_says_which_share_a_label_rewarded_and_whether_it_is_right(tmp_path: Path) -> None:
+def test_a_line_says_which_share_gives_a_label_and_whether_it_is_right(tmp_path: Path) -> None:
     path = tmp_path / "labels.jsonl"
     with open_history(path) as history:
         history.observe(1, [scored("a", "1"), replace(scored("b", "0.5"), ground_truth="1/2")])
@@ -43,6 +43,16 @@ def test_a_line_says_which_share_a_label_rewarded_and_whether_it_is_right(tmp_pa
         ["a", "original", "1", 0.0, None],
         ["b", "original", "0.5", 0.0, True],
     ]
+
+
+def test_the_share_of_a_label_is_that_of_the_rollouts_that_give_it_whatever_they_are_rewarded(tmp_path: Path) -> None:
+    path, item = tmp_path / "labels.jsonl", scored("a", "1/2")
+    answers = ["0.5", "1/2", "7", None]
+    rollouts = tuple(replace(item.group.completions[0], answer=answer) for answer in answers)
+    rewards = np.array([0.25, -0.25, 0.25, 1.0], dtype=np.float32)  # as of RESTRAIN, SCRL or a mixture
+    with open_history(path) as history:
+        history.observe(1, [ScoredGroup(replace(item.group, completions=rollouts), "1/2", rewards, rewards)])
+    assert json.loads(path.read_text())["labels"] == [["a", "original", "1/2", 0.5, None]]
 
 
 def test_missing_labels_and_the_teacher_s_groups_do_not_count(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 from megatron_coreward.config.guard import GuardSettings
 from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
-from megatron_coreward.trainer.anchors import FIRST_ROLLOUTS, LATER_DRAWS, Anchors
+from megatron_coreward.rollout.requests import SamplingRequest
+from megatron_coreward.trainer.anchors import FIRST_ROLLOUTS, LATER_DRAWS, Anchors, draw_anchors
 from megatron_coreward.types import Completion, Problem, RolloutGroup
-from tests.trainer.fakes import make_problem
+from tests.trainer.fakes import make_config, make_problem
 
 SETTINGS = GuardSettings(anchors=2, anchor_every=5, anchor_rollouts=4)
 PROBLEMS = [make_problem(number) for number in range(6)]
@@ -107,6 +108,25 @@ def test_without_a_clear_majority_there_is_no_anchor_and_no_metric_but_their_num
     unsure = Policy(**{f"q{number}": ["1", "2", "3", None] for number in range(6)})
     assert anchors.observe(0, unsure) == {"anchor/questions": 0}
     assert not any(anchors.due(step) for step in range(1, 20))
+
+
+def test_fewer_than_are_asked_for_end_the_run_before_its_first_step(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"min_anchors": 2})
+    assert open_anchors(tmp_path / "enough.jsonl", settings=settings).observe(0, START)["anchor/questions"] == 2
+    unsure = Policy(q0=["7"], q1=["1", "2"], q2=["1", "2"], q3=["1", "2"])
+    with pytest.raises(InputError, match=r"found 1 anchor questions, .* allowed: 2 or more \(guard.min_anchors\)"):
+        open_anchors(tmp_path / "few.jsonl", settings=settings).observe(0, unsure)
+    assert len(unsure.asked) == 1  # they are not drawn
+
+
+def test_they_are_drawn_from_the_distribution_of_training(tmp_path: Path) -> None:
+    class Engines:
+        def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]:
+            assert {(r.temperature, r.top_p, r.top_k) for r in requests} == {(0.7, 0.9, 20)}
+            return [[] for _ in requests]
+
+    config = make_config(**{"rollout.temperature": 0.7, "rollout.top_p": 0.9, "rollout.top_k": 20})
+    assert len(draw_anchors(config, Engines(), 0, PROBLEMS[:2], 4, LATER_DRAWS)) == 2
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.errors import HaltedError, InputError
-from megatron_coreward.trainer.forecast import Forecast, describe, forecast, rate_sum
+from megatron_coreward.trainer.forecast import FEWEST_CLEAR, Forecast, describe, forecast, rate_sum
 from tests.trainer.fakes import make_config
 
 Load = Callable[[Sequence[str]], RunConfig]
@@ -25,8 +25,8 @@ def loader(tmp_path: Path, method: str = "co_rewarding_i", **changes: object) ->
 class Run:
     """Writes the metrics of a run whose anchors begin to go at a step, and is stopped as the guard would."""
 
-    def __init__(self, falls_at: int | None, questions: int = 64) -> None:
-        self.falls_at, self.questions = falls_at, questions
+    def __init__(self, falls_at: int | None, questions: int = 64, passes: tuple[int, ...] = ()) -> None:
+        self.falls_at, self.questions, self.passes = falls_at, questions, passes
         self.configs: list[RunConfig] = []
 
     def __call__(self, config: RunConfig) -> None:
@@ -38,6 +38,8 @@ class Run:
             rows.append({"step": step, "step_time_s": 1.0})
             if step % config.guard.anchor_every == 0:
                 rows[-1]["anchor/kept"] = 0.5 if gone else 1.0
+            if self.passes is not None and step in self.passes:
+                rows[-1]["anchor/kept"] = 0.5
             if gone and step >= (self.falls_at or 0) + config.guard.act_after + 3:
                 break
         (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -94,13 +96,40 @@ def test_the_sum_of_rates_follows_the_schedule(schedule: str, warmup: float, exp
 
 
 def test_a_model_that_is_sure_of_nothing_has_no_forecast(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="found 5 questions on which the model has a clear majority"):
+    with pytest.raises(InputError, match="found 5 anchor questions, on which the model has a clear majority"):
         forecast(loader(tmp_path), Run(falls_at=None, questions=5))
 
 
-def test_ground_truths_need_no_forecast(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="method: found ground_truth"):
+def test_ground_truths_need_no_forecast_in_a_mixture_neither(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="method: found ground_truth, which reads ground truths"):
         forecast(loader(tmp_path, "ground_truth"), Run(falls_at=None))
+    mixed = loader(tmp_path)(()).model_copy(update={"method": {"majority_voting": 1.0, "ground_truth": 0.1}})
+    with pytest.raises(InputError, match="0.1 x ground_truth, which reads ground truths"):
+        forecast(lambda overrides: mixed, Run(falls_at=None))
+
+
+def test_a_warning_that_passes_is_no_collapse_and_one_that_is_there_at_the_end_is(tmp_path: Path) -> None:
+    load = loader(tmp_path)
+    assert forecast(load, Run(falls_at=None, passes=(20,)), steps=50).collapse_step is None
+    assert forecast(load, Run(falls_at=None, passes=(20, 48)), steps=50).collapse_step == 48
+
+
+def test_what_is_borne_and_what_is_planned_are_both_counted_in_optimizer_steps(tmp_path: Path) -> None:
+    constant = {"actor.lr": 1e-6, "actor.lr_schedule": "constant", "actor.lr_warmup": 0}
+    shares = []
+    for updates in (1, 2):
+        load = loader(tmp_path, steps=200, **constant, **{"loss.updates_per_batch": updates})
+        found = forecast(load, Run(falls_at=24), factor=4, steps=50)
+        assert found.planned_sum == pytest.approx(updates * 200 * 1e-6)
+        assert found.borne_sum == pytest.approx(updates * 23 * 4e-6)
+        shares.append(found.share)
+    assert shares[0] == pytest.approx(shares[1])
+
+
+def test_the_short_run_ends_before_its_first_step_without_enough_anchors(tmp_path: Path) -> None:
+    run = Run(falls_at=None)
+    forecast(loader(tmp_path), run)
+    assert run.configs[0].guard.min_anchors == FEWEST_CLEAR <= run.configs[0].guard.anchors
 
 
 def test_shares_and_steps_are_those_of_the_planned_run() -> None:

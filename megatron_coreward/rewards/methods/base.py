@@ -34,7 +34,14 @@ class GroupReward:
         return GroupReward(self.label, self.rewards[rows], advantages)
 
     def advantages_of_group(self, by_std: bool = True) -> FloatArray:
-        """[G] the method's own advantages, or those of its rewards (`algorithms.advantages.group_advantages`)."""
+        """[G] the method's own advantages, or those of its rewards (`algorithms.advantages.group_advantages`).
+
+        Raises ValueError if any is not finite: a single one would make every weight NaN.
+        """
+        values = self.rewards if self.advantages is None else self.advantages
+        if not np.isfinite(values).all():
+            what = "rewards" if self.advantages is None else "advantages"
+            raise ValueError(f"{what} must be finite numbers, found {values.tolist()}")
         if self.advantages is not None:
             return self.advantages
         return group_advantages(self.rewards, by_std).astype(np.float32, copy=False)
@@ -97,6 +104,7 @@ class Method(Protocol):
 
     name: str
     needs: Needs
+    # One whose `score` returns advantages says so: `own_advantages = True`. Such a method cannot be mixed.
 
     def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
         """Rewards for one group of policy rollouts."""

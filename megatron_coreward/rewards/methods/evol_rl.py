@@ -8,8 +8,9 @@ Novelties are scaled to 0..1 within a side (1/2 each if all are equal), and
     reward = -1 + novelty / 2    with another one (-1/2 if alone)
     reward = -1                  without an answer
 
-as in the release. There, similarity is the cosine of embeddings of another model; here it is the cosine of counts of
-token pairs, which needs no model and sees words, not meanings. The paper also asks for an entropy bonus and a higher
+as in the release, with one exception: if exactly one rollout has an answer, the release gives -1 to all, and here that
+rollout gets 1. In the release, similarity is the cosine of embeddings of another model; here it is the cosine of counts
+of token pairs, which needs no model and sees words, not meanings. The paper also asks for an entropy bonus and a higher
 upper clip: `loss.entropy_coef` and `loss.clip_high`. Without a label all rewards are 0.
 """
 

@@ -44,6 +44,11 @@ class Mixture:
             if views and group.view not in views:
                 continue
             judged = part.method.score(group, NarrowedContext(part.method.needs, context))
+            if judged.advantages is not None:
+                raise InputError(
+                    f"method: {part.method.name} gives advantages for question {group.uid} without saying so "
+                    "(`own_advantages = True`), and advantages cannot be mixed"
+                )
             total += np.float32(part.weight) * judged.rewards
             label = judged.label if label is None else label
         return GroupReward(label, total)
