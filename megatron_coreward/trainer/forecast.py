@@ -46,11 +46,7 @@ SETTINGS = (
     "checkpoint.resume=never",
     "telemetry.dump_rollouts=false",
 )
-<<<<<<< HEAD
 LEAST_SHARE = 0.1  # of the planned sum: a model that does not bear that much should not be trained so
-FEWEST_CLEAR = 16  # anchor questions below which nothing can be said
-=======
->>>>>>> fix2
 
 
 @dataclass(frozen=True, slots=True)
