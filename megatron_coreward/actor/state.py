@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
@@ -37,7 +37,7 @@ from megatron_coreward.actor.parallel import ParallelRanks
 from megatron_coreward.actor.saving import Saving
 from megatron_coreward.actor.shards import FlatWeights, MainShard, main_shards
 from megatron_coreward.actor.teacher import EmaTeacher
-from megatron_coreward.checkpoint.safe_load import check_no_code
+from megatron_coreward.checkpoint.safe_load import check_no_code, read_common_state
 from megatron_coreward.checkpoint.torch_dist import MegatronWeights
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.weights.mapping import is_expert
@@ -201,7 +201,7 @@ def load_state(
             part._copy_main_params_to_model_params()
         for chunk in policy:
             chunk.start_param_sync(force_sync=True)
-    common = dist_checkpointing.load_common_state_dict(str(source))
+    common = read_common_state(source)
     scheduler.num_steps = 0  # Megatron adds what it reads
     scheduler.load_state_dict(common["scheduler"])
     set_step_count(optimizer, common["optimizer_steps"])

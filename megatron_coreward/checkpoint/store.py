@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
+from megatron_coreward.checkpoint.safe_load import COMMON_FILE, COMMON_STATE
 from megatron_coreward.checkpoint.torch_dist import read_metadata
 from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry.files import fsync_directory
@@ -173,7 +174,7 @@ def check_checkpoint(path: Path, contents: bool = True) -> TrainerState:
             raise DamagedCheckpoint(f"{file}: missing")
         if file.stat().st_size != size:
             raise DamagedCheckpoint(f"{file}: {file.stat().st_size} bytes, {size} were written")
-    for required in (TRAINER, f"{ACTORS}/.metadata", f"{ACTORS}/common.pt"):
+    for required in (TRAINER, f"{ACTORS}/.metadata"):
         if required not in wanted:
             raise DamagedCheckpoint(f"{path / MANIFEST}: names no {required}")
     if contents:
@@ -182,9 +183,11 @@ def check_checkpoint(path: Path, contents: bool = True) -> TrainerState:
                 if found != wanted[name][1]:
                     raise DamagedCheckpoint(f"{path / name}: its content is not what was written (blake3)")
     try:
-        read_metadata(path / ACTORS)
+        objects = read_metadata(path / ACTORS).state_dict_metadata
     except InputError as e:
         raise DamagedCheckpoint(str(e)) from None
+    if f"{ACTORS}/{COMMON_FILE}" not in wanted and COMMON_STATE not in objects:
+        raise DamagedCheckpoint(f"{path / MANIFEST}: names no {ACTORS}/{COMMON_FILE}, and .metadata no {COMMON_STATE}")
     return read_trainer_state(path)
 
 

@@ -102,9 +102,8 @@ def _megatron_problems(path: Path) -> Iterator[str]:
             yield f"model.megatron_path: a checkpoint of format {backend!r} in {folder}; supported: torch_dist"
     except InputError as error:
         yield f"model.megatron_path: {error}"
-    for name in (".metadata", "common.pt"):
-        if not (folder / name).is_file():
-            yield f"model.megatron_path: {folder / name} is missing"
+    if not (folder / ".metadata").is_file():
+        yield f"model.megatron_path: {folder / '.metadata'} is missing"
     if not any(folder.glob("*.distcp")):
         yield f"model.megatron_path: no *.distcp files in {folder}"
 

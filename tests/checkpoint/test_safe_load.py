@@ -20,10 +20,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_coreward.checkpoint.safe_load import check_no_code
+from megatron_coreward.checkpoint.safe_load import COMMON_STATE, check_no_code, read_common_state
 from megatron_coreward.errors import InputError
 
 EXTRA = "decoder.layers.mlp.linear_fc1._extra_state/shard_0_1"
+COMMON = {"scheduler": {"max_lr": 1e-3, "num_steps": 3}, "optimizer_steps": 3}
 
 
 class Hostile:
@@ -61,11 +62,19 @@ def write(folder: Path, changes: Mapping[str, bytes] = {}, *, extra: bytes | Non
     files = {
         "metadata.json": json.dumps({"sharded_backend": "torch_dist", "common_backend": "torch"}).encode(),
         ".metadata": pickle.dumps(metadata),
-        "common.pt": saved({"scheduler": {"max_lr": 1e-3, "num_steps": 3}, "optimizer_steps": 3}),
+        "common.pt": saved(COMMON),
         "__0_0.distcp": tensor + thing,
     }
     for name, content in {**files, **changes}.items():
         (folder / name).write_bytes(content)
+    return folder
+
+
+def write_of_0_19(folder: Path, common: bytes) -> Path:
+    """The checkpoint with the common state where megatron-core 0.19 has it: an object beside the shards."""
+    write(folder, extra=common, key=COMMON_STATE)
+    (folder / "common.pt").unlink()
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     return folder
 
 
@@ -81,6 +90,41 @@ def test_what_a_run_writes_is_accepted(tmp_path: Path) -> None:
     states: list[object] = [torch.empty(0, dtype=torch.uint8), [], None]
     for number, empty in enumerate(states):
         check_no_code(write(tmp_path / str(number), extra=saved(empty)))
+
+
+def test_the_common_state_is_read_in_the_forms_of_both_versions(tmp_path: Path) -> None:
+    for folder in (write(tmp_path / "of_0_16"), write_of_0_19(tmp_path / "of_0_19", saved([COMMON]))):
+        check_no_code(folder)
+        assert read_common_state(folder) == COMMON
+
+
+@pytest.mark.parametrize("form", ["archive", "plain pickle"])
+def test_a_common_state_among_the_shards_that_would_run_code_is_refused(tmp_path: Path, form: str) -> None:
+    state = [{"scheduler": Hostile(tmp_path / "ran"), "optimizer_steps": 3}]
+    folder = write_of_0_19(tmp_path / "c", saved(state) if form == "archive" else pickle.dumps(state))
+    for reader in (check_no_code, read_common_state):
+        with pytest.raises(InputError, match="__0_0.distcp: holds more than data, and would run code"):
+            reader(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_common_state_is_there_once_and_has_the_form_of_one(tmp_path: Path) -> None:
+    twice = write(tmp_path / "twice", extra=saved([COMMON]), key=COMMON_STATE)
+    with pytest.raises(InputError, match=r"common.pt: .*names 'common_state/shard_0_1' too"):
+        check_no_code(twice)
+    for number, wrong in enumerate(([], [COMMON, COMMON], COMMON, [3])):
+        with pytest.raises(InputError, match="__0_0.distcp: damaged .*not a dictionary"):
+            read_common_state(write_of_0_19(tmp_path / str(number), saved(wrong)))
+    outside = write_of_0_19(tmp_path / "outside", saved([COMMON]))
+
+    def edit(metadata: Metadata) -> None:
+        metadata.storage_data[MetadataIndex(COMMON_STATE)] = _StorageInfo("../common", 0, 1)
+
+    with pytest.raises(InputError, match="outside of the checkpoint"):
+        read_common_state(edited(outside, edit))
+    unnamed = write_of_0_19(tmp_path / "unnamed", saved([COMMON]))
+    with pytest.raises(InputError, match="common_state/shard_0_1' is kept as an object"):
+        check_no_code(write(unnamed, key="other_" + COMMON_STATE))
 
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt", "common.pt of torch", "__0_0.distcp", "plain pickle"])

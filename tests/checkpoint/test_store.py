@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from megatron_coreward.checkpoint.safe_load import COMMON_STATE
 from megatron_coreward.checkpoint.store import (
     DamagedCheckpoint,
     TrainerState,
@@ -106,6 +107,19 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def test_the_common_state_is_a_file_or_an_object_that_the_metadata_names(tmp_path: Path) -> None:
+    for step, objects in enumerate(({}, {COMMON_STATE: BytesStorageMetadata()})):
+        write_actors(target := new_checkpoint(tmp_path, TrainerState(step, step), {}))
+        (target / "common.pt").unlink()
+        (target / ".metadata").write_bytes(pickle.dumps(Metadata(state_dict_metadata=dict(objects), storage_data={})))
+        finalize_checkpoint(tmp_path, step, {}, keep=2)
+    with pytest.raises(
+        DamagedCheckpoint, match=r"names no megatron/common.pt, and .metadata no common_state/shard_0_1"
+    ):
+        check_checkpoint(checkpoint_path(tmp_path, 0))
+    assert check_checkpoint(checkpoint_path(tmp_path, 1)) == TrainerState(1, 1)
 
 
 @pytest.mark.parametrize("name", ["megatron/__0_0.distcp", "megatron/common.pt", "trainer.json", "config.yaml"])
