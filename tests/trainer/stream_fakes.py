@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_coreward.cluster.watchdog import WorkerDied
 from megatron_coreward.rollout.requests import Fed, GroupName, Taken
-from megatron_coreward.types import Completion, Completions, WeightVersion
+from megatron_coreward.types import Completion, Completions, IntArray, WeightVersion
 from tests.trainer.fakes import FakeEngines
 
 Key = tuple[GroupName, int]
@@ -58,7 +58,7 @@ class StreamingFakes(FakeEngines):
 
     # Weights
 
-    def receive_weights(self, spec: dict[str, Any], version: int) -> Any:
+    def receive_weights(self, spec: dict[str, Any], version: int, canary: IntArray | None) -> Any:
         with self.lock:
             for engine in self.engines:
                 engine.held = engine.drawing = None
@@ -66,7 +66,7 @@ class StreamingFakes(FakeEngines):
                 if not engine.alive:
                     raise WorkerDied("engine", number, "weights", ConnectionError("gone"))
                 engine.held = version
-        return super().receive_weights(spec, version)
+        return super().receive_weights(spec, version, canary)
 
     def restart(self, index: int) -> None:
         super().restart(index)
@@ -120,7 +120,7 @@ class StreamingFakes(FakeEngines):
                 return None
             ended, call.engine.ended = call.engine.ended, []
         completions = Completions([[completion_of(key, versions) for key, versions in ended]])
-        return Taken(tuple(key for key, _ in ended), completions, 0, 0, ())
+        return Taken(tuple(key for key, _ in ended), completions, (), ())
 
     def _tick(self, engine: Engine) -> None:
         if engine.drawing is None or not engine.alive or self.paused:
