@@ -55,6 +55,7 @@ class StreamingFakes(FakeEngines):
         self.most = [0] * num  # samples that an engine had at once
         self.on_ended: Callable[[], None] = lambda: None
         self.paused = False
+        self.held_step: int | None = None  # of which nothing is drawn
 
     # Weights
 
@@ -72,6 +73,12 @@ class StreamingFakes(FakeEngines):
         super().restart(index)
         with self.lock:
             self.engines[self.numbers.index(index)] = Engine()
+
+    def sleep(self) -> None:
+        """As engines do that share their GPUs: they lose their weights, and keep what had begun."""
+        with self.lock:
+            for engine in self.engines:
+                engine.held = engine.drawing = None
 
     def kill(self, place: int) -> None:
         with self.lock:
@@ -126,7 +133,7 @@ class StreamingFakes(FakeEngines):
         if engine.drawing is None or not engine.alive or self.paused:
             return
         role = WeightVersion.of(engine.drawing).role
-        for key in [key for key in engine.active if key[0].role == role]:
+        for key in [key for key in engine.active if key[0].role == role and key[0].step != self.held_step]:
             engine.active[key].append(engine.drawing)
             if len(engine.active[key]) == length_of(key):
                 engine.ended.append((key, engine.active.pop(key)))
