@@ -8,7 +8,7 @@ Invariants (tests/cluster/test_group_stream.py):
   1. Every group that is submitted is complete once: when all its samples have ended, or when its watcher says so.
   2. A sample that has ended is never drawn again. When an engine dies, those of its samples that had not ended are
      drawn by other engines, and nothing else.
-  3. Nothing is handed out, and no token drawn, while weights travel: from `halt` to `go_on`.
+  3. Nothing is handed out from `halt` to `go_on`; engines stand still by themselves while they do anything else.
 """
 
 import threading
@@ -46,7 +46,11 @@ class _Group:
     place: int | None = None  # of the engine that draws it; None: it waits for one
 
     @property
-    def lacking(self) -> tuple[int, ...]:
+    def lacking(self) -> int:
+        return self.asked.request.n - len(self.ended)
+
+    @property
+    def to_draw(self) -> tuple[int, ...]:
         return tuple(i for i in range(self.asked.request.n) if i not in self.ended)
 
 
@@ -72,12 +76,16 @@ class GroupStream:
         self._waiting: dict[Role, deque[GroupName]] = {"policy": deque(), "teacher": deque()}
         self._groups: dict[GroupName, _Group] = {}
         self._complete: dict[GroupName, list[Completion]] = {}
+        self._awaited: set[GroupName] = set()  # of those that `wait` waits for, those that are not complete
+        # Samples that each engine has, by place: to count them each time would take longer than to draw them.
+        self._on_their_way: dict[Role, list[int]] = {"policy": [0] * num, "teacher": [0] * num}
         self._starts = [0] * num  # how often each engine was started again
         self._dead: dict[int, WorkerDied] = {}  # by place
         self._error: BaseException | None = None
         self._calls: dict[Any, _Call] = {}
         self._version: int | None = None  # that engines draw from; None: they stand still
-        self._aborted_samples = self._aborted_tokens = 0
+        self._aborted: list[tuple[GroupName, int]] = []  # samples, as `Taken` has them
+        self._collected: int | None = None  # the last step of which groups were collected since the counts were taken
         self._intervals: list[EngineInterval] = []
         self._closed = False
         with self._state:
@@ -110,22 +118,25 @@ class GroupStream:
             self._hand_out()
 
     def wait(self, names: Sequence[GroupName]) -> None:
-        """Returns when the groups are complete.
+        """Returns when the groups are complete. One thread waits at a time.
 
         Raises:
             WorkerDied: an engine is gone. The others go on; it may be started again, and this be asked again.
             RunError: it takes too long.
         """
-        self._until(lambda: all(name in self._complete for name in names))
+        with self._state:
+            self._awaited = {name for name in names if name not in self._complete}
+        self._until(lambda: not self._awaited)
 
     def settle(self) -> None:
         """Halts, and returns when no sample is on its way. Raises as `wait` does."""
         self.halt()
-        self._until(lambda: all(group.place is None for group in self._groups.values()))
+        self._until(lambda: not any(any(counts) for counts in self._on_their_way.values()))
 
     def collect(self, names: Sequence[GroupName]) -> list[list[Completion]]:
         """The completions of groups that are complete, in the order of their samples; they are forgotten here."""
         with self._state:
+            self._collected = max((name.step for name in names), default=self._collected)
             return [self._complete.pop(name) for name in names]
 
     def in_flight(self, role: Role) -> bool:
@@ -139,22 +150,33 @@ class GroupStream:
             version = self._version
             return self.in_flight(role) and (version is None or WeightVersion.of(version).role != role)
 
-    def restarted(self, number: int) -> None:
-        """The engine of this number was started again. It has no weights: nothing is handed out until `go_on`."""
+    def gone(self, number: int, death: WorkerDied) -> None:
+        """The engine of this number is dead, and is about to be started again: nothing is asked of its place until
+        `restarted`, and nothing handed out until `go_on`."""
         with self._state:
             self._version = None
             place = self._engines.numbers.index(number)
             self._take_back(place)
             self._starts[place] += 1
-            self._dead.pop(place, None)
+            self._dead[place] = death
+
+    def restarted(self, number: int) -> None:
+        """The engine of this number was started again after it was `gone`."""
+        with self._state:
+            place = self._engines.numbers.index(number)
+            del self._dead[place]
             self._listen_to(place)
 
     def take_metrics(self) -> dict[str, float]:
-        """What was aborted since this was asked last."""
+        """What was aborted of the steps whose groups were collected since this was asked last, and of those before as
+        far as it was not known then; empty: none were collected."""
         with self._state:
-            counts = self._aborted_samples, self._aborted_tokens
-            self._aborted_samples = self._aborted_tokens = 0
-        return {"rollout/aborted_samples": float(counts[0]), "rollout/aborted_tokens": float(counts[1])}
+            step, self._collected = self._collected, None
+            if step is None:
+                return {}
+            tokens = [tokens for name, tokens in self._aborted if name.step <= step]
+            self._aborted = [(name, tokens) for name, tokens in self._aborted if name.step > step]
+        return {"rollout/aborted_samples": float(len(tokens)), "rollout/aborted_tokens": float(sum(tokens))}
 
     def take_intervals(self) -> list[EngineInterval]:
         """When the engines drew samples, as far as they have told since this was asked last."""
@@ -194,24 +216,21 @@ class GroupStream:
         """Gives groups to engines as long as one has room."""
         if self._version is None:
             return
-        waiting, alive = self._waiting[WeightVersion.of(self._version).role], self._alive()
+        role = WeightVersion.of(self._version).role
+        waiting, alive = self._waiting[role], self._alive()
         if not waiting or not alive:
             return
-        role = WeightVersion.of(self._version).role
-        on_their_way = dict.fromkeys(alive, 0)
-        for name, group in self._groups.items():
-            if group.place in on_their_way and name.role == role:
-                on_their_way[group.place] += len(group.lacking)
+        on_their_way = self._on_their_way[role]
         fed: dict[int, list[Fed]] = {}
         while waiting:
             group = self._groups[waiting[0]]
             place = min(alive, key=on_their_way.__getitem__)
-            if on_their_way[place] and on_their_way[place] + len(group.lacking) > self._room:
+            if on_their_way[place] and on_their_way[place] + group.lacking > self._room:
                 break
             waiting.popleft()
             group.place = place
-            on_their_way[place] += len(group.lacking)
-            fed.setdefault(place, []).append(Fed(group.asked.name, group.asked.request, group.lacking))
+            on_their_way[place] += group.lacking
+            fed.setdefault(place, []).append(Fed(group.asked.name, group.asked.request, group.to_draw))
         for place, groups in fed.items():
             self._called(self._engines.feed(place, groups), place)
 
@@ -262,28 +281,33 @@ class GroupStream:
             if group.place == place:
                 group.place = None
                 self._waiting[name.role].appendleft(name)
+        for counts in self._on_their_way.values():
+            counts[place] = 0
 
     def _took(self, taken: Taken) -> None:
-        self._aborted_samples += taken.aborted_samples
-        self._aborted_tokens += taken.aborted_tokens
+        self._aborted += taken.aborted
         self._intervals += taken.intervals
         (completions,) = taken.completions
         for (name, sample), completion in zip(taken.ended, completions, strict=True):
             group = self._groups.get(name)
             if group is None:  # its watcher has ended it, and the sample ended before the engine heard of it
-                self._aborted_samples += 1
-                self._aborted_tokens += len(completion.token_ids)
+                self._aborted.append((name, len(completion.token_ids)))
                 continue
             if sample in group.ended:
                 continue
+            assert group.place is not None  # what an engine says after it was given up is not heard
+            on_their_way = self._on_their_way[name.role]
             group.ended[sample] = completion
+            on_their_way[group.place] -= 1
             watcher = group.asked.watcher
             enough = watcher is not None and watcher.completed(sample, completion)
             if group.lacking and not enough:
                 continue
-            if group.lacking and group.place is not None:
+            if group.lacking:
+                on_their_way[group.place] -= group.lacking
                 self._called(self._engines.abort(group.place, [name]), group.place)
             del self._groups[name]
+            self._awaited.discard(name)
             self._complete[name] = [group.ended[i] for i in sorted(group.ended)]
         self._hand_out()
         self._state.notify_all()

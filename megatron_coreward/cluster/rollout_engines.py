@@ -95,7 +95,7 @@ class RolloutEngines:
 
         Raises WorkerDied for an actor rank, and for an engine if no restart is left.
         """
-        dead: int | None = None
+        dead: WorkerDied | None = None
         while True:
             try:
                 if dead is not None:
@@ -113,25 +113,30 @@ class RolloutEngines:
                 self._notify(
                     f"{death}; starting it again ({self._restarts_left} restarts left, faults.engine_restarts)"
                 )
-                dead = death.index
+                dead = death
 
-    def _start_again(self, number: int) -> None:
+    def _start_again(self, death: WorkerDied) -> None:
+        number = death.index
+        of_it = [side for side in self._all_sides() if self.shared or number in side.engines.numbers]
+        streams = [side.stream for side in of_it if side.stream is not None]
+        for stream in streams:  # before there is a process that would be asked in the name of the dead one
+            stream.gone(number, death)
         self._engines.restart(number)
-        for side in self._all_sides():
-            if self.shared or number in side.engines.numbers:
-                side.sync.reset()
-                if side.stream is not None:
-                    side.stream.restarted(number)
+        for side in of_it:
+            side.sync.reset()
+        for stream in streams:
+            stream.restarted(number)
 
     def sync_weights(self, role: Role, num_updates: int, timer: PhaseTimer) -> int:
         """Brings a role's present weights to its engines, unless they hold them already; returns their version.
 
         What is streamed stands still from here until `go_on`; samples that have begun go on then if they may (partial
-        rollouts), and are waited for here if not.
+        rollouts), and are waited for here if not. If actors and engines share GPUs, samples have begun only if an
+        engine died: the others slept since, have no weights to end them with, and go on with those of the same update.
         """
         side, version = self._sides[role], WeightVersion(role, num_updates)
         if side.stream is not None:
-            if self._partial or side.sync.holds(version):
+            if self._partial or self._colocated or side.sync.holds(version):
                 side.stream.halt()
             else:
                 with timer.phase("rollout"):
@@ -196,11 +201,14 @@ class RolloutEngines:
         return reports
 
     def take_sampling_metrics(self) -> dict[str, float]:
-        """How long the slowest and the fastest engine sampled for the policy since this was asked last, and what was
-        aborted if groups are streamed; empty: nothing."""
+        """How long the slowest and the fastest engine sampled for the policy since this was asked last; if groups are
+        streamed, what was aborted instead (`GroupStream.take_metrics`); empty: nothing."""
         metrics = self._sides["policy"].engines.take_sampling_metrics()
-        for side in self._all_sides():
-            for key, value in (side.stream.take_metrics() if side.stream is not None else {}).items():
+        streams = [side.stream for side in self._all_sides() if side.stream is not None]
+        if streams:
+            metrics = {}  # those were of a validation or of anchors
+        for stream in streams:
+            for key, value in stream.take_metrics().items():
                 metrics[key] = metrics.get(key, 0.0) + value
         return metrics
 

@@ -18,6 +18,7 @@ from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
     NodeDiedError,
+    ObjectLostError,
     OutOfMemoryError,
     RayActorError,
     RayTaskError,
@@ -40,7 +41,15 @@ LESS_MEMORY = (
     "(less: actor.tokens_per_microbatch, rollout.gpu_memory_utilization; more: actor.recompute, "
     "actor.offload_optimizer, or another layout: `megatron-coreward plan` shows the bytes)"
 )
-_DEATHS = (RayActorError, ActorDiedError, ActorUnavailableError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
+_DEATHS = (
+    RayActorError,
+    ActorDiedError,
+    ActorUnavailableError,
+    WorkerCrashedError,
+    OutOfMemoryError,
+    NodeDiedError,
+    ObjectLostError,  # the node that kept a worker's result is gone
+)
 
 
 class WorkerDied(RunError):

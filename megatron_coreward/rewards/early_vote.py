@@ -13,7 +13,6 @@ Invariants (tests/rewards/test_early_vote.py):
   3. Whether it is decided depends on the answers and their samples, not on the order in which they came.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 from megatron_coreward.rewards.equivalence import Form, Relation, form_of, has_answer, may_be_same
@@ -41,7 +40,8 @@ class EarlyVote:
         self._min_margin = min_margin
         self._num_rollouts = num_rollouts
         self._out = set(range(num_rollouts))
-        self._forms: dict[int, Form] = {}  # by sample; those with an answer
+        self._seen: dict[Form, _Seen] = {}
+        self._nearness: dict[tuple[Form, Form], bool] = {}
 
     def add(self, sample: int, answer: str | None) -> None:
         """The answer of a rollout, by its place in the group (None or blank: no answer).
@@ -52,7 +52,9 @@ class EarlyVote:
             raise ValueError(f"sample {sample} is not among those that are still out: {sorted(self._out)}")
         self._out.remove(sample)
         if has_answer(answer):
-            self._forms[sample] = form_of(self._relation, answer)
+            form = form_of(self._relation, answer)
+            before = self._seen.get(form, _Seen(form, 0, sample))
+            self._seen[form] = _Seen(form, before.count + 1, min(before.first, sample))
 
     @property
     def outstanding(self) -> frozenset[int]:
@@ -64,12 +66,15 @@ class EarlyVote:
         """Whether no answer that is still out can change the label or the abstention."""
         if not self._out:
             return True
-        if not self._forms:
+        if not self._seen:
             return False
-        counts = Counter(self._forms.values())
-        seen = [_Seen(form, count, self._first(form)) for form, count in counts.items()]
+        seen, out = list(self._seen.values()), len(self._out)
         leader = max(seen, key=lambda answer: (answer.count, -answer.first))
-        return self._wins_for_certain(leader, seen) or self._abstains_for_certain(seen)
+        rival = max((answer.count for answer in seen if answer is not leader), default=0)
+        may_win = leader.count >= rival + out
+        may_abstain = (leader.count + out - rival) / self._num_rollouts < self._min_margin
+        # Both are bounds that compare no answers, and nearly always leave nothing to ask.
+        return (may_win and self._wins_for_certain(leader, seen)) or (may_abstain and self._abstains_for_certain(seen))
 
     def _wins_for_certain(self, leader: _Seen, seen: list[_Seen]) -> bool:
         """Whether the class of `leader` wins with a sufficient margin, under the spelling that it would have now.
@@ -81,7 +86,7 @@ class EarlyVote:
         out, first_out = len(self._out), min(self._out)
         others = [answer for answer in seen if answer is not leader]
         largest_rival = 0
-        for near in [[], *([other for other in others if _near(answer, other)] for answer in others)]:
+        for near in [[], *([other for other in others if self._near(answer, other)] for answer in others)]:
             rival = sum(other.count for other in near)
             largest_rival = max(largest_rival, rival)
             seen_first = leader.first < min([first_out, *(other.first for other in near)])
@@ -92,21 +97,20 @@ class EarlyVote:
         if self._relation == "exact":  # a class has one spelling
             return True
         earlier = [other for other in others if other.first < leader.first]
-        return leader.first < first_out and not any(_near(leader, other) for other in earlier)
+        return leader.first < first_out and not any(self._near(leader, other) for other in earlier)
 
     def _abstains_for_certain(self, seen: list[_Seen]) -> bool:
         """Whether the margin stays too small even if all that is out joins one class.
 
         Two answers that surely differ are in two classes, so the runner-up has at least the smaller count of them.
         """
-        most = max(sum(other.count for other in seen if _near(answer, other)) for answer in seen) + len(self._out)
-        runner_up = max((min(a.count, b.count) for a in seen for b in seen if not _near(a, b)), default=0)
+        most = max(sum(other.count for other in seen if self._near(answer, other)) for answer in seen) + len(self._out)
+        runner_up = max((min(a.count, b.count) for a in seen for b in seen if not self._near(a, b)), default=0)
         return (most - runner_up) / self._num_rollouts < self._min_margin
 
-    def _first(self, form: Form) -> int:
-        return min(sample for sample, given in self._forms.items() if given == form)
-
-
-def _near(a: _Seen, b: _Seen) -> bool:
-    """Whether two answers may be in one class."""
-    return may_be_same(a.form, b.form)
+    def _near(self, a: _Seen, b: _Seen) -> bool:
+        """Whether two answers may be in one class. A pair is read once."""
+        pair = (a.form, b.form)
+        if pair not in self._nearness:
+            self._nearness[pair] = self._nearness[pair[::-1]] = may_be_same(*pair)
+        return self._nearness[pair]

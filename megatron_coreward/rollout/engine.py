@@ -203,10 +203,10 @@ class RolloutEngine:
             engine: the number of this engine, for its intervals.
         """
         if not self._stream_begun.wait(patience_s):
-            return Taken((), Completions([[]]), 0, 0, ())
-        samples, aborted, aborted_tokens, intervals = self._loop().take(patience_s)
+            return Taken((), Completions([[]]), (), ())
+        samples, aborted, intervals = self._loop().take(patience_s)
         for sample in samples:
-            if sample.request.stop and len(sample.starts) > 1:
+            if sample.request.stop and sample.cuts:
                 self._end_at_stop(sample)
         # Of no samples at all, a tokenizer makes one empty text.
         token_ids = [sample.token_ids for sample in samples]
@@ -214,8 +214,7 @@ class RolloutEngine:
         return Taken(
             tuple((sample.name, sample.index) for sample in samples),
             Completions([[_completion_of(sample, text) for sample, text in zip(samples, texts, strict=True)]]),
-            aborted,
-            aborted_tokens,
+            tuple(aborted),
             tuple(interval._replace(engine=engine) for interval in intervals),
         )
 
@@ -308,7 +307,7 @@ class RolloutEngine:
     def _end_at_stop(self, sample: Sample) -> None:
         """Ends a sample at a stop string that began in one piece and ended in the next: vLLM saw only its halves."""
         longest = max(len(stop.encode()) for stop in sample.request.stop)  # in tokens, too
-        for border, _ in sample.starts[1:]:
+        for border in sample.cuts:
             for end in range(border + 1, min(border + longest, len(sample.token_ids)) + 1):
                 near = self._tokenizer.decode(
                     sample.token_ids[max(0, border - longest) : end], skip_special_tokens=True

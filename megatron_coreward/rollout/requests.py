@@ -67,6 +67,5 @@ class Taken:
 
     ended: tuple[tuple[GroupName, int], ...]  # the samples that have ended, by group and number
     completions: Completions  # of them, as one request
-    aborted_samples: int
-    aborted_tokens: int  # that were drawn of those before they were aborted
+    aborted: tuple[tuple[GroupName, int], ...]  # each sample that was aborted, and the tokens that it had by then
     intervals: tuple[EngineInterval, ...]

@@ -26,6 +26,8 @@ import numpy as np
 from megatron_coreward.rollout.requests import Fed, GroupName, SamplingRequest
 from megatron_coreward.types import EngineInterval, FloatArray, IntArray, Role, WeightVersion
 
+GATHER_S = 0.03  # for more samples, once one has ended: to take each by itself would keep the driver busy
+
 
 class Drawn(NamedTuple):
     """Tokens that an engine has drawn for a sample, since the sample was added."""
@@ -59,6 +61,7 @@ class Sample:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     starts: list[tuple[int, int]] = field(default_factory=list)  # (index of the first token, version of the weights)
+    cuts: list[int] = field(default_factory=list)  # tokens that it had when it went on after an interruption
     finish_reason: Literal["stop", "length"] | None = None
 
     def take(self, drawn: Drawn) -> None:
@@ -77,6 +80,8 @@ class Sample:
 
     def go_on(self, version: int) -> None:
         """Its next token is drawn from weights of this version."""
+        if self.token_ids and len(self.token_ids) not in self.cuts[-1:]:
+            self.cuts.append(len(self.token_ids))
         if not self.starts or self.starts[-1][1] != version:
             self.starts.append((len(self.token_ids), version))
 
@@ -94,12 +99,13 @@ class StepLoop:
         spread: makes a seed that is far from those of neighbouring numbers.
         """
         self._steps, self._room, self._spread = steps, max_num_seqs, spread
+        self._spare = -(-max_num_seqs // 4)  # samples that it has beyond its room (`rollout_engines.room_of`)
         self._state = threading.Condition()
         self._waiting: dict[Role, deque[Sample]] = {"policy": deque(), "teacher": deque()}
         self._running: dict[int, Sample] = {}
         self._aborted: set[GroupName] = set()  # groups whose running samples are to be withdrawn
         self._ended: list[Sample] = []
-        self._aborted_samples = self._aborted_tokens = 0
+        self._withdrawn: list[tuple[GroupName, int]] = []  # samples that were aborted, and their tokens
         self._version: int | None = None  # of the weights to draw from
         self._holders = 0  # those who want the loop to stand still
         self._stepping = self._closed = False
@@ -153,17 +159,26 @@ class StepLoop:
                 self._holders -= 1
                 self._state.notify_all()
 
-    def take(self, patience_s: float) -> tuple[list[Sample], int, int, list[EngineInterval]]:
-        """Waits for samples that have ended, `patience_s` at most; those, the number and the tokens of samples that
-        were aborted, and what the engine did (as engine 0), since this was asked last."""
+    def take(self, patience_s: float) -> tuple[list[Sample], list[tuple[GroupName, int]], list[EngineInterval]]:
+        """Waits for a sample that has ended or was aborted, `patience_s` at most, and for others that follow it soon:
+        those that have ended, the group and the tokens of each that was aborted, and what the engine did (as engine 0),
+        since this was asked last."""
         with self._state:
-            self._state.wait_for(lambda: bool(self._ended or self._error or self._closed), patience_s)
+            if self._state.wait_for(self._has_news, patience_s):
+                self._state.wait_for(self._no_more_soon, GATHER_S)
             if self._error is not None:
                 raise self._error
             ended, self._ended = self._ended, []
-            counts = self._aborted_samples, self._aborted_tokens
-            self._aborted_samples = self._aborted_tokens = 0
-            return ended, *counts, self._busy.take()
+            withdrawn, self._withdrawn = self._withdrawn, []
+            return ended, withdrawn, self._busy.take()
+
+    def _has_news(self) -> bool:
+        return bool(self._ended or self._withdrawn or self._error or self._closed)
+
+    def _no_more_soon(self) -> bool:
+        """Whether to wait for more would be in vain, or would let the engine run out of samples to begin."""
+        ready = len(self._ended) >= self._spare or not (self._stepping or self._may_step())
+        return ready or self._closed or self._error is not None
 
     def close(self) -> None:
         """Ends the thread."""
@@ -188,7 +203,7 @@ class StepLoop:
             while True:
                 if self._closed:
                     return False
-                if self._aborted:
+                if self._aborted and not self._holders:
                     self._withdraw_aborted()
                 if self._may_step():
                     break
@@ -243,14 +258,15 @@ class StepLoop:
     def _withdraw_aborted(self) -> None:
         names, self._aborted = self._aborted, set()
         gone = [number for number, sample in self._running.items() if sample.name in names]
-        for number, drawn in self._steps.withdraw(gone).items():
-            self._running[number].take(drawn)
+        if gone:
+            for number, drawn in self._steps.withdraw(gone).items():
+                self._running[number].take(drawn)
         samples = [self._running.pop(number) for number in gone]
         for role, waiting in self._waiting.items():
             samples += [sample for sample in waiting if sample.name in names]
             self._waiting[role] = deque(sample for sample in waiting if sample.name not in names)
-        self._aborted_samples += len(samples)
-        self._aborted_tokens += sum(len(sample.token_ids) for sample in samples)
+        self._withdrawn += [(sample.name, len(sample.token_ids)) for sample in samples]
+        self._state.notify_all()
 
 
 class _Busy:

@@ -86,7 +86,7 @@ _PANELS = (
     ),
     _PanelPlan("Policy entropy (nats)", (("rollout/entropy", "mean"),)),
     _PanelPlan("KL to the reference (nats)", (("loss/kl", "mean"),)),
-    _PanelPlan("Log-probability gap after sync (nats)", (("sync/logprob_gap", "mean"),), "log"),
+    _PanelPlan("Log-probability gap, engine to actor (nats)", (("sync/logprob_gap", "mean"),), "log"),
 )
 
 

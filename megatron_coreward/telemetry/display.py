@@ -31,7 +31,7 @@ HEADLINE = (
     Shown("rollout/entropy", "entropy", "number"),
     Shown("loss/kl", "KL", "small"),
     Shown("optim/grad_norm", "grad norm", "number"),
-    Shown("sync/logprob_gap", "sync gap", "small"),
+    Shown("sync/logprob_gap", "logprob gap", "small"),
 )
 
 

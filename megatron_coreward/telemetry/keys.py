@@ -89,9 +89,11 @@ MEANINGS: Mapping[str, str] = {
     "rollout/flat_share": "share of the questions drawn whose rollouts were all rewarded alike, replaced ones included",
     "rollout/further_questions": "questions that a step has drawn in place of flat ones (rollout.resample_flat)",
     "rollout/rewritten_share": "share of questions with a rephrasing that the model wrote for this step",
-    "rollout/aborted_samples": "samples that were aborted because their group needed no more",
+    "rollout/aborted_samples": "samples of the step's groups that were aborted because their group needed no more; "
+    "what an engine reports too late counts in the next step",
     "rollout/aborted_tokens": "tokens that had been drawn of them",
-    "rollout/slowest_engine_s": "time until the slowest engine had sampled its share of the policy's rollouts",
+    "rollout/slowest_engine_s": "time until the slowest engine had sampled its share of the policy's rollouts; not "
+    "measured of groups that are streamed",
     "rollout/fastest_engine_s": "time until the fastest one had",
     "rollout/entropy": "mean entropy of the policy's next-token distribution on its rollouts",
     "loss/policy": "clipped policy loss",
@@ -106,7 +108,8 @@ MEANINGS: Mapping[str, str] = {
     "teacher/decay": "the teacher's decay d(k)",
     "guard/level": "the collapse guard's alarm: 0 none, 1 warning, 2 time to act",
     "guard/indicators": "indicators of collapse that the guard sees, an alarm or not",
-    "sync/logprob_gap": "mean absolute log-probability gap between rollout engine and actor",
+    "sync/logprob_gap": "mean absolute log-probability gap between rollout engine and actor; for tokens of older "
+    "weights (rollout.max_staleness), what the policy has moved since is part of it",
     "sync/logprob_gap_max": "largest such gap of a single token",
     "sync/canary_gap": "mean gap on the canary after a weight sync, the worst engine's",
     "sync/canary_limit": "largest such gap that is taken for arithmetic; a larger one ends the run",

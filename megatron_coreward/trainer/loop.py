@@ -177,13 +177,16 @@ class Trainer:
         decision = self.guard.observe(step, row)
         row = row | decision.metrics()
         self.record(step, row | timer.metrics())
+        limits = [row["sync/canary_limit"]] if "sync/canary_limit" in row else []
+        if self.state.canary_limit is not None and self.state.canary_allowed == self.config.sync.max_logprob_gap:
+            limits.append(self.state.canary_limit)  # another role's engines may have found it, at an earlier step
         self.state = replace(
             self.state,
             step=step,
             score=self._score(row),
             skipped_steps=self.state.skipped_steps + 1 if row.get("optim/skipped_updates") else 0,
             unfinished_row=None,
-            canary_limit=row.get("sync/canary_limit", self.state.canary_limit),
+            canary_limit=max(limits, default=None),
             canary_allowed=self.config.sync.max_logprob_gap,
         )
         if decision.news:

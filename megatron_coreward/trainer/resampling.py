@@ -52,15 +52,19 @@ class StepQuestions:
         self._after = {steps_done: begin}  # states of the stream, by step; the last two
         self._places: list[int] = []  # of the step's problems in the data
         self._held: list[int] = []  # all that the step has drawn
+        self._read: int | None = None  # the last step whose problems are those of the rollout log
 
     def of(self, step: int) -> list[Problem]:
         """The problems of a step, counted from 0: the batch of a new step, or what has come in its place by now."""
         number = step + 1
+        if number == self._read and self._recorded(number) is None:  # its rollouts could not be read: it is drawn anew
+            self._read = None
+            del self._after[number]
         if number not in self._after:
             note = self._recorded(number)
             if note is not None:
                 found = json.loads(note)
-                self._places = self._held = list(found["places"])
+                self._places, self._held, self._read = list(found["places"]), list(found["places"]), number
                 self._keep(number, StreamState.of_json(found["after"]))
             else:
                 self._places, after = self._stream.draw(self._after[number - 1], self._batch_size, ())

@@ -26,11 +26,12 @@ from megatron_coreward.types import Completion, Problem, Role, RolloutGroup
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """The policy's rollouts of a step that engines are drawing."""
+    """The rollouts of a step that engines are drawing."""
 
     step: int
     epoch: int  # of the engines: those of an engine that has died since will not come
-    finish: Callable[[], list[list[Completion]]]
+    finish: Callable[[], list[list[Completion]]] | None  # the policy's; None: they are in the rollout log
+    finish_labels: Callable[[], None]  # the teacher's
 
 
 @dataclass(slots=True)
@@ -63,32 +64,36 @@ class RolloutSchedule:
 
     def _take(self, step: int, num_updates: int, timer: PhaseTimer) -> list[RolloutGroup]:
         begun, self._in_flight = self._in_flight, None
-        if begun is None or begun.step != step or begun.epoch != self.engines.epoch:
-            begun = self._draw(step, num_updates, timer)
+        if begun is not None:
+            lost = begun.epoch != self.engines.epoch
+            unread = begun.finish is None and not self.logged(step)  # it was in the log, and could not be read
+            if begun.step != step or lost or unread:
+                begun = None
         if begun is None:
-            return []
+            begun = self._draw(step, num_updates, timer)
         with timer.phase("rollout"):
-            return self._groups("policy", step, begun.finish())
+            begun.finish_labels()
+            policy = [] if begun.finish is None else begun.finish()
+        return self._groups("policy", step, policy) if policy else []
 
     def _prefetch(self, step: int, num_updates: int, timer: PhaseTimer) -> None:
         self._in_flight = self._draw(step, num_updates, timer)
 
-    def _draw(self, step: int, num_updates: int, timer: PhaseTimer) -> _InFlight | None:
-        """The teacher's rollouts, complete, and the beginning of the policy's; None if these are in the rollout log.
+    def _draw(self, step: int, num_updates: int, timer: PhaseTimer) -> _InFlight:
+        """Begins the rollouts of a step that are not in the rollout log.
 
-        If the teacher has engines of its own, both are drawn at once.
+        If the teacher has engines of its own, both are drawn at once; else its own are complete on return.
         """
         finish_labels = self._begin_labels(step, num_updates, timer)
         if self.engines.shared:
-            finish_labels()
-        in_flight = None
+            with timer.phase("rollout"):
+                finish_labels()
+            finish_labels = _nothing
+        finish = None
         if not self.logged(step):
             version = self.engines.sync_weights("policy", num_updates, timer)
             finish = self.engines.begin_sampling(self._requests("policy", step), version)
-            in_flight = _InFlight(step, self.engines.epoch, finish)
-        if not self.engines.shared:
-            finish_labels()
-        return in_flight
+        return _InFlight(step, self.engines.epoch, finish, finish_labels)
 
     def _begin_labels(self, step: int, num_updates: int, timer: PhaseTimer) -> Callable[[], None]:
         """Begins the teacher's rollouts of the steps that begin with this one, if a window of them begins; the result
@@ -98,14 +103,13 @@ class RolloutSchedule:
         """
         steps = self._to_label(step)
         if not steps:
-            return lambda: None
+            return _nothing
         version = self.engines.sync_weights("teacher", num_updates, timer)
         asked = {s: self._requests("teacher", s) for s in steps}
         draw = self.engines.begin_sampling([r for of_step in asked.values() for r in of_step], version)
 
         def finish() -> None:
-            with timer.phase("rollout"):
-                answers = iter(draw())
+            answers = iter(draw())
             for s, requests in asked.items():
                 self._labelled[s] = self._groups("teacher", s, [next(answers) for _ in requests])
 
@@ -133,3 +137,7 @@ class RolloutSchedule:
 
     def _requests(self, role: Role, step: int) -> list[SamplingRequest]:
         return step_requests(self.config, role, self.needs.sampled_views(role), step, self.problems_of(step - 1))
+
+
+def _nothing() -> None:
+    pass

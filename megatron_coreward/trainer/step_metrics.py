@@ -62,7 +62,7 @@ def of_step(
         metrics["sync/canary_gap"] = max(report.canary_gap for report in syncs)
         limits = [report.limit for report in syncs if report.limit is not None]
         if limits:
-            metrics["sync/canary_limit"] = limits[-1]
+            metrics["sync/canary_limit"] = max(limits)  # policy and teacher have one each if they share no engines
     return metrics | _label_quality(experience)
 
 

@@ -4,6 +4,10 @@ Groups of questions are handed to engines as these have room, for as many steps 
 (`trainer.staleness`), and a step begins to learn as soon as its own are complete. New weights go to the engines when
 nothing of the role is in flight, or, with `rollout.partial`, at every step: what is unfinished goes on with them.
 
+If policy and teacher share the engines, these hold the weights of one of them at a time, and a weight sync needs the
+actors. So only the policy's groups are drawn while the actors learn: the teacher's, those of later steps included, are
+complete before the policy's begin. `teacher.engines` draws both beside the update.
+
 What is ahead of a checkpoint is not part of it. A run that is started again has the steps in its rollout log, and draws
 the groups of later steps again, from the weights that it then has; none of them had been learnt from.
 
@@ -57,25 +61,30 @@ class StreamingSchedule:
 
     def _bring_about(self, step: int, num_updates: int, timer: PhaseTimer) -> None:
         """Returns when the step's rollouts are complete. After an engine's death it is asked again, and goes on."""
-        stalled = any(self.engines.stalled(role) for role in self._submitted)
-        if self.config.rollout.partial or stalled or not self._in_flight():
-            self._draw_ahead(step, num_updates, timer)
+        sides: list[tuple[Role, ...]] = [("teacher", "policy")] if self.engines.shared else [("teacher",), ("policy",)]
+        for roles in sides:
+            must = any(self.engines.stalled(role) or self._lacking(role, step) for role in roles)
+            if self.config.rollout.partial or must or not self._in_flight(roles):
+                self._draw_ahead(roles, step, num_updates, timer)
         self.engines.wait([*self._names("teacher", step), *self._names("policy", step)], timer)
-        if not self._in_flight():  # new weights may come now, if they did not before
-            self._draw_ahead(step, num_updates, timer)
+        for roles in sides:
+            if not self._in_flight(roles):  # new weights may come now, if they did not before
+                self._draw_ahead(roles, step, num_updates, timer)
 
-    def _draw_ahead(self, step: int, num_updates: int, timer: PhaseTimer) -> None:
-        """Brings the present weights to the engines, and has them draw whatever may be drawn from these."""
+    def _draw_ahead(self, roles: Sequence[Role], step: int, num_updates: int, timer: PhaseTimer) -> None:
+        """Brings the present weights of these roles to their engines, and has them draw whatever may be drawn now."""
         last = self.config.steps
         until = last_to_draw(step, self.config.rollout.max_staleness, last)
-        if self.needs.teacher:
+        if "teacher" in roles and self.needs.teacher:
             lacking = partial(self._lacking, "teacher")
             steps = window_ahead(step, until, self.config.teacher.lookahead, last, lacking)
             self._draw("teacher", steps, num_updates, timer)
             if self.engines.shared:  # the policy's come when these are complete
                 submitted = sorted(self._submitted["teacher"])
                 self.engines.wait([name for s in submitted for name in self._names("teacher", s)], timer)
-        self._draw("policy", [s for s in range(step, until + 1) if self._lacking("policy", s)], num_updates, timer)
+        if "policy" in roles:
+            steps = [s for s in range(step, until + 1) if self._lacking("policy", s)]
+            self._draw("policy", steps, num_updates, timer)
 
     def _draw(self, role: Role, steps: Sequence[int], num_updates: int, timer: PhaseTimer) -> None:
         if not steps and not self.engines.in_flight(role):
@@ -86,10 +95,12 @@ class StreamingSchedule:
             self._submitted[role].add(step)
         self.engines.go_on(version)
 
-    def _in_flight(self) -> bool:
-        return any(self.engines.in_flight(role) for role in self._submitted)
+    def _in_flight(self, roles: Sequence[Role]) -> bool:
+        return any(self.engines.in_flight(role) for role in roles)
 
     def _lacking(self, role: Role, step: int) -> bool:
+        if role == "teacher" and not self.needs.teacher:
+            return False
         return step not in self._submitted[role] and not self.logged(step)
 
     def _requests(self, role: Role, step: int) -> list[GroupRequest]:

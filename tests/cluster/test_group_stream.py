@@ -1,7 +1,9 @@
 """Groups go to engines that have room, come back when they are complete, and outlive the engines that draw them."""
 
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,9 +96,10 @@ def test_an_engine_that_dies_is_named_and_only_what_had_not_ended_is_drawn_again
     stream.submit(asked)
     stream.go_on(0)
     engines.kill(1)
-    with pytest.raises(WorkerDied, match="engine 1 died while rollouts"):
+    with pytest.raises(WorkerDied, match="engine 1 died while rollouts") as death:
         stream.wait(names(asked))
     engines.paused = False
+    stream.gone(1, death.value)
     engines.restart(1)
     stream.restarted(1)
     engines.engines[1].held = 0
@@ -104,6 +107,51 @@ def test_an_engine_that_dies_is_named_and_only_what_had_not_ended_is_drawn_again
     stream.wait(names(asked))
     assert set(engines.drawn.values()) == {1}
     assert len(engines.drawn) == 24
+
+
+def test_a_new_process_is_asked_for_nothing_in_the_name_of_the_dead_one(
+    stream: GroupStream, engines: StreamingFakes
+) -> None:
+    """The stream has not heard of the death when somebody else starts the engine again."""
+    asked = groups(6)
+    stream.submit(asked)
+    stream.go_on(0)
+    stream.gone(1, WorkerDied("engine", 1, "weights", ConnectionError("gone")))
+    engines.restart(1)
+    engines.engines[1].held = 0
+    asks, take = list[int](), engines.take
+    engines.take = lambda place, patience_s: asks.append(place) or take(place, patience_s)  # type: ignore
+    time.sleep(0.05)  # what the other engine has ends, and is heard of
+    assert 1 not in asks
+    stream.restarted(1)
+    assert 1 in asks
+    stream.go_on(0)
+    stream.wait(names(asked))
+    assert [len(group) for group in stream.collect(names(asked))] == [4] * 6
+
+
+def test_what_was_aborted_is_counted_with_the_step_whose_groups_are_collected(
+    stream: GroupStream, engines: StreamingFakes
+) -> None:
+    one, two, three = (GroupName(step, "teacher", 0) for step in (1, 2, 3))
+    stream.submit([GroupRequest(one, REQUEST)])
+    for engine in engines.engines:
+        engine.held = 1
+    result = engines.result
+
+    def with_aborts(call: Any) -> Any:
+        taken = result(call)
+        return taken and replace(taken, aborted=((one, 5), (two, 7), (three, 9)))
+
+    engines.result = with_aborts  # type: ignore[method-assign]
+    stream.go_on(1)
+    stream.wait([one])
+    assert stream.take_metrics() == {}
+    stream.collect([one])
+    found = stream.take_metrics()
+    times = found["rollout/aborted_samples"]  # as often as the fake was asked
+    assert times >= 1
+    assert found["rollout/aborted_tokens"] == 5 * times
 
 
 def test_settling_waits_for_what_is_on_its_way_and_leaves_the_rest(

@@ -5,10 +5,13 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
+from ray.exceptions import ObjectLostError
 
 from megatron_coreward.cluster.preemption import Preempted, StopRequest
 from megatron_coreward.cluster.watchdog import Watchdog, WorkerDied
@@ -88,6 +91,18 @@ def test_a_death_is_named_though_a_peer_that_noticed_it_reports_first(pair: list
     with pytest.raises(WorkerDied, match="actor rank 1 died while update was awaited of it") as caught:
         watching(pair).get(calls, "update")
     assert (caught.value.kind, caught.value.index) == ("actor rank", 1)
+
+
+def test_a_result_that_went_with_its_node_is_the_death_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(call: Any) -> Any:
+        raise ObjectLostError("0" * 56, None, "")
+
+    monkeypatch.setattr(ray, "get", lost)
+    watchdog = Watchdog()
+    watchdog.name(SimpleNamespace(_actor_id="a"), "engine", 1)
+    call = SimpleNamespace(task_id=lambda: SimpleNamespace(actor_id=lambda: "a"))
+    with pytest.raises(WorkerDied, match=r"engine 1 died while rollouts was awaited of it \(ObjectLostError"):
+        watchdog._result(call, [], "rollouts")
 
 
 def test_a_call_to_one_that_is_dead_already_is_the_same_error(pair: list[Any]) -> None:

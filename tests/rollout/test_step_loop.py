@@ -131,8 +131,9 @@ def test_an_aborted_group_ends_at_once_and_its_tokens_are_counted(loop: StepLoop
     samples: list[Sample] = []
     count = tokens = 0
     while len(samples) < 2 or not count:
-        ended, aborted, drawn, _ = loop.take(1.0)
-        samples, count, tokens = samples + ended, count + aborted, tokens + drawn
+        ended, aborted, _ = loop.take(1.0)
+        assert {name.place for name, _ in aborted} <= {0}
+        samples, count, tokens = samples + ended, count + len(aborted), tokens + sum(drawn for _, drawn in aborted)
     assert {sample.name.place for sample in samples} == {1}
     assert count == 3
     assert tokens >= 3
@@ -146,6 +147,7 @@ def test_an_interruption_without_new_weights_leaves_the_version(loop: StepLoop, 
         assert not steps.samples
     (sample,) = take(loop, 1)
     assert sample.starts == [(0, 4)]
+    assert sample.cuts == [len(steps.added[1][0]) - 2]  # for a stop string that begins before and ends behind it
 
 
 def test_an_error_of_the_engine_reaches_whoever_takes(loop: StepLoop, steps: Counting) -> None:
@@ -167,10 +169,41 @@ def test_intervals_tell_when_the_engine_drew(loop: StepLoop, steps: Counting) ->
     loop.go_on(2)
     intervals: list[EngineInterval] = []
     while not intervals:
-        intervals += loop.take(0.01)[3]
+        intervals += loop.take(0.01)[2]
     (interval,) = intervals
     assert (interval.kind, interval.version, interval.sequences) == ("sample", 2, 4.0)
     assert begin <= interval.begin < interval.end <= time.time()
+
+
+def test_samples_that_end_soon_after_each_other_are_taken_together(steps: Counting) -> None:
+    loop = StepLoop(steps, 64, lambda seed: seed)
+    steps.on_step = lambda: time.sleep(0.0005)
+    loop.feed([fed(place, n=1, length=20 + place % 4) for place in range(8)])
+    loop.go_on(0)
+    begin = time.perf_counter()
+    ended = loop.take(10.0)[0]
+    assert len(ended) > 2
+    while len(ended) < 8:
+        ended += loop.take(10.0)[0]
+    assert time.perf_counter() - begin < 5.0
+    loop.close()
+
+
+def test_nothing_is_withdrawn_from_an_engine_that_somebody_else_uses(loop: StepLoop, steps: Counting) -> None:
+    withdrawn: list[list[int]] = []
+    withdraw = steps.withdraw
+    steps.withdraw = lambda numbers: withdraw(withdrawn.append(list(numbers)) or withdrawn[-1])  # type: ignore
+    loop.feed([fed(0, n=2, length=10**6)])
+    loop.go_on(0)
+    with loop.standing_still():
+        withdrawn.clear()
+        loop.abort([GroupName(1, "policy", 0)])
+        assert loop.take(0.05)[1] == []
+    aborted: list[tuple[GroupName, int]] = []
+    while len(aborted) < 2:
+        aborted += loop.take(10.0)[1]
+    assert withdrawn == []  # both waited, and the engine had neither
+    assert [name for name, _ in aborted] == [GroupName(1, "policy", 0)] * 2
 
 
 def test_many_interruptions_at_any_moment_lose_nothing(loop: StepLoop, steps: Counting) -> None:

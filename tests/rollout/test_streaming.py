@@ -135,7 +135,7 @@ def test_an_aborted_group_frees_the_engine(engine: Any, checkpoint: Callable[[st
         taken: Taken = engine.take(0, 5.0)
         ended |= {name.place for name, _ in taken.ended if name.place == 1}
         count += sum(name.place == 1 for name, _ in taken.ended)
-        aborted, tokens = aborted + taken.aborted_samples, tokens + taken.aborted_tokens
+        aborted, tokens = aborted + len(taken.aborted), tokens + sum(drawn for _, drawn in taken.aborted)
     assert ended == {1}
     assert 0 < aborted <= 32
     assert tokens >= 0

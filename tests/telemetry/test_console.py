@@ -82,10 +82,10 @@ def test_a_plain_run_reads_line_by_line() -> None:
     assert stream.getvalue().splitlines() == [
         "majority_voting · runs/a: 12 steps",
         "validation after step 0  pass@1 48.0%  avg@8 49.0%  maj@8 60.0%",
-        "step 11/12  reward 0.412  label accuracy 58.0%  tokens 213  KL 1.2e-03  sync gap 3.1e-06"
+        "step 11/12  reward 0.412  label accuracy 58.0%  tokens 213  KL 1.2e-03  logprob gap 3.1e-06"
         "  4.0 s (rollout 2.5, update 1.2, outside 0.3)  eta 4.0 s",
         "checkpoint step_000011",
-        "step 12/12  reward 0.412  label accuracy 58.0%  tokens 213  KL 1.2e-03  sync gap 3.1e-06"
+        "step 12/12  reward 0.412  label accuracy 58.0%  tokens 213  KL 1.2e-03  logprob gap 3.1e-06"
         "  3.0 s (rollout 2.5, update 1.2, outside 0.3)",
         "validation after step 12  pass@1 48.0%  avg@8 49.0%  maj@8 60.0%",
     ]
@@ -121,7 +121,7 @@ def test_the_live_panel_shows_progress_metrics_times_and_validation(live: LiveVi
         assert expected in frame
     assert re.search(r"rollout +1m 15s", frame)
     assert re.search(r"label accuracy +58\.0%", frame)
-    assert re.search(r"sync gap +3\.1e-06", frame)
+    assert re.search(r"logprob gap +3\.1e-06", frame)
     assert re.search(r"■ rollout 2\.5 s", frame)
     assert re.search(r"validation +pass@1 +avg@8 +maj@8", frame)
     assert re.search(r"after step 0 +48\.0% +49\.0% +60\.0%", frame)

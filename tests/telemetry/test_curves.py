@@ -62,7 +62,7 @@ def test_a_full_run_gives_one_picture_with_every_panel(tmp_path: Path, drawn: li
         "Unusable rollouts and votes",
         "Policy entropy (nats)",
         "KL to the reference (nats)",
-        "Log-probability gap after sync (nats)",
+        "Log-probability gap, engine to actor (nats)",
         "Time of a step (s)",
     ]
     assert [entry.name for entry in sorted(run_dir.iterdir())] == ["curves.png", "metrics.jsonl"]
@@ -93,7 +93,7 @@ def test_a_gap_stays_a_gap(tmp_path: Path, drawn: list[Figure]) -> None:
     draw_run(write_run(tmp_path / "run", rows))
     values = np.asarray(drawn[0].axes[titles(drawn[0]).index("KL to the reference (nats)")].lines[0].get_ydata())
     assert [math.isnan(value) for value in values] == [False, True, False]
-    gap = drawn[0].axes[titles(drawn[0]).index("Log-probability gap after sync (nats)")]
+    gap = drawn[0].axes[titles(drawn[0]).index("Log-probability gap, engine to actor (nats)")]
     assert gap.get_yscale() == "linear"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_coreward.cluster.watchdog import WorkerDied
 from megatron_coreward.rollout.requests import Fed, GroupName, Taken
-from megatron_coreward.types import Completion, Completions, WeightVersion
+from megatron_coreward.types import Completion, Completions, IntArray, WeightVersion
 from tests.trainer.fakes import FakeEngines
 
 Key = tuple[GroupName, int]
@@ -55,10 +55,11 @@ class StreamingFakes(FakeEngines):
         self.most = [0] * num  # samples that an engine had at once
         self.on_ended: Callable[[], None] = lambda: None
         self.paused = False
+        self.held_step: int | None = None  # of which nothing is drawn
 
     # Weights
 
-    def receive_weights(self, spec: dict[str, Any], version: int) -> Any:
+    def receive_weights(self, spec: dict[str, Any], version: int, canary: IntArray | None) -> Any:
         with self.lock:
             for engine in self.engines:
                 engine.held = engine.drawing = None
@@ -66,12 +67,18 @@ class StreamingFakes(FakeEngines):
                 if not engine.alive:
                     raise WorkerDied("engine", number, "weights", ConnectionError("gone"))
                 engine.held = version
-        return super().receive_weights(spec, version)
+        return super().receive_weights(spec, version, canary)
 
     def restart(self, index: int) -> None:
         super().restart(index)
         with self.lock:
             self.engines[self.numbers.index(index)] = Engine()
+
+    def sleep(self) -> None:
+        """As engines do that share their GPUs: they lose their weights, and keep what had begun."""
+        with self.lock:
+            for engine in self.engines:
+                engine.held = engine.drawing = None
 
     def kill(self, place: int) -> None:
         with self.lock:
@@ -120,13 +127,13 @@ class StreamingFakes(FakeEngines):
                 return None
             ended, call.engine.ended = call.engine.ended, []
         completions = Completions([[completion_of(key, versions) for key, versions in ended]])
-        return Taken(tuple(key for key, _ in ended), completions, 0, 0, ())
+        return Taken(tuple(key for key, _ in ended), completions, (), ())
 
     def _tick(self, engine: Engine) -> None:
         if engine.drawing is None or not engine.alive or self.paused:
             return
         role = WeightVersion.of(engine.drawing).role
-        for key in [key for key in engine.active if key[0].role == role]:
+        for key in [key for key in engine.active if key[0].role == role and key[0].step != self.held_step]:
             engine.active[key].append(engine.drawing)
             if len(engine.active[key]) == length_of(key):
                 engine.ended.append((key, engine.active.pop(key)))

@@ -181,6 +181,9 @@ def test_the_limit_of_the_canary_is_part_of_where_a_run_stands() -> None:
     trainer._complete(1, {"sync/canary_limit": 0.02}, PhaseTimer())
     trainer._complete(2, {}, PhaseTimer())  # a step without a weight sync
     assert (trainer.state.step, trainer.state.canary_limit, trainer.state.canary_allowed) == (2, 0.02, 0.5)
+    trainer._complete(3, {"sync/canary_limit": 0.03}, PhaseTimer())  # of the teacher's engines
+    trainer._complete(4, {"sync/canary_limit": 0.02}, PhaseTimer())
+    assert trainer.state.canary_limit == 0.03
 
 
 def test_all_rollouts_vote_and_a_seeded_choice_of_them_is_trained_on() -> None:

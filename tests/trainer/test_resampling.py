@@ -1,5 +1,6 @@
 """Questions that teach nothing make room for further ones: bounded, each once an epoch, also after a stop."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from megatron_coreward.cluster.rollout_engines import RolloutEngines
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.rollout.requests import SamplingRequest
+from megatron_coreward.telemetry.rollout_dump import discard_rollouts
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.experience import Collector, Experience
 from megatron_coreward.trainer.resampling import NOTE, ResamplingSource, StepQuestions
@@ -149,3 +151,22 @@ def test_a_run_goes_on_from_a_checkpoint_and_from_the_rollout_log(tmp_path: Path
     rest = [questions_of(again.step(step)) for step in (4, 5)]
     assert [*begun[:2], third, *rest] == expected
     assert again.questions.state_after(5) == whole.questions.state_after(5)
+
+
+def test_a_step_of_the_log_that_cannot_be_read_draws_its_questions_again_and_takes_further_ones(tmp_path: Path) -> None:
+    first = Run([1, 2], further=2, log_in=tmp_path)
+    expected = [questions_of(first.step(step)) for step in (1, 2)]
+    again = Run([1, 2], further=2, log_in=tmp_path)
+    assert [problem.uid for problem in again.questions.of(0)] == [f"fake/{place}" for place in expected[0]]
+    discard_rollouts(tmp_path, 1)
+    assert [questions_of(again.step(step)) for step in (1, 2)] == expected
+    assert again.drawn() == first.drawn()
+
+
+def test_what_a_logged_step_has_drawn_is_not_what_it_trains_on() -> None:
+    note = json.dumps({"places": [0, 3], "after": {"position": 4, "put_off": []}})
+    config = make_config("majority_voting", **{"rollout.resample_flat": 1, "data.shuffle": "false"})
+    questions = StepQuestions(PROBLEMS, config, 0, None, lambda step: note if step == 1 else None)
+    questions.of(0)
+    questions.further(1, 1)
+    assert len(questions.of(0)) == 2

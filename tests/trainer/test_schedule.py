@@ -10,6 +10,7 @@ from megatron_coreward.cluster.rollout_engines import Side
 from megatron_coreward.cluster.watchdog import WorkerDied
 from megatron_coreward.config.schema import AnswerFormat, ValidationSettings
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
+from megatron_coreward.telemetry.rollout_dump import rollouts_path
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollout_log import RolloutLog
@@ -160,11 +161,33 @@ def test_a_teacher_with_engines_of_its_own_draws_at_once_what_it_would_draw_befo
         trainer.step(step, PhaseTimer())
     first = ["receive 1", "sample 1", "receive 0", "sample 0", "took 1", "took 0"]  # both are at work at once
     assert only(events, "receive", "sample", "took")[:6] == first
+    if changes == STALE:  # and while the actors learn
+        assert only(events, "sample", "took", "update")[4:10] == [
+            *("sample 1", "sample 0", "update"),
+            *("took 1", "took 0", "sample 3"),
+        ]
     shared = make_trainer("co_rewarding_ii", **{"steps": 4} | changes)
     for step in (1, 2, 3, 4):
         shared[0].step(step, PhaseTimer())
     assert sorted(drawn(own) + drawn(others)) == sorted(drawn(shared[3]))
     assert {n for _, _, n in drawn(own)} == {3}
+
+
+def test_a_step_in_the_log_that_cannot_be_read_is_drawn_although_nothing_was_begun_for_it(tmp_path: Path) -> None:
+    def attempt() -> Trainer:
+        log = RolloutLog(tmp_path, "the same", first_step=1, keep=True)
+        return make_trainer("co_rewarding_ii", log=log, **STALE)[0]
+
+    whole = attempt()
+    for step in (1, 2, 3):
+        whole.step(step, PhaseTimer())
+    again = attempt()
+    again.step(1, PhaseTimer())
+    rollouts_path(tmp_path, 2).unlink()
+    assert {(i.group.role, len(i.group.completions)) for i in again.step(2, PhaseTimer()).scored} == {
+        ("policy", 4),
+        ("teacher", 3),
+    }
 
 
 @pytest.mark.parametrize("changes", [{"teacher.lookahead": 2}, STALE, STALE | {"teacher.lookahead": 1}])

@@ -14,7 +14,8 @@ from megatron_coreward.cluster.group_stream import GroupStream
 from megatron_coreward.cluster.rollout_engines import Side
 from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.data.sampler import BatchSampler
-from megatron_coreward.telemetry.rollout_dump import ScoredGroup
+from megatron_coreward.rollout.requests import GroupName
+from megatron_coreward.telemetry.rollout_dump import ScoredGroup, rollouts_path
 from megatron_coreward.telemetry.timing import PhaseTimer
 from megatron_coreward.trainer.loop import Trainer
 from megatron_coreward.trainer.rollout_log import RolloutLog
@@ -41,7 +42,13 @@ class Run:
 
     @contextmanager
     def attempt(
-        self, done: int = 0, log: RolloutLog | None = None, room: int = 12, own: bool = False, restarts: int = 100
+        self,
+        done: int = 0,
+        log: RolloutLog | None = None,
+        room: int = 12,
+        own: bool = False,
+        restarts: int = 100,
+        colocated: bool = False,
     ) -> Iterator[tuple[Trainer, StreamingFakes, StreamingFakes]]:
         """A trainer, the engines that draw for the policy, and those that draw for the teacher."""
         actors = FakeActors(self.events)
@@ -53,6 +60,16 @@ class Run:
         if own:
             others = StreamingFakes(self.events, 1, first=2)
             teacher = more["teacher"] = Side(others, make_sync(actors, others), GroupStream(others, room, Watchdog()))
+        if colocated:
+
+            @contextmanager
+            def handoff(timer: PhaseTimer) -> Iterator[None]:
+                try:
+                    yield
+                finally:
+                    engines.sleep()
+
+            more["colocation"] = handoff
         more["partial"] = self.changes.get("rollout.partial") == "true"
         trainer, *_ = make_trainer(
             self.method,
@@ -109,12 +126,15 @@ def test_every_question_is_learnt_from_once_and_no_token_is_too_old(
     assert (continued > 0) == ("rollout.partial" in changes)
 
 
-@pytest.mark.parametrize("changes", [STREAM, STREAM | {"rollout.max_staleness": 2}, AHEAD])
+@pytest.mark.parametrize(
+    ("changes", "colocated"),
+    [(STREAM, False), (STREAM, True), (STREAM | {"rollout.max_staleness": 2}, False), (AHEAD, False)],
+)
 @pytest.mark.parametrize("method", ["majority_voting", "co_rewarding_ii"])
-def test_engines_that_die_cost_only_what_had_not_ended(method: str, changes: dict[str, Any]) -> None:
+def test_engines_that_die_cost_only_what_had_not_ended(method: str, changes: dict[str, Any], colocated: bool) -> None:
     """Ten deaths and more, anywhere: while a step waits, while the actors learn, while weights travel."""
     run, rng = Run(method, **changes), random.Random(3)
-    with run.attempt() as (trainer, engines, _):
+    with run.attempt(colocated=colocated) as (trainer, engines, _):
         countdown, deaths = 25, 0
 
         def on_ended() -> None:
@@ -152,6 +172,36 @@ def test_a_run_that_is_killed_again_and_again_learns_from_every_question_once(me
         reached, saved = last, last - last % 3
     assert sorted(learnt) == list(range(1, reached + 1))
     assert reached > 2 * EPOCH
+
+
+def test_a_logged_step_that_cannot_be_read_is_drawn_while_later_ones_are_in_flight(tmp_path: Path) -> None:
+    run = Run("co_rewarding_ii", **STREAM | {"rollout.max_staleness": 2})
+    with run.attempt(log=RolloutLog(tmp_path, "f", first_step=1, keep=True)) as (trainer, _, _):
+        for step in (1, 2):
+            trainer.step(step, PhaseTimer())
+    log = RolloutLog(tmp_path, "f", first_step=1, keep=True)
+    assert log.num_recorded == 2
+    with run.attempt(log=log) as (trainer, engines, _):
+        trainer.step(1, PhaseTimer())
+        assert {name.step for name in engines.fed} == {3}
+        rollouts_path(tmp_path, 2).unlink()
+        for step in (2, 3, 4):
+            run.check(step, trainer.step(step, PhaseTimer()).scored)
+
+
+def test_a_teacher_with_engines_of_its_own_goes_on_while_the_policys_groups_are_in_flight() -> None:
+    run = Run("co_rewarding_ii", **STREAM | {"rollout.max_staleness": 2})
+    with run.attempt(own=True) as (trainer, engines, others):
+        engines.held_step = 3
+        trainer.step(1, PhaseTimer())
+        schedule: Any = trainer.collect.__self__.source  # type: ignore[attr-defined]
+        schedule.engines.wait([GroupName(step, "teacher", place) for step in (2, 3) for place in (0, 1)], PhaseTimer())
+        assert schedule.engines.in_flight("policy")
+        trainer.step(2, PhaseTimer())
+        assert {name.step for name in others.fed} == {1, 2, 3, 4}
+        engines.held_step = None
+        for step in (3, 4, 5):
+            run.check(step, trainer.step(step, PhaseTimer()).scored)
 
 
 def test_what_was_drawn_ahead_of_a_checkpoint_is_drawn_again_by_a_run_that_resumes_there(tmp_path: Path) -> None:
