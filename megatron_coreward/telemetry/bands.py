@@ -14,6 +14,7 @@ from megatron_coreward.telemetry.files import replaced_whole
 
 # Okabe and Ito's colours, which every colour vision distinguishes.
 COLORS = ("#8C8C8C", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B8A800")
+_MARKED = 8  # points; shorter curves show each of them
 _SMOOTHED = 40  # points; longer curves are shown as means over a twentieth of them
 
 Scale = Literal["linear", "share", "log"]
@@ -68,7 +69,8 @@ def _draw(axes: Axes, panel: Panel, colors: Mapping[str, str]) -> dict[str, Any]
             continue
         values = [[series[place] for series in smooth if place in series] for place in places]
         means = [float(np.mean(at)) for at in values]
-        (handles[name],) = axes.plot(places, means, color=colors[name], linewidth=1.6)
+        marker = "o" if len(places) <= _MARKED else None
+        (handles[name],) = axes.plot(places, means, color=colors[name], linewidth=1.6, marker=marker, markersize=4)
         if len(smooth) > 1:
             low, high = [min(at) for at in values], [max(at) for at in values]
             axes.fill_between(places, low, high, color=colors[name], alpha=0.2, linewidth=0)

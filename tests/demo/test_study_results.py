@@ -49,6 +49,22 @@ def test_a_record_has_four_digits_of_what_the_guard_and_people_read(tmp_path: Pa
     assert set().union(*record.rows) <= set(COLUMNS)
 
 
+def test_the_recorded_study_of_rephrasings_shows_what_its_page_says() -> None:
+    """docs/rephrasing.md: damage costs accuracy, and the filter gives it back."""
+    ends = {
+        record.name: end_of(record)
+        for record in read_records(Path(__file__).parent / "recorded" / "rephrasing")
+        if record.seed == 1
+    }
+    assert {name: f"{value:.1%}" for name, value in ends.items() if "0.1" not in name} == {
+        "damage-0": "59.7%",
+        "damage-0.25": "55.0%",
+        "damage-0.25-filtered": "59.1%",
+        "damage-0.5": "54.8%",
+        "damage-0.5-filtered": "59.2%",
+    }
+
+
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", ACCURACY)
     first = record_run(run_dir, "entropy/lr-5e-05", 2, tmp_path / "a").read_bytes()

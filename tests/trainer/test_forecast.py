@@ -58,24 +58,24 @@ def test_the_short_run_is_the_planned_one_at_a_higher_rate_without_ground_truths
 
 
 @pytest.mark.parametrize(
-    ("falls_at", "planned_steps", "collapse", "expected", "said"),
+    ("falls_at", "planned_steps", "safe", "said"),
     [
-        (None, 100, None, None, "train as planned: the short run went as far"),
-        (None, 1000, None, None, "no collapse within 20% of the planned way"),
-        (24, 80, 24, None, "collapse is expected after 1.2 times the planned way"),
-        (24, 150, 24, 92, "at most 92 of the 150 steps"),
-        (24, 1000, 24, 92, "do not train this model on its own labels as planned"),
+        (None, 100, 100, "train as planned: the short run went as far as the plan does"),
+        (None, 1000, 200, "200 of the 1000 planned steps are as far as the short run went, without a collapse"),
+        (24, 80, 80, "train as planned: the short run collapsed later than the plan goes"),
+        (24, 150, 92, "92 of the 150 planned steps are as far as the short run went before it collapsed; a lower rate"),
+        (24, 1000, 92, "do not train this model on its own labels as planned: 92 of the 1000"),
     ],
 )
-def test_a_collapse_is_carried_over_by_the_sum_of_rates(
-    tmp_path: Path, falls_at: int | None, planned_steps: int, collapse: int | None, expected: int | None, said: str
+def test_how_far_a_plan_is_safe_is_read_from_the_sum_of_rates(
+    tmp_path: Path, falls_at: int | None, planned_steps: int, safe: int, said: str
 ) -> None:
     constant = {"actor.lr": 1e-6, "actor.lr_schedule": "constant", "actor.lr_warmup": 0}
     found = forecast(loader(tmp_path, steps=planned_steps, **constant), Run(falls_at), factor=4, steps=50)
-    assert found.collapse_step == collapse
-    assert found.borne_sum == pytest.approx(4e-6 * (50 if collapse is None else collapse - 1))
+    assert found.collapse_step == falls_at
+    assert found.borne_sum == pytest.approx(4e-6 * (50 if falls_at is None else falls_at - 1))
     assert found.planned_sum == pytest.approx(planned_steps * 1e-6)
-    assert found.expected_step == expected
+    assert found.safe_steps == pytest.approx(safe, abs=1)
     assert said in found.recommendation
     assert found.recommendation in describe(found, tmp_path / "report.html")
 
@@ -135,4 +135,4 @@ def test_the_short_run_ends_before_its_first_step_without_enough_anchors(tmp_pat
 def test_shares_and_steps_are_those_of_the_planned_run() -> None:
     found = Forecast(21, 30, 4e-6, 200, 2e-4, 0.7, "anchors")
     assert found.share == pytest.approx(0.4)
-    assert found.expected_step == 80
+    assert found.safe_steps == pytest.approx(80, abs=1)
