@@ -21,7 +21,7 @@ def train(
     colocation: bool,
     folder: Path,
 ) -> dict[str, Any]:
-    """Two updates with a teacher that follows, and a checkpoint; with `turns`, the state leaves and comes meanwhile."""
+    """Two updates with a teacher that follows, and a checkpoint; with `colocation`, state is offloaded meanwhile."""
     actor = start(rank, make_setup(path, layout, dtype=dtype), port)
     micro_batches = share_of(actor, batch.sequences)
     part = batch.select(micro_batches.rows)
