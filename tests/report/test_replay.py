@@ -231,12 +231,10 @@ def test_the_commands_answer_with_their_statuses_without_engine_megatron_or_torc
     honest, other = write_run(tmp_path / "honest"), write_run(tmp_path / "other")
     edit(other, 1, with_answer)
     program = (
-        "import argparse, sys\n"
+        "import sys\n"
         "for name in ('megatron', 'vllm', 'ray', 'torch', 'transformers'): sys.modules[name] = None\n"
-        "from megatron_coreward.commands import report\n"
-        "parser = argparse.ArgumentParser()\n"
-        "report.add(parser.add_subparsers())\n"
-        "options = parser.parse_args(sys.argv[1:])\n"
+        "from megatron_coreward import cli\n"
+        "options = cli.make_parser().parse_args(sys.argv[1:])\n"
         "options.run(options)\n"
     )
 
