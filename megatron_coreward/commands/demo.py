@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_coreward.commands.arguments import SEED, whole
-from megatron_coreward.config.methods import MethodName
+from megatron_coreward.config.method_names import MethodName
 from megatron_coreward.errors import InputError
 
 

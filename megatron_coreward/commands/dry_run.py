@@ -133,6 +133,7 @@ def written_files(config: RunConfig, arch: Architecture | None) -> dict[str, str
         "metrics.jsonl": "a line per step",
         "events.log": "what happened beside the steps",
         "labels.jsonl": "the labels of every question from epoch to epoch",
+        **({"anchors.jsonl": "the answers to the anchor questions"} if config.guard.anchors else {}),
         "timeline.jsonl": "who was busy when: actors, driver and every engine",
         "logs/": "what the processes print",
         "tensorboard/": "the metrics, for TensorBoard",

@@ -11,7 +11,9 @@ from megatron_coreward.telemetry.untrusted_text import say
 
 def add(commands: Any) -> None:
     forecast = commands.add_parser(
-        "forecast", help="whether a model can be trained on its own labels: a short run at a high rate, to collapse"
+        "forecast",
+        help="whether a model can be trained on its own labels: a short run at a high rate, to collapse",
+        example="megatron-coreward forecast configs/math_co_rewarding_i.yaml",
     )
     forecast.add_argument("config", type=Path, metavar="CONFIG", help="of the planned run")
     forecast.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")

@@ -2,11 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.preflight.resume import newest_checkpoint
 from megatron_coreward.telemetry.untrusted_text import say
+
+if TYPE_CHECKING:
+    from megatron_coreward.config.schema import RunConfig
 
 
 def add(commands: Any) -> None:
@@ -25,10 +26,15 @@ def add(commands: Any) -> None:
     train.set_defaults(run=_train)
 
 
-def _only_completes(config: RunConfig) -> bool:
+def _only_completes(config: "RunConfig") -> bool:
     """Whether a finished run lacks its report or rows of its trackers alone."""
-    if newest_checkpoint(config.run_dir) is None:
-        return False
+    from megatron_coreward.preflight.resume import newest_checkpoint
+
+    try:
+        if newest_checkpoint(config.run_dir) is None:
+            return False
+    except OSError:
+        return False  # preflight says what is wrong with the path
     from megatron_coreward.trainer import finish
 
     return finish.only_completes(config)

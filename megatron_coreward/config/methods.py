@@ -7,33 +7,16 @@ themselves; a test holds the table against what the methods declare.
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
 from megatron_coreward.config import plugins
+from megatron_coreward.config.method_names import BUILT_IN as BUILT_IN
+from megatron_coreward.config.method_names import MethodName as MethodName
 from megatron_coreward.config.needs import Needs, together
 from megatron_coreward.errors import InputError
 from megatron_coreward.types import VIEWS
-
-MethodName = Literal[
-    "co_rewarding_i",
-    "co_rewarding_ii",
-    "co_rewarding_i+ii",
-    "co_rewarding_i+ii_original",
-    "majority_voting",
-    "ground_truth",
-    "self_certainty",
-    "entropy",
-    "self_harmony",
-    "restrain",
-    "scrl",
-    "empo",
-    "evol_rl",
-    "confidence_voting",
-    "random_reward",
-]
-BUILT_IN: tuple[MethodName, ...] = get_args(MethodName)
 
 _NEEDS: Mapping[str, Needs] = MappingProxyType(
     {

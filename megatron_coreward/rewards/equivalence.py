@@ -193,11 +193,14 @@ def may_be_same(a: Form, b: Form) -> bool:
     return _without_process(*sorted((a.text, b.text))) is not False
 
 
-@lru_cache(maxsize=65536)  # questions share answers, and metrics read them again
 def _math_form(answer: str) -> Form:
+    # A long answer is not remembered: an attacker's would fill the memory.
+    return Form(answer.strip(), True) if len(answer) > MAX_LENGTH else _short_math_form(answer)
+
+
+@lru_cache(maxsize=65536)  # questions share answers, and metrics read them again
+def _short_math_form(answer: str) -> Form:
     text = answer.strip()
-    if len(answer) > MAX_LENGTH:
-        return Form(text, True)
     return Form(str(Fraction(text)), True) if _NUMERAL.fullmatch(text) else Form(text, False)
 
 

@@ -124,7 +124,7 @@ def test_the_plan_is_that_of_this_machines_gpus(world: Path, tmp_path: Path, mon
 
 def test_everything_that_a_run_writes_is_named(world: Path) -> None:
     everywhere = ["telemetry.wandb_project=x", "telemetry.mlflow_experiment=x"]
-    config = load_config(world / "recipe.yaml", ["guard.action=rollback", *everywhere])
+    config = load_config(world / "recipe.yaml", ["guard.action=rollback", "guard.anchors=8", *everywhere])
     assert {name.rstrip("/") for name in written_files(config, None)} == set(machine.OWN_NAMES)
 
 

@@ -1,6 +1,5 @@
 """`megatron-coreward launch ...` without the other commands, and a recipe to launch."""
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from megatron_coreward.commands import launch
+from megatron_coreward.commands.arguments import Parser
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "launch" / "clusters"
@@ -15,7 +15,7 @@ CLUSTERS = ROOT / "launch" / "clusters"
 
 def launch_command(*words: str) -> None:
     """Parses and runs; bad input raises InputError."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     launch.add(parser.add_subparsers(required=True))
     options = parser.parse_args(["launch", *words])
     options.run(options)

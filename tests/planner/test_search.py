@@ -1,6 +1,5 @@
 """Search and plan: what fits is proposed, what does not is named with the nearest layout that does."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import yaml
 
 from megatron_coreward.commands import plan as command
+from megatron_coreward.commands.arguments import Parser
 from megatron_coreward.errors import InputError
 from megatron_coreward.planner.hardware import assume
 from megatron_coreward.planner.models import published_architecture
@@ -125,7 +125,8 @@ def test_what_no_layout_changes_is_said_at_once() -> None:
 
 def test_fp8_needs_a_gpu_that_has_it() -> None:
     """As a run would say (`accelerator.machine_problems`), before there is a machine to ask."""
-    c = config("Qwen3-8B-Base", actor={"fp8": "blockwise"}, rollout={"quantization": "fp8"})
+    fp8 = {"actor": {"fp8": "blockwise"}, "rollout": {"quantization": "fp8"}}
+    c = config("Qwen3-8B-Base", **fp8, loss={"mismatch_correction": "tis"})
     actor, engines = make_plan(c, EIGHT, machine("a100")).problems[:2]
     assert actor == "actor.fp8: blockwise needs compute capability 9.0 or more, found 8.0; allowed on this GPU: null"
     assert engines.startswith("rollout.quantization: fp8 needs compute capability 8.9 or more, found 8.0")
@@ -165,7 +166,7 @@ def test_assumptions_are_checked() -> None:
 
 
 def run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     command.add(parser.add_subparsers())
     options = parser.parse_args(["plan", *arguments])
     options.run(options)

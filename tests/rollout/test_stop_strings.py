@@ -98,7 +98,7 @@ def test_a_string_that_an_interruption_has_cut_ends_the_sample(
 ) -> None:
     """`Question` was drawn before, `:` after: vLLM has seen neither as the string. What it has seen whole it ends."""
     name, drawn = GroupName(1, "policy", 0), [-0.5] * len(ids)
-    sample = Sample(name, 0, request("Question:"), 0, list(ids), drawn, [(0, 2), (border, 4)], "length")
+    sample = Sample(name, 0, request("Question:"), 0, list(ids), drawn, [(0, 2), (border, 4)], [border], "length")
     engine._tokenizer.decode = lambda ids, skip_special_tokens: "".join(WORDS[i] for i in ids)
     engine._end_at_stop(sample)
     assert sample.token_ids == ids[:kept]
