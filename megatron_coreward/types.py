@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-View = Literal["original", "rephrased"]
-Role = Literal["policy", "teacher"]
-VIEWS: tuple[View, ...] = ("original", "rephrased")
+from megatron_coreward.config.views import VIEWS as VIEWS
+from megatron_coreward.config.views import Role as Role
+from megatron_coreward.config.views import View as View
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]

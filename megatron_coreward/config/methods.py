@@ -15,8 +15,8 @@ from megatron_coreward.config import plugins
 from megatron_coreward.config.method_names import BUILT_IN as BUILT_IN
 from megatron_coreward.config.method_names import MethodName as MethodName
 from megatron_coreward.config.needs import Needs, together
+from megatron_coreward.config.views import VIEWS
 from megatron_coreward.errors import InputError
-from megatron_coreward.types import VIEWS
 
 _NEEDS: Mapping[str, Needs] = MappingProxyType(
     {

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_coreward.types import VIEWS, Role, View
+from megatron_coreward.config.views import VIEWS, Role, View
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,10 @@ def message(*overrides: str, keys: dict[str, Any] | None = None) -> str:
         ("guard.warnafter=3", "unknown key 'guard.warnafter'; did you mean 'guard.warn_after'?"),
         ("kl_coef=0.1", "unknown key 'kl_coef'; did you mean 'loss.kl_coef'?"),
         ("actor.kl_coef=0.1", "unknown key 'actor.kl_coef'; did you mean 'loss.kl_coef'?"),
-        ("teacher.qqq=1", "unknown key 'teacher.qqq'; allowed: lookahead, engines, n, decay_start, decay_end"),
+        (
+            "teacher.qqq=1",
+            "unknown key 'teacher.qqq'; allowed: lookahead, engines, n, early_stop, decay_",
+        ),
         ("method=co_rewarding_3", "found 'co_rewarding_3'; did you mean 'co_rewarding_i'?"),
         ("actor.fp8=TensorWise", "found 'TensorWise'; did you mean 'tensorwise'?"),
         ("guard.action=roll_back", "found 'roll_back'; did you mean 'rollback'?"),

@@ -129,6 +129,6 @@ def test_a_tensor_parallel_engine_that_is_killed_with_all_its_processes_leaves_n
         process.send_signal(signal.SIGKILL)
     assert psutil.wait_procs(everything[1:], timeout=60)[1] == []
     engine.kill()
-    assert of_engines() - before
+    assert of_engines() & has
     remove_orphans()
-    assert of_engines() - before == set()
+    assert of_engines() & has == set()  # what tests beside this one have made since is theirs
