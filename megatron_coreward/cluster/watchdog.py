@@ -216,7 +216,7 @@ class Watchdog:
         if not self._ended:
             try:
                 return list(ray.get(ready))
-            except Exception:  # of one of them; which, is found below
+            except Exception:  # one call has failed: the loop below fetches each and says which
                 pass
         others = [*ready, *pending, *self._lives]
         for call in self._ended:

@@ -1,4 +1,4 @@
-"""Rephrasings that the policy or the teacher writes itself, anew for every step (`data.online_rephrasing`).
+"""Rephrasings that the policy or the teacher writes itself for every step (`data.online_rephrasing`).
 
 Before the rollouts of a step are drawn, the model is asked to rewrite the step's questions; a rewriting that passes the
 filter (`data.rephrasing`) is the question's other view in this step. One that does not leaves the rephrasing of the

@@ -57,7 +57,7 @@ class StepQuestions:
     def of(self, step: int) -> list[Problem]:
         """The problems of a step, counted from 0: the batch of a new step, or what has come in its place by now."""
         number = step + 1
-        if number == self._read and self._recorded(number) is None:  # its rollouts could not be read: it is drawn anew
+        if number == self._read and self._recorded(number) is None:  # its rollouts could not be read: it is drawn again
             self._read = None
             del self._after[number]
         if number not in self._after:

@@ -199,16 +199,17 @@ def test_a_stop_in_the_rollouts_saves_the_step_before_and_the_teacher_is_not_upd
     assert len(only(w.events, "teacher")) + len(only(again.events, "teacher")) == 4
 
 
+def interrupted(timer: PhaseTimer) -> dict[str, float]:
+    """A validation in which the run is asked to stop."""
+    stop = StopRequest()
+    stop.signal = "SIGTERM"
+    stop.check()
+    return {}
+
+
 def test_a_stop_in_the_validation_keeps_the_step_and_the_row_is_finished_later(
     world: Callable[..., World], tmp_path: Path
 ) -> None:
-    stop = StopRequest()
-
-    def interrupted(timer: PhaseTimer) -> dict[str, float]:
-        stop.signal = "SIGTERM"
-        stop.check()
-        return {}
-
     options = {"validation.every": 2, "checkpoint.best_metric": "val/avg@8"}
     w = world(validate=interrupted, **options)
     with pytest.raises(Preempted):
@@ -232,13 +233,6 @@ def test_a_stop_in_the_validation_keeps_the_step_and_the_row_is_finished_later(
 def test_a_stop_in_the_last_validation_leaves_no_half_row_in_the_checkpoint(
     world: Callable[..., World], tmp_path: Path
 ) -> None:
-    stop = StopRequest()
-
-    def interrupted(timer: PhaseTimer) -> dict[str, float]:
-        stop.signal = "SIGTERM"
-        stop.check()
-        return {}
-
     with pytest.raises(Preempted):
         world(validate=interrupted, **{"validation.every": 4}).trainer.train()
     stopped = check_checkpoint(checkpoint_path(tmp_path, 4))
