@@ -42,6 +42,7 @@ SETTINGS = (
     "validation.every=0",
     "validation.at_start=false",
     "data.val_files=[]",
+    "checkpoint.best_metric=null",
     "checkpoint.every=0",
     "checkpoint.resume=never",
     "telemetry.dump_rollouts=false",

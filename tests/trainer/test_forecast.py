@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.config.validate import setting_problems
 from megatron_coreward.errors import HaltedError, InputError
 from megatron_coreward.trainer.forecast import FEWEST_CLEAR, Forecast, describe, forecast, rate_sum
 from tests.trainer.fakes import make_config
@@ -49,11 +50,13 @@ class Run:
 
 def test_the_short_run_is_the_planned_one_at_a_higher_rate_without_ground_truths(tmp_path: Path) -> None:
     run = Run(falls_at=None)
-    forecast(loader(tmp_path, steps=500, **{"actor.lr": 1e-6}), run, factor=4, steps=50)
+    planned = {"actor.lr": 1e-6, "data.val_files": "[held_out.parquet]", "checkpoint.best_metric": "val/avg@8"}
+    forecast(loader(tmp_path, steps=500, **planned), run, factor=4, steps=50)
     (config,) = run.configs
     assert (config.run_dir, config.steps, config.actor.lr) == (tmp_path / "run" / "forecast", 50, 4e-6)
     assert (config.actor.lr_schedule, config.actor.lr_warmup, config.guard.action) == ("constant", 0, "stop")
     assert config.data.val_files == ()
+    assert list(setting_problems(config)) == []
     assert config.guard.anchors > 0
 
 
