@@ -47,7 +47,7 @@ def recipes() -> Iterator[tuple[Path, str]]:
 def _part(data: DataName, method: MethodName) -> str:
     lines = [
         "# Made by tools/write_paper_recipes.py from megatron_coreward/config/paper.py, where the length is explained.",
-        f"base: [../released.yaml, ../data/{data}.yaml]",
+        f"base: [../released.yaml, ../guard.yaml, ../data/{data}.yaml]",
         f"method: {method}",
         f"steps: {STEPS[data, method]}",
     ]

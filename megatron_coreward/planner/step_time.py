@@ -4,7 +4,7 @@ A phase's seconds are a sum over what cannot overlap (compute or HBM, whichever 
 entry with the most seconds is the phase's bound. Phases follow each other, as `trainer.loop` runs them; engines idle
 while the actor trains and the other way round, under either placement.
 
-Not modelled: rewards, checkpoints, validation, the driver, the start of a run.
+Not modelled: rewards, checkpoints, validation, draws of the guard's anchor questions, the driver, the start of a run.
 """
 
 import math

@@ -20,6 +20,7 @@ from tests.planner.settings import machine
 
 CONFIGS_DIR = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((*CONFIGS_DIR.glob("paper/*.yaml"), *CONFIGS_DIR.glob("large/*.yaml")))
+PLAIN = sorted(CONFIGS_DIR.glob("*.yaml"))
 GPUS = {80: ("a100", "h100"), 141: ("h200",)}
 
 FOLDERS = {"math": "math", "dapo": "dapo", "open_rs": "open-rs"}
@@ -74,6 +75,17 @@ def test_a_recipe_is_sparse_and_has_the_papers_settings(recipe: Path) -> None:
     assert bool(config.data.rephrased_files) == (config.method == "co_rewarding_i")
 
 
+@pytest.mark.parametrize("recipe", [*RECIPES, *PLAIN], ids=lambda path: path.stem)
+def test_the_guard_of_a_recipe_sees_collapses_that_only_anchors_show(recipe: Path) -> None:
+    config = load(recipe)
+    assert (config.guard.action, config.guard.anchors, config.guard.min_anchors) == ("warn", 64, 0)
+    strict, without = load_config(recipe, ["guard.min_anchors=48"]), load_config(recipe, ["guard.anchors=0"])
+    assert strict.guard.min_anchors == 48  # without naming anchors as well
+    assert config.rollout.schedule == "deterministic"  # nothing is in flight while anchors are drawn
+    assert config.rollout.max_staleness == 0
+    assert config.model_copy(update={"guard": without.guard}) == without  # training is as it is without them
+
+
 def test_all_66_checkpoints_of_the_release_have_a_recipe_and_no_other_run_has() -> None:
     """Six models on MATH, three on DAPO-14k, two on Open-RS, with six methods each."""
     runs = list(paper_runs())
@@ -119,7 +131,7 @@ def test_the_steps_that_the_paper_can_mean_are_among_the_checkpoints_that_stay()
 def test_a_run_of_its_own_layout_is_as_long_as_the_papers(method: str) -> None:
     plain = load(CONFIGS_DIR / f"math_{method}.yaml")
     paper = load(CONFIGS_DIR / "paper" / f"qwen3_1_7b_base_math_{method}.yaml")
-    for key in ("steps", "data", "loss", "rewards", "teacher", "validation", "checkpoint"):
+    for key in ("steps", "data", "loss", "rewards", "teacher", "validation", "checkpoint", "guard"):
         assert getattr(plain, key) == getattr(paper, key)
 
 

@@ -12,6 +12,7 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.trainer.anchors import FIRST_ROLLOUTS, LATER_DRAWS, Anchors, draw_anchors
+from megatron_coreward.trainer.sampling import step_requests
 from megatron_coreward.types import Completion, Problem, RolloutGroup
 from tests.trainer.fakes import make_config, make_problem
 
@@ -127,6 +128,22 @@ def test_they_are_drawn_from_the_distribution_of_training(tmp_path: Path) -> Non
 
     config = make_config(**{"rollout.temperature": 0.7, "rollout.top_p": 0.9, "rollout.top_k": 20})
     assert len(draw_anchors(config, Engines(), 0, PROBLEMS[:2], 4, LATER_DRAWS)) == 2
+
+
+def test_what_training_draws_does_not_depend_on_anchors() -> None:
+    """Questions, seeds and settings of every request of a step; the weights are those of training in any case."""
+    asked = [
+        [
+            (request.seed, request.n, request.temperature, request.max_tokens, request.prompt.tolist())
+            for step in range(1, 4)
+            for request in step_requests(
+                make_config(**{"guard.anchors": count}), "policy", ("original",), step, PROBLEMS
+            )
+        ]
+        for count in (0, 64)
+    ]
+    assert asked[0] == asked[1]
+    assert len({seed for seed, *_ in asked[0]}) == 3 * len(PROBLEMS)
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
