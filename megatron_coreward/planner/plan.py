@@ -17,8 +17,10 @@ from megatron_coreward.planner.step_time import (
     Phase,
     RolloutTime,
     actor_times,
+    overlapped,
     rollout_time,
     sync_time,
+    uncounted,
     work,
 )
 
@@ -60,8 +62,25 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Of a step, in the mean."""
+        return self.phase_seconds - self.overlapped
+
+    @property
+    def phase_seconds(self) -> float:
+        """Of a step whose phases all follow each other."""
         return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds of a step in which engines and actors both work; engines and actors on the same GPUs alternate."""
+        if self.machine.placement == "colocated":
+            return 0.0
+        return overlapped(self.config, self.rollout, self.actor)
+
+    @property
+    def notes(self) -> list[str]:
+        """What makes a step shorter than predicted."""
+        return uncounted(self.config)
 
     @property
     def num_gpus(self) -> int:
@@ -97,6 +116,8 @@ class Plan:
             },
             "step": {
                 "seconds": self.seconds,
+                "overlapped": self.overlapped,
+                "not_counted": self.notes,
                 "tokens": self.tokens,
                 "tokens_per_gpu_s": self.tokens / self.seconds / self.num_gpus,
                 "phases": {

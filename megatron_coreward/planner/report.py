@@ -57,8 +57,16 @@ def _step(plan: Plan) -> Iterator[str]:
     for phase in plan.phases:
         if phase.seconds:
             yield f"  {phase.name:<22}{phase.seconds:>10.1f}  {phase.bound} {phase.seconds_by[phase.bound]:.1f}"
+    if plan.overlapped:
+        ahead = "engines draw for the next step while actors learn (rollout.max_staleness)"
+        yield f"  {'overlapped':<22}{-plan.overlapped:>10.1f}  {ahead}"
     rate = plan.tokens / plan.seconds / plan.num_gpus
     yield f"  {'all':<22}{plan.seconds:>10.1f}  {plan.tokens / 1e6:.2f} M tokens, {rate:,.0f} tokens/s a GPU"
+    yield from _notes(plan)
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    return (f"  not counted: {note}" for note in plan.notes)
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
@@ -90,7 +98,7 @@ def ranking(plans: Sequence[Plan], gpus: int) -> str:
         engines, peak = f"{r.num_engines} x TP{r.tensor_parallel}", max(stage.peak for stage in plan.stages) / GIB
         row = _row(f"{plan.seconds:.1f}", plan.num_gpus, a.world_size, *layout, engines, f"{peak:.0f}")
         lines.append(f"{row}  {overrides(plan)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_notes(plans[0])])
 
 
 def _row(*cells: object) -> str:

@@ -126,19 +126,27 @@ def _with(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
     return config.model_copy(update=changed)
 
 
-Rank = Callable[[Plan], Any]
+Rank = Callable[[Plan, float], Any]  # a plan and the seconds of its step -> the smaller the better
 
 
 def search(
-    config: RunConfig, arch: Architecture, machine: Machine, num_gpus: int, rank: Rank = lambda plan: plan.seconds
+    config: RunConfig, arch: Architecture, machine: Machine, num_gpus: int, rank: Rank = lambda plan, seconds: seconds
 ) -> list[Plan]:
     """Plans that fit and leave `HEADROOM` free, best first: one for each way to divide the GPUs and each tensor- and
     pipeline-parallel size.
 
     Args:
         num_gpus: there are; a layout may leave some of them unused if none that uses more is as good.
-        rank: of a plan, the smaller the better.
+        rank: of a plan and its seconds, the smaller the better. While engines and actor are chosen apart, the seconds
+            are those of phases that follow each other: of two that overlap, the longer would hide the other.
     """
+
+    def apart(plan: Plan) -> Any:
+        return rank(plan, plan.phase_seconds)
+
+    def whole(plan: Plan) -> Any:
+        return rank(plan, plan.seconds)
+
     per_node = machine.assumptions.gpus_per_node
     roomy = replace(machine, free_bytes=int((1 - HEADROOM) * machine.room))
     found = []
@@ -156,10 +164,10 @@ def search(
             if any(actor_problems(plan.stages, plan.engine, roomy)):
                 continue
             key = (layout["tensor_parallel"], layout["pipeline_parallel"])
-            if key not in actors or rank(plan) < rank(actors[key]):
+            if key not in actors or apart(plan) < apart(actors[key]):
                 actors[key] = plan
         best_engines: Plan | None = None
-        for actor in sorted(actors.values(), key=rank):
+        for actor in sorted(actors.values(), key=apart):
             if best_engines is None or machine.placement == "colocated":
                 utilization, workers = UTILIZATION, split.engines
                 if machine.placement == "colocated":
@@ -175,7 +183,7 @@ def search(
                         if (plan := _planned(_with(actor.config, rollout=layout), arch, machine)) is not None
                         and not any(engine_problems(plan.config, plan.stages, plan.engine, roomy))
                     ),
-                    key=rank,
+                    key=apart,
                     default=None,
                 )
             if best_engines is None:
@@ -183,13 +191,13 @@ def search(
                     continue
                 break
             both = actor.config.model_copy(update={"rollout": best_engines.config.rollout})
-            whole = _planned(both, arch, machine, num_gpus)
-            if whole is not None and not whole.problems:
-                found.append(whole)
-    return [plan for plan in sorted(found, key=rank) if not _is_beaten(plan, found, rank)]
+            planned = _planned(both, arch, machine, num_gpus)
+            if planned is not None and not planned.problems:
+                found.append(planned)
+    return [plan for plan in sorted(found, key=whole) if not _is_beaten(plan, found, whole)]
 
 
-def _is_beaten(plan: Plan, others: list[Plan], rank: Rank) -> bool:
+def _is_beaten(plan: Plan, others: list[Plan], rank: Callable[[Plan], Any]) -> bool:
     """Whether one that uses more of the GPUs is as good: to leave some unused is worth it only if that is better."""
     return any(other.num_gpus > plan.num_gpus and rank(other) <= rank(plan) for other in others)
 
@@ -228,7 +236,7 @@ def nearest(config: RunConfig, arch: Architecture, machine: Machine, num_gpus: i
         return None
     there_are = num_gpus
     while num_gpus <= MAX_GPUS:
-        found = search(config, arch, machine, num_gpus, rank=lambda p: (distance(config, p.config), p.seconds))
+        found = search(config, arch, machine, num_gpus, rank=lambda p, seconds: (distance(config, p.config), seconds))
         if num_gpus > there_are:  # one that takes all of a number that is only supposed comes first
             found.sort(key=lambda p: p.num_gpus < num_gpus)
         if found:

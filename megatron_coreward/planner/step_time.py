@@ -2,7 +2,9 @@
 
 A phase's seconds are a sum over what cannot overlap (compute or HBM, whichever is longer; links; fixed overheads); the
 entry with the most seconds is the phase's bound. Phases follow each other, as `trainer.loop` runs them; engines idle
-while the actor trains and the other way round, under either placement.
+while the actor trains and the other way round, under either placement. With `rollout.max_staleness` they do not: the
+policy's rollouts of a step are drawn while the actors learn from the step before, and `overlapped` is what that saves.
+What else overlaps or is spared is not counted, and `uncounted` says so.
 
 Not modelled: rewards, checkpoints, validation, draws of the guard's anchor questions, the driver, the start of a run.
 """
@@ -239,6 +241,7 @@ def head_layers(arch: Architecture, config: RunConfig, assumptions: Assumptions)
 @dataclass(frozen=True, slots=True)
 class RolloutTime:
     phase: Phase
+    of_policy: float  # seconds of the phase in which the policy samples; the teacher does in the others
     concurrent: int  # sequences that an engine decodes at once
     tokens_s: float  # sampled, of all engines together
 
@@ -254,12 +257,13 @@ def rollout_time(
     r, todo, item = config.rollout, work(config, assumptions), ITEM_BYTES[config.model.dtype]
     tp = r.tensor_parallel
     seconds = dict.fromkeys(("HBM", "compute", "iterations", "tensor-parallel link"), 0.0)
-    concurrent = 1
+    concurrent, seconds_of = 1, []
     fit = max(1, int(memory.cache_tokens / (todo.prompt + todo.response)))
     for sequences in (todo.trained, todo.labelled):
         mine = math.ceil(sequences / r.num_engines)
         if mine == 0:
             continue
+        before = sum(seconds.values())
         at_once = min(mine, r.max_num_seqs, fit)
         concurrent = max(concurrent, at_once)
         sampled = mine * todo.response
@@ -280,8 +284,10 @@ def rollout_time(
             rate = gpu.nvlink_bytes_s if tp <= assumptions.gpus_per_node else gpu.network_bytes_s
             latency = iterations * 2 * arch.num_layers * assumptions.allreduce_latency_s
             seconds["tensor-parallel link"] += latency + volume / (assumptions.link_efficiency * rate)
+        seconds_of.append(sum(seconds.values()) - before)
     phase = Phase("rollout", seconds)
-    return RolloutTime(phase, concurrent, todo.sampled / phase.seconds)
+    of_policy = seconds_of[0] if needs_of(config.method).teacher else phase.seconds  # else all sequences are its own
+    return RolloutTime(phase, of_policy, concurrent, todo.sampled / phase.seconds)
 
 
 def _weights_read(arch: Architecture, alive: float) -> float:
@@ -293,6 +299,49 @@ def _weights_read(arch: Architecture, alive: float) -> float:
     experts = arch.num_layers * e.num * 3 * arch.hidden_size * e.ffn_size
     touched = 1 - math.pow(1 - e.top_k / e.num, max(alive, 1.0))
     return dense - experts + touched * experts
+
+
+# ---- what goes on at the same time -----------------------------------------------------------------------------------
+
+
+def overlapped(config: RunConfig, rollout: RolloutTime, actor: ActorTimes) -> float:
+    """Seconds, in the mean over the steps, in which engines draw for the next step while actors learn.
+
+    Under the deterministic schedule nothing is drawn ahead across a checkpoint, so the step after one waits.
+    """
+    if not config.rollout.max_staleness:
+        return 0.0
+    every = config.checkpoint.every if config.rollout.schedule == "deterministic" else 0
+    waiting = math.ceil(config.steps / (every or config.steps))
+    learning = actor.scoring.seconds + actor.update.seconds
+    return (1 - waiting / config.steps) * min(rollout.of_policy, learning)
+
+
+def uncounted(config: RunConfig) -> list[str]:
+    """What of the settings makes a step shorter than it is predicted: a sentence for each, with its key."""
+    r, t = config.rollout, config.teacher
+    notes = []
+    if r.schedule == "streaming" and r.max_staleness:
+        notes.append(
+            f"rollout.schedule: streaming with rollout.max_staleness: {r.max_staleness} begins later steps while the "
+            "longest responses of a step are unfinished; here every step waits for its longest"
+        )
+    if needs_of(config.method).teacher:
+        if t.engines:
+            notes.append(
+                f"teacher.engines: {t.engines} lets policy and teacher sample at once, each on its own engines; here "
+                "they sample one after the other, each on all engines"
+            )
+        if t.lookahead:
+            notes.append(
+                f"teacher.lookahead: {t.lookahead} labels several steps at once; here the teacher labels each step, "
+                "after a weight sync of its own"
+            )
+        if t.early_stop:
+            notes.append(
+                "teacher.early_stop: true ends groups whose vote is decided; here the teacher completes all of them"
+            )
+    return notes
 
 
 # ---- the weight sync -------------------------------------------------------------------------------------------------

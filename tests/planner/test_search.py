@@ -162,6 +162,24 @@ def test_assumptions_are_checked() -> None:
             assume([bad])
 
 
+def test_layouts_for_rollouts_that_are_drawn_ahead_are_found_by_what_overlaps() -> None:
+    """None of those that are best if phases follow each other is better then, and the order is that of the seconds."""
+    own = {"rollout": {"max_staleness": 1}, "loss": {"mismatch_correction": "tis"}, "checkpoint": {"every": 0}}
+    ahead = config("Qwen3-1.7B-Base", **own).model_copy(update={"steps": 100})
+    arch = published_architecture("Qwen3-1.7B-Base")
+    found = search(ahead, arch, machine(), 8)
+    assert [p.seconds for p in found] == sorted(p.seconds for p in found)
+    one_by_one = search(config("Qwen3-1.7B-Base"), arch, machine(), 8)[0]
+    same_layout = ahead.model_copy(update={"actor": one_by_one.config.actor})
+    rollout = one_by_one.config.rollout.model_copy(update={"max_staleness": 1})
+    other = make_plan(same_layout.model_copy(update={"rollout": rollout}), arch, machine())
+    assert found[0].seconds <= other.seconds
+    actor, engines = found[0].actor, found[0].rollout.phase.seconds
+    balance = engines / (actor.scoring.seconds + actor.update.seconds)
+    before = one_by_one.rollout.phase.seconds / (one_by_one.actor.scoring.seconds + one_by_one.actor.update.seconds)
+    assert abs(balance - 1) <= abs(before - 1)
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 

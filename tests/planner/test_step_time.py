@@ -8,6 +8,7 @@ import pytest
 from megatron_coreward.planner.hardware import Assumptions, find_gpu
 from megatron_coreward.planner.models import published_architecture
 from megatron_coreward.planner.plan import Plan, make_plan
+from megatron_coreward.planner.report import ranking, report
 from megatron_coreward.planner.step_time import layer_flops, transfers, work
 from tests.planner.settings import config, machine
 
@@ -84,6 +85,59 @@ def test_the_sync_moves_what_the_transfer_plan_says() -> None:
     few, many = (p.sync.seconds_by["messages"] for p in (coarse, planned))
     assert few == pytest.approx(many / 4, rel=0.1)
     assert make_plan(c, EIGHT, machine()).sync.seconds == pytest.approx(planned.sync.seconds, rel=0.02)  # the estimate
+
+
+def learning(planned: Plan) -> float:
+    return planned.actor.scoring.seconds + planned.actor.update.seconds
+
+
+AHEAD = {"rollout": {"max_staleness": 1}, "loss": {"mismatch_correction": "tis"}}
+STREAMED = {**AHEAD, "rollout": {"max_staleness": 1, "schedule": "streaming"}}
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_rollouts_that_are_drawn_ahead_hide_behind_the_update_or_the_update_behind_them(ranks: int) -> None:
+    """All steps but the first are drawn while the actors learn from the one before."""
+    one_by_one, ahead = (
+        plan(actor={"data_parallel": ranks}, steps=100, checkpoint={"every": 0}, **more) for more in ({}, AHEAD)
+    )
+    hidden = min(ahead.rollout.phase.seconds, learning(ahead))
+    assert (learning(ahead) > ahead.rollout.phase.seconds) is (ranks == 1)  # one of each
+    assert one_by_one.overlapped == 0
+    assert ahead.seconds == pytest.approx(one_by_one.seconds - 0.99 * hidden)
+
+
+def test_nothing_is_drawn_ahead_across_a_checkpoint_unless_it_is_streamed() -> None:
+    drawn = [plan(steps=100, checkpoint={"every": every}, **AHEAD).overlapped for every in (0, 10, 1)]
+    assert drawn[1:] == pytest.approx([0.9 / 0.99 * drawn[0], 0.0])
+    assert plan(steps=100, checkpoint={"every": 1}, **STREAMED).overlapped == pytest.approx(drawn[0])
+
+
+def test_a_teacher_that_shares_the_engines_is_not_drawn_while_actors_learn() -> None:
+    planned = plan("co_rewarding_ii", steps=100, checkpoint={"every": 0}, **AHEAD)
+    of_policy = planned.rollout.of_policy
+    assert 0.4 < of_policy / planned.rollout.phase.seconds < 0.6
+    assert planned.overlapped == pytest.approx(0.99 * min(of_policy, learning(planned)))
+
+
+def test_engines_and_actors_that_alternate_do_not_overlap() -> None:
+    c = config("Qwen3-8B-Base", **AHEAD).model_copy(update={"steps": 100})
+    assert make_plan(c, EIGHT, machine(placement="colocated")).overlapped == 0
+
+
+def test_a_plan_says_which_overlap_it_does_not_count() -> None:
+    teacher = {"engines": 1, "lookahead": 2, "early_stop": True}
+    asked = {**STREAMED, "teacher": teacher, "steps": 100}
+    streamed = plan("co_rewarding_ii", **asked)
+    keys = ("rollout.schedule: streaming", "teacher.engines: 1", "teacher.lookahead: 2", "teacher.early_stop: true")
+    assert [note.startswith(key) for note, key in zip(streamed.notes, keys, strict=True)] == [True] * 4
+    page = report(streamed, "Qwen3-8B-Base")
+    assert page.count("\n  not counted: ") == 4
+    assert "\n  overlapped " in page
+    assert streamed.to_json()["step"]["not_counted"] == streamed.notes
+    assert ranking([streamed], 8).count("\n  not counted: ") == 4
+    assert "not counted" not in report(plan("co_rewarding_ii"), "Qwen3-8B-Base")
+    assert "overlapped" not in report(plan("co_rewarding_ii"), "Qwen3-8B-Base")
 
 
 # NeMo RL 0.4, GRPO on DGX H100, on policy, Megatron-core, colocated, 2,048 samples of up to 4,096 tokens a step in four
