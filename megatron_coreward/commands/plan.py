@@ -79,6 +79,7 @@ def _plan(options: argparse.Namespace) -> None:
             raise InputError(f"no layout of {model} fits on {gpus} x {machine.gpu.name}{':' if why else ''}{why}")
         return
 
+    contradictions: list[str] = []  # no GPU would resolve them
     problems: list[str] = []
     needed = gpus_of(config, placement)
     if needed > gpus:
@@ -90,12 +91,13 @@ def _plan(options: argparse.Namespace) -> None:
         plan = make_plan(config, arch, machine, busiest, options.gpus if needed <= gpus else None)
         problems += plan.problems
     except InputError as e:
-        problems += str(e).splitlines()
+        contradictions = str(e).splitlines()
         plan = None
-    closest = nearest(config, arch, machine, gpus) if problems else None
+    wrong = [*contradictions, *problems]
+    closest = nearest(config, arch, machine, gpus) if wrong else None
     if options.json:
         answer: dict[str, Any] = {} if plan is None else plan.to_json()
-        answer |= {"fits": not problems, "problems": problems}
+        answer |= {"fits": not wrong, "problems": wrong}
         answer["nearest"] = None if closest is None else closest.to_json()
         print(json.dumps(answer, indent=1))
     else:
@@ -104,5 +106,10 @@ def _plan(options: argparse.Namespace) -> None:
         if closest is not None:
             print(f"nearest layout that fits, {closest.num_gpus} GPUs, {closest.seconds:.1f} s a step:")
             print(f"  {overrides(closest)}")
+    said = []
+    if contradictions:
+        said += [f"{options.config}: settings that cannot work, whatever the GPUs:", *contradictions]
     if problems:
-        raise InputError(f"{options.config} does not fit on {gpus} x {machine.gpu.name}:\n" + "\n".join(problems))
+        said += [f"{options.config} does not fit on {gpus} x {machine.gpu.name}:", *problems]
+    if said:
+        raise InputError("\n".join(said))

@@ -251,6 +251,19 @@ def test_a_layout_that_the_model_cannot_take_is_named_as_training_would(recipe: 
         run([recipe, "actor.tensor_parallel=3"])
 
 
+def test_settings_that_contradict_each_other_are_not_said_to_want_more_gpus(recipe: str) -> None:
+    overrides = ["actor.min_lr=1", "rollout.top_p=0.9"]
+    with pytest.raises(InputError) as raised:
+        run([recipe, *overrides])
+    first, *others = str(raised.value).splitlines()
+    assert first == f"{recipe}: settings that cannot work, whatever the GPUs:"
+    assert [line.partition(":")[0] for line in others] == ["loss.mismatch_correction", "actor.min_lr"]
+    with pytest.raises(
+        InputError, match=r"whatever the GPUs:\n(.*\n)+.* does not fit on 2 x h100:\nthe layout takes 4 GPUs"
+    ):
+        run([recipe, *overrides, "--gpus", "2"])
+
+
 def test_search_lists_overrides_that_plan_accepts(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     run([recipe, "--search", "--gpus", "8", "--top", "2"])
     _, first, _ = capsys.readouterr().out.splitlines()
