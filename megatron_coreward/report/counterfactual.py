@@ -10,6 +10,7 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.report.recompute import method_of, name_of, recompute_run
 from megatron_coreward.report.run_record import RunRecord
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, Relation
+from megatron_coreward.rewards.methods.base import Method
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup
 from megatron_coreward.telemetry.untrusted_text import excerpt
 
@@ -45,7 +46,7 @@ def counterfactual(
             f"{record.run_dir}: the rewards of {method.name} rest on token statistics, which are not dumped"
         )
     settings = record.settings("rewards", RewardSettings).model_copy(update={"equivalence": relation})
-    total = Counterfactual()
+    total = Counterfactual(notes=_cut_votes(record, method, relation))
     with AnswerEquivalence(relation, settings.comparison_timeout_s, settings.comparison_workers) as equivalence:
         for step, found in recompute_run(record, settings, equivalence, steps, total.notes.append):
             for item, now in zip(found.policy, found.group_rewards, strict=True):
@@ -67,10 +68,27 @@ def counterfactual(
     return total
 
 
+def _cut_votes(record: RunRecord, method: Method, relation: Relation) -> list[str]:
+    """Of votes that ended before all of their answers were there."""
+    used, early_stop = _relation_of(record), (record.config.get("teacher") or {}).get("early_stop", False)
+    if relation == used or not method.needs.teacher or not early_stop:
+        return []
+    return [
+        f"with teacher.early_stop a vote of the teacher ended when {used} had decided it. Under {relation} the answers "
+        "that were not awaited could have changed it, so labels that come from the teacher are those of the answers "
+        "that there are, not of whole groups"
+    ]
+
+
+def _relation_of(record: RunRecord) -> str:
+    """The relation of equivalence that the run was made with."""
+    return record.settings("rewards", RewardSettings).equivalence
+
+
 def counterfactual_summary(record: RunRecord, relation: Relation, result: Counterfactual) -> list[str]:
     """What a person reads of another relation."""
     rollouts = max(result.rollouts, 1)
-    used = (record.config.get("rewards") or {}).get("equivalence", "exact")
+    used = _relation_of(record)
     lines = [
         f"{record.run_dir}: what {relation} would have changed against {used}, on the same rollouts",
         f"  labels      {result.labels_changed:,} of {result.groups:,} groups "

@@ -18,6 +18,7 @@ from megatron_coreward.report.counterfactual import counterfactual, counterfactu
 from megatron_coreward.report.replay import replay, summary
 from megatron_coreward.report.report import write_report
 from megatron_coreward.report.run_record import load_record
+from megatron_coreward.rewards.equivalence import Relation
 from megatron_coreward.rewards.methods import METHODS
 from megatron_coreward.telemetry.rollout_dump import ScoredGroup, dump_rollouts, read_rollouts, rollouts_path
 from megatron_coreward.types import Role, View
@@ -220,6 +221,25 @@ def test_another_relation_shows_what_it_would_have_changed(tmp_path: Path) -> No
     assert "label '7', now '1/2'; 5 rewards change" in lines[6]
     same = counterfactual(record, "exact")
     assert (same.labels_changed, same.rewards_changed) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "early_stop", "relation", "noted"),
+    [
+        ("co_rewarding_ii", True, "math", True),
+        ("co_rewarding_ii", True, "exact", False),  # under which they were decided
+        ("co_rewarding_ii", False, "math", False),
+        ("majority_voting", True, "math", False),  # which has no teacher
+    ],
+)
+def test_votes_that_were_cut_under_one_relation_are_noted_under_another(
+    tmp_path: Path, method: str, early_stop: bool, relation: Relation, noted: bool
+) -> None:
+    record = load_record(write_run(tmp_path / "run", method, config={"teacher": {"early_stop": early_stop}}))
+    result = counterfactual(record, relation)
+    page = "\n".join(counterfactual_summary(record, relation, result))
+    assert ("note: with teacher.early_stop a vote of the teacher ended when exact had decided it" in page) is noted
+    assert not any("early_stop" in note for note in replay(record).notes)
 
 
 def test_another_relation_means_nothing_to_rewards_without_answers(tmp_path: Path) -> None:
