@@ -105,6 +105,23 @@ def test_what_no_command_takes_is_refused(arguments: list[str], capsys: pytest.C
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--method", "co_rewarding_1"], "did you mean 'co_rewarding_i'?"),
+        (["replay", "run", "--equivalence", "hendricks"], "did you mean 'hendrycks'?"),
+        (["trian", "recipe.yaml"], "did you mean 'train'?"),
+        (["demo", "--method", "prayer"], "'random_reward')\n"),  # the last of the choices, and nothing near
+    ],
+)
+def test_a_choice_that_is_none_is_refused_with_the_one_that_is_near(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert capsys.readouterr().err.endswith(said if said.endswith("\n") else f"{said}\n")
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_after_the_work_is_done_does_not_change_the_exit_status(sent: signal.Signals) -> None:
     program = (

@@ -2,10 +2,14 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from megatron_coreward.config.names import did_you_mean
+
 _EXAMPLE = "example:\n  "
+_NO_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)$")  # of argparse
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -34,6 +38,12 @@ class Parser(argparse.ArgumentParser):
         epilog = None if example is None else f"{_EXAMPLE}{example}"
         super().__init__(**{"allow_abbrev": False, "formatter_class": _Formatter, "epilog": epilog, **settings})
         self.example = example
+
+    def error(self, message: str) -> NoReturn:
+        """As usual, with the choice that may be meant if the one that was given is none."""
+        choice = _NO_CHOICE.search(message)
+        near = did_you_mean(choice[1], re.findall(r"[^\s',]+", choice[2])) if choice else None
+        super().error(message if near is None else f"{message}; did you mean {near!r}?")
 
 
 class FormerOption(argparse.Action):

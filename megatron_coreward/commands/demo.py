@@ -8,6 +8,9 @@ from megatron_coreward.commands.arguments import SEED, whole
 from megatron_coreward.config.method_names import MethodName
 from megatron_coreward.errors import InputError
 
+METHOD: MethodName = "co_rewarding_i"  # of a demo that names none
+ONE_SEED = 1
+
 
 def add(commands: Any) -> None:
     demo = commands.add_parser(
@@ -15,9 +18,11 @@ def add(commands: Any) -> None:
         help="train a small model without labels, here and now, with no download",
         example="megatron-coreward demo --method co_rewarding_ii --seed 2",
     )
-    demo.add_argument("--method", choices=get_args(MethodName), default="co_rewarding_i", help="of training")
+    demo.add_argument("--method", choices=get_args(MethodName), help=f"of training (default: {METHOD})")
     demo.add_argument(
-        "--compare", action="store_true", help="run every method on the same budget and draw them together"
+        "--compare",
+        action="store_true",
+        help="run the paper's seven methods on the same budget and draw them together",
     )
     demo.add_argument(
         "--study",
@@ -29,7 +34,7 @@ def add(commands: Any) -> None:
     demo.add_argument("--seeds", nargs="+", type=whole(0, SEED), default=(), help="of a study; default: all")
     demo.add_argument("--recorded", type=Path, help="draw a study from this directory of recorded runs; run nothing")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
-    demo.add_argument("--seed", type=whole(0, SEED), default=1, help="of weights, data and rollouts")
+    demo.add_argument("--seed", type=whole(0, SEED), help=f"of weights, data and rollouts (default: {ONE_SEED})")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
     demo.set_defaults(run=_demo)
 
@@ -39,14 +44,15 @@ def _demo(options: argparse.Namespace) -> None:
     from megatron_coreward.demo.run import compare, demo
     from megatron_coreward.demo.study_results import run_study, show
 
+    seed = ONE_SEED if options.seed is None else options.seed
     if options.study and options.recorded:
         show(options.study, options.recorded, options.run_dir / options.study / f"{options.study}.png")
     elif options.study:
         run_study(options.study, options.run_dir, options.methods, options.rates, options.seeds)
     elif options.compare:
-        compare(options.run_dir, options.seed, options.overrides)
+        compare(options.run_dir, seed, options.overrides)
     else:
-        demo(options.method, options.run_dir, options.seed, options.overrides)
+        demo(options.method or METHOD, options.run_dir, seed, options.overrides)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -55,5 +61,17 @@ def _check(options: argparse.Namespace) -> None:
     given = [name for name, value in of_a_study.items() if value]
     if given and not options.study:
         raise InputError(f"{', '.join(given)}: found without --study; allowed: with --study stability or rephrasing")
+    of_one_run = {"--method": options.method, "--compare": options.compare or None, "--seed": options.seed}
+    alone = [name for name, value in of_one_run.items() if value is not None]
+    if options.study and alone:
+        raise InputError(
+            f"{', '.join(alone)}: found with --study; allowed: without it, or --methods and --seeds with it"
+        )
+    if options.compare and options.method:
+        raise InputError("--method: found with --compare, which runs the paper's seven; allowed: one of the two")
+    if options.recorded and given != ["--recorded"]:
+        raise InputError(
+            f"{', '.join(given[:-1])}: found with --recorded, which draws all runs there; allowed: one of the two"
+        )
     if options.study and options.overrides:
         raise InputError(f"--study: found with {options.overrides[0]}; allowed: no overrides, for all runs are alike")

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from megatron_coreward.config import plugins
 from megatron_coreward.config.method_names import BUILT_IN as BUILT_IN
 from megatron_coreward.config.method_names import MethodName as MethodName
+from megatron_coreward.config.names import did_you_mean
 from megatron_coreward.config.needs import Needs, together
 from megatron_coreward.config.views import VIEWS
 from megatron_coreward.errors import InputError
@@ -56,21 +57,24 @@ def check_method(value: Any) -> Any:
         ValueError: it is none, or it names a method that is not there.
     """
     if isinstance(value, str):
-        return _known(value)
+        if not _is_known(value):
+            raise ValueError(EXPECTED)  # which one may be meant is said as for other keys (`explain`)
+        return value
     if not isinstance(value, Mapping) or not value:
         raise ValueError(EXPECTED)
     weights = {}
     for name, weight in value.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or not weight:
             raise ValueError(f"the weight of {name} must be a finite number other than 0, not {weight!r}")
-        weights[_known(str(name))] = float(weight)
+        if not _is_known(str(name)):
+            near = did_you_mean(str(name), (*BUILT_IN, *plugins.entry_points()))
+            raise ValueError(f"{EXPECTED}; not {name!r}{'' if near is None else f' (did you mean {near!r}?)'}")
+        weights[str(name)] = float(weight)
     return weights
 
 
-def _known(name: str) -> str:
-    if name in BUILT_IN or plugins.IMPORT_PATH.fullmatch(name) or name in plugins.entry_points():
-        return name
-    raise ValueError(EXPECTED)
+def _is_known(name: str) -> bool:
+    return name in BUILT_IN or plugins.IMPORT_PATH.fullmatch(name) is not None or name in plugins.entry_points()
 
 
 _NAME_SCHEMA = [{"enum": list(BUILT_IN), "type": "string"}, {"type": "string", "pattern": "^[\\w.]+:\\w+$"}]

@@ -43,6 +43,11 @@ def message(*overrides: str, keys: dict[str, Any] | None = None) -> str:
             "unknown key 'teacher.qqq'; allowed: lookahead, engines, n, early_stop, decay_",
         ),
         ("method=co_rewarding_3", "found 'co_rewarding_3'; did you mean 'co_rewarding_i'?"),
+        (
+            "method={empo: 1, entrpy: 0.1}",
+            "not 'entrpy' (did you mean 'entropy'?), found {'empo': 1, 'entrpy': 0.1}",
+        ),
+        ("method={qqq: 1}", "to weights; not 'qqq', found"),
         ("actor.fp8=TensorWise", "found 'TensorWise'; did you mean 'tensorwise'?"),
         ("guard.action=roll_back", "found 'roll_back'; did you mean 'rollback'?"),
         ("rewards.answer_formats=[boxed, hash]", "rewards.answer_formats.1: .*found 'hash'; did you mean 'hashes'?"),
