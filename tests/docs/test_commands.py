@@ -21,29 +21,30 @@ COMMANDS = [command for page in ALL_PAGES for command in commands(page)]
 
 SCRIPT = re.compile(r"python3? ((?:tools|benchmarks)/\w+\.py)")
 RUN_HERE = ("plan", "config")  # with recipes that are shipped
-RUN_BY = {
-    "demo": "tests/demo/test_demo_run.py",
-    "prepare-data": "tests/data/test_prepare.py",
-    "rephrase": "tests/evaluation/test_rephrase.py",
-    "plan": "tests/planner/test_recipes.py",
-    "config": "tests/commands/test_config.py",
-    "train": "tests/e2e/test_train.py",
-    "forecast": "tests/trainer/test_forecast.py",
-    "launch local": "tests/launch/test_local.py",
-    "launch slurm": "tests/launch/test_slurm.py",
-    "evaluate run": "tests/evaluation/test_evaluate.py",
-    "evaluate compare": "tests/evaluation/test_evaluate.py",
-    "evaluate lm-eval": "tests/evaluation/test_lm_eval.py",
-    "evaluate paper": "tests/e2e/test_reproduce.py",
-    "evaluate table": "tests/e2e/test_reproduce.py",
-    "completion": "tests/commands/test_completion.py",
-    "report": "tests/report/test_replay.py",
-    "compare": "tests/report/test_replay.py",
-    "replay": "tests/report/test_replay.py",
-    "verify-sync": "tests/e2e/test_transports.py",
-    "convert to-megatron": "tests/checkpoint/test_convert.py",
-    "convert to-hf": "tests/checkpoint/test_convert.py",
-    "convert verify": "tests/checkpoint/test_verify.py",
+# The file whose tests run it, and the function behind the command that they call; None: they call the command itself.
+RUN_BY: dict[str, tuple[str, str | None]] = {
+    "demo": ("tests/demo/test_real_study.py", "run_cells"),
+    "prepare-data": ("tests/data/test_prepare.py", None),
+    "rephrase": ("tests/evaluation/test_rephrase.py", "rephrase_file"),
+    "plan": ("tests/planner/test_search.py", None),
+    "config": ("tests/commands/test_config.py", None),
+    "train": ("tests/e2e/test_train.py", None),
+    "forecast": ("tests/demo/test_real_study.py", None),
+    "launch local": ("tests/launch/test_local.py", None),
+    "launch slurm": ("tests/launch/test_slurm.py", None),
+    "evaluate run": ("tests/evaluation/test_evaluate.py", "evaluate_files"),
+    "evaluate compare": ("tests/evaluation/test_evaluate.py", "compare_files"),
+    "evaluate lm-eval": ("tests/evaluation/test_lm_eval.py", "run_lm_eval"),
+    "evaluate paper": ("tests/e2e/test_reproduce.py", None),
+    "evaluate table": ("tests/e2e/test_reproduce.py", None),
+    "completion": ("tests/commands/test_completion.py", None),
+    "report": ("tests/report/test_replay.py", None),
+    "compare": ("tests/report/test_replay.py", None),
+    "replay": ("tests/report/test_replay.py", None),
+    "verify-sync": ("tests/e2e/test_transports.py", None),
+    "convert to-megatron": ("tests/checkpoint/test_convert.py", None),
+    "convert to-hf": ("tests/checkpoint/test_convert.py", None),
+    "convert verify": ("tests/checkpoint/test_verify.py", None),
 }
 NOT_RUN_HERE = {
     "launch kubernetes": "it needs a cluster with KubeRay; its manifests are tested (tests/launch/test_previews.py)",
@@ -112,12 +113,25 @@ def test_commands_that_only_read_do_what_the_pages_say(
     assert (status, said) == (0, "") or (status == 2 and "does not fit" in said), said
 
 
-def test_what_runs_a_command_is_there() -> None:
-    assert [path for path in RUN_BY.values() if not (ROOT / path).is_file()] == []
-    for name, path in RUN_BY.items():
-        word = name.split()[-1].replace("-", "_")
-        text = (ROOT / path).read_text()
-        assert word in text or name.split()[-1] in text, f"{path} says nothing of {name}"
+def calls(path: Path) -> tuple[set[str], set[str]]:
+    """The functions that a file calls, and the strings that it passes in place or in a list: words of a command."""
+    functions, words = set[str](), set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            functions |= {getattr(node.func, "attr", ""), getattr(node.func, "id", "")}
+        values = node.args if isinstance(node, ast.Call) else getattr(node, "elts", [])
+        words |= {value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)}
+    return functions, words
+
+
+@pytest.mark.parametrize("command", RUN_BY)
+def test_what_runs_a_command_is_there(command: str) -> None:
+    path, function = RUN_BY[command]
+    functions, words = calls(ROOT / path)
+    if function is None:
+        assert command.split()[-1] in words, f"{path} passes {command} to nothing"
+    else:
+        assert function in functions, f"{path} never calls {function}"
 
 
 @pytest.mark.parametrize(
