@@ -162,6 +162,16 @@ def test_what_else_a_block_calls_is_known(block: Block) -> None:
     assert [words[1] for words in called if words[0] == "make" and words[1] not in targets] == []
 
 
+def test_continuous_integration_builds_the_site_strictly_between_lint_and_test() -> None:
+    steps = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
+    assert steps == ["make lint", "make docs", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert {words.split()[1] for words in steps} <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    assert re.search(r"^docs: .*\n\t.*mkdocs build --strict$", makefile, flags=re.MULTILINE)
+    named = ", ".join(f"`{step}`" for step in steps[:-1]) + f" and `{steps[-1]}`"
+    assert f"`.ci/run` runs {named}" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
 def test_scripts_that_pages_call_exist() -> None:
     called = {path for page in ALL_PAGES if page.name not in FORMER for path in SCRIPT.findall(page.read_text())}
     assert len(called) > 8
