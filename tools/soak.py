@@ -1,13 +1,20 @@
 """Kills processes of a training run at random moments, resumes it, and compares it with one that was never interrupted.
 
-python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine ...] [--folder runs/soak] [key=value ...]
+python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine ...] [--streaming]
+                     [--folder runs/soak] [key=value ...]
 
 `term` is SIGTERM to the driver, which saves and leaves; all others are SIGKILL. Engines and ranks are Ray's workers;
 `ray` is one of Ray's own processes. `shard` is a process of an engine with
 `rollout.tensor_parallel` of 2 or more. Every trial ends with the same rows of metrics (but for times), bit-identical
 weights, no process left and no segment of shared memory left, or it has failed and the status is 1. Keys change the
-runs (`sync.transport=gloo`). The model, its data and the undisturbed runs are made in the folder or taken from there
-(give a new one after a change of the code or the keys). A trial takes about a minute on two idle cores.
+runs (`sync.transport=gloo`).
+
+With --streaming, unfinished responses go on with new weights (`rollout.schedule: streaming`, `rollout.partial`), so
+what is sampled hangs on when it is sampled, and no two runs are the same. Instead, every question must have been learnt
+exactly once an epoch, over the border of an epoch, and no token may be older than `rollout.max_staleness`.
+
+The model, its data and the undisturbed runs are made in the folder or taken from there (give a new one after a change
+of the code or the keys). A trial takes about a minute on two idle cores.
 """
 
 import argparse
@@ -25,11 +32,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from megatron_coreward.config.load import dump_config, parse_config
+from megatron_coreward.config.methods import needs_of
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.telemetry.jsonl import Row, read_rows
+from megatron_coreward.telemetry.rollout_dump import read_rollouts, rollouts_path
+from megatron_coreward.trainer.staleness import token_ages
 
 MARK = "MEGATRON_COREWARD_SOAK"  # environment variable by which all processes of a run are found, adopted or not
 TITLES = {
@@ -41,6 +52,12 @@ TITLES = {
 }
 DEFAULT_VICTIMS = ["driver", "engine", "rank", "ray", "term"]
 METHODS = ("co_rewarding_i", "co_rewarding_ii")
+QUESTIONS = 64  # of the task: an epoch is 8 steps
+# So few sequences at once that sampling takes longer than an update, and is under way when weights change.
+STREAMING = (
+    *("rollout.schedule=streaming", "rollout.max_staleness=1", "rollout.partial=true", "loss.mismatch_correction=tis"),
+    *("rollout.max_num_seqs=2", "steps=10"),
+)
 START_S = 30.0  # about what starting takes
 LIMIT_S = 600.0  # of one attempt
 
@@ -179,6 +196,47 @@ def comparable_rows(run_dir: Path) -> list[dict[str, object]]:
     return [comparable(row) for row in read_rows(run_dir / "metrics.jsonl")]
 
 
+def differences(run_dir: Path, reference: Path) -> Iterator[str]:
+    """What a run has otherwise than one that was never interrupted."""
+    if digest(run_dir) != digest(reference):
+        yield "other weights"
+    for expected, found in zip(comparable_rows(reference), comparable_rows(run_dir), strict=True):
+        if expected != found:
+            keys = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
+            yield f"step {found['step']}: {', '.join(keys[:4])} differ"
+
+
+def streaming_problems(config: RunConfig, num_questions: int) -> Iterator[str]:
+    """What a streamed run, which repeats no other, must not have: steps or questions left out or learnt twice, groups
+    that are not whole, tokens that are too old."""
+    steps, size, most = range(1, config.steps + 1), config.data.batch_size, config.rollout.max_staleness
+    rows = [row["step"] for row in read_rows(config.run_dir / "metrics.jsonl")]
+    if [step for step in rows if step != 0] != [*steps]:
+        yield f"metrics.jsonl: found the steps {rows}; expected each of 1 to {config.steps} once"
+    learnt: list[str] = []
+    for step in steps:
+        path = rollouts_path(config.run_dir, step)
+        groups = [item.group for item in read_rollouts(path) if item.rewards is not None] if path.is_file() else []
+        asked, different = dict.fromkeys(group.uid for group in groups), {(group.uid, group.view) for group in groups}
+        views = len(needs_of(config.method).views)
+        if len(asked) != size or not len(different) == len(groups) == size * views:
+            yield f"step {step}: {len(groups)} groups of {len(asked)} questions; expected {views} of each of {size}"
+        learnt += asked
+        completions = [completion for group in groups for completion in group.completions]
+        if any(len(group.completions) != config.rollout.num_samples for group in groups):
+            yield f"step {step}: a group has not all of its {config.rollout.num_samples} rollouts"
+        if any(len(completion.logprobs) != len(completion.token_ids) for completion in completions):
+            yield f"step {step}: a rollout has not a log-prob for every token"
+        updates = config.loss.updates_per_batch
+        ages = token_ages(groups, (step - 1) * updates, updates) if completions else np.zeros(1)
+        if not 0 <= ages.min() <= ages.max() <= most:
+            yield f"step {step}: tokens are {ages.min():g} to {ages.max():g} steps old; allowed: 0 to {most}"
+    for begin in range(0, len(learnt), num_questions):
+        epoch = learnt[begin : begin + num_questions]
+        if twice := sorted({uid for uid in epoch if epoch.count(uid) > 1}):
+            yield f"epoch {begin // num_questions + 1}: learnt more than once: {', '.join(twice[:4])}"
+
+
 def last_step(run_dir: Path) -> int:
     """The last step with a row; -1 before the first."""
     path = run_dir / "metrics.jsonl"
@@ -195,7 +253,7 @@ def make_task(folder: Path) -> None:
     from megatron_coreward.demo.warm_start import warm_start
 
     folder.mkdir(parents=True, exist_ok=True)
-    splits = make_splits(1, num_train=64, num_heldout=16, num_sft=16)
+    splits = make_splits(1, num_train=QUESTIONS, num_heldout=16, num_sft=16)
     write_parquet(folder, splits)
     tokenizer = word_level_tokenizer()
     write_model(folder / "random", tokenizer, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=32, ffn=128)
@@ -254,7 +312,7 @@ class Trial:
 
 
 def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.Random, niceness: int) -> None:
-    """One kill, and as many attempts as it takes."""
+    """One kill, and as many attempts as it takes; then what must hold (`differences` or `streaming_problems`)."""
     begin, before = time.monotonic(), abandoned_segments()
     attempt = Attempt.start(config, niceness=niceness)
     while attempt.process.poll() is None and last_step(config.run_dir) < trial.after_row:
@@ -287,12 +345,8 @@ def run_trial(trial: Trial, config: RunConfig, reference: Path, chance: random.R
     if trial.statuses[-1:] != [0] or not (config.run_dir / "hf").is_dir():
         trial.problems.append(f"did not end well: {trial.statuses}")
         return
-    if digest(config.run_dir) != digest(reference):
-        trial.problems.append("other weights")
-    for expected, found in zip(comparable_rows(reference), comparable_rows(config.run_dir), strict=True):
-        if expected != found:
-            keys = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
-            trial.problems.append(f"step {found['step']}: {', '.join(keys[:4])} differ")
+    streamed = config.rollout.schedule == "streaming"
+    trial.problems += streaming_problems(config, QUESTIONS) if streamed else differences(config.run_dir, reference)
     if left := [*leftover_segments(), *(abandoned_segments() - before)]:
         trial.problems.append(f"shared memory left: {left}")
 
@@ -305,7 +359,10 @@ def main() -> int:
     parser.add_argument("--victims", nargs="+", default=DEFAULT_VICTIMS, choices=["driver", "term", *TITLES])
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     parser.add_argument("--niceness", type=int, default=0)
+    parser.add_argument("--streaming", action="store_true", help="check a streamed run, one step ahead, instead")
     options = parser.parse_intermixed_args()
+    overrides = [*(STREAMING if options.streaming else ()), *options.overrides]
+    kind = "streaming-" if options.streaming else ""
     chance = random.Random(options.seed)
     task = (options.folder / "task").resolve()
     if not (task / "start" / "config.json").is_file():
@@ -315,11 +372,11 @@ def main() -> int:
     references: dict[str, Path] = {}
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for method in METHODS:
-        references[method] = (options.folder / f"reference-{method}").resolve()
+        references[method] = (options.folder / f"reference-{kind}{method}").resolve()
         begin = time.monotonic()
         if not (references[method] / "hf").is_dir():
             attempt = Attempt.start(
-                task_config(task, references[method], method, *options.overrides), niceness=options.niceness
+                task_config(task, references[method], method, *overrides), niceness=options.niceness
             )
             status, output = attempt.wait()
             if status != 0:
@@ -330,19 +387,20 @@ def main() -> int:
         step_s[method] = max(times[1:])
 
     trials = []
+    held = "every question once, none too old" if options.streaming else "same metrics, same weights"
     print(
         f"{'trial':>5} {'method':<16} {'victim':<7} {'row':>3} {'+s':>5} {'step':>4} {'statuses':<12} {'s':>4} outcome",
         flush=True,
     )
     for number in range(1, options.trials + 1):
         victim, method = options.victims[(number - 1) % len(options.victims)], METHODS[(number - 1) // 2 % 2]
-        row = chance.randrange(-1, 6)
-        trial = Trial(method, victim, row, chance.uniform(0, START_S if row < 0 else step_s[method]))
         run_dir = (options.folder / stamp / f"trial-{number:03d}").resolve()
-        config = task_config(task, run_dir, method, *options.overrides)
+        config = task_config(task, run_dir, method, *overrides)
+        row = chance.randrange(-1, config.steps)
+        trial = Trial(method, victim, row, chance.uniform(0, START_S if row < 0 else step_s[method]))
         run_trial(trial, config, references[method], chance, options.niceness)
         trials.append(trial)
-        outcome = "; ".join(trial.problems) or "same"
+        outcome = "; ".join(trial.problems) or held
         if trial.message:
             outcome += f"  [{trial.message}]"
         print(
@@ -351,7 +409,7 @@ def main() -> int:
             flush=True,
         )
     failed = sum(bool(trial.problems) for trial in trials)
-    print(f"{len(trials) - failed} of {len(trials)} trials: same metrics, same weights, nothing left behind")
+    print(f"{len(trials) - failed} of {len(trials)} trials: {held}, nothing left behind")
     return 1 if failed else 0
 
 
