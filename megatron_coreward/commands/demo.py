@@ -21,8 +21,9 @@ def add(commands: Any) -> None:
     )
     demo.add_argument(
         "--study",
-        choices=("stability", "rephrasing"),
-        help="many runs that can be left and gone on: methods by learning rates and seeds, or damaged rephrasings",
+        choices=("stability", "rephrasing", "methods"),
+        help="many runs, which the same command continues: methods by learning rates and seeds, damaged rephrasings, "
+        "or the methods of later papers",
     )
     demo.add_argument("--methods", nargs="+", default=(), help="of the study of stability; default: all of its seven")
     demo.add_argument("--rates", nargs="+", type=float, default=(), help="its learning rates; default: its three")
@@ -54,6 +55,8 @@ def _check(options: argparse.Namespace) -> None:
     of_a_study = {f"--{name}": getattr(options, name) for name in ("methods", "rates", "seeds", "recorded")}
     given = [name for name, value in of_a_study.items() if value]
     if given and not options.study:
-        raise InputError(f"{', '.join(given)}: found without --study; allowed: with --study stability or rephrasing")
+        raise InputError(
+            f"{', '.join(given)}: found without --study; allowed: with --study stability, rephrasing or methods"
+        )
     if options.study and options.overrides:
         raise InputError(f"--study: found with {options.overrides[0]}; allowed: no overrides, for all runs are alike")
