@@ -1,7 +1,7 @@
 """The checkpoints of a run directory: each appears whole or not at all, damage is found, old ones go.
 
 checkpoints/step_000010/megatron/        distributed checkpoint of the actors
-checkpoints/step_000010/trainer.json     where the run stands, its score, and the states of what else has one
+checkpoints/step_000010/trainer.json     the run's step, its score, and the states of other parts
 checkpoints/step_000010/config.yaml      the resolved configuration it was made with
 checkpoints/step_000010/labels.jsonl     the label history up to there
 checkpoints/step_000010/files.json       size and blake3 of every file above

@@ -169,8 +169,9 @@ class RolloutSettings(Component):
     """deterministic: every engine has a fixed share of a batch, and a run repeats bit by bit; streaming: groups go to
     engines as these have room and come back one by one, which is faster if lengths differ."""
     resample_flat: NonNegative = 0
-    """Further questions that a step may draw in place of those whose rewards are all equal, which train nothing, as a
-    multiple of data.batch_size (dynamic sampling of DAPO). The step still trains on data.batch_size. 0: none."""
+    """Further questions that a step may draw in place of those whose rewards are all equal, from which nothing is
+    learned, as a multiple of data.batch_size (dynamic sampling of DAPO). The step still trains on data.batch_size. 0:
+    none."""
     max_staleness: NonNegative = 0
     """Most steps by which the weights that draw a token may be older than those that learn from it. 1 or more: engines
     sample rollouts of later steps while the actors learn; it needs loss.mismatch_correction and placement

@@ -1,6 +1,6 @@
 """Control tokens that stand as text in somebody's message: kept apart from those that the chat template writes.
 
-Where a message holds the text of a control token, that text is hidden from the template behind characters of Unicode's
+If a message holds the text of a control token, that text is hidden from the template behind characters of Unicode's
 private use. What is still a control token in the rendered text is the template's own; the text is cut there, as every
 tokenizer cuts it first of all, and the parts between are tokenised with no control token in them.
 

@@ -206,7 +206,7 @@ def _mathematics(
 def model_labels(
     model: Path, base: str | None = None, data: str | None = None, method: str | None = None
 ) -> ModelLabels:
-    """What was said; the rest from the config of the run that the model lies in, if it lies in one.
+    """The given labels; the others come from the config of the run directory that the model is in, if it is in one.
 
     Without a run, the model is its folder's name, untrained.
     """

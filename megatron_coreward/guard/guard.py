@@ -152,8 +152,8 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken, by an earlier version too, which held nothing, had no late metrics and
-        counted neither draws nor gaps.
+        """Continues from a state of `state_dict`, also from that of an earlier version, which held nothing, had no late
+        metrics and counted neither draws nor gaps.
 
         Raises KeyError for a state with anything else missing.
         """

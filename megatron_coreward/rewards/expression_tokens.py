@@ -1,4 +1,4 @@
-r"""The tokens of a scalar LaTeX expression: numbers, commands, names of functions, and single characters."""
+"""The tokens of a scalar LaTeX expression: numbers, commands, names of functions, and single characters."""
 
 import re
 
@@ -24,7 +24,7 @@ _WORDS = tuple(sorted((*NAMED_FUNCTIONS, "sqrt", "pi"), key=len, reverse=True))
 
 
 def tokens_of(text: str) -> list[str]:
-    """Numbers, commands, names of functions and single characters; a space stays where it parts two numbers."""
+    """Numbers, commands, names of functions and single characters; a space is kept if it separates two numbers."""
     tokens: list[str] = []
     spaced = False
     for token in _TOKENS.findall(_PLAIN_FUNCTION.sub(r"\\\1 ", text)):

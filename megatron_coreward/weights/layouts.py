@@ -88,7 +88,7 @@ class ActorLayout:
     expert_tensor_parallel: int | None = None  # None: as tensor_parallel, Megatron's default
     data_parallel: int = 1
     context_parallel: int = 1
-    # Layers of the first and last pipeline stage where they have another number than the stages between them
+    # Layers of the first and last pipeline stage if they have another number than the stages between them
     # (Megatron's num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage).
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
@@ -153,7 +153,7 @@ class ActorLayout:
         )
 
     def embedding_stages(self, arch: Architecture) -> tuple[int, ...]:
-        """Pipeline stages with the embedding: the last one keeps a copy where it is the output layer too."""
+        """Pipeline stages with the embedding: the last one keeps a copy if it is the output layer too."""
         last = self.pipeline_parallel - 1
         return (0, last) if arch.tied and last > 0 else (0,)
 

@@ -64,7 +64,7 @@ class Line:
         Args:
             holders: counted from the first rank of the segment.
             pieces: of one engine, by slot.
-            together: so many engines (a divisor of their number) are laid out at a time, one slot of all, then the
+            together: how many engines (a divisor of their number) are laid out at a time, one slot of all, then the
                 next. Such a bundle is treated as one engine with `num_slots * together` slots.
         """
         self.holders = tuple(holders)
