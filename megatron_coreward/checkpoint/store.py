@@ -40,7 +40,7 @@ Hashes = Mapping[str, tuple[int, str]]  # file -> bytes, blake3
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """Where a run stands after a step. What is drawn, batches and rollouts, is a function of seed and step."""
+    """The state of a run after a step. What is drawn, batches and rollouts, is a function of seed and step."""
 
     step: int  # steps done; also the batches taken from the data
     num_updates: int  # optimizer steps done
@@ -141,7 +141,7 @@ def discard_unfinished(run_dir: Path) -> None:
 
 
 def read_trainer_state(path: Path) -> TrainerState:
-    """Where the run stood. Raises DamagedCheckpoint if the description is missing or damaged."""
+    """The saved state of the run. Raises DamagedCheckpoint if the description is missing or damaged."""
     try:
         tree = json.loads((path / TRAINER).read_text())
         tree |= tree.pop("extra", {})  # the former form had some under "extra", and another name for the teacher's

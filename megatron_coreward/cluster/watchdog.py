@@ -1,4 +1,4 @@
-"""Waiting for workers: says for what, for whom and for how long, and ends a wait that has become a stall.
+"""Waiting for workers: says for what, on which of them and for how long, and ends a wait that has become a stall.
 
 Every result of a worker passes here. A worker that died is one clear error that names it, even when others report first
 that their peer has gone.
@@ -36,7 +36,7 @@ Kind = Literal["actor rank", "engine", "worker"]
 LOOK_EVERY_S = 0.5  # how soon a request to stop is seen
 GATHER_S = 0.02  # for more results, once one has come
 PEERS_S = 5.0  # a peer's death may be known a little later than the error that it caused elsewhere
-STACKS_AT = 0.9  # of the limit of a wait, a worker writes where it stands: it is ended when the limit has passed
+STACKS_AT = 0.9  # of the limit of a wait, a worker writes its stacks: it is ended when the limit has passed
 LESS_MEMORY = (
     "(less: actor.tokens_per_microbatch, rollout.gpu_memory_utilization; more: actor.recompute, "
     "actor.offload_optimizer, or another layout: `megatron-coreward plan` shows the bytes)"

@@ -43,7 +43,7 @@ Progress = Callable[[str, int, int], None]  # (benchmark, questions done, questi
 
 @dataclass(frozen=True, slots=True)
 class ModelLabels:
-    """Where a model stands in the paper's table."""
+    """The row of a model in the paper's table."""
 
     model: str  # the base model, without its owner
     data: str  # the training set, as recipes call it; empty before training

@@ -2,7 +2,7 @@
 
 Both sides are in the terms of the HF checkpoint (tensor name and a rectangular block of it), so that neither has
 to know the other. Invariants (tests/weights/test_layouts.py):
-  1. Together, the ranks of one replica hold every HF tensor exactly once (but for the copy of a tied embedding that
+  1. Together, the ranks of one replica hold every HF tensor exactly once (except the copy of a tied embedding that
      the last pipeline stage keeps, and for what every tensor-parallel rank holds whole).
   2. Ranks, layers, experts and vocabulary rows lie as Megatron and vLLM lay them.
 
