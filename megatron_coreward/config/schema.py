@@ -432,7 +432,7 @@ class RunConfig(Component):
     my_package.my_module:MyMethod is a method of your own, by its import path, which loading the recipe imports. Keys
     and values are several methods with their weights: their rewards are added."""
     gpu: Literal["a100", "h100", "h200"] | None = None
-    """GPU that the layout was made for, and which plan assumes unless --gpu names another; null: no certain one. It
+    """GPU that the layout was made for, and which plan assumes unless --gpu names another; null: no particular one. It
     changes nothing in a run."""
     model: ModelSettings
     data: DataSettings
