@@ -166,7 +166,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench_convert_") as folder:
         found = measure(Path(folder), options.gigabytes, options.repeat, further)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found))
     else:
         show(found)
 

@@ -167,11 +167,28 @@ def write_picture(path: Path, folders: dict[str, Path]) -> None:
         path.with_name(f"{path.stem}_{name.split()[1]}.svg").write_text(svg + "\n")
 
 
+def show(found: dict[str, Any]) -> None:
+    """The figures, for people."""
+    tail = found["response_tokens"]
+    print(f"response tokens: mean {tail['mean']:.0f}, median {tail['p50']:.0f}, longest {tail['p100']:.0f}")
+    for name, seconds in found["step_s"].items():
+        busy = ", ".join(f"{lane} {share:.0%}" for lane, share in found["busy"][name].items() if lane != "driver")
+        print(f"{name:<18}{seconds:>7.2f} s a step{found['samples_per_s'][name]:>8.1f} samples/s   busy: {busy}")
+    for key in ("speedup_i", "speedup_ii_streaming", "speedup_ii"):
+        if key in found:
+            print(f"{key:<24}{found[key]:.2f}x")
+    if "teacher_tokens_saved" in found:
+        print(
+            f"teacher_tokens_saved    {found['teacher_tokens_saved']:.1%} (the run's own estimate "
+            f"{found['teacher_tokens_saved_estimate']:.1%}), at a vote share of {found['teacher_vote_share']:.0%}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8, help="that are measured of each run")
     parser.add_argument("--method", choices=("I", "II"), help="only the runs of this one")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument("--keep", type=Path, help="folder for the runs, new or empty")
     parser.add_argument("--picture", type=Path, help="who was busy when, as FILE_deterministic.svg and FILE_votes.svg")
     options = parser.parse_args()
@@ -186,21 +203,10 @@ def main() -> None:
         if options.picture and "II votes" in folders:
             write_picture(options.picture, folders)
     stop_ray()
-    tail = found["response_tokens"]
-    print(f"response tokens: mean {tail['mean']:.0f}, median {tail['p50']:.0f}, longest {tail['p100']:.0f}")
-    for name, seconds in found["step_s"].items():
-        busy = ", ".join(f"{lane} {share:.0%}" for lane, share in found["busy"][name].items() if lane != "driver")
-        print(f"{name:<18}{seconds:>7.2f} s a step{found['samples_per_s'][name]:>8.1f} samples/s   busy: {busy}")
-    for key in ("speedup_i", "speedup_ii_streaming", "speedup_ii"):
-        if key in found:
-            print(f"{key:<24}{found[key]:.2f}x")
-    if "teacher_tokens_saved" in found:
-        print(
-            f"teacher_tokens_saved    {found['teacher_tokens_saved']:.1%} (the run's own estimate "
-            f"{found['teacher_tokens_saved_estimate']:.1%}), at a vote share of {found['teacher_vote_share']:.0%}"
-        )
     if options.json:
         print(json.dumps(found))
+    else:
+        show(found)
 
 
 if __name__ == "__main__":

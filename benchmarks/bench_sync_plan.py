@@ -217,7 +217,7 @@ def main() -> None:
         if not options.json:
             show(title, results[title], options.gigabytes_per_s)
     if options.json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The work of bench_step.py in TRL's GRPOTrainer, for comparison. Needs the package trl (and accelerate, datasets).
 
-    OMP_NUM_THREADS=2 python benchmarks/peer_trl.py [--steps 6] [--long-tailed]
+    OMP_NUM_THREADS=2 python benchmarks/peer_trl.py [--steps 6] [--long-tailed] [--micro-batch 32]
 
 By default responses are cut off at 64 tokens, which nearly all of them reach. With `--long-tailed` lengths are those of
 the model of long_tailed.py, of 12 tokens and of 20 times as many in the mean, cut off at 384.
+
+`--micro-batch` is what the trainer computes at once, of the 256 samples of a step; by default all of them.
 
 Prints one JSON object: the median seconds of a step, samples a second. Run both scripts in one go on one machine.
 """
@@ -49,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--long-tailed", action="store_true")
+    parser.add_argument("--micro-batch", type=int, default=PROMPTS * SAMPLES)
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     lengths: list[int] = []
@@ -68,7 +71,8 @@ def main() -> None:
             output_dir=str(Path(folder) / "run"),
             use_cpu=True,
             bf16=False,
-            per_device_train_batch_size=PROMPTS * SAMPLES,
+            per_device_train_batch_size=options.micro_batch,
+            gradient_accumulation_steps=PROMPTS * SAMPLES // options.micro_batch,
             num_generations=SAMPLES,
             max_completion_length=LONG_RESPONSE_TOKENS if options.long_tailed else RESPONSE_TOKENS,
             max_steps=options.steps + 1,
@@ -95,7 +99,7 @@ def main() -> None:
         "samples_per_s": PROMPTS * SAMPLES / step,
         "response_tokens_mean": statistics.fmean(lengths),
     }
-    print(json.dumps(found, indent=2))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def _forecast(options: argparse.Namespace) -> None:
     from megatron_coreward.trainer.run import train
 
     try:
-        found = forecast(load, train, options.rate_factor, options.steps)
+        found = forecast(load, train, options.rate_factor, options.steps, say)
     finally:
         stop_ray()
     say(describe(found, planned.run_dir / "forecast" / "report.html"))

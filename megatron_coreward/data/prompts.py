@@ -48,8 +48,8 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     """The conversation with its system message replaced; None keeps what is there, an empty string removes it."""
     if system_prompt is None:
         return tuple(messages)
-    colocation = tuple(message for message in messages if message["role"] != "system")
-    return (Message(role="system", content=system_prompt), *colocation) if system_prompt else colocation
+    others = tuple(message for message in messages if message["role"] != "system")
+    return (Message(role="system", content=system_prompt), *others) if system_prompt else others
 
 
 def build_prompts(

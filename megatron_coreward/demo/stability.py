@@ -11,7 +11,7 @@ from megatron_coreward.demo.study import Cell
 from megatron_coreward.errors import InputError
 
 STUDY = "stability"
-STEPS = 225  # three times the demo's
+STEPS = 225  # five times the demo's
 SETTINGS = (f"steps={STEPS}", "validation.every=15", "guard.anchors=64", "guard.anchor_every=8")
 
 
@@ -32,7 +32,7 @@ ARMS: Mapping[str, Arm] = {
     "self_certainty": Arm("self_certainty"),
     "co_rewarding_ii_without_ema": Arm("co_rewarding_ii", ("teacher.decay_start=0", "teacher.decay_end=0")),
 }
-RATES = (1e-4, 2e-4, 5e-5)  # the demo's own two, and twice the higher of them; the middle one comes first
+RATES = (1e-4, 2e-4, 5e-5)  # the demo's own, twice that, and half of it
 SEEDS = (1, 2, 3)
 
 

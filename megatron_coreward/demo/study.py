@@ -69,12 +69,17 @@ class Cell:
 
 
 def run_cells(
-    run_dir: Path, study: str, cells: Iterable[Cell], run: Callable[[RunConfig], object] = train
+    run_dir: Path,
+    study: str,
+    cells: Iterable[Cell],
+    run: Callable[[RunConfig], object] = train,
+    done: Callable[[Cell, Path], object] = lambda cell, target: None,
 ) -> list[Path]:
     """Runs the cells that are not done, and returns the run directories of all of them.
 
     Args:
         run_dir: the demo's, which has the models that training starts from.
+        done: called with each cell and its run directory as soon as it is done, so that a study that is left keeps it.
     """
     console, directory, run_dirs = Console(), run_dir / study, []
     try:
@@ -85,6 +90,7 @@ def run_cells(
                 shutil.rmtree(target, ignore_errors=True)
                 console.print(f"{study}: {cell.name}, seed {cell.seed}")
                 run(cell_config(console, run_dir, cell, target))
+            done(cell, target)
     finally:
         stop_ray()
     return run_dirs

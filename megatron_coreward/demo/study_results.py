@@ -30,8 +30,7 @@ def run_study(
             raise InputError(f"--methods, --rates: found with --study {study}; allowed: with --study {stability.STUDY}")
         cells = rephrasings.cells(seeds=seeds)
     recorded = run_dir / study / "recorded"
-    for cell, cell_dir in zip(cells, run_cells(run_dir, study, cells), strict=True):
-        record_run(cell_dir, cell.name, cell.seed, recorded)
+    run_cells(run_dir, study, cells, done=lambda cell, cell_dir: record_run(cell_dir, cell.name, cell.seed, recorded))
     return show(study, recorded, run_dir / study / f"{study}.png")
 
 

@@ -22,9 +22,9 @@ from megatron_coreward.data.prompts import build_prompts
 from megatron_coreward.planner.placement import ResourceRequest
 from megatron_coreward.types import Sequences, TrainBatch
 
-BATCH_SIZE = 64
-LEARNING_RATE = 3e-3
-WARMUP_STEPS = 45
+BATCH_SIZE = 32
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 60
 SMOOTHING = 20  # steps over which the loss is averaged before it is held against the target
 
 
@@ -83,7 +83,7 @@ def _actor_setup(source: Path, longest: int, max_steps: int, seed: int) -> Actor
         lr_warmup=min(1.0, WARMUP_STEPS / max_steps),
         adam_beta2=0.95,
         weight_decay=0.0,
-        tokens_per_microbatch=4096,
+        tokens_per_microbatch=2048,
     )
     return ActorSetup(
         settings=settings,

@@ -27,6 +27,7 @@ METRICS = (
     "rollout/response_tokens_mean",
     "rollout/truncated_share",
     "rollout/repeated_ngrams",
+    "rollout/teacher_stopped_share",
     "rollout/entropy",
     "loss/kl",
     "label/teacher_agreement",
@@ -191,7 +192,9 @@ def _kl(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
 
 def _label_flips(base: Means, now: Means, settings: GuardSettings) -> Indicator | None:
     """Labels that change more often than rollouts disagree: the answers move, not the sampling."""
-    flips, share = now.get("label/flip_rate"), now.get("teacher_vote/share", now.get("vote/share"))
+    flips, share = now.get("label/flip_rate"), now.get("vote/share")
+    if "rollout/teacher_stopped_share" not in now:  # votes that end early are over answers that agree more than others
+        share = now.get("teacher_vote/share", share)
     if flips is None or share is None or flips < settings.min_flip_rate:
         return None
     if flips < settings.label_flips * (1 - share):

@@ -16,6 +16,6 @@ def problems(config: RunConfig) -> Iterator[str]:
         method_of(config.method)
         for name, _ in parts_of(config.method):
             if name not in METHODS:
-                try_method(name, plugins.load(name))
+                try_method(name, plugins.load(name), config.teacher.early_stop)
     except InputError as error:
         yield str(error)

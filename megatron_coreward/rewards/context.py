@@ -21,9 +21,10 @@ class BatchRewardContext:
     """`RewardContext` over the groups of one step.
 
     policy_groups, teacher_groups: what either role sampled; token_stats: of the sequences of `policy_groups`, group
-    after group and completion after completion; golds: the data set's answers by uid. Raises ValueError if something
-    that `needs` declares is missing, if a group is in the wrong list or occurs twice, and if the statistics do not fit
-    the completions.
+    after group and completion after completion; golds: the data set's answers by uid; votes_end_early: groups of the
+    teacher have what decided their votes (`teacher.early_stop`), so nothing else of them may be read. Raises ValueError
+    if something that `needs` declares is missing, if a group is in the wrong list or occurs twice, and if the
+    statistics do not fit the completions.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class BatchRewardContext:
         token_stats: TokenStats | None = None,
         ground_truths: Mapping[str, str | None] | None = None,
         min_margin: float = 0.0,
+        votes_end_early: bool = False,
     ) -> None:
         self._needs = needs
+        self._votes_end_early = votes_end_early
         self.equivalence = equivalence
         self.min_margin = min_margin
         self._ground_truths = ground_truths or {}
@@ -68,9 +71,14 @@ class BatchRewardContext:
 
     def answer_classes(self, uid: str, views: Sequence[View], role: Role) -> AnswerClasses:
         """Answers of one or several groups of a question, classed together. PermissionError: the needs do not name
-        them."""
+        them, or they are the teacher's and its votes end early."""
         for view in views:
             require_vote(self._needs, view, role)
+        if role == "teacher" and self._votes_end_early:
+            raise PermissionError(
+                "the method reads all answers of the teacher, of which teacher.early_stop: true leaves those that "
+                "decide the vote; allowed: false"
+            )
         groups = [self._group(uid, view, role) for view in views]
         self._compare()
         answers = [answer for group in groups for answer in group.answers]

@@ -21,18 +21,21 @@ TRIALS: tuple[tuple[str | None, ...], ...] = (
 )
 
 
-def try_method(name: str, method: Method) -> None:
+def try_method(name: str, method: Method, votes_end_early: bool = False) -> None:
     """Lets a method judge one question in each view that it samples, with what its needs name and nothing else.
+
+    Args:
+        votes_end_early: whether the run has `teacher.early_stop`.
 
     Raises:
         InputError: it fails, reads what its needs do not name, returns no reward for each rollout, or advantages that
             it does not announce.
     """
     for answers in TRIALS:
-        _try_group(name, method, answers)
+        _try_group(name, method, answers, votes_end_early)
 
 
-def _try_group(name: str, method: Method, answers: Sequence[str | None]) -> None:
+def _try_group(name: str, method: Method, answers: Sequence[str | None], votes_end_early: bool) -> None:
     views = method.needs.views or ("original",)
     groups = [_group(view, "policy", answers) for view in views]
     values = [np.linspace(0.1, 1.0, len(c.token_ids), dtype=np.float32) for g in groups for c in g.completions]
@@ -43,6 +46,7 @@ def _try_group(name: str, method: Method, answers: Sequence[str | None]) -> None
         teacher_groups=[_group(view, "teacher", answers) for view in method.needs.sampled_views("teacher")],
         token_stats=TokenStats(values, values, values) if method.needs.token_stats else None,
         ground_truths={"trial/0": "1"} if method.needs.ground_truth else None,
+        votes_end_early=votes_end_early,
     )
     for group in groups:
         try:

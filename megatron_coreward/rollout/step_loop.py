@@ -233,8 +233,9 @@ class StepLoop:
                 self._counter,
                 [*np.asarray(request.prompt).tolist(), *sample.token_ids],
                 request,
-                # The generator of what was drawn is gone: tokens after an interruption have one of their own.
-                self._spread(sample.seed + drawn) if drawn else sample.seed,
+                # The generator of what was drawn is gone: tokens after an interruption have one of their own. The seeds
+                # of a group are neighbours: numbers of tokens added to them as they are could make two of them equal.
+                self._spread(self._spread(sample.seed) + drawn) if drawn else sample.seed,
                 request.max_tokens - drawn,
             )
 

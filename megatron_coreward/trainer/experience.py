@@ -120,6 +120,7 @@ class Collector:
                 token_stats=stats,
                 ground_truths=ground_truths if needs.ground_truth else None,
                 min_margin=self.config.rewards.min_margin,
+                votes_end_early=self.config.teacher.early_stop,
             )
             if group_rewards is None:
                 group_rewards = [self.method.score(group, context) for group in rollouts.policy]

@@ -24,6 +24,7 @@ from megatron_coreward.guard import Decision, replay_rows
 from megatron_coreward.telemetry import keys
 from megatron_coreward.telemetry.jsonl import FILE_NAME, Row, read_rows
 from megatron_coreward.trainer.anchors import too_few
+from megatron_coreward.trainer.finish import REPORT, try_report
 
 FACTOR = 4.0  # by which the rate is raised
 STEPS = 100
@@ -42,6 +43,7 @@ SETTINGS = (
     "validation.every=0",
     "validation.at_start=false",
     "data.val_files=[]",
+    "checkpoint.best_metric=null",
     "checkpoint.every=0",
     "checkpoint.resume=never",
     "telemetry.dump_rollouts=false",
@@ -105,12 +107,15 @@ def forecast(
     run: Callable[[RunConfig], object],
     factor: float = FACTOR,
     steps: int = STEPS,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> Forecast:
     """Trains for at most `steps` at `factor` times the planned rate, in <run_dir>/forecast, until the guard stops it.
+    The report of that run is there as well.
 
     Args:
         load: makes the configuration with further overrides.
         run: trains (`trainer.run.train`).
+        notify: called if the report cannot be written.
 
     Raises:
         InputError: a method that reads ground truths, or too few questions of which the model is sure.
@@ -126,7 +131,10 @@ def forecast(
     shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier forecast
     with suppress(HaltedError):  # the guard has seen a collapse, which is what the run was for
         run(config)
-    return read_forecast(config, planned, read_rows(run_dir / FILE_NAME))
+    found = read_forecast(config, planned, read_rows(run_dir / FILE_NAME))
+    if not (run_dir / REPORT).is_file():  # a run that its guard has halted has none
+        try_report(config, notify)
+    return found
 
 
 def read_forecast(config: RunConfig, planned: RunConfig, rows: Sequence[Row]) -> Forecast:

@@ -43,8 +43,10 @@ def names(runner: Runner) -> list[str]:
 def test_a_study_that_was_cut_off_goes_on_with_the_cell_that_it_had_begun(tmp_path: Path) -> None:
     cells = stability.cells(["majority_voting", "entropy"], [1e-4, 2e-4], [1])
     first, second, third = Runner(fails=2), Runner(), Runner()
+    done: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        run_cells(tmp_path, "stability", cells, first)
+        run_cells(tmp_path, "stability", cells, first, lambda cell, target: done.append(cell.name))
+    assert done == ["majority_voting/lr-0.0001"]
     run_dirs = run_cells(tmp_path, "stability", cells, second)
     run_cells(tmp_path, "stability", cells, third)
     assert names(first) == ["majority_voting/lr-0.0001/seed-1", "entropy/lr-0.0001/seed-1"]

@@ -50,7 +50,7 @@ def test_the_limit_of_anchors_widens_with_the_standard_error_of_a_draw() -> None
 
 def test_a_steady_policy_shows_none() -> None:
     assert names(STEADY) == []
-    assert set(STEADY) | {"teacher_vote/share"} == set(METRICS)
+    assert set(STEADY) | {"teacher_vote/share", "rollout/teacher_stopped_share"} == set(METRICS)
 
 
 @pytest.mark.parametrize("name", SIGNS)
@@ -97,6 +97,13 @@ def test_flips_are_held_against_the_votes_that_labelled() -> None:
     surer_teacher = STEADY | {"label/flip_rate": 0.3, "teacher_vote/share": 0.9}
     assert names(surer_teacher) == ["label_flips"]
     assert names(surer_teacher | {"teacher_vote/share": 0.6}) == []
+
+
+def test_flips_are_held_against_the_policys_votes_if_those_of_the_teacher_end_early() -> None:
+    """Groups that ended early have the answers that decided them, which agree more than full groups do."""
+    ended_early = STEADY | {"teacher_vote/share": 0.95, "rollout/teacher_stopped_share": 0.8}
+    assert names(ended_early | {"label/flip_rate": 0.3}) == []
+    assert names(ended_early | {"label/flip_rate": 0.51}) == ["label_flips"]
 
 
 def test_few_flips_are_no_sign_however_sure_the_votes_are() -> None:

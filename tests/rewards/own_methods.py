@@ -47,6 +47,23 @@ class AsksTheTeacher(FirstAnswer):
         return GroupReward(label, context.matches(group, label))
 
 
+class VotesOfTheTeacher(AsksTheTeacher):
+    """Takes the teacher's label, as Co-rewarding-II does."""
+
+    needs = Needs(teacher=True)
+
+
+class SharesOfTheTeacher(FirstAnswer):
+    """Rewards an answer by its share among the teacher's."""
+
+    needs = Needs(teacher=True)
+
+    def score(self, group: RolloutGroup, context: RewardContext) -> GroupReward:
+        classes = context.answer_classes(group.uid, (group.view,), "teacher")
+        shares = dict(zip(classes.spellings, classes.shares().tolist(), strict=True))
+        return GroupReward(None, np.float32([shares.get(answer or "", 0.0) for answer in group.answers]))
+
+
 class HiddenAdvantages(FirstAnswer):
     """Returns advantages, and does not say that it does."""
 

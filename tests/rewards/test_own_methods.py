@@ -24,7 +24,7 @@ from tests.rewards.groups import group
 OWN = "tests.rewards.own_methods"
 
 
-def config(method: Any) -> Any:
+def config(method: Any, *overrides: str) -> Any:
     return parse_config(
         {
             "run_dir": "run",
@@ -32,14 +32,15 @@ def config(method: Any) -> Any:
             "method": method,
             "model": {"hf_path": "model"},
             "data": {"train_files": ["a.parquet"]},
-        }
+        },
+        overrides,
     )
 
 
-def problems(method: Any) -> list[str]:
+def problems(method: Any, *overrides: str) -> list[str]:
     """What is said about a method before a run starts, by the config or by the preflight."""
     try:
-        return list(preflight.problems(config(method)))
+        return list(preflight.problems(config(method, *overrides)))
     except InputError as error:
         return [str(error)]
 
@@ -83,6 +84,15 @@ def test_what_is_wrong_with_a_method_is_one_message_before_anything_starts(name:
     assert name in said
     assert message in said
     assert problems({"majority_voting": 1.0, name: 0.5}) == ([] if name.endswith("LengthPenalty") else [said])
+
+
+def test_a_method_that_reads_more_of_the_teacher_than_its_vote_is_refused_if_votes_end_early() -> None:
+    early = ("teacher.early_stop=true", "rollout.schedule=streaming")
+    assert problems(f"{OWN}:SharesOfTheTeacher") == problems(f"{OWN}:VotesOfTheTeacher", *early) == []
+    said = "the method reads all answers of the teacher, of which teacher.early_stop: true leaves those that decide"
+    for method in (f"{OWN}:SharesOfTheTeacher", {"co_rewarding_ii": 1.0, f"{OWN}:SharesOfTheTeacher": 0.5}):
+        (problem,) = problems(method, *early)
+        assert problem.startswith(f"method: {OWN}:SharesOfTheTeacher: {said}")
 
 
 def test_an_error_inside_a_module_is_told_as_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

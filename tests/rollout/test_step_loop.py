@@ -108,8 +108,29 @@ def test_a_sample_goes_on_behind_what_it_has_with_another_seed(loop: StepLoop, s
     (prompt, seed, length), (longer, other, rest) = steps.added
     drawn = len(longer) - 2
     assert (prompt, seed, length) == ([7, 8], 1000, 50)
-    assert (longer, other, rest) == ([7, 8, *[0] * drawn], 1000 * (1000 + drawn), 50 - drawn)
+    assert (longer, other, rest) == ([7, 8, *[0] * drawn], 1000 * (1000 * 1000 + drawn), 50 - drawn)
     assert [version for _, version in sample.starts] == [0, 2]
+
+
+def test_no_two_samples_of_a_group_go_on_with_one_seed(loop: StepLoop, steps: Counting) -> None:
+    """Also if sample 1 began a step after sample 0, so that number and tokens have the same sum for both."""
+    request = SamplingRequest([7, 8], 2, seed=1, temperature=1.0, top_p=1.0, max_tokens=400)
+    others = [Fed(GroupName(1, "policy", 0), request, (1,))]
+
+    def on_step() -> None:
+        if others:
+            loop.feed([others.pop()])
+        time.sleep(0.0005)
+
+    steps.on_step = on_step
+    loop.feed([Fed(GroupName(1, "policy", 0), request, (0,))])
+    loop.go_on(0)
+    time.sleep(0.01)
+    update(loop, steps, 2)
+    take(loop, 2)
+    (_, _, (first, one, _), (second, other, _)) = steps.added
+    assert len(first) == len(second) + 1
+    assert one != other
 
 
 def test_groups_are_drawn_from_weights_of_their_role_alone(loop: StepLoop, steps: Counting) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_coreward.config.load import dump_config
 from megatron_coreward.config.schema import RunConfig
+from megatron_coreward.config.validate import setting_problems
 from megatron_coreward.errors import HaltedError, InputError
 from megatron_coreward.trainer.forecast import FEWEST_CLEAR, Forecast, describe, forecast, rate_sum
 from tests.trainer.fakes import make_config
@@ -32,6 +34,7 @@ class Run:
     def __call__(self, config: RunConfig) -> None:
         self.configs.append(config)
         config.run_dir.mkdir(parents=True)
+        (config.run_dir / "config.yaml").write_text(dump_config(config))
         rows = [{"step": 0, "step_time_s": 1.0, "anchor/questions": self.questions, "anchor/kept": 1.0}]
         for step in range(1, config.steps + 1):
             gone = self.falls_at is not None and step >= self.falls_at
@@ -49,11 +52,13 @@ class Run:
 
 def test_the_short_run_is_the_planned_one_at_a_higher_rate_without_ground_truths(tmp_path: Path) -> None:
     run = Run(falls_at=None)
-    forecast(loader(tmp_path, steps=500, **{"actor.lr": 1e-6}), run, factor=4, steps=50)
+    planned = {"actor.lr": 1e-6, "data.val_files": "[held_out.parquet]", "checkpoint.best_metric": "val/avg@8"}
+    forecast(loader(tmp_path, steps=500, **planned), run, factor=4, steps=50)
     (config,) = run.configs
     assert (config.run_dir, config.steps, config.actor.lr) == (tmp_path / "run" / "forecast", 50, 4e-6)
     assert (config.actor.lr_schedule, config.actor.lr_warmup, config.guard.action) == ("constant", 0, "stop")
     assert config.data.val_files == ()
+    assert list(setting_problems(config)) == []
     assert config.guard.anchors > 0
 
 
@@ -78,6 +83,13 @@ def test_how_far_a_plan_is_safe_is_read_from_the_sum_of_rates(
     assert found.safe_steps == pytest.approx(safe, abs=1)
     assert said in found.recommendation
     assert found.recommendation in describe(found, tmp_path / "report.html")
+
+
+def test_a_short_run_that_the_guard_has_stopped_leaves_its_report_too(tmp_path: Path) -> None:
+    said: list[str] = []
+    forecast(loader(tmp_path), Run(falls_at=20), steps=30, notify=said.append)
+    assert said == []
+    assert "anchor" in (tmp_path / "run" / "forecast" / "report.html").read_text()
 
 
 def test_a_second_forecast_replaces_the_first(tmp_path: Path) -> None:

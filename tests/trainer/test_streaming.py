@@ -154,12 +154,21 @@ def test_engines_that_die_cost_only_what_had_not_ended(method: str, changes: dic
     assert len(engines.drawn) == 40 * 2 * 4 + (40 * 2 * 3 if method == "co_rewarding_ii" else 0)
 
 
+class Killed(Exception):
+    """The end of an attempt."""
+
+
+def killed(*arguments: object) -> None:
+    raise Killed
+
+
 @pytest.mark.parametrize("method", ["majority_voting", "co_rewarding_ii"])
 def test_a_run_that_is_killed_again_and_again_learns_from_every_question_once(method: str, tmp_path: Path) -> None:
-    """Ten kills: at each, the run goes on from the newest checkpoint (every third step) and from its rollout log."""
+    """Ten kills, between steps, before a step is in the rollout log and in its update: at each, the run goes on from
+    the newest checkpoint (every third step) and from its rollout log."""
     run, rng = Run(method, **AHEAD), random.Random(5)
     saved, reached, learnt = 0, 0, dict[int, list[ScoredGroup]]()
-    for _ in range(11):
+    for number in range(11):
         log = RolloutLog(tmp_path, "f", first_step=saved + 1, keep=True)
         known = set(range(saved + 1, saved + 1 + log.num_recorded))
         last = min(reached + rng.randrange(1, 5), 40)
@@ -168,6 +177,12 @@ def test_a_run_that_is_killed_again_and_again_learns_from_every_question_once(me
                 learnt[step] = trainer.step(step, PhaseTimer()).scored
                 run.check(step, learnt[step])
             assert not {name.step for name in engines.fed} & known
+            if number % 3 and last < 40:  # it dies within the step
+                dies: Any = log if number % 3 == 1 else trainer.actors
+                setattr(dies, "write" if dies is log else "update", killed)
+                with pytest.raises(Killed):
+                    trainer.step(last + 1, PhaseTimer())
+                assert log.has(last + 1) == (dies is not log)
         assert last > reached
         reached, saved = last, last - last % 3
     assert sorted(learnt) == list(range(1, reached + 1))

@@ -87,7 +87,8 @@ class RewardContext(Protocol):
         """Majority answer of the group that `role` sampled for `view`; None if the vote abstains."""
 
     def answer_classes(self, uid: str, views: Sequence[View], role: Role) -> AnswerClasses:
-        """The answers of the groups that `role` sampled for `views`, classed together: a class spans the groups."""
+        """The answers of the groups that `role` sampled for `views`, classed together: a class spans the groups.
+        The teacher's cannot be asked for under `teacher.early_stop`, which leaves those that decide its vote."""
 
     def ground_truth(self, uid: str) -> str | None:
         """The data set's answer."""
