@@ -24,8 +24,8 @@ def add(commands: Any) -> None:
     demo.add_argument(
         "--study",
         choices=("stability", "rephrasing", "methods"),
-        help="run a study of many runs, which can be resumed: methods by learning rates and seeds, damaged rephrasings, "
-        "or the methods of later papers",
+        help="run a study of many runs, which can be resumed: methods by learning rates and seeds, damaged "
+        "rephrasings, or the methods of later papers",
     )
     demo.add_argument("--methods", nargs="+", default=(), help="methods of the study of stability; default: all seven")
     demo.add_argument(
