@@ -5,12 +5,12 @@ python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine ...] [--st
 
 `term` is SIGTERM to the driver, which saves and leaves; all others are SIGKILL. Engines and ranks are Ray's workers;
 `ray` is one of Ray's own processes. `shard` is a process of an engine with
-`rollout.tensor_parallel` of 2 or more. Every trial ends with the same rows of metrics (but for times), bit-identical
+`rollout.tensor_parallel` of 2 or more. Every trial ends with the same rows of metrics (except times), bit-identical
 weights, no process left and no segment of shared memory left, or it has failed and the status is 1. Keys change the
 runs (`sync.transport=gloo`).
 
 With --streaming, unfinished responses go on with new weights (`rollout.schedule: streaming`, `rollout.partial`), so
-what is sampled hangs on when it is sampled, and no two runs are the same. Instead, every question must have been learnt
+what is sampled depends on when it is sampled, and no two runs are the same. Instead, every question must have been learnt
 exactly once an epoch, over the border of an epoch, and no token may be older than `rollout.max_staleness`.
 
 The model, its data and the undisturbed runs are made in the folder or taken from there (give a new one after a change
