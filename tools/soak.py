@@ -10,8 +10,8 @@ weights, no process left and no segment of shared memory left, or it has failed 
 runs (`sync.transport=gloo`).
 
 With --streaming, unfinished responses go on with new weights (`rollout.schedule: streaming`, `rollout.partial`), so
-what is sampled depends on when it is sampled, and no two runs are the same. Instead, every question must have been learnt
-exactly once an epoch, over the border of an epoch, and no token may be older than `rollout.max_staleness`.
+what is sampled depends on when it is sampled, and no two runs are the same. Instead, every question must have been
+learnt exactly once an epoch, over the border of an epoch, and no token may be older than `rollout.max_staleness`.
 
 The model, its data and the undisturbed runs are made in the folder or taken from there (give a new one after a change
 of the code or the keys). A trial takes about a minute on two idle cores.

@@ -53,5 +53,5 @@ def test_a_demo_that_names_nothing_has_the_method_and_seed_of_the_help(
     with pytest.raises(SystemExit, match="0"):
         main(["demo", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "of training (default: co_rewarding_i)" in shown
-    assert "of weights, data and rollouts (default: 1)" in shown
+    assert "method to train with (default: co_rewarding_i)" in shown
+    assert "random seed of weights, data and rollouts (default: 1)" in shown
