@@ -172,6 +172,13 @@ def test_continuous_integration_builds_the_site_strictly_between_lint_and_test()
     assert f"`.ci/run` runs {named}" in (ROOT / "CONTRIBUTING.md").read_text()
 
 
+def test_every_benchmark_has_a_row_on_the_page_of_benchmarks() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    scripts = [path.name for kind in ("bench_*.py", "simulate_*.py") for path in (ROOT / "benchmarks").glob(kind)]
+    assert len(scripts) > 10
+    assert [name for name in scripts if f"`python benchmarks/{name}" not in page] == []
+
+
 def test_scripts_that_pages_call_exist() -> None:
     called = {path for page in ALL_PAGES if page.name not in FORMER for path in SCRIPT.findall(page.read_text())}
     assert len(called) > 8
