@@ -13,6 +13,7 @@ from megatron_coreward.config.describe import Key, all_keys
 from megatron_coreward.config.load import load_config
 from megatron_coreward.config.names import RENAMED_KEYS
 from megatron_coreward.telemetry import keys
+from megatron_coreward.telemetry.rollout_dump import SCHEMA
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +48,12 @@ def test_the_page_of_a_run_directory_has_every_file_of_a_run() -> None:
     page = (ROOT / "docs" / "run_directory.md").read_text()
     recipe = load_config(ROOT / "configs" / "math_co_rewarding_i.yaml", [])
     assert [name for name in written_files(recipe, None) if f"| `{name}` | " not in page] == []
+
+
+def test_the_page_of_a_run_directory_has_every_column_of_the_rollouts() -> None:
+    page = (ROOT / "docs" / "run_directory.md").read_text()
+    rows = "\n".join(line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `"))
+    assert [name for name in SCHEMA.names if f"`{name}`" not in rows] == []
 
 
 @pytest.mark.parametrize("key", all_keys().values(), ids=lambda key: key.name)
