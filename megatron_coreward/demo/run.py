@@ -67,7 +67,7 @@ def demo(method: MethodName, run_dir: Path, seed: int, overrides: Sequence[str] 
 
 
 def compare(run_dir: Path, seed: int, overrides: Sequence[str] = ()) -> Path:
-    """Trains with every method from the same start on the same budget; one picture, one table.
+    """Trains with each of the paper's methods from the same start on the same budget; one picture, one table.
 
     Returns:
         The picture.
