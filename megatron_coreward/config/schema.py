@@ -43,7 +43,8 @@ class DataSettings(Component):
     online_rephrasing: Literal["off", "policy", "teacher"] = "off"
     """Who rewrites the questions of every step before they are answered, for methods that read rephrased ones. What
     does not pass the filter of docs/rephrasing.md leaves the rephrasing of rephrased_files or, without those, the
-    question itself. Needs rollout.max_staleness and teacher.lookahead of 0."""
+    question itself. It is written while the actors learn from the step before, by weights that are one step older than
+    those that answer, as far as docs/methods.md says. Needs rollout.max_staleness and teacher.lookahead of 0."""
     val_files: tuple[Path, ...] = ()
     """Parquet files of held-out questions with ground truths; empty: no validation."""
     batch_size: Positive = 128
