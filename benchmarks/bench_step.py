@@ -162,7 +162,9 @@ def main() -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--data-parallel", type=int, default=2)
     parser.add_argument("--engines", type=int, default=2)
-    parser.add_argument("--tokens-per-microbatch", type=int, default=2048, help="what stays in a core's cache is faster")
+    parser.add_argument(
+        "--tokens-per-microbatch", type=int, default=2048, help="what stays in a core's cache is faster"
+    )
     parser.add_argument("--streaming", action="store_true")
     parser.add_argument("--long-tailed", action="store_true")
     options = parser.parse_args()

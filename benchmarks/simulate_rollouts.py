@@ -51,7 +51,7 @@ class Machine:
         return 1.0 + sequences / self.half
 
     def least_seconds(self, tokens: int) -> float:
-        """Time for so many tokens with all slots of all engines full."""
+        """Time for that many tokens with all slots of all engines full."""
         return tokens / (self.engines * self.slots) * self.step_seconds(self.slots)
 
 

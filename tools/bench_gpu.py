@@ -6,7 +6,7 @@
     python tools/bench_gpu.py --out gpu.jsonl --only actor # one group: actor, rollout or train
     python tools/bench_gpu.py --table gpu.jsonl            # the table in Markdown, for docs/gpu.md
 
-The model has random weights in the shape of a published one, and the demo's tokenizer: speed hangs on neither. Every
+The model has random weights in the shape of a published one, and the demo's tokenizer: speed depends on neither. Every
 run ends within --limit seconds and appends one JSON object to --out, so that they may be spread over several calls.
 
 A figure that was not taken is "not measured" in the table; nothing is computed from assumptions.

@@ -4,7 +4,7 @@ python tools/soak.py [--trials 8] [--seed 0] [--victims driver engine ...] [--fo
 
 `term` is SIGTERM to the driver, which saves and leaves; all others are SIGKILL. Engines and ranks are Ray's workers;
 `ray` is one of Ray's own processes. `shard` is a process of an engine with
-`rollout.tensor_parallel` of 2 or more. Every trial ends with the same rows of metrics (but for times), bit-identical
+`rollout.tensor_parallel` of 2 or more. Every trial ends with the same rows of metrics (except times), bit-identical
 weights, no process left and no segment of shared memory left, or it has failed and the status is 1. Keys change the
 runs (`sync.transport=gloo`). The model, its data and the undisturbed runs are made in the folder or taken from there
 (give a new one after a change of the code or the keys). A trial takes about a minute on two idle cores.

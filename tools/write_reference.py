@@ -23,10 +23,10 @@ CONFIGURATION = """# Configuration
 
 A recipe is a YAML file that names only what differs from the defaults below, which are the paper's settings where the
 paper has one. On the command line any key can be overridden: `megatron-coreward train recipe.yaml actor.lr=1e-5`. The
-resolved configuration of a run, with every default and every `auto` replaced by what it meant, is `config.yaml` in its
+resolved configuration of a run, with every default and the value that each `auto` stood for, is `config.yaml` in its
 run directory.
 
-The same text is at hand in a terminal, and in an editor that reads JSON schemas:
+The same text is shown in a terminal, and in an editor that reads JSON schemas:
 
 ```
 megatron-coreward config kl                              # keys whose name or description has the word
@@ -36,8 +36,8 @@ megatron-coreward config --json-schema > recipe.schema.json
 
 ## How values are read
 - Recipes, cluster files and overrides follow the core schema of YAML 1.2: only `true` and `false` are booleans, only
-  `null` and `~` are null, and `off`, `1:30` and `12:00:00` are text. A key that wants text gets what was written:
-  `run_dir: 010` is the directory `010`. A key that stands twice in a group is an error.
+  `null` and `~` are null, and `off`, `1:30` and `12:00:00` are text. A key whose type is text gets what was written:
+  `run_dir: 010` is the directory `010`. A key that occurs twice in a group is an error.
 - An override's value is one such scalar up to its end (`run_dir=a #2` is the directory `a #2`), or, if it begins with
   `[`, `{` or a quote, a list, a mapping or a quoted text: `data.val_files=[a.parquet, b.parquet]`.
 - In paths, a leading `~` and `$NAME` or `${NAME}` are replaced once, on the machine where the command is started. A
@@ -51,7 +51,7 @@ COMMAND_LINE = """# Command line
 
 Every command is `megatron-coreward COMMAND ...`, also as `python -m megatron_coreward COMMAND ...`. What it takes is
 shown by `megatron-coreward COMMAND --help`, from which this page is made. Options are written out in full, and
-`key=value` arguments may stand before, between and behind them; the keys are those of
+`key=value` arguments may come before, between and after them; the keys are those of
 [Configuration](configuration.md).
 
 | exit status | what it says |
@@ -139,7 +139,7 @@ def metrics() -> str:
         parts.append("\n".join([f"## {f'`{area}/`' if area else 'Always there'}\n", *_HEAD, *rows, ""]))
     parts.append("\n".join(["## `val/`\n", *_HEAD, *validation, ""]))
     parts.append(
-        "Validation over several data sets has each of these once for every set besides, with the set's source in\n"
+        "Validation over several data sets also has each of these for every set, with the set's source in\n"
         "between: `val/openai/gsm8k/avg@8`.\n"
     )
     return "\n".join(parts)

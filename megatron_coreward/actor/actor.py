@@ -1,6 +1,6 @@
 """A Megatron actor rank: the policy with its optimizer, the teacher and the frozen reference, under one layout.
 
-Every method is called on all ranks with the same arguments, but for the sequences of a batch, which differ by
+Every method is called on all ranks with the same arguments, except the sequences of a batch, which differ by
 data-parallel rank. Results come from the output ranks (last pipeline stage, first tensor-parallel rank); the others
 return None.
 """

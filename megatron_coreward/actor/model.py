@@ -287,7 +287,7 @@ def build_chunks(
 
 
 def _place(model: GPTModel, dtype: torch.dtype) -> None:
-    """Brings everything to the device and the dtype, but for weights that were made in FP8, which are there."""
+    """Brings everything to the device and the dtype, except weights that were made in FP8, which are there."""
     device = parallel.device()
     for module in model.modules():
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:

@@ -51,7 +51,7 @@ class LayerReplay:
         """The next pass of this layer is that of another micro-batch.
 
         Args:
-            experts: [T, top k] of the rank's tokens, `OWN_CHOICE` where nothing is asked for; None: nowhere.
+            experts: [T, top k] of the rank's tokens, `OWN_CHOICE` for those without a given choice; None: for all.
             backward: the pass has a backward pass.
         """
         if experts is not None and self._sequence_parallel:

@@ -10,7 +10,7 @@ LENGTH = 4  # tokens
 
 
 def repeated_ngrams(responses: Sequence[IntArray], length: int = LENGTH) -> float:
-    """The share of n-grams that stood in the same response before, as a mean over the responses that have any.
+    """The share of n-grams that occur earlier in the same response, as a mean over the responses that have any.
 
     0 if no response repeats one, or if all are shorter than an n-gram.
 

@@ -42,7 +42,7 @@ def replaced_inputs(checkpoint: Path, config: RunConfig) -> list[str]:
         return []
     paths, now = dict(_files(config)), input_digests(config)
     return [
-        f"{key}: {paths[key]}" if key in paths and key in now else f"{key}: nothing is there any more"
+        f"{key}: {paths[key]}" if key in paths and key in now else f"{key}: the file does not exist any more"
         for key in sorted(saved.keys() | now.keys())
         if saved.get(key) != now.get(key) and (key in saved or _would_be_read(key, saved))
     ]
@@ -53,8 +53,8 @@ def refused_inputs(checkpoint: Path, config: RunConfig) -> list[str]:
     if config.checkpoint.changed_inputs == "accept":
         return []
     return [
-        f"{replaced}, not the file that {checkpoint} was made from; bring that back, choose another run_dir, or go on "
-        "from there with this one under checkpoint.changed_inputs=accept"
+        f"{replaced}, not the file that {checkpoint} was made from; restore that file, choose another run_dir, or "
+        "go on from there with this one under checkpoint.changed_inputs=accept"
         for replaced in replaced_inputs(checkpoint, config)
         if not replaced.startswith(VALIDATION)
     ]

@@ -1,7 +1,7 @@
 """The checkpoints of a run directory: each appears whole or not at all, damage is found, old ones go.
 
 checkpoints/step_000010/megatron/        distributed checkpoint of the actors
-checkpoints/step_000010/trainer.json     where the run stands, its score, and the states of what else has one
+checkpoints/step_000010/trainer.json     the run's step, its score, and the states of other parts
 checkpoints/step_000010/config.yaml      the resolved configuration it was made with
 checkpoints/step_000010/labels.jsonl     the label history up to there
 checkpoints/step_000010/files.json       size and blake3 of every file above
@@ -40,7 +40,7 @@ Hashes = Mapping[str, tuple[int, str]]  # file -> bytes, blake3
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """Where a run stands after a step. What is drawn, batches and rollouts, is a function of seed and step."""
+    """The state of a run after a step. What is drawn, batches and rollouts, is a function of seed and step."""
 
     step: int  # steps done; also the batches taken from the data
     num_updates: int  # optimizer steps done
@@ -141,7 +141,7 @@ def discard_unfinished(run_dir: Path) -> None:
 
 
 def read_trainer_state(path: Path) -> TrainerState:
-    """Where the run stood. Raises DamagedCheckpoint if the description is missing or damaged."""
+    """The saved state of the run. Raises DamagedCheckpoint if the description is missing or damaged."""
     try:
         tree = json.loads((path / TRAINER).read_text())
         tree |= tree.pop("extra", {})  # the former form had some under "extra", and another name for the teacher's

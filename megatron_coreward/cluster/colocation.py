@@ -8,7 +8,7 @@ needs, so that a run that does not fit ends with a message, not in the middle of
 Without GPUs the calls come in the same order, and there is no memory to move.
 
 Invariants (tests/cluster/test_colocation.py):
-  1. Engines never hold memory while actors hold theirs, but for the weights that are being synced.
+  1. Engines never hold memory while actors hold theirs, except for the weights that are being synced.
   2. After a handoff, whatever ended it, the actors are whole again, unless the engines keep their memory. The next
      handoff then begins with putting to sleep whoever is awake.
 """

@@ -1,4 +1,4 @@
-"""Comparison of answers on every node of a run: one pool of processes a node, which take from one heap of work.
+"""Comparison of answers on every node of a run: one pool of processes a node, which take from one common queue of work.
 
 Invariants: a verdict does not depend on the node that found it; what a node that died had taken is compared on this
 machine, so no verdict is lost with it. Few pairs are compared here alone: the way to another node takes longer.
@@ -133,7 +133,7 @@ def _next(work: "queue.SimpleQueue[list[int]]") -> list[int] | None:
 
 
 def _batches(requests: Sequence[Request], size: float) -> list[list[int]]:
-    """Indices of the requests, in batches of at least that many pairs, but for the last."""
+    """Indices of the requests, in batches of at least that many pairs, except the last."""
     batches: list[list[int]] = [[]]
     pairs = 0
     for index, request in enumerate(requests):

@@ -21,7 +21,7 @@ from megatron_coreward.cluster.watchdog import LOOK_EVERY_S, Watchdog, WorkerDie
 from megatron_coreward.rollout.requests import Fed, GroupName, GroupRequest, Taken
 from megatron_coreward.types import Completion, EngineInterval, Role, WeightVersion
 
-PATIENCE_S = 10.0  # an engine that has nothing to tell answers after this time
+PATIENCE_S = 10.0  # an engine that has nothing to report answers after this time
 
 
 class StreamingEngines(Protocol):
@@ -179,7 +179,7 @@ class GroupStream:
         return {"rollout/aborted_samples": float(len(tokens)), "rollout/aborted_tokens": float(sum(tokens))}
 
     def take_intervals(self) -> list[EngineInterval]:
-        """When the engines drew samples, as far as they have told since this was asked last."""
+        """When the engines drew samples, as far as they have reported it since the last call."""
         with self._state:
             intervals, self._intervals = self._intervals, []
         return intervals

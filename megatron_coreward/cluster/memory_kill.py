@@ -1,4 +1,4 @@
-"""Ray's memory monitor, in our words: whom it killed, how full the node was, and which keys take less.
+"""Ray's memory monitor, in our words: which process it killed, how full the node was, and which keys take less.
 
 The monitor ends a process when the memory of its node is used beyond a threshold (95%), and says so in two thousand
 characters about Ray's own settings. Recorded with Ray 2.60; if its words are others, less is said.

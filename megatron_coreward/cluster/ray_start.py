@@ -30,7 +30,7 @@ def start_ray(limit_s: float = 600.0) -> None:
 @contextmanager
 def _no_longer_than(limit_s: float, awaited: str) -> Iterator[None]:
     def give_up() -> None:
-        text = f"stalled: {awaited} was awaited for {limit_s:.0f} s (watchdog.start_limit_s)"
+        text = f"stalled: {awaited} took longer than {limit_s:.0f} s (watchdog.start_limit_s)"
         print(f"the run failed: {text}; the same command tries again", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""`verify-sync CONFIG`: is the weight sync of this config right, before a run hangs on it?
+"""`verify-sync CONFIG`: is the weight sync of this config right, before a run depends on it?
 
 Starts the actors and engines of the config, syncs the weights of every role that the method has, with checksums, and
 compares the engines' log-probs of the canary with the actors'. In the end it asks for samples of weights that were

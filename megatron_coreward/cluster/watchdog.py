@@ -1,4 +1,4 @@
-"""Waiting for workers: says what is awaited, of whom and for how long, and ends a wait that has become a stall.
+"""Waiting for workers: says for what, on which of them and for how long, and ends a wait that has become a stall.
 
 Every result of a worker passes here. A worker that died is one clear error that names it, even when others report first
 that their peer has gone.
@@ -36,7 +36,7 @@ Kind = Literal["actor rank", "engine", "worker"]
 LOOK_EVERY_S = 0.5  # how soon a request to stop is seen
 GATHER_S = 0.02  # for more results, once one has come
 PEERS_S = 5.0  # a peer's death may be known a little later than the error that it caused elsewhere
-STACKS_AT = 0.9  # of the limit of a wait, a worker writes where it stands: it is ended when the limit has passed
+STACKS_AT = 0.9  # of the limit of a wait, a worker writes its stacks: it is ended when the limit has passed
 LESS_MEMORY = (
     "(less: actor.tokens_per_microbatch, rollout.gpu_memory_utilization; more: actor.recompute, "
     "actor.offload_optimizer, or another layout: `megatron-coreward plan` shows the bytes)"
@@ -63,12 +63,12 @@ class WorkerDied(RunError):
         in_its_start = [number for number, line in enumerate(lines) if re.match(r'  File ".*, in ', line)]
         killed = memory_kill(str(cause))
         if killed is not None:
-            what = f"{killed}; {awaited} was awaited of it"
+            what = f"{killed}; this was during {awaited}"
         elif in_its_start:  # Ray gives the error of a constructor as the text of its traceback
             error = dropwhile(lambda line: line.startswith("  "), lines[in_its_start[-1] :])
             what = f"could not start: {' '.join(line.strip() for line in error)}"
         else:
-            what = f"died while {awaited} was awaited of it ({type(cause).__name__}: {lines[0]})"
+            what = f"died during {awaited} ({type(cause).__name__}: {lines[0]})"
         super().__init__(f"{kind} {index} {what}; what it printed is in {output}")
         self.kind, self.index = kind, index
 
@@ -191,11 +191,11 @@ class Watchdog:
             waited = self._clock() - begin
             if waited >= limit:
                 raise RunError(
-                    f"stalled: {awaited} was awaited of {who()} for {waited:.0f} s "
+                    f"stalled: waited for {awaited} from {who()} for {waited:.0f} s "
                     f"(limit: {limit:.0f} s, watchdog.{'limit_s' if limit_s is None else 'start_limit_s'})"
                 )
             if waited >= warn_at:
-                self.notify(f"still waiting for {awaited} of {who()} after {waited:.0f} s")
+                self.notify(f"still waiting for {awaited} from {who()} after {waited:.0f} s")
                 warn_at = waited + self.settings.warn_after_s
 
         return check

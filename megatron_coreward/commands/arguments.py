@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, example: str | None = None, **settings: Any) -> None:
-        """`example` is a whole command line, which stands at the end of the help."""
+        """`example` is a whole command line, which is shown at the end of the help."""
         epilog = None if example is None else f"{_EXAMPLE}{example}"
         super().__init__(**{"allow_abbrev": False, "formatter_class": _Formatter, "epilog": epilog, **settings})
         self.example = example

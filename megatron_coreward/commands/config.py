@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     config = commands.add_parser(
         "config",
-        help="explain the keys of a recipe: type, default, limits, value",
+        help="explain the keys of a recipe: type, default, limits and value",
         example="megatron-coreward config actor.lr rollout --recipe configs/math_co_rewarding_i.yaml",
     )
     config.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY",
-        help="a key, a group such as actor, or a word of names and descriptions; with --recipe also key=value",
+        help="a key, a group such as actor, or a word of a name or description; with --recipe also key=value",
     )
-    config.add_argument("--recipe", type=Path, metavar="FILE", help="show the values that a recipe resolves to as well")
+    config.add_argument("--recipe", type=Path, metavar="FILE", help="also show the values that a recipe resolves to")
     config.add_argument("--json-schema", action="store_true", help="print a JSON schema of recipes, for editors")
     config.set_defaults(run=_config)
 

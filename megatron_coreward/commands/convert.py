@@ -18,7 +18,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def add(commands: Any) -> None:
     convert = commands.add_parser(
         "convert",
-        help="checkpoints between Hugging Face and Megatron, and their check",
+        help="convert checkpoints between Hugging Face and Megatron, and verify them",
         example="megatron-coreward convert to-megatron models/Qwen3-8B checkpoints/qwen3-8b",
     )
     actions = convert.add_subparsers(required=True, metavar="ACTION")
@@ -35,29 +35,49 @@ def add(commands: Any) -> None:
     )
     for action, what in ((to_megatron, "Hugging Face directory"), (to_hf, "Megatron checkpoint, or one of a run")):
         action.add_argument("source", type=Path, metavar="SRC", help=what)
-        action.add_argument("target", type=Path, metavar="DST", help="must not exist; appears whole or not at all")
-        action.add_argument("--dtype", choices=_DTYPES, help="default: as they are")
+        action.add_argument(
+            "target",
+            type=Path,
+            metavar="DST",
+            help="directory to write; it must not exist, and appears whole or not at all",
+        )
+        action.add_argument(
+            "--dtype", choices=_DTYPES, help="data type of the written weights; default: that of the source"
+        )
         action.add_argument(
             "--workers",
             type=whole(1),
             default=min(8, os.cpu_count() or 1),
-            help="threads; default: the cores, at most 8",
+            help="number of threads; default: the number of cores, at most 8",
         )
-    to_hf.add_argument("--hf-path", type=Path, help="config.json and tokenizer; default: what the checkpoint brings")
-    to_hf.add_argument("--weights", choices=("policy", "teacher"), default="policy", help="of a run's checkpoint")
-    to_hf.add_argument("--shard-gb", type=float, default=5.0, help="size of a weight file at most, 10^9 bytes")
+    to_hf.add_argument(
+        "--hf-path", type=Path, help="directory with config.json and tokenizer; default: those in the checkpoint"
+    )
+    to_hf.add_argument(
+        "--weights", choices=("policy", "teacher"), default="policy", help="model to take from a run's checkpoint"
+    )
+    to_hf.add_argument("--shard-gb", type=float, default=5.0, help="largest size of a weight file in 10^9 bytes")
     to_megatron.set_defaults(run=_to_megatron)
     to_hf.set_defaults(run=_to_hf)
+    _add_verify(actions)
 
+
+def _add_verify(actions: Any) -> None:
     verify = actions.add_parser(
         "verify",
         help="compare two checkpoints of either kind, or one with its manifest",
         example="megatron-coreward convert verify models/Qwen3-8B checkpoints/qwen3-8b",
     )
     verify.add_argument("one", type=Path, metavar="A", help="a checkpoint of either kind")
-    verify.add_argument("other", type=Path, metavar="B", nargs="?", help="another; default: the manifest of A")
-    verify.add_argument("--hf-path", type=Path, help="config.json of Megatron checkpoints that bring none")
-    verify.add_argument("--weights", choices=("policy", "teacher"), default="policy", help="of runs' checkpoints")
+    verify.add_argument(
+        "other", type=Path, metavar="B", nargs="?", help="another checkpoint; default: the manifest of A"
+    )
+    verify.add_argument(
+        "--hf-path", type=Path, help="directory with the config.json of Megatron checkpoints that have none"
+    )
+    verify.add_argument(
+        "--weights", choices=("policy", "teacher"), default="policy", help="model to take from runs' checkpoints"
+    )
     verify.add_argument(
         "--logits", action="store_true", help="also run both models: transformers for HF, Megatron for Megatron"
     )

@@ -12,24 +12,35 @@ from megatron_coreward.errors import InputError
 def add(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
-        help="train a small model without labels, here and now, with no download",
+        help="train a small model without labels on this machine, without a download",
         example="megatron-coreward demo --method co_rewarding_ii --seed 2",
     )
-    demo.add_argument("--method", choices=get_args(MethodName), default="co_rewarding_i", help="of training")
+    demo.add_argument("--method", choices=get_args(MethodName), default="co_rewarding_i", help="method to train with")
     demo.add_argument(
-        "--compare", action="store_true", help="run every method on the same budget and draw them together"
+        "--compare",
+        action="store_true",
+        help="train with every method on the same budget, and draw all of them in one picture",
     )
     demo.add_argument(
         "--study",
-        choices=("stability", "rephrasing"),
-        help="many runs that can be left and gone on: methods by learning rates and seeds, or damaged rephrasings",
+        choices=("stability", "rephrasing", "methods"),
+        help="run a study of many runs, which can be resumed: methods by learning rates and seeds, damaged "
+        "rephrasings, or the methods of later papers",
     )
-    demo.add_argument("--methods", nargs="+", default=(), help="of the study of stability; default: all of its seven")
-    demo.add_argument("--rates", nargs="+", type=float, default=(), help="its learning rates; default: its three")
-    demo.add_argument("--seeds", nargs="+", type=whole(0, SEED), default=(), help="of a study; default: all")
-    demo.add_argument("--recorded", type=Path, help="draw a study from this directory of recorded runs; run nothing")
-    demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
-    demo.add_argument("--seed", type=whole(0, SEED), default=1, help="of weights, data and rollouts")
+    demo.add_argument("--methods", nargs="+", default=(), help="methods of the study of stability; default: all seven")
+    demo.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=(),
+        help="learning rates of the study of stability; default: all three",
+    )
+    demo.add_argument("--seeds", nargs="+", type=whole(0, SEED), default=(), help="seeds of a study; default: all")
+    demo.add_argument(
+        "--recorded", type=Path, help="draw a study from this directory of recorded runs, without running anything"
+    )
+    demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="directory to write into")
+    demo.add_argument("--seed", type=whole(0, SEED), default=1, help="random seed of weights, data and rollouts")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
     demo.set_defaults(run=_demo)
 
@@ -54,6 +65,8 @@ def _check(options: argparse.Namespace) -> None:
     of_a_study = {f"--{name}": getattr(options, name) for name in ("methods", "rates", "seeds", "recorded")}
     given = [name for name, value in of_a_study.items() if value]
     if given and not options.study:
-        raise InputError(f"{', '.join(given)}: found without --study; allowed: with --study stability or rephrasing")
+        raise InputError(
+            f"{', '.join(given)}: found without --study; allowed: with --study stability, rephrasing or methods"
+        )
     if options.study and options.overrides:
         raise InputError(f"--study: found with {options.overrides[0]}; allowed: no overrides, for all runs are alike")

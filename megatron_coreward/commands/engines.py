@@ -12,20 +12,25 @@ if TYPE_CHECKING:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-engines", type=whole(1), default=1, help="vLLM engines")
-    parser.add_argument("--tensor-parallel", type=whole(1), default=1, help="GPUs of an engine")
-    parser.add_argument("--kv-cache-gib", type=number(above=0), default=1.0, help="an engine rank, without GPUs")
+    parser.add_argument("--num-engines", type=whole(1), default=1, help="number of vLLM engines")
+    parser.add_argument("--tensor-parallel", type=whole(1), default=1, help="number of GPUs of each engine")
+    parser.add_argument(
+        "--kv-cache-gib",
+        type=number(above=0),
+        default=1.0,
+        help="size of the key-value cache of each engine rank on a machine without GPUs",
+    )
     parser.add_argument(
         "--gpu-memory-utilization",
         type=number(above=0, most=1),
         default=0.9,
-        help="share of a GPU that an engine takes",
+        help="share of a GPU's memory that an engine takes",
     )
     parser.add_argument(
         "--thinking",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="of models that can, as Qwen3; default: as their chat template has it",
+        help="switch thinking on or off for models that have it, such as Qwen3; default: the chat template's",
     )
 
 

@@ -13,7 +13,7 @@ from megatron_coreward.telemetry.untrusted_text import say
 def add(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
-        help="pass@1, avg@k, pass@k, maj@k on prepared questions, with intervals",
+        help="measure pass@1, avg@k, pass@k and maj@k on prepared questions, with intervals",
         example="megatron-coreward evaluate run models/trained data/math500.parquet --out results/trained",
     )
     actions = evaluate.add_subparsers(required=True, metavar="ACTION")
@@ -30,47 +30,61 @@ def add(commands: Any) -> None:
 def _add_run(actions: Any) -> None:
     run = actions.add_parser(
         "run",
-        help="sample answers and grade them; goes on where it was interrupted",
+        help="sample answers and grade them; the same command continues an interrupted evaluation",
         example="megatron-coreward evaluate run models/trained data/math500.parquet --out results/trained --n 16",
     )
     run.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
-    run.add_argument("files", type=Path, nargs="+", metavar="FILE", help="parquet, as prepare-data writes it")
+    run.add_argument("files", type=Path, nargs="+", metavar="FILE", help="parquet file in the format of prepare-data")
     run.add_argument("--out", type=Path, required=True, help="directory for samples.jsonl, result.json and page.html")
-    run.add_argument("--name", help="of the model in tables; default: its path")
-    run.add_argument("--n", type=whole(1), default=8, help="samples a question")
-    run.add_argument("--temperature", type=number(above=0), default=1.0, help="of samples")
-    run.add_argument("--top-p", type=number(above=0, most=1), default=1.0, help="of samples")
-    run.add_argument("--max-tokens", type=whole(1), default=3072, help="of an answer")
-    run.add_argument("--no-greedy", action="store_true", help="without the greedy answer, which pass@1 is of")
-    run.add_argument("--seed", type=whole(0, SEED), default=0, help="of what is drawn")
-    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
+    run.add_argument("--name", help="name of the model in tables; default: its path")
+    run.add_argument("--n", type=whole(1), default=8, help="number of samples for each question")
+    run.add_argument("--temperature", type=number(above=0), default=1.0, help="sampling temperature")
     run.add_argument(
-        "--equivalence", choices=get_args(Equivalence), default="math", help="when two answers are the same"
+        "--top-p", type=number(above=0, most=1), default=1.0, help="share of probability that samples are drawn from"
+    )
+    run.add_argument("--max-tokens", type=whole(1), default=3072, help="longest answer in tokens")
+    run.add_argument("--no-greedy", action="store_true", help="do not sample the greedy answer, which pass@1 needs")
+    run.add_argument("--seed", type=whole(0, SEED), default=0, help="random seed of sampling")
+    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="data type of the weights")
+    run.add_argument(
+        "--equivalence", choices=get_args(Equivalence), default="math", help="rule by which two answers are the same"
     )
     run.add_argument(
         "--answer-format",
         action="append",
         choices=get_args(AnswerFormat),
-        help="where final answers stand, tried in the order given; default: boxed",
+        help="forms of the final answer, tried in the order given; default: boxed",
     )
     run.add_argument("--answer-form", action=FormerOption, const="--answer-format")
     run.add_argument(
-        "--stop-at", action="append", metavar="TEXT", help="read no answer behind this text if one stands before it"
+        "--stop-at",
+        action="append",
+        metavar="TEXT",
+        help="ignore what follows this text if there is an answer before it",
     )
     add_engine_options(run)
-    run.add_argument("--batch-questions", type=whole(1), default=64, help="what an interruption can lose")
-    run.add_argument("--max-problems", type=whole(1), help="only the first questions, as many as this")
+    run.add_argument(
+        "--batch-questions",
+        type=whole(1),
+        default=64,
+        help="number of questions that are sampled together, which an interruption can lose",
+    )
+    run.add_argument("--max-problems", type=whole(1), help="largest number of questions, the first ones of the files")
     prompt = run.add_mutually_exclusive_group()
-    prompt.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="default: that of training")
-    prompt.add_argument("--keep-system-prompt", action="store_true", help="use the files' own")
-    run.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
+    prompt.add_argument(
+        "--system-prompt", default=SYSTEM_PROMPT, help="system prompt of every question; default: that of training"
+    )
+    prompt.add_argument("--keep-system-prompt", action="store_true", help="use the system prompts of the files")
+    run.add_argument(
+        "--hf-path", type=Path, help="directory with config.json and tokenizer, for a Megatron checkpoint without them"
+    )
     run.set_defaults(run=_run)
 
 
 def _add_compare(actions: Any) -> None:
     compare = actions.add_parser(
         "compare",
-        help="paired test of two evaluations of the same questions",
+        help="compare two evaluations of the same questions with a paired test",
         example="megatron-coreward evaluate compare results/base results/trained",
     )
     compare.add_argument("a", type=Path, metavar="A", help="directory or result.json of an evaluation")
@@ -82,21 +96,31 @@ def _add_compare(actions: Any) -> None:
 def _add_lm_eval(actions: Any) -> None:
     lm_eval = actions.add_parser(
         "lm-eval",
-        help="IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM",
+        help="measure IFEval, MMLU-Pro, CRUX ... through lm-evaluation-harness and vLLM",
         example="megatron-coreward evaluate lm-eval models/trained ifeval mmlu_pro --out results/trained-lm-eval",
     )
     lm_eval.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
-    lm_eval.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="of the paper, or a task of the harness")
+    lm_eval.add_argument(
+        "benchmarks", nargs="+", metavar="BENCHMARK", help="a benchmark of the paper, or a task of the harness"
+    )
     lm_eval.add_argument("--out", type=Path, required=True, help="directory for samples.jsonl and results.json")
     _add_common(lm_eval)
-    lm_eval.add_argument("--temperature", type=number(least=0), default=0.8, help="of samples; 0: the most likely text")
-    lm_eval.add_argument("--task-temperature", action="store_true", help="as each task has it")
-    lm_eval.add_argument("--top-p", type=number(above=0, most=1), help="of samples; default: as each task has it")
-    lm_eval.add_argument("--max-tokens", type=whole(1), help="of an answer; default: as each task has it")
     lm_eval.add_argument(
-        "--max-model-len", type=whole(2), help="tokens of prompt and answer together; default: the model's"
+        "--temperature", type=number(least=0), default=0.8, help="sampling temperature; 0: the most likely text"
     )
-    lm_eval.add_argument("--no-chat-template", action="store_true", help="prompts as the tasks have them")
+    lm_eval.add_argument("--task-temperature", action="store_true", help="use the temperature of each task")
+    lm_eval.add_argument(
+        "--top-p",
+        type=number(above=0, most=1),
+        help="share of probability that samples are drawn from; default: that of each task",
+    )
+    lm_eval.add_argument("--max-tokens", type=whole(1), help="longest answer in tokens; default: that of each task")
+    lm_eval.add_argument(
+        "--max-model-len", type=whole(2), help="most tokens of prompt and answer together; default: the model's"
+    )
+    lm_eval.add_argument(
+        "--no-chat-template", action="store_true", help="use the tasks' prompts without the model's chat template"
+    )
     lm_eval.add_argument("--include-path", type=Path, help="directory with further task definitions")
     lm_eval.set_defaults(run=_lm_eval)
 
@@ -104,42 +128,56 @@ def _add_lm_eval(actions: Any) -> None:
 def _add_paper(actions: Any) -> None:
     paper = actions.add_parser(
         "paper",
-        help="the paper's benchmarks, those whose data is there",
+        help="measure the paper's benchmarks, as far as their data is there",
         example="megatron-coreward evaluate paper models/trained --out results/paper --base Qwen3-8B",
     )
     paper.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory or Megatron checkpoint")
-    paper.add_argument("--out", type=Path, required=True, help="directory; started again, it goes on where it was")
+    paper.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="directory to write into; the same command continues an interrupted evaluation",
+    )
     _add_common(paper)
-    paper.add_argument("--benchmarks", nargs="+", metavar="BENCHMARK", help="only these; default: all")
-    paper.add_argument("--max-tokens", type=whole(1), default=3072, help="of an answer")
-    said = "default: as the run's config has it, if the model lies in a run"
+    paper.add_argument("--benchmarks", nargs="+", metavar="BENCHMARK", help="only these benchmarks; default: all")
+    paper.add_argument("--max-tokens", type=whole(1), default=3072, help="longest answer in tokens")
+    said = "default: that of the run's config, if the model is in a run directory"
     paper.add_argument("--base", help=f"name of the model before training, for the table; {said}")
     paper.add_argument("--trained-on", help=f"name of the training set, for the table; {said}")
-    paper.add_argument("--method", help=f"for the table; {said}, else untrained")
+    paper.add_argument("--method", help=f"name of the method, for the table; {said}, and otherwise untrained")
     paper.set_defaults(run=_paper)
 
 
 def _add_table(actions: Any) -> None:
     table = actions.add_parser(
         "table",
-        help="results of `evaluate paper` as the paper's table, beside its numbers",
+        help="write results of `evaluate paper` as the paper's table, with the paper's numbers",
         example="megatron-coreward evaluate table results/paper results/paper-base --out tables",
     )
     table.add_argument("results", type=Path, nargs="+", metavar="DIR", help="directories of `evaluate paper`")
     table.add_argument("--out", type=Path, help="directory for table.md, table.csv and table.tex")
-    table.add_argument("--paper-numbers", type=Path, help="CSV of the paper's numbers; default: those that come along")
+    table.add_argument(
+        "--paper-numbers", type=Path, help="CSV file of the paper's numbers; default: the file of this package"
+    )
     table.set_defaults(run=_table)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="directory with the benchmarks' data")
-    parser.add_argument("--limit", type=whole(1), help="only the first questions of each task, as many as this")
-    parser.add_argument("--seed", type=whole(0, SEED), default=0, help="of what is drawn")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
-    parser.add_argument("--batch-questions", type=whole(1), default=64, help="what an interruption can lose")
+    parser.add_argument("--limit", type=whole(1), help="largest number of questions of each task, its first ones")
+    parser.add_argument("--seed", type=whole(0, SEED), default=0, help="random seed of sampling")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="data type of the weights")
+    parser.add_argument(
+        "--batch-questions",
+        type=whole(1),
+        default=64,
+        help="number of questions that are sampled together, which an interruption can lose",
+    )
     parser.add_argument("--allow-code", action="store_true", help="run code that the model wrote, in a sandbox")
     add_engine_options(parser)
-    parser.add_argument("--hf-path", type=Path, help="config.json and tokenizer of a Megatron checkpoint without them")
+    parser.add_argument(
+        "--hf-path", type=Path, help="directory with config.json and tokenizer, for a Megatron checkpoint without them"
+    )
 
 
 def _renamed(options: argparse.Namespace) -> None:

@@ -12,13 +12,15 @@ from megatron_coreward.telemetry.untrusted_text import say
 def add(commands: Any) -> None:
     forecast = commands.add_parser(
         "forecast",
-        help="whether a model can be trained on its own labels: a short run at a high rate, to collapse",
+        help="find out by a short run at a high learning rate whether a model can be trained on its own labels",
         example="megatron-coreward forecast configs/math_co_rewarding_i.yaml",
     )
-    forecast.add_argument("config", type=Path, metavar="CONFIG", help="of the planned run")
+    forecast.add_argument("config", type=Path, metavar="CONFIG", help="the recipe of the planned run")
     forecast.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
-    forecast.add_argument("--steps", type=whole(20), default=100, help="at most, of the short run")
-    forecast.add_argument("--rate-factor", type=float, default=4.0, help="times the planned learning rate")
+    forecast.add_argument("--steps", type=whole(20), default=100, help="largest number of steps of the short run")
+    forecast.add_argument(
+        "--rate-factor", type=float, default=4.0, help="factor of the short run's learning rate over the planned one"
+    )
     forecast.set_defaults(run=_forecast)
 
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 _RECIPE = "configs/math_co_rewarding_i.yaml"
 _HELP = {
-    "local": "on this machine, again and again until it is finished",
-    "slurm": "as a Slurm job, with containers (Pyxis) or without",
-    "kubernetes": "as a KubeRay RayJob",
-    "skypilot": "as a SkyPilot managed job",
+    "local": "run on this machine, and start again until the run is finished",
+    "slurm": "run as a Slurm job, with containers (Pyxis) or without",
+    "kubernetes": "run as a KubeRay RayJob",
+    "skypilot": "run as a SkyPilot managed job",
 }
 
 
@@ -35,15 +35,17 @@ def add(commands: Any) -> None:
         parser.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
         parser.add_argument("--cluster", type=Path, metavar="FILE", help="the cluster's settings (launch/clusters/)")
-        parser.add_argument("--nodes", type=whole(1), default=1, help="nodes of the job")
-        parser.add_argument("--gpus-per-node", type=whole(0), default=0, help="0: a run on CPUs")
-        parser.add_argument("--time", metavar="[D-]H:M:S", help="time limit of a job; default: the cluster's")
-        parser.add_argument("--name", help="in the queue; default: the name of run_dir")
+        parser.add_argument("--nodes", type=whole(1), default=1, help="number of nodes of the job")
         parser.add_argument(
-            "--max-resubmits", type=whole(0), default=20, help="submissions after the first one, at most"
+            "--gpus-per-node", type=whole(0), default=0, help="number of GPUs of each node; 0: a run on CPUs"
+        )
+        parser.add_argument("--time", metavar="[D-]H:M:S", help="time limit of a job; default: the cluster's")
+        parser.add_argument("--name", help="name of the job in the queue; default: the name of run_dir")
+        parser.add_argument(
+            "--max-resubmits", type=whole(0), default=20, help="largest number of submissions after the first one"
         )
         parser.add_argument("--dry-run", action="store_true", help="print exactly what would be submitted")
-        parser.add_argument("--detach", action="store_true", help="submit and leave")
+        parser.add_argument("--detach", action="store_true", help="submit the job and return at once")
         parser.set_defaults(run=_launch, kind=kind)
 
 

@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
 
     plan = commands.add_parser(
         "plan",
-        help="memory, layout and time of a run before it is queued",
+        help="plan memory, layout and time of a run before it is queued",
         example="megatron-coreward plan configs/large/qwen3_14b_math_co_rewarding_i_8x141.yaml --gpus 16 --search",
     )
     plan.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
@@ -23,28 +23,28 @@ def add(commands: Any) -> None:
         metavar="key=value",
         help="config keys, such as actor.tensor_parallel=4",
     )
-    plan.add_argument("--gpu", help=f"{', '.join(GPUS)} (default: the recipe's gpu, or h100)")
+    plan.add_argument("--gpu", help=f"kind of GPU: {', '.join(GPUS)} (default: the recipe's gpu, or h100)")
     plan.add_argument(
         "--gpus",
         type=int,
         metavar="N",
-        help="GPUs there are, used or not; default: those of the layout",
+        help="number of GPUs, used or not; default: those of the layout",
     )
     plan.add_argument(
         "--placement",
         choices=("disaggregated", "colocated"),
-        help="engines on GPUs of their own, or on those of the actor, alternating (default: rollout.placement)",
+        help="whether engines have their own GPUs or share those of the actor (default: rollout.placement)",
     )
     plan.add_argument("--search", action="store_true", help="propose layouts for --gpus GPUs, fastest first")
-    plan.add_argument("--top", type=int, default=5, metavar="K", help="layouts to propose")
+    plan.add_argument("--top", type=int, default=5, metavar="K", help="number of layouts to propose")
     plan.add_argument(
         "--assume",
         action="append",
         default=[],
         metavar="KEY=NUMBER",
-        help=f"change what is taken for granted: {', '.join(Assumptions.__slots__)}",
+        help=f"change an assumption of the plan: {', '.join(Assumptions.__slots__)}",
     )
-    plan.add_argument("--json", action="store_true", help="bytes and seconds as JSON")
+    plan.add_argument("--json", action="store_true", help="print bytes and seconds as JSON")
     plan.set_defaults(run=_plan)
 
 

@@ -15,25 +15,39 @@ def add(commands: Any) -> None:
 
     prepare = commands.add_parser(
         "prepare-data",
-        help="question sets into the parquet format that training reads",
+        help="convert question sets into the parquet format that training reads",
         example="megatron-coreward prepare-data math --input data/math.jsonl --out data/math.parquet",
     )
     prepare.add_argument("source", choices=(*SOURCES, GENERIC), metavar="SOURCE", help=", ".join((*SOURCES, GENERIC)))
     prepare.add_argument(
-        "--input", type=Path, nargs="+", default=[], help="local parquet, jsonl or json; default: the hub"
+        "--input",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="local parquet, jsonl or json files; default: the Hugging Face hub",
     )
-    prepare.add_argument("--out", type=Path, help="parquet file to write; default: where the recipes look for it")
-    prepare.add_argument("--split", help="default: the source's first")
-    prepare.add_argument("--against", type=Path, nargs="+", default=[], help="prepared files to count shared questions")
-    prepare.add_argument("--tokenizer", type=Path, help="model directory; adds lengths in tokens")
+    prepare.add_argument(
+        "--out", type=Path, help="parquet file to write; default: the place where the recipes look for it"
+    )
+    prepare.add_argument("--split", help="split of the source; default: its first one")
+    prepare.add_argument(
+        "--against",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="prepared files; the summary says how many questions they share with the new one",
+    )
+    prepare.add_argument(
+        "--tokenizer", type=Path, help="model directory whose tokenizer adds lengths in tokens to the summary"
+    )
     prepare.add_argument("--question-column", help="column of the question in local files")
     prepare.add_argument("--answer-column", help="column of the answer in local files")
-    prepare.add_argument("--answer-from", choices=get_args(AnswerFrom), help="how the answer stands in its column")
-    prepare.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="'' for none")
+    prepare.add_argument("--answer-from", choices=get_args(AnswerFrom), help="form of the answer in its column")
+    prepare.add_argument("--system-prompt", default=SYSTEM_PROMPT, help="system prompt of every question; '' for none")
     prepare.add_argument(
         "--data-source",
         metavar="NAME",
-        help="what the rows call their source; two sets of one name and the same indices cannot be in one run",
+        help="data source of the rows; two sets with the same source and indices cannot be in one run",
     )
     prepare.add_argument(
         "--skip-bad", action="store_true", help="leave out rows without question or answer, and list them"
@@ -42,10 +56,10 @@ def add(commands: Any) -> None:
         "--view",
         choices=("original", "rephrased"),  # `types.VIEWS`, which would import numpy to print help
         default="original",
-        help="the question to take from a file that holds pairs",
+        help="question to take from a file of pairs",
     )
-    prepare.add_argument("--limit", type=whole(1), help="only the first rows, as many as this")
-    prepare.add_argument("--json", action="store_true", help="the summary as JSON")
+    prepare.add_argument("--limit", type=whole(1), help="largest number of rows, the first ones")
+    prepare.add_argument("--json", action="store_true", help="print the summary as JSON")
     prepare.set_defaults(run=_prepare)
 
 

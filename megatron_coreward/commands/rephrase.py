@@ -16,33 +16,58 @@ def add(commands: Any) -> None:
         help="rewrite questions with a model, and keep what passes the checks",
         example="megatron-coreward rephrase models/Qwen3-32B data/math.parquet --out data/math_rephrased.parquet",
     )
-    rephrase.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory")
-    rephrase.add_argument("file", type=Path, metavar="FILE", help="parquet, as prepare-data writes it")
-    rephrase.add_argument("--out", type=Path, required=True, help="parquet; replies and report are written beside it")
-    rephrase.add_argument("--attempts", type=whole(1), default=3, help="for a question whose rewriting was refused")
+    rephrase.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory of the model")
+    rephrase.add_argument("file", type=Path, metavar="FILE", help="parquet file in the format of prepare-data")
     rephrase.add_argument(
-        "--prompt", choices=tuple(PROMPTS), default="own", help="`paper`: that of the paper, with its sampling"
+        "--out", type=Path, required=True, help="parquet file to write; replies and report are written beside it"
     )
-    rephrase.add_argument("--no-filter", action="store_true", help="take every rewriting that can be read")
-    rephrase.add_argument("--temperature", type=number(above=0), help=_by_prompt("temperature"))
-    rephrase.add_argument("--top-p", type=number(above=0, most=1), help=_by_prompt("top_p"))
-    rephrase.add_argument("--max-tokens", type=whole(1), help=f"of a reply; {_by_prompt('max_tokens')}")
-    rephrase.add_argument("--seed", type=whole(0, SEED), default=0, help="of what is drawn")
+    rephrase.add_argument(
+        "--attempts",
+        type=whole(1),
+        default=3,
+        help="most attempts for each question; another one follows if the rewriting was refused",
+    )
+    rephrase.add_argument(
+        "--prompt",
+        choices=tuple(PROMPTS),
+        default="own",
+        help="prompt for the rewriting; `paper` is that of the paper, with its sampling",
+    )
+    rephrase.add_argument("--no-filter", action="store_true", help="accept every rewriting that can be parsed")
+    rephrase.add_argument(
+        "--temperature", type=number(above=0), help=f"sampling temperature; {_by_prompt('temperature')}"
+    )
+    rephrase.add_argument(
+        "--top-p",
+        type=number(above=0, most=1),
+        help=f"share of probability that replies are drawn from; {_by_prompt('top_p')}",
+    )
+    rephrase.add_argument("--max-tokens", type=whole(1), help=f"longest reply in tokens; {_by_prompt('max_tokens')}")
+    rephrase.add_argument("--seed", type=whole(0, SEED), default=0, help="random seed of sampling")
     rephrase.add_argument(
         "--solver-samples",
         type=whole(0),
         default=0,
-        help="answers to both versions, whose majorities must agree; 0: none",
+        help="number of answers to each version of a question, whose majorities must agree; 0: no such check",
     )
-    rephrase.add_argument("--solver-max-tokens", type=whole(1), default=3072, help="of an answer of the solver")
+    rephrase.add_argument(
+        "--solver-max-tokens", type=whole(1), default=3072, help="longest answer of the solver in tokens"
+    )
     rephrase.add_argument(
         "--refused",
         choices=("leave_out", "keep_original"),
         default="leave_out",
-        help="a question of which no rewriting passed",
+        help="what happens to a question without a rewriting that passes",
     )
-    rephrase.add_argument("--batch-rows", type=whole(1), default=64, help="what an interruption can lose")
-    rephrase.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
+    rephrase.add_argument(
+        "--batch-rows",
+        type=whole(1),
+        default=64,
+        help="number of questions that are rewritten together, which an interruption can lose",
+    )
+    rephrase.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="data type of the weights"
+    )
     add_engine_options(rephrase)
     rephrase.set_defaults(run=_rephrase)
 

@@ -12,36 +12,40 @@ from megatron_coreward.telemetry.untrusted_text import say
 def add(commands: Any) -> None:
     report = commands.add_parser(
         "report",
-        help="one page of a run: curves, alarms, where the time goes, its samples; brings to trackers what they missed",
+        help="write one page about a run (curves, alarms, times, samples), and give trackers the rows that they lack",
         example="megatron-coreward report runs/demo/co_rewarding_i",
     )
     report.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
-    report.add_argument("--out", type=Path, help="the page (default: report.html in the run directory)")
-    report.add_argument("--steps", type=int, default=16, help="steps whose samples are shown, at most")
-    report.add_argument("--questions", type=int, default=8, help="questions of each, at most")
+    report.add_argument("--out", type=Path, help="page to write (default: report.html in the run directory)")
+    report.add_argument("--steps", type=int, default=16, help="largest number of steps whose samples are shown")
     report.add_argument(
-        "--trace", type=Path, metavar="FILE", help="write who was busy when, of all steps, as a Chrome trace as well"
+        "--questions", type=int, default=8, help="largest number of questions that are shown of each step"
+    )
+    report.add_argument(
+        "--trace", type=Path, metavar="FILE", help="also write the timeline of all steps as a Chrome trace"
     )
     report.set_defaults(run=_report)
 
     compare = commands.add_parser(
         "compare",
-        help="several runs on one page",
+        help="compare several runs on one page",
         example="megatron-coreward compare runs/demo/co_rewarding_i runs/demo/majority_voting --out both.html",
     )
     compare.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run directories")
-    compare.add_argument("--out", type=Path, default=Path("comparison.html"), help="the page")
+    compare.add_argument("--out", type=Path, default=Path("comparison.html"), help="page to write")
     compare.set_defaults(run=_compare)
 
     replay = commands.add_parser(
         "replay",
-        help="recompute votes, rewards, advantages, guard decisions from what a run sampled; status 1 if they differ",
+        help="recompute votes, rewards, advantages and guard decisions from a run's samples; status 1 if they differ",
         example="megatron-coreward replay runs/demo/co_rewarding_i --steps 10-20",
     )
     replay.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory with rollouts")
     replay.add_argument("--steps", metavar="FIRST-LAST", help="only these steps, such as 10-20 or 7")
     replay.add_argument(
-        "--equivalence", choices=get_args(Equivalence), help="show what this relation would have changed, instead"
+        "--equivalence",
+        choices=get_args(Equivalence),
+        help="show instead what this rule for equal answers would have changed",
     )
     replay.set_defaults(run=_replay)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     train = commands.add_parser(
         "train",
-        help="train from a config file",
+        help="train as a recipe says",
         example="megatron-coreward train configs/math_co_rewarding_i.yaml run_dir=runs/first actor.lr=1e-6",
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     train.add_argument(
         "--dry-run",
         action="store_true",
-        help="show the resolved run, its memory, its processes and what it would write, check it, and start nothing",
+        help="check the run and show its settings, memory, processes and files, without starting anything",
     )
     train.set_defaults(run=_train)
 

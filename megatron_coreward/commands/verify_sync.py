@@ -8,7 +8,7 @@ from typing import Any
 def add(commands: Any) -> None:
     verify = commands.add_parser(
         "verify-sync",
-        help="start a config's actors and engines, sync the weights and prove that they arrive",
+        help="start a recipe's actors and engines, sync the weights, and prove that they arrive",
         example="megatron-coreward verify-sync configs/math_co_rewarding_i.yaml rollout.num_engines=2",
     )
     verify.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")

@@ -17,7 +17,7 @@ class GuardSettings(Component):
     """The collapse guard: indicators of collapse in label telemetry, and what follows from them."""
 
     action: GuardAction = "warn"
-    """What follows when indicators of collapse have lasted for act_after steps; before that, the guard warns. off looks
+    """What happens when indicators of collapse have lasted for act_after steps; before that, the guard warns. off looks
     for nothing; warn only says so; raise_kl multiplies the weight of the KL term by kl_factor; freeze_teacher ends the
     teacher's updates, so that labels do not follow the policy; rollback goes back to the newest checkpoint from before
     what the indicators rest on (window steps, or two draws of the anchors, before the first alarm of the episode), with
@@ -35,20 +35,21 @@ class GuardSettings(Component):
     window: Positive = 5
     """Newest steps whose mean is compared with the baseline, because single steps are noisy."""
     min_indicators: Annotated[int, Field(ge=2)] = 2
-    """Indicators at once that raise an alarm; one of them has to be one of damage. Anchors need no other."""
+    """Indicators that raise an alarm if they occur at once; one of them must be one of damage. The indicator of anchors
+    suffices alone."""
     warn_after: Positive = 5
-    """Steps in a row with that many indicators after which the guard warns; at most act_after. Of anchors it warns at
-    once, because they are means of two draws already."""
+    """Steps in a row with that many indicators after which the guard warns; at most act_after. The indicator of anchors
+    warns at once, because it is a mean of two draws already."""
     act_after: Positive = 10
-    """Steps in a row with that many indicators after which action follows. Of anchors alone it follows only if a second
-    draw shows them too."""
+    """Steps in a row with that many indicators after which the guard acts. If it is anchors alone, a second draw must
+    show them too."""
 
     anchors: NonNegative = 0
     """Anchor questions: training questions with a clear majority at the start, which the policy answers again every
     anchor_every steps, beside its training. 0: none, and nothing is drawn for the guard."""
     min_anchors: NonNegative = 0
     """Fewest anchor questions that must be found: with fewer the run ends before its first step. 0: it goes on with
-    what there is."""
+    those that there are."""
     anchor_every: Positive = 10
     """Steps between two draws of the anchor questions."""
     anchor_rollouts: Positive = 4
@@ -64,7 +65,7 @@ class GuardSettings(Component):
     vote_entropy_fall: Fraction = 0.8
     """Indicator of change: share of the entropy of the votes that is gone."""
     saturation: Fraction = 0.8
-    """Indicator of change: share of groups in which all rollouts are rewarded alike, so that nothing is learned."""
+    """Indicator of change: share of groups in which all rollouts have the same reward, so that nothing is learned."""
     locking: Fraction = 0.8
     """Indicator of change: share of the label changes between epochs that is gone: what is wrong then stays wrong."""
     # Indicators of damage.

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_coreward.config.accelerator import FP8_LOGPROB_GAP
@@ -19,7 +18,7 @@ from megatron_coreward.config.methods import needs_of
 from megatron_coreward.config.names import RENAMED_KEYS
 from megatron_coreward.config.paths import check_text, expand_path
 from megatron_coreward.config.schema import RunConfig
-from megatron_coreward.config.yaml_file import parse_scalar, parse_yaml, read_yaml
+from megatron_coreward.config.yaml_file import parse_scalar, parse_yaml, read_yaml, write_yaml
 from megatron_coreward.errors import InputError
 
 # The paper's KL coefficients (arXiv 2508.00410, appendix); the baselines run at that of Co-rewarding-I.
@@ -107,7 +106,7 @@ def resolve(config: RunConfig) -> RunConfig:
 
 def dump_config(config: BaseModel) -> str:
     """YAML of the whole config, defaults included; `load_config` reads it back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def _override_value(override: str, text: str) -> Any:

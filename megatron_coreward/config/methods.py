@@ -1,6 +1,6 @@
 """The `method` of a run: a name of the table, a plugin's import path or name, or several with weights.
 
-What the built-in methods need stands here as a table, so that a config is checked and planned without the rewards
+What the built-in methods need is a table here, so that a config is checked and planned without the rewards
 themselves; a test holds the table against what the methods declare.
 """
 

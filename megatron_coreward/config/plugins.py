@@ -66,7 +66,7 @@ def _import(name: str, path: str) -> Any:
 
 
 def _problems(method: Any) -> list[str]:
-    """What keeps an object from being a method; the first is the one to tell."""
+    """What keeps an object from being a method; the first is the one to report."""
     problems = []
     if not isinstance(getattr(method, "name", None), str) or not method.name:
         problems.append("has no `name`; expected a text")
@@ -81,13 +81,13 @@ def _problems(method: Any) -> list[str]:
             inspect.signature(score).bind(None, None)
         except (TypeError, ValueError):
             problems.append(f"its `score` must take (group, context), found {inspect.signature(score)}")
-    claim = getattr(method, "label_free", None)
-    if not isinstance(claim, bool):
+    label_free = getattr(method, "label_free", None)
+    if not isinstance(label_free, bool):
         problems.append("does not say whether it is label-free; expected `label_free = True` or False")
-    elif isinstance(needs, Needs) and claim == needs.ground_truth:
+    elif isinstance(needs, Needs) and label_free == needs.ground_truth:
         problems.append(
             "says `label_free = True`, and its needs name the data set's answers (ground_truth=True)"
-            if claim
+            if label_free
             else "says `label_free = False`, and its needs do not name the data set's answers (ground_truth=False)"
         )
     return problems

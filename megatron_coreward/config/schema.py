@@ -41,10 +41,11 @@ class DataSettings(Component):
     """Parquet files of rephrased questions, paired with train_files row by row through extra_info.index. Only methods
     with two views read them: co_rewarding_i, co_rewarding_i+ii(_original) and self_harmony."""
     online_rephrasing: Literal["off", "policy", "teacher"] = "off"
-    """Who rewrites the questions of every step before they are answered, for methods that read rephrased ones. What
-    does not pass the filter of docs/rephrasing.md leaves the rephrasing of rephrased_files or, without those, the
-    question itself. It is written while the actors learn from the step before, by weights that are one step older than
-    those that answer, as far as docs/methods.md says. Needs rollout.max_staleness and teacher.lookahead of 0."""
+    """Who rewrites the questions of every step before they are answered, for methods that read rephrased ones. If a
+    rewriting does not pass the filter of docs/rephrasing.md, the rephrasing of rephrased_files is used or, without
+    those, the question itself. Questions are rewritten while the actors learn from the step before, from weights that
+    are one step older than those that answer; docs/methods.md lists the exceptions. Needs rollout.max_staleness and
+    teacher.lookahead of 0."""
     val_files: tuple[Path, ...] = ()
     """Parquet files of held-out questions with ground truths; empty: no validation."""
     batch_size: Positive = 128
@@ -66,8 +67,8 @@ class DataSettings(Component):
     thinking: bool | None = None
     """The chat template's enable_thinking, for models that have the switch (Qwen3); null: the template's default."""
     control_tokens: Literal["text", "special"] = "text"
-    """What the text of one of the chat template's control tokens is within a message: text, so that no question can end
-    its own message, or special, for data that is rendered already."""
+    """How the text of one of the chat template's control tokens is read within a message: as text, so that no question
+    can end its own message, or as the special token, for data that is rendered already."""
     shuffle: bool = True
     """Whether each epoch sees the questions in a new order; false keeps the order of the files."""
 
@@ -85,7 +86,8 @@ class ActorSettings(Component):
     """Layers of the first pipeline stage if it has another number than the stages between; needs pipeline_parallel of 2
     or more. null: as many as those between."""
     last_stage_layers: Positive | None = None
-    """Layers of the last pipeline stage likewise. It computes the output layer too, so fewer layers balance it."""
+    """Layers of the last pipeline stage, in the same way. It computes the output layer too, so fewer layers balance
+    it."""
     expert_parallel: Positive = 1
     """Ranks that the experts of a mixture of experts are spread over. Times expert_tensor_parallel it divides
     tensor_parallel x context_parallel x data_parallel, and it divides the model's experts."""
@@ -108,11 +110,11 @@ class ActorSettings(Component):
     fp8_bf16_layers: NonNegative = 0
     """Layers at each end of the model that compute in BF16 under fp8."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass computes again instead of keeping them: selective those of the feed-forward
-    parts, full those of whole layers."""
+    """Activations that the backward pass computes again instead of keeping them: selective means those of the
+    feed-forward parts, full those of whole layers."""
     router_replay: Literal["off", "rollout"] = "off"
-    """Which experts the tokens of a mixture of experts train: off, those that the actor's router chooses; rollout,
-    those that the rollout engine chose when it sampled. rollout needs GPUs."""
+    """Which experts the tokens of a mixture of experts train: off means those that the actor's router chooses; rollout
+    means those that the rollout engine chose when it sampled, and needs GPUs."""
     gradient_accumulation_fusion: Literal["auto"] | bool = "auto"
     """Whether weight gradients are added up inside the matrix product; true needs the layers of Transformer Engine, and
     auto is true if they are used."""
@@ -121,8 +123,8 @@ class ActorSettings(Component):
     offload_teacher: bool = False
     """Whether the value and compensation of the EMA teacher are offloaded to host memory between steps."""
     tokens_per_microbatch: Positive = 16384
-    """Most tokens in a micro-batch, which is whole sequences laid end to end. It bounds the memory of activations and
-    changes no gradient; it must hold data.max_prompt_tokens + rollout.max_response_tokens."""
+    """Most tokens in a micro-batch, which holds whole sequences, packed one after the other. It bounds the memory of
+    activations and changes no gradient; it must hold data.max_prompt_tokens + rollout.max_response_tokens."""
     lr: Annotated[float, Field(gt=0)] = 3e-6
     """Peak learning rate of AdamW."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
@@ -169,27 +171,29 @@ class RolloutSettings(Component):
     """deterministic: every engine has a fixed share of a batch, and a run repeats bit by bit; streaming: groups go to
     engines as these have room and come back one by one, which is faster if lengths differ."""
     resample_flat: NonNegative = 0
-    """Further questions that a step may draw in place of those whose rewards are all equal, which teach nothing, as a
-    multiple of data.batch_size (dynamic sampling of DAPO). Trained on are data.batch_size. 0: none."""
+    """Further questions that a step may draw in place of those whose rewards are all equal, from which nothing is
+    learned, as a multiple of data.batch_size (dynamic sampling of DAPO). The step still trains on data.batch_size. 0:
+    none."""
     max_staleness: NonNegative = 0
     """Most steps by which the weights that draw a token may be older than those that learn from it. 1 or more: engines
     sample rollouts of later steps while the actors learn; it needs loss.mismatch_correction and placement
     disaggregated, and 2 or more schedule streaming."""
     partial: bool = False
-    """Whether unfinished responses go on with new weights when these come, instead of being finished first; every token
-    keeps the version that drew it. Needs schedule streaming and max_staleness of 1 or more."""
+    """Whether unfinished responses continue with new weights when these arrive, instead of being finished first; every
+    token keeps the version of the weights that drew it. Needs schedule streaming and max_staleness of 1 or more."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature of policy and teacher; the actors compute log-probs at the same temperature."""
     max_response_tokens: Positive = 3072
     """Longest response in tokens; a longer one is cut off there."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings at which an engine ends a response; the tokens of the string are part of it. With any, engines decode
-    text token by token, which is slower."""
+    """Strings at which an engine ends a response; the tokens of the string are part of it. If there are any, engines
+    decode text token by token, which is slower."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of probability that the policy's training rollouts are drawn from, the most likely tokens first; below 1 it
     needs loss.mismatch_correction, as actors train the whole distribution. Teacher and validation are not affected."""
     top_k: NonNegative = 0
-    """Most likely tokens that the policy's training rollouts are drawn from; 0: all. Otherwise as top_p."""
+    """Number of the most likely tokens that the policy's training rollouts are drawn from; 0: all. What top_p needs and
+    affects holds for this key, too."""
     max_num_seqs: Positive = 256
     """Most sequences that an engine decodes at once."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
@@ -216,13 +220,13 @@ class TeacherSettings(Component):
     """Further steps whose questions the teacher labels ahead of time, with one set of weights. 0: the teacher labels
     each step with the weights of that step, as in the paper."""
     engines: NonNegative = 0
-    """How many of rollout.num_engines sample for the teacher alone, so that both sample at once; fewer than all. 0:
-    policy and teacher share all engines, one after the other."""
+    """How many of rollout.num_engines sample for the teacher alone, so that policy and teacher sample at once; fewer
+    than all. 0: policy and teacher share all engines, one after the other."""
     n: Positive = 8
     """Completions per question that the teacher samples for its vote (G~ of the paper)."""
     early_stop: bool = False
-    """Whether a group of the teacher ends as soon as no answer that is still out can change its label or abstention;
-    the rest is aborted. Labels are the same. Needs rollout.schedule streaming."""
+    """Whether a group of the teacher ends as soon as no unfinished answer can change its label or abstention; the rest
+    is aborted. Labels are the same. Needs rollout.schedule streaming."""
     decay_start: Fraction = 0.99
     """Share of itself that the teacher keeps at the first update; it rises to decay_end along a cosine."""
     decay_end: Fraction = 0.9999
@@ -239,26 +243,25 @@ class RewardSettings(Component):
     """Where a response states its final answer, tried in this order: boxed is the last \\boxed{}, hashes is what
     follows ####, plain is what follows "the answer is"."""
     min_margin: Fraction = 0.0
-    """Least margin of a vote, as a share of the rollouts, over the runner-up. A vote with a smaller one abstains: its
+    """Least margin of a vote over the runner-up, as a share of the rollouts. A vote with a smaller margin abstains: its
     question has no label and no reward."""
     stop_at: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that begin a follow-up which nobody asked for, such as "Question:". What a response says after the first
-    of them that has an answer before it is not read."""
+    """Strings that begin an unwanted follow-up, such as "Question:". What a response says after the first of them that
+    comes after an answer is ignored."""
     comparison_timeout_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds of processor time that one comparison of two answers may take if equivalence is math; then they count as
-    different."""
+    """Seconds of processor time that one comparison of two answers may take if equivalence is math; after that they
+    count as different."""
     comparison_workers: Positive | None = None
-    """Processes that compare answers if equivalence is math; null: one per core of
-    each machine of the run."""
+    """Processes that compare answers if equivalence is math; null: one per core of each machine of the run."""
 
 
 class LossSettings(Component):
     """The clipped policy gradient loss with its KL term."""
 
     objective: Literal["ppo", "gspo", "cispo"] = "ppo"
-    """What is clipped: ppo the probability ratio of each token, gspo one ratio for a whole sequence (its bounds are
-    about a thousandth of those of ppo, and its paper aggregates by seq-mean-token-mean), cispo the weight of a token's
-    gradient, which never vanishes. With one update per batch all ratios are 1, and all three are the same."""
+    """What is clipped: with ppo the probability ratio of each token, with gspo one ratio for a whole sequence (its
+    bounds are about a thousandth of those of ppo, and its paper aggregates by seq-mean-token-mean), cispo the weight of
+    a token's gradient, which never vanishes. With one update per batch all ratios are 1, and all three are the same."""
     advantage_std: bool = True
     """Whether advantages are divided by the standard deviation of their group's rewards; false as in Dr. GRPO. Methods
     that compute advantages of their own (restrain) are not affected."""
@@ -282,8 +285,8 @@ class LossSettings(Component):
     """Bound on the k3 estimate of a token, in nats, beyond which the token has no gradient from the KL term; the
     published implementation has 10. null: no such bound."""
     kl_reference: Literal["auto", "frozen", "teacher"] = "auto"
-    """Whom the KL term holds the policy to: frozen is the model that training started from, teacher the EMA teacher,
-    auto the teacher if the method has one and else frozen."""
+    """Model that the KL term holds the policy to: frozen is the model that training started from, teacher the EMA
+    teacher, auto the teacher if the method has one and else frozen."""
     aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant"] = "token-mean"
     """How token losses add up: token-mean is the mean over all tokens of the batch; seq-mean-token-sum and
     seq-mean-token-mean are the mean over sequences of their sums or means; constant divides sums by
@@ -296,8 +299,9 @@ class LossSettings(Component):
     """Optimizer steps per rollout batch; divides the number of the batch's groups, and data.batch_size if views is sum
     and the method trains on both."""
     mismatch_correction: Literal["off", "tis", "icepop"] = "off"
-    """Weights against the difference between the engine that sampled and the actor that learns: tis truncates the
-    ratio of their probabilities at mismatch_cap, icepop leaves out tokens whose ratio is beyond [1/cap, cap]."""
+    """Token weights that correct for the difference between the engine that sampled and the actor that learns: tis
+    truncates the ratio of their probabilities at mismatch_cap, icepop leaves out tokens whose ratio is beyond [1/cap,
+    cap]."""
     mismatch_cap: Annotated[float, Field(gt=0)] = 2.0
     """The cap of mismatch_correction; icepop needs 1 or more."""
 
@@ -314,12 +318,12 @@ class SyncSettings(Component):
     checksums: bool = False
     """Whether every message is compared by checksum with what was sent when it arrives."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that a bucket of weights may take, and the connection of ranks and engines. It does not run while any of
-    them is still busy with what came before the weight sync, such as rollouts."""
+    """Seconds that a bucket of weights may take, and that ranks and engines may take to connect. This time does not run
+    while any of them is still busy with earlier work, such as rollouts."""
     max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
-    """Largest gap in nats between the log-probs of engines and actors on the canary tokens, their mean, after a weight
-    sync; the run ends above it. null: 0.001 for float32, 0.1 for bfloat16 and wider for FP8. With rounded weights it is
-    the limit of the first sync, which sets that of later ones to five times its own gap, if that is less."""
+    """Largest mean gap in nats between the log-probs of engines and actors on the canary tokens after a weight sync;
+    the run ends above it. null: 0.001 for float32, 0.1 for bfloat16 and wider for FP8. With rounded weights it is the
+    limit of the first sync, which sets that of later ones to five times its own gap, if that is less."""
 
 
 class ValidationSettings(Component):
@@ -342,7 +346,7 @@ class ValidationSettings(Component):
     """Whether the model is validated before the first step."""
     warn_below_start: Fraction = 0.1
     """Drop of avg@n (pass@1 if samples is greedy) below the first validation, as an absolute difference, from which the
-    run warns; nothing else follows from it."""
+    run warns; it has no other effect."""
 
 
 class CheckpointSettings(Component):
@@ -351,10 +355,11 @@ class CheckpointSettings(Component):
     every: NonNegative = 0
     """Steps between checkpoints; 0: only at the end."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: a run goes on from the newest checkpoint of run_dir; never: a run_dir with checkpoints is refused."""
+    """auto: a run resumes from the newest checkpoint of run_dir; never: a run_dir with checkpoints is refused."""
     changed_inputs: Literal["refuse", "accept"] = "refuse"
-    """What happens if data or model files were replaced since the checkpoint that is resumed: refuse names them, accept
-    goes on and names them in events.log. Files are compared by content; validation files are only noted."""
+    """What happens if data or model files were replaced since the checkpoint that is resumed: refuse ends the run and
+    names them, accept resumes and names them in events.log. Files are compared by content; validation files are only
+    noted."""
     keep: Positive = 3
     """Newest checkpoints that are kept; older ones are removed."""
     best_metric: str | None = None
@@ -362,20 +367,21 @@ class CheckpointSettings(Component):
     best_is: Literal["highest", "lowest"] = "highest"
     """Which value of best_metric is the best one."""
     asynchronous: bool = True
-    """Whether training goes on while the files are written; a checkpoint gets its name when all of them are there."""
+    """Whether training continues while the files are written; a checkpoint gets its name when all of them are there."""
     verify: Literal["full", "sizes"] = "full"
-    """What is compared with the manifest before resuming: full the checksums of all files, sizes only their sizes."""
+    """What is compared with the manifest before resuming: with full the checksums of all files, with sizes only their
+    sizes."""
 
 
 class FaultSettings(Component):
     """What a run does about crashed processes, non-finite gradients and signals."""
 
     engine_restarts: NonNegative = 3
-    """Engine deaths in a run from which it recovers by a new engine; the next one ends the attempt."""
+    """Engine deaths in a run that it answers by starting a new engine; the next one ends the attempt."""
     max_restarts: NonNegative = 0
     """Times that all processes are started again, from the newest checkpoint, after one of them died."""
     nonfinite_gradients: Literal["stop", "skip"] = "stop"
-    """What follows from a NaN or infinite gradient: stop ends the run, skip leaves that update out. Weights and moments
+    """What happens at a NaN or infinite gradient: stop ends the run, skip leaves that update out. Weights and moments
     stay as they are either way."""
     max_skipped_updates: Positive = 3
     """Updates in a row that skip may leave out; one more ends the run."""
@@ -387,7 +393,8 @@ class WatchdogSettings(Component):
     """Limits on how long a result may take before the run says so and ends."""
 
     warn_after_s: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds of waiting after which the run says what is awaited, and of whom, and says it again after as long."""
+    """Seconds of waiting after which the run says what it waits for and from which process; it says so again after the
+    same time."""
     limit_s: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds of waiting for one result after which the run ends."""
     start_limit_s: Annotated[float, Field(gt=0)] = 600.0
@@ -408,7 +415,7 @@ class TelemetrySettings(Component):
     """Experiment of MLflow that metrics are logged to as well; it is made if it does not exist; null: none."""
     mlflow_uri: str | None = None
     """Tracking server of MLflow, http://HOST:PORT for example; null: what the environment variable MLFLOW_TRACKING_URI
-    says. A user name, password or token belongs into MLflow's environment variables: this key is shown and kept."""
+    says. Put a user name, password or token into MLflow's environment variables: this key is shown and stored."""
 
 
 class RunConfig(Component):
@@ -427,8 +434,8 @@ class RunConfig(Component):
     my_package.my_module:MyMethod is a method of your own, by its import path, which loading the recipe imports. Keys
     and values are several methods with their weights: their rewards are added."""
     gpu: Literal["a100", "h100", "h200"] | None = None
-    """GPU that the layout was made for, by which plan judges it unless it is given another; null: none in particular.
-    It changes nothing in a run."""
+    """GPU that the layout was made for, and which plan assumes unless --gpu names another; null: no particular one. It
+    changes nothing in a run."""
     model: ModelSettings
     data: DataSettings
     actor: ActorSettings = ActorSettings()

@@ -1,7 +1,7 @@
 """Combinations that cannot work, found before any process starts: layout against model, batch against layout, files.
 
-Pure but for asking whether files exist. What needs more than that (contents of files, this machine, an earlier run) is
-checked in `preflight`, which begins with what is here.
+Pure, except that it asks whether files exist. What needs more than that (contents of files, this machine, an
+earlier run) is checked in `preflight`, which begins with what is here.
 """
 
 import math

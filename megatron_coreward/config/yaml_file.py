@@ -49,13 +49,18 @@ class _CoreLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (PyYAML's own name and kind)
 
 
+class _CoreDumper(yaml.SafeDumper):
+    """PyYAML's writer, which also quotes text that is something else by the core schema, such as `0E0`."""
+
+
 for _name, _pattern in {
     "null": r"~|null|Null|NULL|",
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
     "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?(\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN",
 }.items():
-    _CoreLoader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), None)
+    for _class in (_CoreLoader, _CoreDumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), None)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
@@ -102,6 +107,11 @@ def parse_yaml(text: str, where: str) -> Any:
     except RecursionError:
         raise InputError(f"{where}: not valid YAML: nested too deeply") from None
     return None if node is None else _build(node, where, ())
+
+
+def write_yaml(value: Any) -> str:
+    """A YAML document that `parse_yaml` and parsers of YAML 1.1 read as the same value; keys keep their order."""
+    return yaml.dump(value, Dumper=_CoreDumper, sort_keys=False)
 
 
 def parse_scalar(text: str) -> Any:

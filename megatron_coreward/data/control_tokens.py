@@ -1,6 +1,6 @@
-"""Control tokens that stand as text in somebody's message: kept apart from those that the chat template writes.
+"""Control tokens that occur as text in a message: kept apart from those that the chat template writes.
 
-Where a message holds the text of a control token, that text is hidden from the template behind characters of Unicode's
+If a message holds the text of a control token, that text is hidden from the template behind characters of Unicode's
 private use. What is still a control token in the rendered text is the template's own; the text is cut there, as every
 tokenizer cuts it first of all, and the parts between are tokenised with no control token in them.
 
@@ -61,7 +61,7 @@ class Masks:
         return any(mask in text for mask in self._shown)
 
     def split(self, text: str) -> list[str | int]:
-        """A rendered text as the ids of the template's control tokens and, shown, what stands between them."""
+        """A rendered text as the ids of the template's control tokens and, shown, the text between them."""
         assert self._pattern is not None
         parts: list[str | int] = []
         done = 0

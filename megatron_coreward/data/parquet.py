@@ -147,7 +147,7 @@ def write_rows(file: Path, rows: Iterable[Row], *, split: str, ability: str = "m
 
 
 def holds_pairs(file: Path) -> bool:
-    """Whether both views of a question stand in a row. False for what is no parquet file: reading it says so."""
+    """Whether both views of a question are in one row. False for what is no parquet file: reading it says so."""
     try:
         return set(pq.read_schema(file).names) >= {"idx", *PAIRS.values()}
     except (pa.ArrowException, OSError):

@@ -22,7 +22,7 @@ from megatron_coreward.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """What was drawn: the first `position` problems of the epochs laid end to end, but for those put off."""
+    """What was drawn: the first `position` problems of the epochs one after the other, except those put off."""
 
     position: int = 0
     put_off: tuple[int, ...] = ()  # problems to be drawn before any further one, oldest first

@@ -6,9 +6,9 @@ teaches wrong labels, and one that is a copy teaches nothing. A rewriting passes
 | check | passes if |
 |---|---|
 | `numbers` | every number of the original is in the rewriting, by value; those up to 3 may become words |
-| `new_numbers` | it brings no number that the original lacks, but for whole numbers up to 3 |
+| `new_numbers` | it brings no number that the original lacks, except whole numbers up to 3 |
 | `not_a_copy` | it shares at most `MAX_SIMILARITY` of its word trigrams, formulas aside, with the original |
-| `no_answer` | no \boxed, and no "the answer is" but for the form that it is asked in |
+| `no_answer` | no \boxed, and no "the answer is", except the form that it is asked in |
 | `length` | between 0.4 and 6 times as long, and at least 12 characters |
 | `formulas` | its dollar signs and braces are balanced |
 

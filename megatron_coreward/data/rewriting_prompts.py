@@ -94,7 +94,7 @@ def _parse_block(reply: str) -> Parsed:
 
 
 def _parse_result(reply: str) -> Parsed:
-    """What stands behind REWRITE: between the first pair of markers, whatever stands around them."""
+    """The text after REWRITE: between the first pair of markers, whatever is around them."""
     text = _after_thinking(reply)
     if text is None:
         return None, "the thinking was never closed"

@@ -49,7 +49,7 @@ class BatchOrder:
         """[num_problems] the order of an epoch.
 
         The permutation of (seed, epoch), but what the straddling batch already holds from the epoch before moves back
-        behind that batch. So an epoch's order hangs on the one before as far back as the last epoch that began with a
+        behind that batch. So an epoch's order depends on the one before as far back as the last epoch that began with a
         batch of its own, at most `batch_size` epochs; the walk starts there.
         """
         return _order_of(self, epoch)

@@ -2,7 +2,7 @@
 
 A share of the rephrasings is replaced, a third of it in each way:
 
-| kind | what stands in the place of the rephrasing |
+| kind | what replaces the rephrasing |
 |---|---|
 | `numbers` | itself with one number changed: a question with another answer |
 | `copy` | the question itself: the two views are one, and vote as one |

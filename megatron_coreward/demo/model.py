@@ -36,8 +36,8 @@ _CLASSES: dict[Family, tuple[Any, Any]] = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 
-# Llama 3.1's scaling of the rotary frequencies, but for a pre-training context of 64 tokens instead of 8,192, so that a
-# short text is already beyond it.
+# Llama 3.1's scaling of the rotary frequencies, but with a pre-training context of 64 tokens instead of 8,192, so that
+# a short text is already beyond it.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -1,19 +1,18 @@
 """A study from its cells to its picture and its table, which are made from what was recorded (`study_records`)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_coreward.demo import rephrasings, stability
-from megatron_coreward.demo.study import run_cells
+from megatron_coreward.demo import later_methods, rephrasings, stability
+from megatron_coreward.demo.study import Cell, run_cells
 from megatron_coreward.demo.study_records import ACCURACY, Record, by_name, read_records, record_run
 from megatron_coreward.errors import InputError
 from megatron_coreward.telemetry.bands import Panel, Scale, draw_bands
-
-STUDIES = (stability.STUDY, rephrasings.STUDY)
 
 
 def run_study(
@@ -23,12 +22,9 @@ def run_study(
 
     Raises InputError, before anything runs, for an unknown arm and for arms or rates of a study that has none.
     """
-    if study == stability.STUDY:
-        cells = stability.cells(arms, rates, seeds)
-    else:
-        if arms or rates:
-            raise InputError(f"--methods, --rates: found with --study {study}; allowed: with --study {stability.STUDY}")
-        cells = rephrasings.cells(seeds=seeds)
+    if (arms or rates) and study != stability.STUDY:
+        raise InputError(f"--methods, --rates: found with --study {study}; allowed: with --study {stability.STUDY}")
+    cells = stability.cells(arms, rates, seeds) if study == stability.STUDY else _STUDIES[study].cells(seeds)
     recorded = run_dir / study / "recorded"
     run_cells(run_dir, study, cells, done=lambda cell, cell_dir: record_run(cell_dir, cell.name, cell.seed, recorded))
     return show(study, recorded, run_dir / study / f"{study}.png")
@@ -40,12 +36,8 @@ def show(study: str, recorded: Path, picture: Path) -> Path:
     if not records:
         raise InputError(f"{recorded}: found no recorded run (*.csv.gz); allowed: a directory that a study has written")
     console = Console()
-    if study == stability.STUDY:
-        draw_stability(records, picture)
-        console.print(stability_table(records))
-    else:
-        draw_rephrasing(records, picture)
-        console.print(rephrasing_table(records))
+    _STUDIES[study].draw(records, picture)
+    console.print(_STUDIES[study].table(records))
     console.print(f"curves: {picture}")
     return picture
 
@@ -167,3 +159,46 @@ def end_of(record: Record) -> float:
     """Accuracy at the end: the mean of the last two validations, for one alone is noisy."""
     accuracy = record.series(ACCURACY)
     return fmean([accuracy[step] for step in sorted(accuracy)[-2:]])
+
+
+def draw_methods(records: Sequence[Record], out: Path) -> Path:
+    """Accuracy, and the share of rollouts that were rewarded rightly, over the steps; one line a method."""
+    named = by_name(records)
+    panels = [
+        Panel(
+            title,
+            {
+                method: [{float(step): value for step, value in run.series(key).items()} for run in named[method]]
+                for method in later_methods.METHODS
+                if method in named
+            },
+            "share",
+        )
+        for key, title in ((ACCURACY, "held-out accuracy"), ("reward/accuracy", "rollouts rewarded rightly"))
+    ]
+    return draw_bands([panels], out)
+
+
+def methods_table(records: Sequence[Record]) -> Table:
+    """A line for each method and seed: accuracy at first and at the end (mean of two validations), and the change."""
+    table = Table(title=f"held-out accuracy ({ACCURACY.removeprefix('val/')}) in {later_methods.STEPS} steps")
+    for column in ("method", "seed", "first", "last", "change"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for record in sorted(records, key=lambda record: (later_methods.METHODS.index(record.name), record.seed)):
+        first, last = start_of(record), end_of(record)
+        table.add_row(record.name, str(record.seed), f"{first:.1%}", f"{last:.1%}", f"{100 * (last - first):+.1f}")
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Study:
+    cells: Callable[[Sequence[int]], list[Cell]]  # of seeds; none: of all
+    draw: Callable[[Sequence[Record], Path], Path]
+    table: Callable[[Sequence[Record]], Table]
+
+
+_STUDIES: Mapping[str, _Study] = {
+    stability.STUDY: _Study(lambda seeds: stability.cells(seeds=seeds), draw_stability, stability_table),
+    rephrasings.STUDY: _Study(lambda seeds: rephrasings.cells(seeds=seeds), draw_rephrasing, rephrasing_table),
+    later_methods.STUDY: _Study(later_methods.cells, draw_methods, methods_table),
+}

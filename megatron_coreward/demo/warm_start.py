@@ -41,7 +41,8 @@ def warm_start(
 ) -> int:
     """Fine-tunes the model in `source` on (question, answer) pairs and writes it to `target`.
 
-    Small models learn to add all of a sudden, and when hangs on the seed: so the end is a loss, not a number of steps.
+    Small models learn to add all of a sudden, at a step that depends on the seed: so a loss ends this, not a number of
+    steps.
 
     Args:
         target_loss: mean loss over the last steps, in nats a token, at which it is enough.

@@ -1,6 +1,6 @@
-"""The paper's benchmarks (arXiv 2508.00410, section 4.1): how each is measured, where its data lies, how to get it.
+"""The paper's benchmarks (arXiv 2508.00410, section 4.1): how each is measured, where its data is, how to get it.
 
-All data lies in one folder. The mathematical ones are parquet files where `prepare-data` writes them; the others are
+All data is in one folder. The mathematical ones are parquet files where `prepare-data` writes them; the others are
 copies of the hub's repositories, which lm-evaluation-harness reads. Nothing here downloads anything.
 """
 

@@ -1,7 +1,7 @@
 """The rollout engines as a model of lm-evaluation-harness: prompts in, texts out.
 
 Only tasks that generate text can be asked (`generate_until`), as all of the paper's benchmarks are. Requests are
-sampled in batches, and each batch is in a log before the next one starts, so a killed evaluation goes on where it was.
+sampled in batches, and each batch is in a log before the next one starts, so a killed evaluation resumes with the next.
 
 Invariants (tests/evaluation/test_lm_eval.py): the same request asked n times gets n samples of its own; a text ends
 before the first of its stop texts; what is drawn for a request depends on the seed and the request alone; an engine

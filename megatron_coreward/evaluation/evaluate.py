@@ -11,7 +11,6 @@ equivalence.
 """
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from megatron_coreward.cluster.watchdog import Watchdog
 from megatron_coreward.config.schema import AnswerFormat
 from megatron_coreward.data.dataset import ProblemSet, load_problems
 from megatron_coreward.errors import InputError
+from megatron_coreward.evaluation.json_files import write_json
 from megatron_coreward.evaluation.page import write_comparison_page, write_evaluation_page
 from megatron_coreward.evaluation.results import (
     FILE_NAME,
@@ -44,7 +44,6 @@ from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rewards.equivalence import AnswerEquivalence, Relation
 from megatron_coreward.rewards.scoring import score_answers
 from megatron_coreward.rollout.setup import EngineSetup
-from megatron_coreward.telemetry.files import replaced_whole
 from megatron_coreward.telemetry.job_log import Item, JobLog, refuse_former_name
 from megatron_coreward.trainer.sampling import SamplingEngines, sample_groups
 from megatron_coreward.types import Problem, RolloutGroup
@@ -171,8 +170,7 @@ def compare_files(a: Path, b: Path, out: Path | None = None) -> Comparison:
     comparison = compare(read_result(a), read_result(b))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        with replaced_whole(out / "comparison.json") as temporary:
-            temporary.write_text(json.dumps(comparison_json(comparison), indent=1) + "\n")
+        write_json(out / "comparison.json", comparison_json(comparison))
         write_comparison_page(out / "comparison.html", comparison)
     return comparison
 

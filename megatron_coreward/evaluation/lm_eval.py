@@ -20,7 +20,7 @@ from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.errors import InputError, RunError
 from megatron_coreward.evaluation.benchmarks import BENCHMARKS, TEMPERATURE, MathBenchmark, missing
 from megatron_coreward.evaluation.evaluate import Engines
-from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.evaluation.json_files import write_json
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -94,8 +94,7 @@ def _run_job(request: Mapping[str, Any], out: Path) -> Mapping[str, Any]:
     """Runs the harness in a process of its own and returns what it has left."""
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).unlink(missing_ok=True)
-    with replaced_whole(out / REQUEST) as temporary:
-        temporary.write_text(json.dumps(request, indent=1) + "\n")
+    write_json(out / REQUEST, request)
     command = [sys.executable, "-m", "megatron_coreward.evaluation.lm_eval_job", str(out / REQUEST)]
     status = subprocess.run(command, check=False).returncode
     return _answer(out / RESULTS, status)

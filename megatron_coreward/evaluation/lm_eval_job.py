@@ -17,7 +17,7 @@ from megatron_coreward.errors import InputError
 from megatron_coreward.evaluation.benchmarks import BENCHMARKS, HarnessBenchmark
 from megatron_coreward.evaluation.engine_lm import EngineLM, Generation
 from megatron_coreward.evaluation.evaluate import Engines, Sampling, model_fingerprint, running_engines
-from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.evaluation.json_files import write_json
 from megatron_coreward.telemetry.job_log import JobLog
 from megatron_coreward.trainer.sampling import SamplingEngines
 
@@ -213,8 +213,7 @@ def main(path: Path) -> int:
         answer, status = {"error": str(error)}, 2
     finally:
         stop_ray()
-    with replaced_whole(target) as temporary:
-        temporary.write_text(json.dumps(answer, indent=1) + "\n")
+    write_json(target, answer)
     return status
 
 

@@ -9,7 +9,6 @@ sampled is not sampled again, so a killed evaluation is started with the same co
 benchmark, and keeps what an earlier call under the same settings has measured.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,8 +31,8 @@ from megatron_coreward.evaluation.evaluate import (
     evaluate_files,
     hf_model_dir,
 )
+from megatron_coreward.evaluation.json_files import read_json, write_json
 from megatron_coreward.evaluation.lm_eval import run_lm_eval
-from megatron_coreward.telemetry.files import replaced_whole
 
 FORMAT = 1
 FILE_NAME = "paper.json"
@@ -44,7 +43,7 @@ Progress = Callable[[str, int, int], None]  # (benchmark, questions done, questi
 
 @dataclass(frozen=True, slots=True)
 class ModelLabels:
-    """Where a model stands in the paper's table."""
+    """The row of a model in the paper's table."""
 
     model: str  # the base model, without its owner
     data: str  # the training set, as recipes call it; empty before training
@@ -207,7 +206,7 @@ def _mathematics(
 def model_labels(
     model: Path, base: str | None = None, data: str | None = None, method: str | None = None
 ) -> ModelLabels:
-    """What was said; the rest from the config of the run that the model lies in, if it lies in one.
+    """The given labels; the others come from the config of the run directory that the model is in, if it is in one.
 
     Without a run, the model is its folder's name, untrained.
     """
@@ -235,26 +234,17 @@ def write_paper_result(path: Path, result: PaperResult) -> None:
         "settings": dict(result.settings),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
 
 
 def read_paper_result(path: Path) -> PaperResult:
     """Reads the file, or the one in a folder. Raises InputError if it is missing or of another form."""
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text())
-        if content["format"] != FORMAT:
-            raise InputError(f"{file}: found format {content['format']}; allowed: {FORMAT}")
-        measured = {name: _read_measured(row) for name, row in content["measured"].items()}
-        labels = ModelLabels(**content["labels"])
-        return PaperResult(labels, measured, content["not_measured"], content["settings"])
-    except OSError as error:
-        raise InputError(f"{file}: no result of `evaluate paper` there ({error.strerror})") from None
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: not a result of `evaluate paper` ({error!r})") from None
+    return read_json(path, FILE_NAME, "result of `evaluate paper`", FORMAT, _from_json)
+
+
+def _from_json(content: Mapping[str, Any]) -> PaperResult:
+    measured = {name: _read_measured(row) for name, row in content["measured"].items()}
+    return PaperResult(ModelLabels(**content["labels"]), measured, content["not_measured"], content["settings"])
 
 
 def _read_measured(row: Mapping[str, Any]) -> Measured:

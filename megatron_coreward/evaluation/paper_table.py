@@ -1,6 +1,6 @@
 """Results of `evaluate paper` as the paper's table: model x training set x method x benchmark, with intervals.
 
-Beside each row of ours stands the paper's, from `paper_numbers.csv`: every number of tables 1, 2, 7 and 8 of version 2
+Beside each row of ours is the paper's, from `paper_numbers.csv`: every number of tables 1, 2, 7 and 8 of version 2
 of the paper, each with its table. For other numbers a file of the same columns is given.
 """
 

@@ -3,7 +3,6 @@
 Shares are in 0..1. `compare` pairs two results question by question.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_coreward.algorithms.accuracy import (
     sampled_scores,
 )
 from megatron_coreward.errors import InputError
-from megatron_coreward.telemetry.files import replaced_whole
+from megatron_coreward.evaluation.json_files import read_json, write_json
 
 FORMAT = 1
 FILE_NAME = "result.json"
@@ -103,31 +102,23 @@ def write_result(path: Path, result: EvaluationResult) -> None:
         "identity": dict(result.identity),
         "questions": [asdict(question) for question in result.questions],
     }
-    with replaced_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
 
 
 def read_result(path: Path) -> EvaluationResult:
     """Reads a result file, or the one in a folder. Raises InputError if it is missing or of another form."""
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text())
-        if content["format"] != FORMAT:
-            raise InputError(f"{file}: found format {content['format']}; allowed: {FORMAT}")
-        questions = tuple(
-            QuestionResult(**{**row, "answers": tuple(row["answers"]), "right": tuple(row["right"])})
-            for row in content["questions"]
-        )
-        grading = content["grading"] if "grading" in content else content["judging"]  # its name in earlier files
-        result = EvaluationResult(content["model"], content["identity"], grading, questions)
-        result.scores()
-        return result
-    except OSError as error:
-        raise InputError(f"{file}: no result of an evaluation there ({error.strerror})") from None
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: not a result of an evaluation ({error!r})") from None
+    return read_json(path, FILE_NAME, "result of an evaluation", FORMAT, _from_json)
+
+
+def _from_json(content: Mapping[str, Any]) -> EvaluationResult:
+    questions = tuple(
+        QuestionResult(**{**row, "answers": tuple(row["answers"]), "right": tuple(row["right"])})
+        for row in content["questions"]
+    )
+    grading = content["grading"] if "grading" in content else content["judging"]  # its name in earlier files
+    result = EvaluationResult(content["model"], content["identity"], grading, questions)
+    result.scores()  # raises ValueError if the samples of the questions differ in number
+    return result
 
 
 @dataclass(frozen=True, slots=True)

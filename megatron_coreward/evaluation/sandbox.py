@@ -7,7 +7,7 @@ two levels, which are found out once by trying (`best_isolation`):
 namespaces   Linux namespaces without privileges, through util-linux' `unshare`: a network without a card, no other
              process in sight, every file system read-only, empty scratch folders in memory in place of /tmp, /run and
              /dev/shm, no capabilities.
-limits       where namespaces are not allowed: the program can write wherever this user may. Use a container.
+limits       if namespaces are not allowed: the program can write wherever this user may. Use a container.
 
 Under either level a program reads what this user can read. What it must not know (the expected results) is not sent to
 it: it computes, and the caller compares.

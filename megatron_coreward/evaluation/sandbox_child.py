@@ -1,4 +1,4 @@
-"""The inside of the sandbox: gives up what it can, then becomes the program. Standard library only, run by its path.
+"""The inside of the sandbox: drops all rights that it can, then becomes the program. Needs only the standard library.
 
 Arguments: level, file descriptor of the program's text, seconds, bytes of memory, bytes of a file, threads.
 """
@@ -59,7 +59,7 @@ def main(level: str, source: int, seconds: int, memory: int, file_bytes: int, th
 
 
 def _confine() -> None:
-    """Read-only file systems but for empty scratch folders; no capabilities, for this process and what it becomes."""
+    """Read-only file systems except empty scratch folders; no capabilities, for this process and what it becomes."""
     libc = ctypes.CDLL(None, use_errno=True)
     attributes = struct.pack("4Q", _ATTR_RDONLY_NOSUID, 0, 0, 0)
     _check(

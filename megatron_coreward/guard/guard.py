@@ -4,7 +4,7 @@ Invariants (tests/guard/test_guard.py):
   1. A decision is a function of the settings and of the rows so far: the same rows give the same decisions, in a run,
      in a resumed run (`state_dict`) and in a replay.
   2. No decision rests on ground truths or on validation.
-  3. Certainty and distance alone never raise an alarm, however large; nor do indicators that do not last, but for
+  3. Certainty and distance alone never raise an alarm, however large; nor do indicators that do not last, except for
      anchors, which are enough by themselves: they warn at once, and alone they lead to an action only if they last
      and a second draw of the anchor questions shows them too.
 """
@@ -152,8 +152,8 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken, by an earlier version too, which held nothing, had no late metrics and
-        counted neither draws nor gaps.
+        """Continues from a state of `state_dict`, also from that of an earlier version, which held nothing, had no late
+        metrics and counted neither draws nor gaps.
 
         Raises KeyError for a state with anything else missing.
         """

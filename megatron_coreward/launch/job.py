@@ -19,7 +19,7 @@ from megatron_coreward.planner.hardware import GPUS
 # of RayJobs up to 47 characters, to which it adds its own. Ours end with `SUFFIX` there.
 SUFFIX = "-coreward"
 MAX_NAME = 47 - len(SUFFIX)
-_DIGEST = 6  # characters that stand for what a shortened name leaves out
+_DIGEST = 6  # characters in place of what a shortened name leaves out
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,13 +50,13 @@ class Kubernetes:
         run_dir = PurePosixPath(job.config.run_dir)
         if not is_inside(cluster.workdir / run_dir, cluster.claims.values()):
             raise InputError(
-                f"run_dir: {run_dir} is in no claim, and would be lost with its pod; allowed: a path under "
-                f"{', '.join(cluster.claims.values())}"
+                f"run_dir: {run_dir} is in no volume of `claims`, and would be lost with its pod; allowed: a path "
+                f"under {', '.join(cluster.claims.values())}"
             )
         check_gpu(job.config, {f"node_selector.{key}": value for key, value in cluster.node_selector.items()})
         self.job, self.cluster = job, cluster
         if len(set(cluster.claims.values())) < len(cluster.claims):
-            raise InputError(f"claims: two are mounted in one place; found {', '.join(cluster.claims.values())}")
+            raise InputError(f"claims: two volumes are mounted at one path; found {', '.join(cluster.claims.values())}")
         memory = {"name": SHARED_MEMORY, "emptyDir": {"medium": "Memory", "sizeLimit": cluster.shared_memory}}
         names = _volume_names(list(cluster.claims))
         claims = [{"name": names[claim], "persistentVolumeClaim": {"claimName": claim}} for claim in cluster.claims]
@@ -132,8 +132,8 @@ class Kubernetes:
         if not job:
             return f"interrupted while {self.job.name} was submitted; the queue shows whether it was"
         return (
-            f"RayJob {job} goes on without us; kubectl delete rayjob {job} -n {self.cluster.namespace} ends it, and "
-            "without a launcher nobody submits it again"
+            f"RayJob {job} continues without this launcher; kubectl delete rayjob {job} -n {self.cluster.namespace} "
+            "ends it, and without a launcher nobody submits it again"
         )
 
     @property

@@ -45,7 +45,7 @@ def time_limit(text: str) -> str:
     if not re.fullmatch(r"(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d", text):
         raise ValueError("expected [days-]hours:minutes:seconds, such as 04:00:00")
     if not seconds(text):
-        raise ValueError("a limit of 0 is none for some schedulers; expected more")
+        raise ValueError("some schedulers read a limit of 0 as no limit; expected more than 0")
     return text
 
 
@@ -74,7 +74,7 @@ def _here(text: str) -> str:
 
 def _claim_name(text: str) -> str:
     if len(text) > 253 or not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", text):
-        raise ValueError("a claim is named in lower-case letters, digits, dashes and dots")
+        raise ValueError("the name of a volume claim has lower-case letters, digits, dashes and dots only")
     return text
 
 

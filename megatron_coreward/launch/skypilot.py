@@ -1,7 +1,7 @@
 """SkyPilot, through nemo-run's `SkypilotJobsExecutor`: a managed job, which SkyPilot itself recovers from preemption.
 
-The run directory is in a storage that is mounted in every incarnation of the job, so an attempt goes on where the last
-one was. Its nodes run the same script as those of a Slurm job without containers.
+The run directory is in a storage that is mounted in every incarnation of the job, so an attempt continues after
+the last one. Its nodes run the same script as those of a Slurm job without containers.
 """
 
 import contextlib
@@ -84,7 +84,10 @@ class SkyPilot:
     def interrupted(self, job: str) -> str:
         if not job:
             return f"interrupted while {self.job.name} was submitted; the queue shows whether it was"
-        return f"job {job} goes on without us; `sky jobs logs {job}` shows it, `sky jobs cancel {job}` ends it"
+        return (
+            f"job {job} continues without this launcher; `sky jobs logs {job}` shows it, `sky jobs cancel {job}` ends "
+            "it"
+        )
 
     def _app(self, job: str) -> str:
         return f"{self.job.name}___train___{job}"

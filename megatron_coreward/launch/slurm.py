@@ -115,7 +115,10 @@ class Slurm:
     def interrupted(self, job: str) -> str:
         if not job:
             return f"interrupted while {self.job.name} was submitted; the queue shows whether it was"
-        return f"job {job} goes on without us; `scancel {job}` ends it, and the same launch command shows it again"
+        return (
+            f"job {job} continues without this launcher; `scancel {job}` ends it, and the same launch command shows it "
+            "again"
+        )
 
     def _files(self) -> dict[str, str]:
         c, job = self.cluster, self.job

@@ -272,7 +272,7 @@ def engine_problems(
     kept = max(stage.while_sampling for stage in stages)
     if kept + engine.claimed > room:
         yield (
-            f"colocated: while engines sample, the actor keeps {gib(kept)} and an engine claims "
+            f"colocated: while engines sample, the actor keeps {gib(kept)} and an engine takes "
             f"{gib(engine.claimed)} (rollout.gpu_memory_utilization {r.gpu_memory_utilization}); "
             f"the GPU has {gib(room)}"
         )

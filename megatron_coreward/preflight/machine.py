@@ -25,7 +25,7 @@ from megatron_coreward.weights.spec import tensors_to_send
 
 SHARED_MEMORY = Path("/dev/shm")
 # What a run writes into its directory: a link there would lead its writes, and the removal of checkpoints, elsewhere.
-# Something of another kind in the place of one ends the run late, but for those that it can do without (None).
+# Something of another kind in the place of one ends the run late, except for those that it can do without (None).
 OWN_NAMES: Mapping[str, Literal["file", "directory"] | None] = {
     "anchors.jsonl": "file",
     "checkpoints": "directory",

@@ -70,7 +70,7 @@ def _micro_batches(config: RunConfig, arch: Architecture) -> int:
             + scoring_bytes(arch, a, stage, item, CPU_CHUNK_LOGITS)
             for stage in range(a.pipeline_parallel)
         )
-    except InputError:  # a layout that cannot hold the model, told by the checks of layouts
+    except InputError:  # a layout that cannot hold the model, which the checks of layouts report
         return 0
 
 
@@ -95,7 +95,7 @@ def host_problems(config: RunConfig, arch: Architecture, free: int) -> Iterator[
 
 
 def gpu_problems(config: RunConfig, arch: Architecture, free: int, total: int) -> Iterator[str]:
-    """What the planner says does not fit GPUs of `total` bytes, of which `free` are free on the fullest. Engines claim
+    """What the planner says does not fit GPUs of `total` bytes, of which `free` are free on the fullest. Engines take
     their share of the total."""
     gpu = replace(next(iter(GPUS.values())), name="this machine's", memory_bytes=total)  # its rates play no part here
     machine = Machine(gpu, config.rollout.placement, Assumptions(), free_bytes=free)

@@ -104,10 +104,10 @@ def problems(config: RunConfig) -> Iterator[str]:
     except FileNotFoundError:
         return
     except (OSError, ValueError, yaml.YAMLError) as error:
-        yield f"run_dir: {file} is damaged ({str(error).splitlines()[0]}); bring it back or choose another run_dir"
+        yield f"run_dir: {file} is damaged ({str(error).splitlines()[0]}); restore it or choose another run_dir"
         return
     if not isinstance(before, Mapping):
-        yield f"run_dir: {file} is damaged (no keys and values); bring it back or choose another run_dir"
+        yield f"run_dir: {file} is damaged (no keys and values); restore it or choose another run_dir"
         return
     old, new = (dict(_flat(tree)) for tree in (with_new_names(before), config.model_dump(mode="json")))
     for key in sorted(old.keys() & new.keys()):

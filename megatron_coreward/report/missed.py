@@ -19,7 +19,7 @@ def bring_to_trackers(run_dir: Path) -> list[str]:
     if not missed:
         return []
     if is_training(run_dir):
-        return [f"{', '.join(sorted(missed))}: what is missing can be brought once the run in {run_dir} has ended"]
+        return [f"{', '.join(sorted(missed))}: what is missing can be added once the run in {run_dir} has ended"]
     warnings: list[str] = []
     trackers = trackers_of(run_dir, load_record(run_dir).config)
     return bring_missed(run_dir, run_dir / FILE_NAME, trackers, warnings.append) + warnings

@@ -73,7 +73,7 @@ def replay(record: RunRecord, steps: range | None = None) -> Replay:
                 result.notes.append(f"step {step} has rollouts and no row of metrics: the run ended within it")
         if equivalence.timeouts:
             result.notes.append(
-                f"{equivalence.timeouts} comparisons ran over rewards.comparison_timeout_s, as not the same"
+                f"{equivalence.timeouts} comparisons exceeded rewards.comparison_timeout_s and count as not the same"
             )
     _compare(result, _guard_differences(result, record))
     return result

@@ -149,7 +149,7 @@ def _guard(record: RunRecord, decisions: list[Decision]) -> str:
         for decision in reported
     ]
     head = ("step", "level", "action", "indicators, against the mean of the first steps", "last step before them")
-    marked = "Dashed lines in the curves stand at these steps."
+    marked = "Dashed lines in the curves are at these steps."
     return f"{back}{table(head, rows, numeric=(0, 4))}<p class=dim>{source} {marked}</p>"
 
 

@@ -1,4 +1,4 @@
-r"""The final answer of a response: what stands in its last box or, if asked for, in another form.
+r"""The final answer of a response: the content of its last box or, if asked for, in another form.
 
 Invariants: time is linear in the length of the text whatever it holds (times a logarithm with `stop_at`); never raises
 for a text.

@@ -4,7 +4,7 @@
 equivalent. The answers with the fewest equivalents, which say most, found the classes; an answer that fits into several
 joins the one with the most rollouts.
 
-Invariants: a class never holds two answers that differ; where the relation is transitive, the classes are its classes;
+Invariants: a class never holds two answers that differ; if the relation is transitive, the classes are its classes;
 the result depends on the answers and on how often each was given, not on their order.
 """
 

@@ -23,7 +23,7 @@ class BatchRewardContext:
     policy_groups, teacher_groups: what either role sampled; token_stats: of the sequences of `policy_groups`, group
     after group and completion after completion; golds: the data set's answers by uid; votes_end_early: groups of the
     teacher have what decided their votes (`teacher.early_stop`), so nothing else of them may be read. Raises ValueError
-    where something that `needs` declares is missing, where a group stands in the wrong list or twice, and where the
+    if something that `needs` declares is missing, if a group is in the wrong list or occurs twice, and if the
     statistics do not fit the completions.
     """
 
@@ -65,7 +65,7 @@ class BatchRewardContext:
         self._means = _means_by_group(policy_groups, token_stats) if needs.token_stats and token_stats else {}
 
     def label_from_vote(self, uid: str, view: View, role: Role) -> str | None:
-        """Majority answer of a group; None where the vote abstains. PermissionError: the needs do not name it."""
+        """Majority answer of a group; None if the vote abstains. PermissionError: the needs do not name it."""
         require_vote(self._needs, view, role)
         return self.vote(uid, view, role).label
 
@@ -106,7 +106,7 @@ class BatchRewardContext:
         return self._means[_key(group)][statistic]
 
     def matches(self, group: RolloutGroup, label: str | None) -> FloatArray:
-        """[G] 1.0 where the rollout's answer is equivalent to the label, else 0.0; all 0.0 without a label."""
+        """[G] 1.0 if the rollout's answer is equivalent to the label, else 0.0; all 0.0 without a label."""
         answers = group.answers
         self._compare()
         same = {answer: self.equivalence.equivalent(answer, label) for answer in dict.fromkeys(answers)}
@@ -146,7 +146,7 @@ def _key(group: RolloutGroup) -> GroupKey:
 
 
 def _means_by_group(groups: Sequence[RolloutGroup], stats: TokenStats) -> dict[GroupKey, dict[Statistic, FloatArray]]:
-    """[G] means per group and statistic; ValueError where the statistics are not those of the completions."""
+    """[G] means per group and statistic; ValueError if the statistics are not those of the completions."""
     owners = [(group, index) for group in groups for index in range(len(group.completions))]
     lengths = [len(group.completions[index].token_ids) for group, index in owners]
     if 0 in lengths:

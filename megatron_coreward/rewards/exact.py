@@ -119,7 +119,7 @@ def _exact_root(value: Fraction, index: int) -> Fraction:
 
 
 def _integer_root(value: int, index: int) -> int:
-    """The exact root of a natural number; raises _Irrational where it has none."""
+    """The exact root of a natural number; raises _Irrational if it has none."""
     root = math.isqrt(value) if index == 2 else _newton_root(value, index)
     if root**index != value:
         raise _Irrational

@@ -8,7 +8,7 @@ from megatron_coreward.rewards.units import NO_UNIT, Unit
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """A number or expression, with the unit that stands behind it; text: its LaTeX, without the unit."""
+    """A number or expression, with the unit behind it; text: its LaTeX, without the unit."""
 
     node: Node
     unit: Unit = NO_UNIT

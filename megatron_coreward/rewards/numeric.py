@@ -1,4 +1,4 @@
-r"""Whether two scalar expressions have the same value: exactly where both are rational, else with proven digits.
+r"""Whether two scalar expressions have the same value: exactly if both are rational, else with proven digits.
 
 An expression without variables is a number, one with variables is evaluated at fixed points. Rational values are
 compared as fractions. All others are computed as balls (a value and a bound on its error): two values differ as soon as
@@ -40,7 +40,8 @@ class Ball:
 def same_value(a: Node, b: Node) -> bool:
     """Whether two expressions are equal: as numbers, or as functions of all their variables.
 
-    Functions are compared where both are real; if that is nowhere, or the imaginary unit occurs, as complex ones.
+    Functions are compared at points at which both are real; if there are none, or the imaginary unit occurs, as
+    complex ones.
     """
     if a == b:
         return True
@@ -98,7 +99,7 @@ def _both_exact(a: Node, b: Node, index: int) -> bool:
 
 
 def _same_at(a: Node, b: Node, index: int, complex_numbers: bool, digits: int) -> bool | None:
-    """At one point, as far as that many digits tell; None if one of them has no value there."""
+    """At one point, as far as that many digits decide; None if one of them has no value there."""
     try:
         exact_a, exact_b = exact_value(a, index), exact_value(b, index)
         if exact_a is not None and exact_b is not None:
@@ -124,7 +125,7 @@ def _infinity(node: Node) -> int:
 
 @lru_cache(maxsize=16384)
 def _ball(node: Node, index: int, complex_numbers: bool, digits: int) -> Ball | None:
-    """At that many digits; None where they do not suffice. Raises Undefined."""
+    """At that many digits; None if they do not suffice. Raises Undefined."""
     with mp.workdps(digits):
         try:
             return _Balls(index, complex_numbers, digits == DIGITS[-1]).ball(node)

@@ -213,7 +213,7 @@ _WITHIN: dict[type, Callable[..., bool]] = {
     Labelled: _labelled,
     Congruence: _congruences,
     Foreign: _foreigners,
-    **dict.fromkeys((Numeral, Choice, Phrase), _never),  # the same only where they are equal
+    **dict.fromkeys((Numeral, Choice, Phrase), _never),  # the same only if they are equal
 }
 
 

@@ -2,7 +2,8 @@
 
 import re
 
-from megatron_coreward.rewards.expression import Node, Unreadable, number, read_expression
+from megatron_coreward.rewards.expression import Node, number
+from megatron_coreward.rewards.expression_parser import Unreadable, read_expression
 from megatron_coreward.rewards.kinds import Equation, Reading, Scalar
 from megatron_coreward.rewards.latex import MAX_LENGTH
 from megatron_coreward.rewards.listing import GROUPED

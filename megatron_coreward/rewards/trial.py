@@ -12,7 +12,7 @@ from megatron_coreward.rewards.equivalence import AnswerEquivalence
 from megatron_coreward.rewards.methods.base import GroupReward, Method
 from megatron_coreward.types import Completion, Prompt, Role, RolloutGroup, TokenStats, View
 
-# Of one group each: the usual case, and those that a division or an index does not survive.
+# Of one group each: the usual case, and those on which a division or an index may fail.
 TRIALS: tuple[tuple[str | None, ...], ...] = (
     ("1", "1", "2", None),
     (None, None, None, None),  # nobody answers

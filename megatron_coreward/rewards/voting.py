@@ -16,7 +16,7 @@ from megatron_coreward.rewards.equivalence import AnswerEquivalence
 class Vote:
     """The outcome of one vote; G is the number of rollouts, those without an answer included."""
 
-    label: str | None  # first seen member of the winning class; None without any answer or where the vote abstains
+    label: str | None  # first seen member of the winning class; None without any answer or if the vote abstains
     share: float  # members of the leading class / G; 0 without any answer
     margin: float  # (members of the leading class - members of the runner-up, or 0 without one) / G
     tie: bool  # whether the runner-up has as many members as the leading class
@@ -24,7 +24,7 @@ class Vote:
     num_rollouts: int  # G
     num_answers: int  # rollouts with an answer
     num_classes: int  # distinct answers
-    winners: tuple[int, ...]  # rollouts in the leading class; empty where there is no label
+    winners: tuple[int, ...]  # rollouts in the leading class; empty if there is no label
     entropy: float = 0.0  # of the classes over the rollouts with an answer, as a share of log G: 1 if no two agree
 
 

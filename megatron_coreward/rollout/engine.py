@@ -36,7 +36,7 @@ CPU_BATCHED_TOKENS = 8192
 class RolloutEngine:
     """One vLLM engine with its tensor-parallel workers. Weights arrive through `receive_weights`.
 
-    Its methods are called by one thread at a time, but for `take`.
+    Its methods are called by one thread at a time, except `take`.
     """
 
     _stream: StepLoop | None = None  # begins with the first samples that are streamed

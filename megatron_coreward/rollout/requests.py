@@ -63,7 +63,7 @@ class Fed:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What an engine has to tell since it was asked last."""
+    """What an engine reports: everything since the request before."""
 
     ended: tuple[tuple[GroupName, int], ...]  # the samples that have ended, by group and number
     completions: Completions  # of them, as one request

@@ -1,4 +1,4 @@
-"""An append-only file of finished work, so that a killed job goes on where it stopped and repeats nothing.
+"""An append-only file of finished work, so that a killed job continues after the last of it and repeats nothing.
 
 The first line says what the work is (its identity); each further line is one finished item with its key.
 

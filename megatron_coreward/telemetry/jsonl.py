@@ -2,7 +2,7 @@
 
 Invariants, each held by a test:
 - the file holds whole lines only: a row is one write, made durable before `write` returns, and a row that could not be
-  written in full is taken back; a part of a line that a killed process left is dropped on opening and never read;
+  written in full is removed; a part of a line that a killed process left is dropped on opening and never read;
 - steps grow from line to line: opening for `first_step` drops the rows of that step and later ones, in one atomic swap;
 - every line is JSON that any reader accepts: a metric that is NaN or infinite is written as null.
 """
@@ -21,7 +21,7 @@ FILE_NAME = "metrics.jsonl"
 
 Row = dict[str, float | None]
 
-_REMEDY = "bring the file back, or remove the line"
+_REMEDY = "restore the file, or remove the line"
 
 
 class JsonlSink:

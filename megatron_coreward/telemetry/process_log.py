@@ -1,4 +1,4 @@
-"""What a worker process leaves for people to read: its output, and where it stood when a call took too long."""
+"""What a worker process leaves for people: its output, and the stacks of its threads when a call took too long."""
 
 import faulthandler
 import os

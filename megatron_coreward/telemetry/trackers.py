@@ -56,7 +56,7 @@ class GuardedTracker:
         warn: Callable[[str], None] = lambda text: None,
         limit_s: float = LIMIT_S,
     ) -> None:
-        """Opens the tracker, and brings what it missed in earlier attempts.
+        """Opens the tracker, and adds what it missed in earlier attempts.
 
         Args:
             metrics_file: the rows of the run.
@@ -105,7 +105,7 @@ class GuardedTracker:
             reason = f"{type(error).__name__}: {excerpt(str(error))[1:-1]}"
             self._warn(
                 f"{self._tracker.name} failed when it was {what} ({reason}); "
-                f"the run goes on without it, and `megatron-coreward report {self._run_dir}` brings what it lacks from "
+                f"the run goes on without it, and `megatron-coreward report {self._run_dir}` adds what it lacks from "
                 f"step {max(self._first_lacking, 0)} on"
             )
             return None

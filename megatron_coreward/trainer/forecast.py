@@ -93,7 +93,7 @@ class Forecast:
             return f"{safe}, without a collapse: train with guard.anchors on, or forecast with more steps"
         if self.share >= LEAST_SHARE:
             return (
-                f"{safe} before it collapsed; a lower rate bears more, but how much is not known: train with "
+                f"{safe} before it collapsed; a lower rate allows more, but it is not known how many: train with "
                 "guard.anchors on and guard.action=rollback, and keep checkpoints"
             )
         return (
@@ -182,8 +182,8 @@ def describe(forecast: Forecast, where: Path) -> str:
         (
             f"short run at a learning rate of {forecast.rate:g}: {collapse}",
             f"anchor questions: {forecast.anchors_kept:.0%} of their answers kept",
-            f"learning rate summed over steps: {forecast.borne_sum:.2g} borne, {forecast.planned_sum:.2g} planned "
-            f"({forecast.share:.0%})",
+            f"learning rate summed over steps: {forecast.borne_sum:.2g} without a collapse, "
+            f"{forecast.planned_sum:.2g} planned ({forecast.share:.0%})",
             f"recommendation: {forecast.recommendation}",
             f"its curves: {where}",
         )

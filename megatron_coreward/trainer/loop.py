@@ -54,7 +54,7 @@ class StepResult:
 
 @dataclass(slots=True, kw_only=True)
 class Trainer:
-    """A run: where it stands, its step, and what comes between steps."""
+    """A run: its state, its step, and what comes between steps."""
 
     config: RunConfig
     needs: Needs  # of the method

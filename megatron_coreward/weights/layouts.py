@@ -2,7 +2,7 @@
 
 Both sides are in the terms of the HF checkpoint (tensor name and a rectangular block of it), so that neither has
 to know the other. Invariants (tests/weights/test_layouts.py):
-  1. Together, the ranks of one replica hold every HF tensor exactly once (but for the copy of a tied embedding that
+  1. Together, the ranks of one replica hold every HF tensor exactly once (except the copy of a tied embedding that
      the last pipeline stage keeps, and for what every tensor-parallel rank holds whole).
   2. Ranks, layers, experts and vocabulary rows lie as Megatron and vLLM lay them.
 
@@ -88,7 +88,7 @@ class ActorLayout:
     expert_tensor_parallel: int | None = None  # None: as tensor_parallel, Megatron's default
     data_parallel: int = 1
     context_parallel: int = 1
-    # Layers of the first and last pipeline stage where they have another number than the stages between them
+    # Layers of the first and last pipeline stage if they have another number than the stages between them
     # (Megatron's num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage).
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
@@ -153,7 +153,7 @@ class ActorLayout:
         )
 
     def embedding_stages(self, arch: Architecture) -> tuple[int, ...]:
-        """Pipeline stages with the embedding: the last one keeps a copy where it is the output layer too."""
+        """Pipeline stages with the embedding: the last one keeps a copy if it is the output layer too."""
         last = self.pipeline_parallel - 1
         return (0, last) if arch.tied and last > 0 else (0,)
 

@@ -4,7 +4,7 @@ Invariants (tests/weights/test_plan.py):
   1. Every element that a worker needs comes to it exactly once, and nothing else does; so the total is the minimum.
   2. A transfer is a rectangular part of one block that its sender holds (`ActorLayout.held`), and so a view of one of
      the sender's parameters.
-  3. The ranks that hold a copy of a shard send the same number of bytes of every layer's part of it, but for half a
+  3. The ranks that hold a copy of a shard send the same number of bytes of every layer's part of it, except half a
      row of a block at each of the two cuts: `abs(bytes_sent - fair_bytes) <= slack_bytes`, rank by rank. So a replica
      group's imbalance is at most (fair + slack) / (fair - slack): below 1.2 wherever a rank's slack is less than 1/11
      of its share.

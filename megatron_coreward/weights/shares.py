@@ -2,7 +2,7 @@
 
 Invariants (tests/weights/test_plan.py):
   1. Every row that a worker needs is sent by exactly one of the ranks that hold it.
-  2. Each rank sends an equal share but for half a row at each of its two cuts: at most `slack` bytes off.
+  2. Each rank sends an equal share, except for half a row at each of its two cuts: at most `slack` bytes off.
 
 What all engines together need of one shard of one layer is laid out on a line, engine after engine, worker after
 worker, tensor after tensor. With R ranks that hold the shard, the line is cut into R shares of the same number of
@@ -64,7 +64,7 @@ class Line:
         Args:
             holders: counted from the first rank of the segment.
             pieces: of one engine, by slot.
-            together: so many engines (a divisor of their number) are laid out at a time, one slot of all, then the
+            together: how many engines (a divisor of their number) are laid out at a time, one slot of all, then the
                 next. Such a bundle is treated as one engine with `num_slots * together` slots.
         """
         self.holders = tuple(holders)

@@ -50,7 +50,7 @@ REPLACED: dict[str, Callable[[Path], object]] = {
     "model.hf_path/chat_template.jinja: model/chat_template.jinja": lambda world: (
         world / "model/chat_template.jinja"
     ).write_text("another"),
-    "data.train_files[0]: nothing is there any more": lambda world: (world / "train.parquet").unlink(),
+    "data.train_files[0]: the file does not exist any more": lambda world: (world / "train.parquet").unlink(),
 }
 
 

@@ -174,9 +174,9 @@ def test_a_wait_that_has_become_a_stall_names_the_engines_that_draw(engines: Str
     engines.paused = True
     stream.submit(groups(1))
     stream.go_on(0)
-    with pytest.raises(RunError, match="stalled: rollouts was awaited of engine 0 for"):
+    with pytest.raises(RunError, match="stalled: waited for rollouts from engine 0 for"):
         stream.wait([GroupName(1, "policy", 0)])
-    assert "still waiting for rollouts of engine 0" in notes[0]
+    assert "still waiting for rollouts from engine 0" in notes[0]
     stream.close()
 
 

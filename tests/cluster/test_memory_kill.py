@@ -48,7 +48,7 @@ def test_of_rays_advice_who_how_much_and_our_keys_are_left() -> None:
         "engine 1 was killed by Ray's memory monitor: 22.80 of 23.54 GB of node 192.0.2.2 were in use, 3.04 GB of them "
         "by it; less is taken with rollout.kv_cache_gib, "
     )
-    assert "rollouts was awaited of it; what it printed is in logs/engine_1.log" in message
+    assert "during rollouts; what it printed is in logs/engine_1.log" in message
     assert "advice" not in message
     assert len(message) < 700
 

@@ -87,7 +87,7 @@ def test_one_call_reaches_all_ranks_and_brings_what_is_wanted(group: Any) -> Non
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_death_of_any_rank_is_heard_of_at_once_and_named(group: Any, rank: int) -> None:
     begin = time.monotonic()
-    with pytest.raises(WorkerDied, match=f"actor rank {rank} died while die was awaited"):
+    with pytest.raises(WorkerDied, match=f"actor rank {rank} died during die"):
         group.call("die", rank)
     assert time.monotonic() - begin < 4
 
@@ -99,9 +99,9 @@ def test_the_error_of_any_rank_is_the_drivers(group: Any) -> None:
 
 def test_a_wait_that_is_long_names_the_ranks_that_are_behind(group: Any, notes: list[str]) -> None:
     group.call("say")
-    with pytest.raises(RunError, match="stalled: hang was awaited of actor rank 1 for"):
+    with pytest.raises(RunError, match="stalled: waited for hang from actor rank 1 for"):
         group.call("hang", 1)
-    assert "still waiting for hang of actor rank 1 after" in notes[0]
+    assert "still waiting for hang from actor rank 1 after" in notes[0]
 
 
 def test_after_the_last_command_everybody_leaves(group: Any) -> None:

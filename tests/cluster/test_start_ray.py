@@ -73,7 +73,7 @@ def test_a_start_that_hangs_is_ended_with_a_message_and_leaves_nothing() -> None
     assert done.returncode == 1
     assert "started" not in done.stdout
     # Where Ray itself notices, it raises; most of the time it does not, and nothing but a limit ends the wait.
-    stalled = "the run failed: stalled: the start of Ray was awaited for 20 s (watchdog.start_limit_s)"
+    stalled = "the run failed: stalled: the start of Ray took longer than 20 s (watchdog.start_limit_s)"
     assert stalled in done.stderr or "Traceback" in done.stderr
     deadline = time.monotonic() + 60
     while processes := left("raylet"):

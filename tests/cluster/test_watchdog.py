@@ -80,15 +80,15 @@ def test_results_come_in_the_order_of_the_calls(pair: list[Any]) -> None:
 def test_a_long_wait_is_reported_and_a_stall_ends_it_naming_who_is_late(pair: list[Any]) -> None:
     notes: list[str] = []
     watchdog = watching(pair, notes.append, warn_after_s=0.6, limit_s=1.5)
-    with pytest.raises(RunError, match=r"stalled: rollouts was awaited of actor rank 1 for \d s .*watchdog.limit_s"):
+    with pytest.raises(RunError, match=r"stalled: waited for rollouts from actor rank 1 for \d s .*watchdog.limit_s"):
         watchdog.get([pair[0].sleep.remote(0.0), pair[1].sleep.remote(30.0)], "rollouts")
     assert notes
-    assert "still waiting for rollouts of actor rank 1 after" in notes[0]
+    assert "still waiting for rollouts from actor rank 1 after" in notes[0]
 
 
 def test_a_death_is_named_though_a_peer_that_noticed_it_reports_first(pair: list[Any]) -> None:
     calls = [pair[0].fail.remote(RuntimeError("Connection closed by peer")), pair[1].die.remote(1.0)]
-    with pytest.raises(WorkerDied, match="actor rank 1 died while update was awaited of it") as caught:
+    with pytest.raises(WorkerDied, match="actor rank 1 died during update") as caught:
         watching(pair).get(calls, "update")
     assert (caught.value.kind, caught.value.index) == ("actor rank", 1)
 
@@ -101,7 +101,7 @@ def test_a_result_that_went_with_its_node_is_the_death_of_the_worker(monkeypatch
     watchdog = Watchdog()
     watchdog.name(SimpleNamespace(_actor_id="a"), "engine", 1)
     call = SimpleNamespace(task_id=lambda: SimpleNamespace(actor_id=lambda: "a"))
-    with pytest.raises(WorkerDied, match=r"engine 1 died while rollouts was awaited of it \(ObjectLostError"):
+    with pytest.raises(WorkerDied, match=r"engine 1 died during rollouts \(ObjectLostError"):
         watchdog._result(call, [], "rollouts")
 
 

@@ -8,7 +8,7 @@ from megatron_coreward.cli import main
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--rates", "1e-4"], "--rates: found without --study; allowed: with --study stability or rephrasing"),
+        (["--rates", "1e-4"], "--rates: found without --study; allowed: with --study stability, rephrasing or methods"),
         (["--methods", "entropy", "--seeds", "1"], "--methods, --seeds: found without --study"),
         (["--study", "stability", "steps=3"], "--study: found with steps=3; allowed: no overrides"),
         (["--study", "rephrasing", "--rates", "1e-4"], "--methods, --rates: found with --study rephrasing"),

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_coreward.config.yaml_file import as_text, parse_scalar, parse_yaml, plain, read_yaml
+from megatron_coreward.config.yaml_file import as_text, parse_scalar, parse_yaml, plain, read_yaml, write_yaml
 from megatron_coreward.errors import InputError
 
 
@@ -70,9 +70,12 @@ json_values = st.recursive(
 
 
 @given(json_values)
-def test_what_pyyaml_writes_is_read_back(value: Any) -> None:
-    """Resolved configurations are written by PyYAML, which quotes by the rules of YAML 1.1."""
-    assert plain(parse_yaml(yaml.safe_dump(value), "test")) == value
+@example("0E0")
+@example({"1E5": "0o7"})
+def test_what_is_written_is_read_back_by_either_version_of_yaml(value: Any) -> None:
+    written = write_yaml(value)
+    assert plain(parse_yaml(written, "test")) == value
+    assert yaml.safe_load(written) == value
 
 
 @pytest.mark.parametrize(

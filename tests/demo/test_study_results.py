@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coreward.demo import rephrasings, stability, study_results
+from megatron_coreward.config.methods import BUILT_IN
+from megatron_coreward.demo import later_methods, rephrasings, stability, study_results
+from megatron_coreward.demo.run import COMPARED
 from megatron_coreward.demo.study_records import COLUMNS, read_records, record_run
 from megatron_coreward.demo.study_results import (
+    draw_methods,
     draw_rephrasing,
     draw_stability,
     end_of,
+    methods_table,
     rephrasing_table,
     stability_lines,
     start_of,
@@ -118,3 +122,18 @@ def test_the_study_of_rephrasings_is_read_at_its_ends(tmp_path: Path) -> None:
     columns = {str(column.header): list(column.cells) for column in rephrasing_table(records).columns}
     assert columns["damaged"] == ["0%", "10%", "10%", "25%", "25%", "50%", "50%"]
     assert columns["seed 1"] == ["50.0% -> 70.0%", "-", "-", "-", "-", "50.0% -> 50.0%", "50.0% -> 60.0%"]
+
+
+def test_the_study_of_methods_has_a_line_for_each_in_its_own_order(tmp_path: Path) -> None:
+    for method in ("restrain", "random_reward"):
+        record_run(write_run(tmp_path / method, ACCURACY), method, 1, tmp_path / "recorded")
+    records = read_records(tmp_path / "recorded")
+    columns = {str(column.header): list(column.cells) for column in methods_table(records).columns}
+    assert columns["method"] == ["random_reward", "restrain"]
+    assert (columns["first"][0], columns["last"][0], columns["change"][0]) == ("50.0%", "59.0%", "+9.0")
+    assert draw_methods(records, tmp_path / "methods.png").stat().st_size > 5_000
+
+
+def test_the_study_of_methods_has_every_built_in_one_that_the_paper_does_not_compare() -> None:
+    assert {*later_methods.METHODS} == {*BUILT_IN} - {*COMPARED, "co_rewarding_i+ii_original"} | {"majority_voting"}
+    assert [cell.name for cell in later_methods.cells()] == [*later_methods.METHODS]

@@ -71,5 +71,5 @@ def make_task(folder: Path) -> None:
     # Sixteen answers, half learned: rollouts vary, and yet votes and labels meet often.
     examples = [*splits.sft] * 8
     warm_start(
-        folder / "random", folder / "start", tokenizer, examples, max_steps=60, seed=1, on_step=lambda step, loss: None
+        folder / "random", folder / "start", tokenizer, examples, max_steps=120, seed=1, on_step=lambda step, loss: None
     )

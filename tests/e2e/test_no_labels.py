@@ -37,6 +37,7 @@ class Running:
     actors: Any
     engines: RolloutEngines
     initial: Path
+    before: str  # what `export` gives of it
 
     def weights_after_training(self, setting: Any, problems: list[Problem], folder: Path) -> str:
         self.actors.call("load", self.initial)
@@ -74,7 +75,8 @@ def running(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     with processes(config) as started:
         started.actors.call("save", initial)
         engines = open_rollout_engines(config, started, np.arange(3, 40, dtype=np.int32))
-        yield Running(task, started.actors, engines, initial)
+        running = Running(task, started.actors, engines, initial, "")
+        yield dataclasses.replace(running, before=running.export(tmp_path_factory.mktemp("before") / "hf"))
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +130,7 @@ def test_noise_for_labels_changes_only_methods_that_need_them(
     running: Running, problems: list[Problem], tmp_path: Path, method: Any
 ) -> None:
     noisy = [dataclasses.replace(problem, ground_truth=f"noise {i}") for i, problem in enumerate(problems)]
-    running.actors.call("load", running.initial)
-    before = running.export(tmp_path / "before")
     labelled = running.weights_after_training(method, problems, tmp_path / "labelled")
     with_noise = running.weights_after_training(method, noisy, tmp_path / "noisy")
-    assert labelled != before  # something was learned at all
+    assert labelled != running.before  # something was learned at all
     assert (labelled == with_noise) == (not needs_of(method).ground_truth)

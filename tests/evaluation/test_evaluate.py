@@ -240,7 +240,7 @@ class TestModelDirectories:
         with pytest.raises(InputError, match="no such directory"), hf_model_dir(tmp_path / "gone"):
             pass
 
-    def test_a_fingerprint_hangs_on_the_weights_and_not_on_the_place(self, model: Path, tmp_path: Path) -> None:
+    def test_a_fingerprint_depends_on_the_weights_and_not_on_the_place(self, model: Path, tmp_path: Path) -> None:
         for name in ("same", "other"):
             (tmp_path / name).mkdir()
             for file in model.iterdir():

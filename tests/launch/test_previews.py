@@ -218,7 +218,7 @@ class TestKubernetes:
             assert secret in env
 
     def test_a_run_that_would_be_lost_with_its_pod(self, recipe: Path) -> None:
-        with pytest.raises(InputError, match="run_dir: .* is in no claim, .* under /runs, /models"):
+        with pytest.raises(InputError, match="run_dir: .* is in no volume of `claims`, .* under /runs, /models"):
             launch_command("kubernetes", str(recipe), "--cluster", str(CLUSTERS / "kubernetes.yaml"), "--dry-run")
 
     def test_a_claim_with_dots_and_a_python_with_spaces(
@@ -237,13 +237,13 @@ class TestKubernetes:
     @pytest.mark.parametrize("run_dir", ["/runs/../tmp/one", "../etc/one", "/runs2/one"])
     def test_a_run_directory_that_leaves_its_claim_by_dots(self, recipe: Path, run_dir: str) -> None:
         cluster = str(CLUSTERS / "kubernetes.yaml")
-        with pytest.raises(InputError, match="run_dir: .* is in no claim"):
+        with pytest.raises(InputError, match="run_dir: .* is in no volume of `claims`"):
             launch_command("kubernetes", str(recipe), f"run_dir={run_dir}", "--cluster", cluster, "--dry-run")
 
     def test_two_claims_in_one_place(self, tmp_path: Path, recipe: Path) -> None:
         cluster = tmp_path / "k8s.yaml"
         cluster.write_text("kind: kubernetes\nimage: x\nclaims: {a: /runs, b: /runs}\n")
-        with pytest.raises(InputError, match="claims: two are mounted in one place"):
+        with pytest.raises(InputError, match="claims: two volumes are mounted at one path"):
             launch_command("kubernetes", str(recipe), "run_dir=/runs/1", "--cluster", str(cluster), "--dry-run")
 
 
@@ -277,7 +277,7 @@ def test_skypilot_where_it_is_not_installed(recipe: Path) -> None:
         (("slurm", "--name", "Not/this"), "--name: 'Not/this'; allowed"),
         (("slurm", "--cluster", "absent.yaml"), "--cluster: absent.yaml does not exist"),
         (("slurm", "--time", "soon"), "--time: 'soon'; expected .days-.hours:minutes:seconds"),
-        (("slurm", "--time", "00:00:00"), "--time: '00:00:00'; a limit of 0 is none"),
+        (("slurm", "--time", "00:00:00"), "--time: '00:00:00'; some schedulers read a limit of 0 as no limit"),
         (
             ("slurm", "--time", "00:05:30"),
             "--time: 00:05:30 is no longer than stop_before_s, 300 s, .* again and again",

@@ -44,7 +44,7 @@ def test_secrets_are_references_only(tmp_path: Path) -> None:
         ("kind: slurm\nenv: {RAY_AUTH_MODE: x}\n", "the launcher sets this variable itself"),
         ("kind: slurm\nsecrets: {MEGATRON_COREWARD_CONFIG: {file: x}}\n", "the launcher sets this variable itself"),
         ("kind: slurm\nenv: {A: x}\nsecrets: {A: {file: x}}\n", "A is in env and in secrets; allowed: one of them"),
-        ("kind: slurm\ntime: '0-00:00:00'\n", "time: a limit of 0 is none for some schedulers"),
+        ("kind: slurm\ntime: '0-00:00:00'\n", "time: some schedulers read a limit of 0 as no limit"),
         ("kind: slurm\nstop_before_s: 0\n", "stop_before_s"),
         ("kind: kubernetes\nimage: x\n", "kind is 'kubernetes', and launch slurm needs kind: slurm"),
         ("[1]\n", "expected keys and values, found list"),

@@ -485,7 +485,7 @@ CASES: dict[str, Case] = {
     ),
     "damaged metrics": broken(
         together(resumed(), text("run/metrics.jsonl", '{"step": 1, "step_time_s": 1}\n{"step": \n')),
-        says="run_dir: run/metrics.jsonl, line 2: not JSON .*; bring the file back, or remove the line",
+        says="run_dir: run/metrics.jsonl, line 2: not JSON .*; restore the file, or remove the line",
     ),
     "damaged labels": broken(
         together(resumed(), text("run/labels.jsonl", '{"step": 1}\n')),

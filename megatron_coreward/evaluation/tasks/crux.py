@@ -61,7 +61,7 @@ def score_input(row: Mapping[str, Any], responses: Sequence[str]) -> dict[str, f
 
 
 def _answer(response: str) -> str | None:
-    """What stands between the last tags; the closing one may be cut off, since generation stops at it."""
+    """The text between the last tags; the closing one may be cut off, since generation stops at it."""
     _, tag, rest = response.rpartition("[ANSWER]")
     text = rest.partition("[/ANSWER]")[0].strip()
     return text if tag and text else None

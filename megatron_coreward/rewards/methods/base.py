@@ -84,7 +84,7 @@ class RewardContext(Protocol):
         """The setting `rewards.min_margin`, for methods that hold a vote of their own."""
 
     def label_from_vote(self, uid: str, view: View, role: Role) -> str | None:
-        """Majority answer of the group that `role` sampled for `view`; None where the vote abstains."""
+        """Majority answer of the group that `role` sampled for `view`; None if the vote abstains."""
 
     def answer_classes(self, uid: str, views: Sequence[View], role: Role) -> AnswerClasses:
         """The answers of the groups that `role` sampled for `views`, classed together: a class spans the groups.
@@ -97,7 +97,7 @@ class RewardContext(Protocol):
         """[G] mean of a token statistic over each response."""
 
     def matches(self, group: RolloutGroup, label: str | None) -> FloatArray:
-        """[G] 1.0 where the rollout's answer is equivalent to the label, else 0.0; all 0.0 without a label."""
+        """[G] 1.0 if the rollout's answer is equivalent to the label, else 0.0; all 0.0 without a label."""
 
 
 class Method(Protocol):

@@ -102,7 +102,7 @@ class CudaIpcSender(Sender):
             self._box.has_written(0, self._sent)
 
     def _exchange(self, sends: list[Envelope], mine: dict[int, torch.Tensor]) -> None:
-        """Sends to other ranks, receives this rank's worker's messages, and passes them on where the plan says so."""
+        """Sends to other ranks, receives this rank's worker's messages, and passes them on if the plan says so."""
         if self._forwarded is not None:
             self._forwarded.wait()
             self._forwarded = None

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from megatron_coreward.rewards.exact import Undefined, exact_value
-from megatron_coreward.rewards.expression import Unreadable, read_expression
+from megatron_coreward.rewards.expression_parser import Unreadable, read_expression
 from megatron_coreward.rewards.numeric import compare_constants, same_value
 
 
