@@ -43,7 +43,9 @@ class DataSettings(Component):
     online_rephrasing: Literal["off", "policy", "teacher"] = "off"
     """Who rewrites the questions of every step before they are answered, for methods that read rephrased ones. If a
     rewriting does not pass the filter of docs/rephrasing.md, the rephrasing of rephrased_files is used or, without
-    those, the question itself. Needs rollout.max_staleness and teacher.lookahead of 0."""
+    those, the question itself. Questions are rewritten while the actors learn from the step before, from weights that
+    are one step older than those that answer; docs/methods.md lists the exceptions. Needs rollout.max_staleness and
+    teacher.lookahead of 0."""
     val_files: tuple[Path, ...] = ()
     """Parquet files of held-out questions with ground truths; empty: no validation."""
     batch_size: Positive = 128

@@ -176,8 +176,8 @@ def _rephrasing_problems(config: RunConfig, needs: Needs, title: str) -> Iterato
     ):
         if value:
             yield (
-                f"data.online_rephrasing: {who} writes the questions of a step with its weights, so nothing can be "
-                f"sampled ahead of them; {key} must be 0, found {value}"
+                f"data.online_rephrasing: {who} writes the questions of a step while the step before it is at hand, so "
+                f"they cannot be answered ahead of that; {key} must be 0, found {value}"
             )
 
 

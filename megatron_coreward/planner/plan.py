@@ -53,7 +53,17 @@ class Plan:
     actor: ActorTimes
     rollout: RolloutTime
     sync: Phase
-    problems: tuple[str, ...]
+    available_gpus: int | None  # None: as many nodes as it takes
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What does not fit. Worked out when it is asked for: a search makes many plans that are beaten anyway."""
+        return (
+            *gpu_problems(self.config, self.machine.gpu.capability),
+            *actor_problems(self.stages, self.engine, self.machine),
+            *placement_problems(self.config, self.machine, self.available_gpus),
+            *engine_problems(self.config, self.stages, self.engine, self.machine),
+        )
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -244,12 +254,7 @@ def make_plan(
         actor=actor_times(config, arch, gpu, assumptions),
         rollout=rollout_time(config, arch, gpu, engine, assumptions),
         sync=sync_time(busiest_bytes, config, arch, gpu, assumptions),
-        problems=(
-            *gpu_problems(config, gpu.capability),
-            *actor_problems(stages, engine, machine),
-            *placement_problems(config, machine, num_gpus),
-            *engine_problems(config, stages, engine, machine),
-        ),
+        available_gpus=num_gpus,
     )
 
 

@@ -13,8 +13,9 @@ expert-dp and pp (`megatron.core.parallel_state`, order "tp-cp-ep-dp-pp"). A wor
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.layout_rules import (
@@ -102,7 +103,7 @@ class ActorLayout:
     @classmethod
     def of(cls, settings: ActorSettings) -> "ActorLayout":
         """The layout that a config asks for."""
-        return cls(*(getattr(settings, name) for name in cls.__slots__))
+        return _actor_layout(*(getattr(settings, name) for name in cls.__slots__))
 
     @property
     def expert_tp_size(self) -> int:
@@ -142,15 +143,8 @@ class ActorLayout:
         Raises:
             InputError: the layers do not divide into stages and chunks.
         """
-        sizes = divide_layers(num_layers, self.pipeline_parallel, self.first_stage_layers, self.last_stage_layers)
-        vpp = self.virtual_pipeline
-        if any(size % vpp for size in sizes):
-            raise InputError(f"actor.virtual_pipeline: {vpp} does not divide the layers of every stage ({sizes})")
-        ends = list(accumulate(size // vpp for size in sizes))
-        return tuple(
-            tuple(range(v * ends[-1] + end - size // vpp, v * ends[-1] + end) for v in range(vpp))
-            for end, size in zip(ends, sizes, strict=True)
-        )
+        ends = self.first_stage_layers, self.last_stage_layers
+        return _chunks(num_layers, self.pipeline_parallel, self.virtual_pipeline, *ends)
 
     def embedding_stages(self, arch: Architecture) -> tuple[int, ...]:
         """Pipeline stages with the embedding: the last one keeps a copy if it is the output layer too."""
@@ -331,6 +325,26 @@ def _hf_blocks(
         HFBlock(block.hf_name, block_bounds(block.hf_name, shapes[block.hf_name], block.hf_index))
         for name in names
         for block in blocks(name, arch, tp_rank, tp_size)
+    )
+
+
+# A search for a layout makes tens of thousands of plans, each of which asks for these again and again.
+@lru_cache(maxsize=2**14)
+def _actor_layout(*sizes: Any) -> ActorLayout:
+    return ActorLayout(*sizes)
+
+
+@lru_cache(maxsize=2**12)
+def _chunks(
+    num_layers: int, stages: int, chunks: int, first: int | None, last: int | None
+) -> tuple[tuple[range, ...], ...]:
+    sizes = divide_layers(num_layers, stages, first, last)
+    if any(size % chunks for size in sizes):
+        raise InputError(f"actor.virtual_pipeline: {chunks} does not divide the layers of every stage ({sizes})")
+    ends = list(accumulate(size // chunks for size in sizes))
+    return tuple(
+        tuple(range(v * ends[-1] + end - size // chunks, v * ends[-1] + end) for v in range(chunks))
+        for end, size in zip(ends, sizes, strict=True)
     )
 
 
