@@ -3,9 +3,14 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_coreward.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_coreward.config.architecture import Architecture
+    from megatron_coreward.config.schema import RunConfig
+    from megatron_coreward.planner.plan import Machine
 
 
 def add(commands: Any) -> None:
@@ -52,9 +57,9 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_coreward.config.load import load_config
     from megatron_coreward.planner.hardware import assume, find_gpu
     from megatron_coreward.planner.models import architecture_of
-    from megatron_coreward.planner.plan import Machine, fixed_problems, gpus_of, make_plan
-    from megatron_coreward.planner.report import overrides, ranking, report
-    from megatron_coreward.planner.search import nearest, search
+    from megatron_coreward.planner.plan import Machine, gpus_of, make_plan
+    from megatron_coreward.planner.report import overrides, report
+    from megatron_coreward.planner.search import nearest
     from megatron_coreward.planner.step_time import transfers
 
     for name in ("gpus", "top"):
@@ -68,17 +73,8 @@ def _plan(options: argparse.Namespace) -> None:
     model = config.model.hf_path.name
 
     if options.search:
-        unfixable = fixed_problems(config, arch, machine)
-        found = [] if unfixable else search(config, arch, machine, gpus)[: options.top]
-        if options.json:
-            print(json.dumps([plan.to_json() for plan in found], indent=1))
-        else:
-            print(ranking(found, gpus))
-        if not found:
-            why = "".join(f"\n{problem}" for problem in unfixable)
-            raise InputError(f"no layout of {model} fits on {gpus} x {machine.gpu.name}{':' if why else ''}{why}")
+        _search(options, config, arch, machine, gpus)
         return
-
     contradictions: list[str] = []  # no GPU would resolve them
     problems: list[str] = []
     needed = gpus_of(config, placement)
@@ -113,3 +109,20 @@ def _plan(options: argparse.Namespace) -> None:
         said += [f"{options.config} does not fit on {gpus} x {machine.gpu.name}:", *problems]
     if said:
         raise InputError("\n".join(said))
+
+
+def _search(
+    options: argparse.Namespace, config: "RunConfig", arch: "Architecture", machine: "Machine", gpus: int
+) -> None:
+    """Prints the layouts that fit. Raises InputError if none does."""
+    from megatron_coreward.planner.plan import fixed_problems
+    from megatron_coreward.planner.report import ranking
+    from megatron_coreward.planner.search import search
+
+    unfixable = fixed_problems(config, arch, machine)
+    found = [] if unfixable else search(config, arch, machine, gpus)[: options.top]
+    print(json.dumps([plan.to_json() for plan in found], indent=1) if options.json else ranking(found, gpus))
+    if not found:
+        why = "".join(f"\n{problem}" for problem in unfixable)
+        name = f"{config.model.hf_path.name} fits on {gpus} x {machine.gpu.name}"
+        raise InputError(f"no layout of {name}{':' if why else ''}{why}")

@@ -169,23 +169,7 @@ def search(
         best_engines: Plan | None = None
         for actor in sorted(actors.values(), key=apart):
             if best_engines is None or machine.placement == "colocated":
-                utilization, workers = UTILIZATION, split.engines
-                if machine.placement == "colocated":
-                    workers = actor.config.actor.world_size
-                    free = roomy.room - max(stage.while_sampling for stage in actor.stages)
-                    utilization = min(UTILIZATION, int(20 * free / machine.gpu.memory_bytes) / 20)
-                if utilization <= 0:
-                    continue
-                best_engines = min(
-                    (
-                        plan
-                        for layout in engine_layouts(workers, per_node, utilization)
-                        if (plan := _planned(_with(actor.config, rollout=layout), arch, machine)) is not None
-                        and not any(engine_problems(plan.config, plan.stages, plan.engine, roomy))
-                    ),
-                    key=apart,
-                    default=None,
-                )
+                best_engines = _best_engines(actor, arch, split.engines, roomy, apart)
             if best_engines is None:
                 if machine.placement == "colocated":
                     continue
@@ -195,6 +179,23 @@ def search(
             if planned is not None and not planned.problems:
                 found.append(planned)
     return [plan for plan in sorted(found, key=whole) if not _is_beaten(plan, found, whole)]
+
+
+def _best_engines(
+    actor: Plan, arch: Architecture, workers: int, roomy: Machine, rank: Callable[[Plan], Any]
+) -> Plan | None:
+    """The plan of an actor with the best engines that fit: on this many GPUs, or on the actor's own."""
+    machine, utilization = actor.machine, UTILIZATION
+    if machine.placement == "colocated":
+        workers = actor.config.actor.world_size
+        free = roomy.room - max(stage.while_sampling for stage in actor.stages)
+        utilization = min(UTILIZATION, int(20 * free / machine.gpu.memory_bytes) / 20)
+        if utilization <= 0:
+            return None
+    layouts = engine_layouts(workers, machine.assumptions.gpus_per_node, utilization)
+    plans = (_planned(_with(actor.config, rollout=layout), arch, machine) for layout in layouts)
+    fit = (p for p in plans if p is not None and not any(engine_problems(p.config, p.stages, p.engine, roomy)))
+    return min(fit, key=rank, default=None)
 
 
 def _is_beaten(plan: Plan, others: list[Plan], rank: Callable[[Plan], Any]) -> bool:
