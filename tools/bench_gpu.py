@@ -431,7 +431,7 @@ def _ratio(one: tuple[str, str], other: tuple[str, str]) -> Callable[[Mapping[st
 
 
 def aims() -> list[Aim]:
-    """The figures that issue and page ask for."""
+    """The figures that `docs/gpu.md` asks for."""
     tokens = "update_tokens_s"
     table = [
         Aim("update, BF16, tokens/s", _of("actor bf16", tokens)),

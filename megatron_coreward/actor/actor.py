@@ -98,6 +98,7 @@ class MegatronActor:
         self._store: Any = None  # on rank 0: where the parties of a weight sync meet
         self._saving: Saving | None = None
         self._host_memory = HostMemory()
+        self._gpu_is_lent = False  # to the engines: from `offload` to `onload`
         self._cold_scales = setup.settings.fp8 is not None and RECIPES[setup.settings.fp8].keeps_state
         self._offloaded = Offloaded(self._parts())
         self._offloaded.settle()
@@ -133,8 +134,8 @@ class MegatronActor:
         """Frees the memory of all that neither a weight sync nor its canary needs: the optimizer's state, gradients,
         the EMA's state, the frozen reference. Weights of policy and teacher stay. Returns None without a GPU."""
         before = free_memory(cached=True)  # what only torch still holds is not asked back
-        for model in ([c.module for c in self.policy], *(frozen.chunks for frozen in self.frozen.values())):
-            forget_quantised_weights(model)
+        self._forget_quantised_weights()
+        self._gpu_is_lent = True
         self._offloaded.leave("optimizer", "teacher", "reference")
         for chunk in self.policy:
             chunk.offload_grad_buffers()
@@ -143,12 +144,17 @@ class MegatronActor:
 
     def onload(self) -> DeviceMemory | None:
         """Allocates the memory again. Gradients come back as zeros."""
+        self._gpu_is_lent = False
         before = free_memory()
         for chunk in self.policy:
             chunk.restore_grad_buffers()
         self._offloaded.settle()
         after = free_memory()
         return None if before is None or after is None else DeviceMemory(after, after - before)
+
+    def _forget_quantised_weights(self) -> None:
+        for model in ([c.module for c in self.policy], *(frozen.chunks for frozen in self.frozen.values())):
+            forget_quantised_weights(model)
 
     @property
     def is_output_rank(self) -> bool:
@@ -196,6 +202,9 @@ class MegatronActor:
 
         with self._bf16_under_delayed_scaling(weights):
             scores = forward_only(self._chunks(weights), packs, score)
+        if self._gpu_is_lent:  # the canary: what it has made would stay beside the engines' caches
+            self._forget_quantised_weights()
+            free_memory(cached=True)
         if scores is None or not self.is_output_rank:
             return None
 

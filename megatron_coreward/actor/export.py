@@ -1,5 +1,6 @@
 """The actor's weights as a Hugging Face model directory: whole or not at all."""
 
+import datetime
 import os
 import shutil
 from contextlib import closing
@@ -19,6 +20,9 @@ from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.weights.mapping import hf_tensors
 
 MAX_FILE_BYTES = 4 * 2**30
+# A rank waits for its first tensor to be asked for, or for the last file, almost as long as the export takes: for a
+# large model on a slow disk that is longer than the limit of all other collectives.
+TIMEOUT = datetime.timedelta(days=1)
 
 
 @torch.no_grad()
@@ -31,14 +35,16 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, 
     dtype = next(iter(chunks[0].parameters())).dtype
     owned = owned_blocks(chunks, arch, ranks)
     mine = {name: [b for b in owned if b.name == name] for name in {b.name for b in owned}}
+    group = dist.new_group(timeout=TIMEOUT, backend="gloo")  # a NCCL pair for each rank would take memory
     where: list[dict[str, list[tuple[slice, ...]]]] = [{} for _ in range(ranks.world_size)]
-    dist.all_gather_object(where, {name: [b.index for b in blocks] for name, blocks in mine.items()})
+    dist.all_gather_object(where, {name: [b.index for b in blocks] for name, blocks in mine.items()}, group)
 
     if ranks.rank != 0:
         for name in shapes:
             for block in mine.get(name, []):
-                dist.send(block.read().cpu().contiguous(), dst=0)  # gloo: a NCCL pair for each rank takes memory
-        dist.barrier()
+                dist.send(block.read().cpu().contiguous(), dst=0, group=group)
+        dist.barrier(group)
+        dist.destroy_process_group(group)
         return
 
     partial = partial_directory(target)
@@ -54,7 +60,7 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, 
                     continue
                 for index in where[rank].get(name, []):
                     received = torch.empty(tensor[index].shape, dtype=dtype)
-                    dist.recv(received, src=rank)
+                    dist.recv(received, src=rank, group=group)
                     tensor[index] = received
             writer.write_rows(name, 0, tensor)
     copy_description(source, partial, dtype)
@@ -66,7 +72,8 @@ def export_hf(chunks: list[GPTModel], arch: Architecture, ranks: ParallelRanks, 
         os.replace(target, former)  # the name goes first: a kill leaves no model with holes under it
     os.replace(partial, target)
     shutil.rmtree(former, ignore_errors=True)
-    dist.barrier()
+    dist.barrier(group)
+    dist.destroy_process_group(group)
 
 
 def partial_directory(target: Path) -> Path:

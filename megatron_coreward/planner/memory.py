@@ -141,7 +141,10 @@ def actor_memory(config: RunConfig, arch: Architecture, assumptions: Assumptions
                 buckets=buckets,
                 runtime=assumptions.runtime_bytes,
                 fragmentation=int(assumptions.fragmentation * total),
-                while_sampling=item * held.numel * (1 + teacher) + buckets + assumptions.runtime_bytes,
+                while_sampling=item * held.numel * (1 + teacher)
+                + canary_copies(arch, a, layout, stage, teacher)
+                + buckets
+                + assumptions.runtime_bytes,
             )
         )
     return tuple(stages)
@@ -155,11 +158,22 @@ def fp8_copies(arch: Architecture, a: ActorSettings, layout: ActorLayout, stage:
     if a.fp8 is None:
         return 0
     frozen = 0 if RECIPES[a.fp8].keeps_state else models - 1
+    return 2 * _layer_elements(arch, layout, stage) * (frozen + (not a.fp8_params))
+
+
+def canary_copies(arch: Architecture, a: ActorSettings, layout: ActorLayout, stage: int, teacher: bool) -> int:
+    """What scoring the canary keeps of the layers' weights in FP8 for a moment, when the engines have allocated their
+    caches: a byte each, without the transposed ones, of one model at a time (`MegatronActor.token_stats`)."""
+    if a.fp8 is None or RECIPES[a.fp8].keeps_state or (a.fp8_params and not teacher):
+        return 0
+    return _layer_elements(arch, layout, stage)
+
+
+def _layer_elements(arch: Architecture, layout: ActorLayout, stage: int) -> int:
+    """Of the weights of all layers on a rank of a stage that can be in FP8."""
     shapes = layer_shapes(arch, layout.tensor_parallel, layout.expert_tp_size, layout.expert_parallel)
-    elements = sum((*shapes.attention, *shapes.mlp, *shapes.experts)) * sum(
-        len(layers) for layers in layout.chunks(arch.num_layers)[stage]
-    )
-    return 2 * elements * (frozen + (not a.fp8_params))
+    elements = sum((*shapes.attention, *shapes.mlp, *shapes.experts))
+    return elements * sum(len(layers) for layers in layout.chunks(arch.num_layers)[stage])
 
 
 def keeps_reference(config: RunConfig) -> bool:

@@ -74,6 +74,7 @@ def test_training_does_not_notice_that_its_state_was_away(tmp_path: Path, dtype:
         assert plain["state held"] > 0
         assert resting["state held"] == 0
         assert resting["gradients held"] == [0, 0]
+        assert resting["copies kept"] == 0
         assert plain["described"] == {
             "backend": "local",
             "fp8": "off",

@@ -59,6 +59,19 @@ def test_what_is_offloaded_is_there_for_the_steps_that_need_it_alone(offloaded: 
     assert stage.peak >= stage.resident + saved
 
 
+def test_an_actor_that_lends_its_gpu_keeps_what_the_canary_makes_of_weights_in_fp8() -> None:
+    """A byte each of one model's layers; scales with a memory are left alone, and FP8 weights need no copies."""
+    (bf16,) = actor_memory(config("Qwen3-8B-Base", "co_rewarding_i"), EIGHT, Assumptions())
+    outside = 2 * 151_936 * 4_096  # embedding and head, which are never in FP8
+    for fp8, copied in (
+        ({"fp8": "tensorwise"}, num_parameters(EIGHT) - outside),
+        ({"fp8": "tensorwise", "fp8_params": True}, 0),
+        ({"fp8": "delayed"}, 0),
+    ):
+        (stage,) = actor_memory(config("Qwen3-8B-Base", "co_rewarding_i", actor=fp8), EIGHT, Assumptions())
+        assert stage.while_sampling - bf16.while_sampling == pytest.approx(copied, rel=1e-3)  # norms stay as they are
+
+
 def test_a_step_of_the_optimizer_or_the_ema_takes_memory_by_the_shard() -> None:
     held = stage_parameters(EIGHT, ActorLayout(data_parallel=4), 0)
     assert held.largest == 151_936 * 4096
