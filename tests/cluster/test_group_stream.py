@@ -96,7 +96,7 @@ def test_an_engine_that_dies_is_named_and_only_what_had_not_ended_is_drawn_again
     stream.submit(asked)
     stream.go_on(0)
     engines.kill(1)
-    with pytest.raises(WorkerDied, match="engine 1 died while rollouts") as death:
+    with pytest.raises(WorkerDied, match="engine 1 died during rollouts") as death:
         stream.wait(names(asked))
     engines.paused = False
     stream.gone(1, death.value)

@@ -160,7 +160,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_name_and_by_setting_all_are_star
     kill_one(attempt, "rank")
     status, output = attempt.wait()
     assert status == 1
-    assert re.search(r"the run failed: actor rank [01] died while .* the same command goes on after step", output)
+    assert re.search(r"the run failed: actor rank [01] died during .* the same command goes on after step", output)
     assert attempt.orphans() == []
     assert leftover_segments() == []
 

@@ -493,7 +493,7 @@ CASES: dict[str, Case] = {
     ),
     "replaced data": broken(
         together(resumed(), text("run/checkpoints/step_000004/inputs.json", '{"data.train_files[0]": "another"}')),
-        says="data.train_files.0.: train.parquet, not the file that run/checkpoints/step_000004 was made from; bring",
+        says="data.train_files.0.: train.parquet, not the file that run/checkpoints/step_000004 was made from; restore",
     ),
     "a TMPDIR that is too long": broken(
         together(environment(TMPDIR="/" + "t" * 60), patch(sockets, "FALLBACK", Path("/nowhere"))),

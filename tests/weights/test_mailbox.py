@@ -36,7 +36,7 @@ def in_another_process(code: str, layout: MailboxLayout) -> "subprocess.Popen[st
     lines = [
         "import os, sys, json",
         "from megatron_coreward.weights.mailbox import MailboxLayout",
-        "from megatron_coreward.weights.mailbox import OwnedMailbox, open_mailbox",
+        "from megatron_coreward.weights.mailbox import OwnedMailbox, mailbox_path, open_mailbox",
         f"layout = MailboxLayout(*{astuple(layout)!r})",
         code,
     ]
@@ -104,9 +104,10 @@ def test_the_mailbox_of_a_killed_process_is_replaced_and_one_of_a_living_process
 
 def test_orphans_of_other_names_go_when_a_mailbox_is_created(layout: MailboxLayout) -> None:
     other = replace(layout, name=layout.name + "-other")
-    process = in_another_process("owned = OwnedMailbox(layout); os.kill(os.getpid(), 9)", other)
-    assert process.wait(timeout=60) == -signal.SIGKILL
-    assert mailbox_path(other.name).exists()
+    there = "print(mailbox_path(layout.name).exists(), flush=True)"
+    process = in_another_process(f"owned = OwnedMailbox(layout); {there}; os.kill(os.getpid(), 9)", other)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (-signal.SIGKILL, "True\n")  # tests beside this one may remove it from now on
     OwnedMailbox(layout).close()
     assert not mailbox_path(other.name).exists()
 
