@@ -5,20 +5,16 @@ megatron-coreward demo --study methods
 
 from collections.abc import Sequence
 
-from megatron_coreward.config.methods import MethodName
+from megatron_coreward.config.methods import BUILT_IN, MethodName
+from megatron_coreward.demo.run import COMPARED
 from megatron_coreward.demo.study import Cell
 
 STUDY = "methods"
 STEPS = 75
+_CONTROLS: tuple[MethodName, ...] = ("majority_voting", "random_reward")
 METHODS: tuple[MethodName, ...] = (
-    "majority_voting",
-    "random_reward",
-    "self_harmony",
-    "restrain",
-    "scrl",
-    "empo",
-    "evol_rl",
-    "confidence_voting",
+    *_CONTROLS,
+    *(name for name in BUILT_IN if name not in (*_CONTROLS, *COMPARED, "co_rewarding_i+ii_original")),
 )
 SEEDS = (1,)
 SETTINGS = (f"steps={STEPS}", "validation.every=15", "actor.lr=1e-4")

@@ -24,7 +24,7 @@ def run_study(
     """
     if (arms or rates) and study != stability.STUDY:
         raise InputError(f"--methods, --rates: found with --study {study}; allowed: with --study {stability.STUDY}")
-    cells = stability.cells(arms, rates, seeds) if study == stability.STUDY else _STUDIES[study].cells(seeds)
+    cells = _STUDIES[study].cells(arms, rates, seeds)
     recorded = run_dir / study / "recorded"
     run_cells(run_dir, study, cells, done=lambda cell, cell_dir: record_run(cell_dir, cell.name, cell.seed, recorded))
     return show(study, recorded, run_dir / study / f"{study}.png")
@@ -192,13 +192,15 @@ def methods_table(records: Sequence[Record]) -> Table:
 
 @dataclass(frozen=True, slots=True)
 class _Study:
-    cells: Callable[[Sequence[int]], list[Cell]]  # of seeds; none: of all
+    cells: Callable[[Sequence[str], Sequence[float], Sequence[int]], list[Cell]]  # of arms, rates, seeds; none: of all
     draw: Callable[[Sequence[Record], Path], Path]
     table: Callable[[Sequence[Record]], Table]
 
 
 _STUDIES: Mapping[str, _Study] = {
-    stability.STUDY: _Study(lambda seeds: stability.cells(seeds=seeds), draw_stability, stability_table),
-    rephrasings.STUDY: _Study(lambda seeds: rephrasings.cells(seeds=seeds), draw_rephrasing, rephrasing_table),
-    later_methods.STUDY: _Study(later_methods.cells, draw_methods, methods_table),
+    stability.STUDY: _Study(stability.cells, draw_stability, stability_table),
+    rephrasings.STUDY: _Study(
+        lambda arms, rates, seeds: rephrasings.cells(seeds=seeds), draw_rephrasing, rephrasing_table
+    ),
+    later_methods.STUDY: _Study(lambda arms, rates, seeds: later_methods.cells(seeds), draw_methods, methods_table),
 }

@@ -136,4 +136,6 @@ def test_the_study_of_methods_has_a_line_for_each_in_its_own_order(tmp_path: Pat
 
 def test_the_study_of_methods_has_every_built_in_one_that_the_paper_does_not_compare() -> None:
     assert {*later_methods.METHODS} == {*BUILT_IN} - {*COMPARED, "co_rewarding_i+ii_original"} | {"majority_voting"}
+    later = {"random_reward", "self_harmony", "restrain", "scrl", "empo", "evol_rl", "confidence_voting"}
+    assert {*later_methods.METHODS} == later | {"majority_voting"}
     assert [cell.name for cell in later_methods.cells()] == [*later_methods.METHODS]

@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from megatron_coreward.config.load import parse_config
 from megatron_coreward.config.schema import RunConfig
+from tools.soak import make_task
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,3 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Task]:
             (shared / "complete").touch()
     yield Task(Path(shutil.copytree(shared, tmp_path_factory.mktemp("e2e") / "task")))
     stop_ray()
-
-
-def make_task(folder: Path) -> None:
-    from megatron_coreward.demo.model import write_model
-    from megatron_coreward.demo.task import make_splits, write_parquet
-    from megatron_coreward.demo.tokenizer import word_level_tokenizer
-    from megatron_coreward.demo.warm_start import warm_start
-
-    folder.mkdir()
-    splits = make_splits(1, num_train=64, num_heldout=16, num_sft=16)
-    write_parquet(folder, splits)
-    tokenizer = word_level_tokenizer()
-    write_model(folder / "random", tokenizer, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=32, ffn=128)
-    # Sixteen answers, half learned: rollouts vary, and yet votes and labels meet often.
-    examples = [*splits.sft] * 8
-    warm_start(
-        folder / "random", folder / "start", tokenizer, examples, max_steps=120, seed=1, on_step=lambda step, loss: None
-    )

@@ -25,13 +25,13 @@ def scored(run_dir: Path, step: int) -> list[ScoredGroup]:
 
 def test_partial_rollouts_two_steps_ahead_outlive_an_engine(task: Task) -> None:
     """Over the border of an epoch, with checkpoints and a validation in between."""
-    # So few at once that sampling takes longer than an update, and is under way when weights change.
+    # So few at once that responses are under way when weights change, and enough that engines get two steps ahead.
     options = (
         "steps=10",
         "checkpoint.every=4",
         "validation.every=5",
         "telemetry.console=plain",
-        "rollout.max_num_seqs=2",
+        "rollout.max_num_seqs=8",
     )
     config = task.config("co_rewarding_i", f"run_dir={task.folder / 'streamed'}", *STREAM, *AHEAD, *options)
     attempt = Attempt.start(config)
@@ -50,7 +50,7 @@ def test_partial_rollouts_two_steps_ahead_outlive_an_engine(task: Task) -> None:
     assert [*streaming_problems(config, QUESTIONS)] == []
     rows = read_rows(config.run_dir / "metrics.jsonl")[1:]
     assert [row["step"] for row in rows] == list(range(1, 11))
-    assert max(float(row["rollout/staleness_max"]) for row in rows) in (1, 2)  # 2 if engines were ahead by that much
+    assert max(float(row["rollout/staleness_max"]) for row in rows) == 2
     assert max(float(row["rollout/continued_share"]) for row in rows) > 0
     gaps = [float(row["sync/canary_gap"]) for row in rows if "sync/canary_gap" in row]
     assert len(gaps) >= 8  # nothing is left to draw from the weights of the last steps

@@ -44,6 +44,19 @@ class WritingEngines(FakeEngines):
 
     reply: Callable[[int], str] = staticmethod(lambda version: f"<rewritten>{GOOD}</rewritten>")
     finish_reason: Any = "stop"
+    dies = False  # as soon as it is asked for rewritings, once
+
+    def begin_sampling(
+        self, requests: Sequence[SamplingRequest], expected_version: int
+    ) -> Callable[[], list[list[Completion]]]:
+        if not self.dies or any(request.n > 1 for request in requests):
+            return super().begin_sampling(requests, expected_version)
+        self.dies = False
+
+        def finish() -> list[list[Completion]]:
+            raise WorkerDied("engine", 0, "rollouts", RuntimeError("gone"))
+
+        return finish
 
     def sample(self, requests: Sequence[SamplingRequest], expected_version: int) -> list[list[Completion]]:
         found = super().sample(requests, expected_version)
@@ -256,20 +269,8 @@ def test_rewritings_that_an_engine_took_with_it_are_written_by_the_weights_of_th
     engines = WritingEngines([])
     collector, rewriter, _, events = set_up(engines=engines, more_of_engines={"max_restarts": 1}, steps=4)
     engines.reply = in_words
-    begin = engines.begin_sampling
-
-    def begin_and_die(requests: Sequence[SamplingRequest], version: int) -> Callable[[], list[list[Completion]]]:
-        if any(request.n > 1 for request in requests):
-            return begin(requests, version)
-        engines.begin_sampling = begin  # type: ignore[method-assign]
-
-        def finish() -> list[list[Completion]]:
-            raise WorkerDied("engine", 0, "rollouts", RuntimeError("gone"))
-
-        return finish
-
     assert learn_from(collector, (1,), events) == [0]
-    engines.begin_sampling = begin_and_die  # type: ignore[method-assign]
+    engines.dies = True
     assert learn_from(collector, (2,), events) == [0]  # begins the third step's rewritings, which will not come
     events.clear()
     assert learn_from(collector, (3,), events) == [2]
