@@ -351,7 +351,7 @@ def figures_of_run(rows: Sequence[Mapping[str, Any]], arch: Architecture, config
         "outside_share": median("time/outside_share"),
         "shares": {key.removeprefix("time/").removesuffix("_s"): median(key) / step for key in phases},
         "logprob_gap": median("sync/logprob_gap"),
-        "probe_gap": median("sync/canary_gap"),
+        "canary_gap": median("sync/canary_gap"),
         "finite": all(float(row["optim/grad_norm"]) < float("inf") for row in rows if "optim/grad_norm" in row),
     }
 

@@ -4,6 +4,8 @@ Everything about the files is as in a published checkpoint of the family (names,
 tokenizer), only small and made from a seed.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.utils import logging as hf_logging
 
 from megatron_coreward.errors import InputError
 
@@ -119,12 +122,24 @@ def write_model(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
-    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    with _without_progress_bars():  # a model of a few megabytes is written at once
+        model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     for file in directory.glob("*.safetensors"):  # which safetensors 0.8 writes for the owner alone
         file.chmod((directory / "config.json").stat().st_mode)
     tokenizer.save_pretrained(directory)
     _check_tokenizer(directory, tokenizer)
     return directory
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _random_model(model_class: Any, config: Any, seed: int, jitter: float) -> Any:
