@@ -45,7 +45,7 @@ RECIPES: dict[str, Recipe] = {
 }
 ROLLOUT_FP8_CAPABILITY = (8, 9)  # vLLM's FP8 kernels; older cards would fall back to weight-only ones
 
-# Mean gap of log-probs between engine and actor that FP8 in either may make, in nats; see `docs/gpu.md`.
+# Mean gap of log-probs between engine and actor that FP8 in either may make, in nats; see `docs/gpu_internals.md`.
 FP8_LOGPROB_GAP = 0.25
 
 
