@@ -3,7 +3,8 @@
 A policy that learns from its own votes may lock in wrong answers while its reward, its length and its certainty look
 well. What it then forgets are answers that it was sure of. So before the first step, some training questions are
 drawn from the policy of the start, and those with a clear majority are kept as anchors; every few steps, the policy
-draws them again. No ground truth is read: what is compared is the policy with its own past.
+draws them again. No ground truth is read: what is compared is the policy with its own past. The exception are methods
+that read ground truths: they correct clear majorities that are wrong, so for them only right ones are anchors.
 
 Invariants, each held by a test: the anchors are a function of the start, the seed and the settings; a draw is a
 function of the weights (its seeds are always the same); opening for `first_step` forgets the draws of that step and of
@@ -13,6 +14,7 @@ later ones, so a resumed run draws what an uninterrupted one would.
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,15 +47,18 @@ class Anchors:
         settings: GuardSettings,
         equivalence: AnswerEquivalence,
         first_step: int = 0,
+        *,
+        only_right: bool = False,
     ) -> None:
         """Args:
             problems: the training questions.
             first_step: that comes next; 0: nothing has been drawn.
+            only_right: a majority must be the ground truth; for methods that read ground truths anyway.
 
         Raises InputError if a whole line of the file is not a draw.
         """
         self._problems, self._settings, self._equivalence = problems, settings, equivalence
-        self._path = path
+        self._path, self._only_right = path, only_right
         self._labels: dict[str, str] = {}
         self._agreements: list[float] = []  # of the draws so far
         with writing(path):
@@ -103,9 +108,17 @@ class Anchors:
         labels: dict[str, str] = {}
         for group in draw(candidates, FIRST_ROLLOUTS, FIRST_DRAW):
             vote = majority_vote(group.answers, self._equivalence)
-            if vote.label is not None and vote.share >= CLEAR and len(labels) < self._settings.anchors:
+            if vote.label is not None and vote.share >= CLEAR:
                 labels[group.uid] = vote.label
-        return labels
+        if self._only_right:
+            labels = self._right(labels)
+        return dict(islice(labels.items(), self._settings.anchors))
+
+    def _right(self, labels: Mapping[str, str]) -> dict[str, str]:
+        """Those that are the ground truth."""
+        truths = {problem.uid: problem.ground_truth for problem in self._problems if problem.uid in labels}
+        self._equivalence.compare([(label, truths[uid]) for uid, label in labels.items()])
+        return {uid: label for uid, label in labels.items() if self._equivalence.equivalent(label, truths[uid])}
 
     def _metrics(self, answers: Mapping[str, Sequence[str | None]]) -> dict[str, float]:
         """Those of a draw, after all earlier ones."""

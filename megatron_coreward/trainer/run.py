@@ -286,7 +286,8 @@ class _Attempt:
         state = self.opened.trainer_state
         first_step = 0 if state is None else state.step + (state.unfinished_row is None)
         path = config.run_dir / anchor_draws.FILE_NAME
-        chosen = Anchors(path, self.data.train, config.guard, equivalence, first_step)
+        reads_labels = method_of(config.method).needs.ground_truth
+        chosen = Anchors(path, self.data.train, config.guard, equivalence, first_step, only_right=reads_labels)
         self.stack.callback(chosen.close)
         if first_step > 0 and not chosen.chosen:
             self.notify(

@@ -62,6 +62,18 @@ def test_the_first_questions_with_a_clear_majority_are_the_anchors(tmp_path: Pat
     }
 
 
+def test_with_a_method_that_reads_ground_truths_only_right_majorities_are_anchors(tmp_path: Path) -> None:
+    """The wrong ones are what it corrects: they would raise an alarm in a run that learns."""
+    truth = PROBLEMS[0].ground_truth
+    policy = Policy(q0=[truth], q1=[truth, "1"], q2=["5"], q3=["9"])
+    assert PROBLEMS[2].ground_truth != "5"
+    for only_right, chosen in ((False, ["fake/0", "fake/2"]), (True, ["fake/0"])):
+        path = tmp_path / f"{only_right}.jsonl"
+        anchors = Anchors(path, PROBLEMS, SETTINGS, AnswerEquivalence("exact"), only_right=only_right)
+        assert anchors.observe(0, policy)["anchor/questions"] == len(chosen)
+        assert list(json.loads(path.read_text())["labels"]) == chosen
+
+
 def test_a_later_draw_is_compared_with_the_start(tmp_path: Path) -> None:
     anchors = open_anchors(tmp_path / "anchors.jsonl")
     anchors.observe(0, START)
