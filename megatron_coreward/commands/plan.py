@@ -57,7 +57,7 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_coreward.config.load import load_config
     from megatron_coreward.planner.hardware import assume, find_gpu
     from megatron_coreward.planner.models import architecture_of
-    from megatron_coreward.planner.plan import Machine, gpus_of, make_plan
+    from megatron_coreward.planner.plan import Machine, gpus_of, make_plan, placed
     from megatron_coreward.planner.report import overrides, report
     from megatron_coreward.planner.search import nearest
     from megatron_coreward.planner.step_time import transfers
@@ -68,6 +68,7 @@ def _plan(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     arch = architecture_of(config.model)
     placement = options.placement or config.rollout.placement
+    config = placed(config, placement)
     machine = Machine(find_gpu(options.gpu or config.gpu or "h100"), placement, assume(options.assume))
     gpus = options.gpus or gpus_of(config, placement)
     model = config.model.hf_path.name
