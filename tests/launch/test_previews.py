@@ -74,7 +74,7 @@ class TestSlurmWithoutContainers:
         node = files_of(
             preview(capsys, "slurm", str(recipe), "--nodes", "4", "--gpus-per-node", "8", "--cluster", cluster)
         )["node.sh"]
-        assert "module load cuda/12.9\n" in node
+        assert "module load cuda/13.0\n" in node
         assert "--num-gpus=8" in node
         assert 'until [ "$(up)" -ge 4 ]' in node
 
