@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megatron_coreward.commands.arguments import whole
 from megatron_coreward.config.accelerator import GpuSupport, machine_problems, model_problems, setting_problems
 from megatron_coreward.config.architecture import Architecture
 from megatron_coreward.config.load import parse_config
@@ -45,6 +46,7 @@ METHODS = ("co_rewarding_i", "co_rewarding_ii")
 PROMPT, RESPONSE, SEQUENCES = 128, 896, 256  # tokens of a sequence, sequences of an update: 262,144 tokens
 ROLLOUT_PROMPTS, ROLLOUT_N, ROLLOUT_TOKENS = 64, 8, 512
 TRAIN_STEPS, SKIPPED_STEPS = 20, 5  # the first steps compile kernels
+SHAPE, MICROBATCH = "Qwen3-1.7B-Base", 16384  # unless --shape and --tokens-per-microbatch say otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,12 @@ def runs(only: str | None = None) -> list[Run]:
     return [run for run in (*actor, *rollout, *train) if only in (None, run.group)]
 
 
-def config_of(run: Run, model: Path, folder: Path) -> RunConfig:
-    """The configuration that a run measures."""
+def config_of(run: Run, model: Path, folder: Path, microbatch: int = MICROBATCH) -> RunConfig:
+    """The configuration that a run measures.
+
+    Args:
+        microbatch: tokens of one.
+    """
     tree: dict[str, Any] = {
         "run_dir": str(folder / run.name.replace(" ", "_")),
         "steps": TRAIN_STEPS,
@@ -84,7 +90,7 @@ def config_of(run: Run, model: Path, folder: Path) -> RunConfig:
             "max_prompt_tokens": PROMPT,
             "system_prompt": None,
         },
-        "actor": {"tokens_per_microbatch": 16384, "backend": "te"},
+        "actor": {"tokens_per_microbatch": microbatch, "backend": "te"},
         "rollout": {
             "placement": "colocated",
             "n": 8,
@@ -102,7 +108,7 @@ def config_of(run: Run, model: Path, folder: Path) -> RunConfig:
 
 
 def planned(run: Run, config: RunConfig, arch: Architecture) -> tuple[int, list[str]]:
-    """Bytes at the peak, as the planner sees it, and what of it the card cannot hold."""
+    """Bytes at the peak, as the planner checks them, and what of it the card cannot hold."""
     machine = Machine(GPU, "disaggregated" if run.group == "actor" else "colocated", Assumptions())
     (stage,), engine = actor_memory(config, arch, machine.assumptions), engine_memory(config, arch, GPU, Assumptions())
     if run.group == "actor":
@@ -111,14 +117,14 @@ def planned(run: Run, config: RunConfig, arch: Architecture) -> tuple[int, list[
         room = [f"{engine.cache / 2**30:.0f} GiB are left for the cache"] if engine.cache <= 0 else []
         return engine.claimed, room
     problems = [*actor_problems((stage,), engine, machine), *engine_problems(config, (stage,), engine, machine)]
-    return max(stage.peak + engine.asleep, stage.resident + engine.claimed), problems
+    return max(stage.peak + engine.asleep, stage.while_sampling + engine.claimed), problems
 
 
-def dry_run(shape: str) -> Iterator[str]:
+def dry_run(shape: str, microbatch: int = MICROBATCH) -> Iterator[str]:
     """A line for each run, and what keeps it from running on one H200."""
     arch = published_architecture(shape)
     for run in runs():
-        config = config_of(run, Path(shape), Path("bench"))
+        config = config_of(run, Path(shape), Path("bench"), microbatch)
         peak, beyond = planned(run, config, arch)
         problems = [*setting_problems(config), *model_problems(config, arch), *machine_problems(config, H200), *beyond]
         of = f"{peak / 2**30:.0f} of {GPU.memory_bytes / 2**30:.0f} GiB"
@@ -361,7 +367,7 @@ def _nvidia_smi(field: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
 
 
-def perform(run: Run, shape: str, folder: Path) -> dict[str, Any]:
+def perform(run: Run, shape: str, folder: Path, microbatch: int) -> dict[str, Any]:
     """The run, in this process; with what it ran on."""
     import importlib.metadata
 
@@ -373,7 +379,7 @@ def perform(run: Run, shape: str, folder: Path) -> dict[str, Any]:
     model = write_random_model(folder / shape, shape)
     if not (folder / "train.parquet").is_file():
         write_parquet(folder, make_splits(1, num_train=512, num_heldout=16, num_sft=0))
-    config = config_of(run, model, folder)
+    config = config_of(run, model, folder, microbatch)
     begin = time.perf_counter()
     if run.group == "actor":
         figures = bench_actor(config, arch)
@@ -430,8 +436,9 @@ def _ratio(one: tuple[str, str], other: tuple[str, str]) -> Callable[[Mapping[st
     return value
 
 
-def aims() -> list[Aim]:
-    """The figures that `docs/gpu.md` asks for."""
+def aims(shape: str) -> list[Aim]:
+    """The figures that `docs/gpu.md` asks for, with the aims that hold for this shape."""
+    billions = num_parameters(published_architecture(shape)) / 1e9
     tokens = "update_tokens_s"
     table = [
         Aim("update, BF16, tokens/s", _of("actor bf16", tokens)),
@@ -439,7 +446,7 @@ def aims() -> list[Aim]:
     ]
     for recipe in FP8:
         table.append(Aim(f"update, FP8 {recipe}, tokens/s", _of(f"actor fp8 {recipe}", tokens)))
-        least = 1.3 if recipe == "tensorwise" else None
+        least = 1.3 if recipe == "tensorwise" and billions >= 4 else None
         pair = ((f"actor fp8 {recipe}", tokens), ("actor bf16", tokens))
         table.append(Aim(f"update, FP8 {recipe}, over BF16", _ratio(*pair), "{:.2f}", least=least))
     rate = "rollout_tokens_s"
@@ -452,7 +459,7 @@ def aims() -> list[Aim]:
         Aim("rollout, FP8, over bare vLLM in BF16", _ratio(("rollout fp8", rate), bare), "{:.3f}"),
     ]
     for run in (run.name for run in runs("train")):
-        most = 0.3 if run.endswith("bf16") else None
+        most = 0.3 if run.endswith("bf16") and 8 <= billions < 9 else None
         table += [
             Aim(f"{run}: step, s", _of(run, "step_s"), "{:.2f}"),
             Aim(f"{run}: sync, s each", _of(run, "sync_s"), "{:.3f}", most=most),
@@ -465,10 +472,16 @@ def aims() -> list[Aim]:
     return table
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: every figure with its aim, then the shares of the phases, then what all was measured on."""
+def table(results: Sequence[Mapping[str, Any]], shape: str = SHAPE) -> str:
+    """Markdown: every figure with its aim, then the shares of the phases, then what all was measured on; one table for
+    each shape, or that of `shape` if nothing was measured."""
+    shapes = list(dict.fromkeys(str(result["shape"]) for result in results)) or [shape]
+    return "\n\n".join(_table_of(one, [result for result in results if result["shape"] == one]) for one in shapes)
+
+
+def _table_of(shape: str, results: Sequence[Mapping[str, Any]]) -> str:
     figures = {str(result["run"]): result["figures"] for result in results}  # the last one of a name counts
-    lines = ["| figure | value | aim | met |", "|---|---|---|---|", *(aim.row(figures) for aim in aims())]
+    lines = [f"| {shape} | value | aim | met |", "|---|---|---|---|", *(aim.row(figures) for aim in aims(shape))]
     shared = {run: found["shares"] for run, found in figures.items() if "shares" in found}
     if shared:
         phases = sorted({phase for shares in shared.values() for phase in shares})
@@ -488,7 +501,10 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     shapes = [name for name, config in CONFIGS.items() if "num_experts" not in config]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="Qwen3-1.7B-Base", choices=shapes, help="whose sizes the model has")
+    parser.add_argument("--shape", default=SHAPE, choices=shapes, help="whose sizes the model has")
+    parser.add_argument(
+        "--tokens-per-microbatch", type=whole(PROMPT + RESPONSE), default=MICROBATCH, help="of updates and scoring"
+    )
     parser.add_argument("--only", choices=("actor", "rollout", "train"), help="one group of runs")
     parser.add_argument("--run", choices=[run.name for run in runs()], help="one run, in this process")
     parser.add_argument("--out", type=Path, help="file to which each run appends its JSON object")
@@ -498,17 +514,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, metavar="OUT", help="print the table of such a file")
     given = parser.parse_args(arguments)
     if given.table is not None:
-        print(table([json.loads(line) for line in given.table.read_text().splitlines()]))
+        print(table([json.loads(line) for line in given.table.read_text().splitlines()], given.shape))
         return 0
     if given.dry_run:
-        print("\n".join(dry_run(given.shape)))
+        print("\n".join(dry_run(given.shape, given.tokens_per_microbatch)))
         return 0
     if given.out is None:
         parser.error("--out is missing: the file that the results are appended to")
     if given.run is not None:
         with tempfile.TemporaryDirectory() as temporary:
             run = next(run for run in runs() if run.name == given.run)
-            result = perform(run, given.shape, given.work or Path(temporary))
+            result = perform(run, given.shape, given.work or Path(temporary), given.tokens_per_microbatch)
         with given.out.open("a") as file:
             file.write(json.dumps(result) + "\n")
         return 0
@@ -517,6 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work = given.work or Path(temporary)
         for run in runs(given.only):
             command = [sys.executable, __file__, "--run", run.name, "--shape", given.shape, "--out", str(given.out)]
+            command += ["--tokens-per-microbatch", str(given.tokens_per_microbatch)]
             try:
                 status = subprocess.run([*command, "--work", str(work)], timeout=given.limit, check=False).returncode
             except subprocess.TimeoutExpired:

@@ -2,18 +2,27 @@
 
 import argparse
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_coreward.commands.arguments import whole
 from megatron_coreward.errors import InputError
+from megatron_coreward.telemetry.untrusted_text import say
 
 if TYPE_CHECKING:
     from megatron_coreward.launch.job import Job
     from megatron_coreward.launch.supervise import Backend
 
-_RECIPE = "configs/math_co_rewarding_i.yaml"
+_PAPER = "configs/paper/qwen3_8b_base_math_co_rewarding"
+_NODES = f"{_PAPER}_ii.yaml --nodes 2 --gpus-per-node 8"  # as many GPUs as the recipe uses
+_EXAMPLES = {
+    "local": f"{_PAPER}_i.yaml --gpus-per-node 8",
+    "slurm": _NODES,
+    "kubernetes": f"{_NODES} run_dir=/runs/one",
+    "skypilot": f"{_NODES} run_dir=/runs/one",
+}
 _HELP = {
     "local": "run on this machine, and start again until the run is finished",
     "slurm": "run as a Slurm job, with containers (Pyxis) or without",
@@ -23,15 +32,18 @@ _HELP = {
 
 
 def add(commands: Any) -> None:
-    example = f"megatron-coreward launch {{kind}} {_RECIPE} --cluster launch/clusters/{{kind}}.yaml"
+    examples = {
+        kind: f"megatron-coreward launch {kind} {what} --cluster launch/clusters/{kind}.yaml"
+        for kind, what in _EXAMPLES.items()
+    }
     launch = commands.add_parser(
         "launch",
         help="run on a cluster, follow it, and submit it again until it is finished",
-        example=f"{example.format(kind='slurm')} --nodes 2 --gpus-per-node 8 --dry-run",
+        example=f"{examples['slurm']} --dry-run",
     )
     kinds = launch.add_subparsers(required=True, metavar="WHERE")
     for kind, text in _HELP.items():
-        parser = kinds.add_parser(kind, help=text, example=example.format(kind=kind))
+        parser = kinds.add_parser(kind, help=text, example=examples[kind])
         parser.add_argument("config", type=Path, metavar="CONFIG", help="the recipe")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
         parser.add_argument("--cluster", type=Path, metavar="FILE", help="the cluster's settings (launch/clusters/)")
@@ -63,13 +75,31 @@ def _launch(options: argparse.Namespace) -> None:
         options.gpus_per_node,
         options.time,
     )
-    warnings.filterwarnings("ignore", module="fastapi")  # what nemo-run imports
-    logging.getLogger("nemo_run").setLevel(logging.WARNING)
+    _check_packages(options.kind)
     backend = _backend(options.kind, job, options.cluster)
+    if job.gpus > job.used_gpus:
+        say(
+            f"warning: --nodes {job.nodes} --gpus-per-node {job.gpus_per_node}: {job.gpus} GPUs, of which the recipe's "
+            f"layout uses {job.used_gpus}",
+            sys.stderr,
+        )
     if options.dry_run:
         print(backend.preview())
     else:
         supervise(backend, max_resubmits=options.max_resubmits, detach=options.detach)
+
+
+def _check_packages(kind: str) -> None:
+    """Raises InputError if what every backend needs is not here."""
+    warnings.filterwarnings("ignore", module="fastapi")  # what nemo-run imports
+    try:
+        import nemo_run  # noqa: F401
+        import psutil  # noqa: F401
+    except ImportError as e:
+        raise InputError(
+            f"launch {kind} needs nemo-run, which this Python cannot import ({e}): pip install '.[launch]'"
+        ) from None
+    logging.getLogger("nemo_run").setLevel(logging.WARNING)
 
 
 def _backend(kind: str, job: "Job", cluster: Path | None) -> "Backend":

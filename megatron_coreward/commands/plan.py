@@ -57,7 +57,7 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_coreward.config.load import load_config
     from megatron_coreward.planner.hardware import assume, find_gpu
     from megatron_coreward.planner.models import architecture_of
-    from megatron_coreward.planner.plan import Machine, gpus_of, make_plan
+    from megatron_coreward.planner.plan import Machine, gpus_of, make_plan, placed
     from megatron_coreward.planner.report import overrides, report
     from megatron_coreward.planner.search import nearest
     from megatron_coreward.planner.step_time import transfers
@@ -68,6 +68,7 @@ def _plan(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     arch = architecture_of(config.model)
     placement = options.placement or config.rollout.placement
+    config = placed(config, placement)
     machine = Machine(find_gpu(options.gpu or config.gpu or "h100"), placement, assume(options.assume))
     gpus = options.gpus or gpus_of(config, placement)
     model = config.model.hf_path.name
@@ -97,11 +98,14 @@ def _plan(options: argparse.Namespace) -> None:
         answer["nearest"] = None if closest is None else closest.to_json()
         print(json.dumps(answer, indent=1))
     else:
-        if plan is not None:
-            print(report(plan, model))
+        parts = [] if plan is None else [report(plan, model)]
+        if not wrong:
+            parts.append("fits")
         if closest is not None:
-            print(f"nearest layout that fits, {closest.num_gpus} GPUs, {closest.seconds:.1f} s a step:")
-            print(f"  {overrides(closest)}")
+            found = f"nearest layout that fits, {closest.num_gpus} GPUs, {closest.seconds:.1f} s a step:"
+            parts.append(f"{found}\n  {overrides(closest)}")
+        if parts:
+            print("\n\n".join(parts))
     said = []
     if contradictions:
         said += [f"{options.config}: settings that cannot work, whatever the GPUs:", *contradictions]
@@ -121,7 +125,10 @@ def _search(
 
     unfixable = fixed_problems(config, arch, machine)
     found = [] if unfixable else search(config, arch, machine, gpus)[: options.top]
-    print(json.dumps([plan.to_json() for plan in found], indent=1) if options.json else ranking(found, gpus))
+    if options.json:
+        print(json.dumps([plan.to_json() for plan in found], indent=1))
+    elif found:
+        print(ranking(found))
     if not found:
         why = "".join(f"\n{problem}" for problem in unfixable)
         name = f"{config.model.hf_path.name} fits on {gpus} x {machine.gpu.name}"

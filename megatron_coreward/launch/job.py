@@ -14,6 +14,7 @@ from megatron_coreward.config.validate import setting_problems
 from megatron_coreward.errors import InputError
 from megatron_coreward.launch.settings import time_limit
 from megatron_coreward.planner.hardware import GPUS
+from megatron_coreward.planner.plan import gpus_of
 
 # One rule for all backends, that of the strictest: a label of Kubernetes begins with a letter, and KubeRay takes names
 # of RayJobs up to 47 characters, to which it adds its own. Ours end with `SUFFIX` there.
@@ -31,6 +32,16 @@ class Job:
     nodes: int
     gpus_per_node: int  # 0: a run on CPUs
     time: str | None  # [days-]hours:minutes:seconds; None: as the cluster's file has it
+
+    @property
+    def gpus(self) -> int:
+        """Of all nodes."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def used_gpus(self) -> int:
+        """Those of the recipe's layout, be there as many or not."""
+        return gpus_of(self.config, self.config.rollout.placement)
 
     @property
     def config_text(self) -> str:
@@ -91,7 +102,7 @@ def _room_problems(config: RunConfig, nodes: int, gpus_per_node: int) -> list[st
     actors, size = config.actor.world_size, config.rollout.tensor_parallel
     engines = config.rollout.num_engines * size
     colocated = config.rollout.placement == "colocated"
-    needed = max(actors, engines) if colocated else actors + engines
+    needed = gpus_of(config, config.rollout.placement)
     if needed > nodes * gpus_per_node:
         problems.append(
             f"--nodes {nodes} --gpus-per-node {gpus_per_node}: {nodes * gpus_per_node} GPUs, and the run needs "

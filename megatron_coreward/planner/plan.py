@@ -176,7 +176,7 @@ def placement_problems(config: RunConfig, machine: Machine, num_gpus: int | None
     Args:
         num_gpus: there are, the last node perhaps in part; None: as many nodes as are needed.
     """
-    config = _placed(config, machine.placement)
+    config = placed(config, machine.placement)
     request, per_node = ResourceRequest.of_run(config), machine.assumptions.gpus_per_node
     if request.colocated and request.engines * request.engine_size > request.ranks:
         return []  # `engine_problems` says so
@@ -191,7 +191,7 @@ def placement_problems(config: RunConfig, machine: Machine, num_gpus: int | None
     return []
 
 
-def _placed(config: RunConfig, placement: Placement) -> RunConfig:
+def placed(config: RunConfig, placement: Placement) -> RunConfig:
     """The config under the placement that a plan is made for."""
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"placement": placement})})
 
@@ -199,13 +199,17 @@ def _placed(config: RunConfig, placement: Placement) -> RunConfig:
 def fixed_problems(config: RunConfig, arch: Architecture, machine: Machine) -> list[str]:
     """What is wrong whatever the layout: with the one that has nothing to divide, and with the GPU."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    engines = config.teacher.engines + 1  # those of the teacher alone, and one for the policy
     actor = {
         **dict.fromkeys(("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "expert_parallel"), 1),
-        **dict.fromkeys(("context_parallel", "data_parallel"), 1),
+        # These say how the recipe's own stages and experts are cut, and there are none to cut here.
+        **dict.fromkeys(("first_stage_layers", "last_stage_layers", "expert_tensor_parallel")),
+        "context_parallel": 1,
+        "data_parallel": engines if machine.placement == "colocated" else 1,
         "sequence_parallel": False,
         "tokens_per_microbatch": longest,
     }
-    rollout = {"num_engines": 1, "tensor_parallel": 1, "placement": machine.placement}
+    rollout = {"num_engines": engines, "tensor_parallel": 1, "placement": machine.placement}
     trivial = config.model_copy(
         update={
             "actor": config.actor.model_copy(update=actor),

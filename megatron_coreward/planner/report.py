@@ -1,4 +1,4 @@
-"""A plan as text: the memory of every stage, an engine's, the step's phases, what does not fit."""
+"""A plan as text: the memory of every stage, an engine's, and the phases of a step."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,8 +11,8 @@ MOST_STAGES = 4
 
 
 def report(plan: Plan, model: str) -> str:
-    """Everything about one plan."""
-    return "\n".join([*_head(plan, model), "", *_memory(plan), "", *_step(plan), "", *_verdict(plan)])
+    """Everything about one plan except whether it fits."""
+    return "\n".join([*_head(plan, model), "", *_memory(plan), "", *_step(plan)])
 
 
 def _head(plan: Plan, model: str) -> Iterator[str]:
@@ -69,13 +69,6 @@ def _notes(plan: Plan) -> Iterator[str]:
     return (f"  not counted: {note}" for note in plan.notes)
 
 
-def _verdict(plan: Plan) -> Iterator[str]:
-    if not plan.problems:
-        yield "fits"
-    for problem in plan.problems:
-        yield f"does not fit: {problem}"
-
-
 def overrides(plan: Plan) -> str:
     """The layout as `key=value` arguments of any command that reads a recipe."""
     words = {True: "true", False: "false", None: "null"}
@@ -86,10 +79,8 @@ def overrides(plan: Plan) -> str:
     return " ".join(f"{key}={value}" for key, value in values)
 
 
-def ranking(plans: Sequence[Plan], gpus: int) -> str:
-    """A row a plan, best first."""
-    if not plans:
-        return f"no layout fits on {gpus} GPUs"
+def ranking(plans: Sequence[Plan]) -> str:
+    """A row a plan, best first; of at least one."""
     titles = ("s/step", "GPUs", "actor", "TP", "PP", "VPP", "EP", "DP", "engines", "GiB")
     lines = [f"{_row(*titles)}  overrides"]
     for plan in plans:

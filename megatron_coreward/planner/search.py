@@ -157,7 +157,8 @@ def search(
             of_parameters = tuple(value for name, value in layout.items() if name not in OF_MICRO_BATCHES)
             if of_parameters in too_large:
                 continue
-            plan = _planned(_with(config, actor=layout, rollout=_any_engines(arch, per_node)), arch, machine)
+            laid = _with(config, actor=layout)
+            plan = _planned(_with(laid, rollout=_any_engines(laid, arch, machine)), arch, machine)
             if plan is None or max(stage.resident for stage in plan.stages) > roomy.room:
                 too_large.add(of_parameters)
                 continue
@@ -203,10 +204,13 @@ def _is_beaten(plan: Plan, others: list[Plan], rank: Callable[[Plan], Any]) -> b
     return any(other.num_gpus > plan.num_gpus and rank(other) <= rank(plan) for other in others)
 
 
-def _any_engines(arch: Architecture, per_node: int) -> dict[str, Any]:
-    """Engines to plan an actor with, before its own are looked for: the widest one, which is on GPUs of its own."""
-    tp = next(n for n in reversed(_powers(per_node)) if arch.num_heads % n == 0)
-    return {"num_engines": 1, "tensor_parallel": tp, "gpu_memory_utilization": UTILIZATION}
+def _any_engines(config: RunConfig, arch: Architecture, machine: Machine) -> dict[str, Any]:
+    """Engines to plan an actor with, before its own are looked for: the widest ones that its layout allows."""
+    gpus = machine.assumptions.gpus_per_node
+    if machine.placement == "colocated":  # an engine on the GPUs of the actor's ranks
+        gpus = min(gpus, config.actor.world_size)
+    tp = next(n for n in reversed(_powers(gpus)) if arch.num_heads % n == 0)
+    return {"num_engines": config.teacher.engines + 1, "tensor_parallel": tp, "gpu_memory_utilization": UTILIZATION}
 
 
 def _planned(config: RunConfig, arch: Architecture, machine: Machine, num_gpus: int | None = None) -> Plan | None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from megatron_coreward.config.architecture import read_architecture
 from megatron_coreward.errors import RunError
 from megatron_coreward.rewards.answer import extract_answer
 from megatron_coreward.rollout import environment
@@ -63,7 +64,7 @@ class RolloutEngine:
         self._max_model_len, self._max_num_seqs = setup.max_model_len, setup.max_num_seqs
         self._stream_begun = threading.Event()
         self._tensor_parallel = setup.tensor_parallel
-        self._return_experts = setup.return_experts
+        self._routing = read_architecture(setup.model_path) if setup.return_experts else None
         self._init_info: Mapping[str, Any] | None = None
         self._version: int | None = None
         self._llm: Any = LLM(str(setup.model_path), **_engine_arguments(setup, on_cpu))
@@ -295,13 +296,25 @@ class RolloutEngine:
 
     def _experts(self, completion: Any, request: SamplingRequest) -> ExpertArray | None:
         """[P + L - 1, layers, top k]; None if nothing reads them. The last token is never read by the model."""
-        if not (self._return_experts and request.logprobs):
+        if self._routing is None or self._routing.experts is None or not request.logprobs:
             return None
+        of_model = self._routing.experts
         tokens = len(request.prompt) + len(completion.token_ids) - 1
+        expected = (tokens, self._routing.num_layers, of_model.top_k)
         experts: ExpertArray | None = completion.routed_experts
-        if experts is None or len(experts) != tokens:
-            found = "none" if experts is None else f"those of {len(experts)}"
-            raise RunError(f"actor.router_replay: vLLM returned the experts of {tokens} tokens as {found}")
+        if experts is None or experts.shape != expected:
+            found = "none" if experts is None else f"found {list(experts.shape)}"
+            raise RunError(
+                f"actor.router_replay: vLLM returned the experts of a sample as {found}, expected [tokens, layers, "
+                f"experts of a token] = {list(expected)}"
+            )
+        # On a GPU the actor would end in an assertion of a kernel, which names nothing and leaves the process useless.
+        least, most = int(experts.min(initial=0)), int(experts.max(initial=0))
+        if least < 0 or most >= of_model.num:
+            raise RunError(
+                f"actor.router_replay: vLLM returned expert {least if least < 0 else most}, and the model has "
+                f"{of_model.num}; allowed: 0 to {of_model.num - 1}"
+            )
         return experts
 
     def _end_at_stop(self, sample: Sample) -> None:

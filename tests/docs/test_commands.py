@@ -15,6 +15,7 @@ import pytest
 from megatron_coreward import cli
 from megatron_coreward.config.describe import all_keys, find_keys
 from megatron_coreward.config.load import load_config
+from megatron_coreward.planner.plan import gpus_of
 from tests.docs.pages import ALL_PAGES, FORMER, PAGES, ROOT, Block, Command, blocks, commands
 
 COMMANDS = [command for page in ALL_PAGES for command in commands(page)]
@@ -95,6 +96,15 @@ def test_the_command_line_takes_it(command: Command, monkeypatch: pytest.MonkeyP
         load_config(recipe, options.overrides)  # values of keys, too
     if options.command == "config" and options.recipe is None:
         find_keys([word for word in options.overrides if word != "WORD" and word != "KEY"])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--gpus-per-node" in c.words], ids=str)
+def test_a_launch_asks_for_as_many_gpus_as_its_recipe_uses(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    options = cli.parse(command.words)
+    if options.config.parts[0] == "configs":
+        config = load_config(options.config, options.overrides)
+        assert options.nodes * options.gpus_per_node == gpus_of(config, config.rollout.placement)
 
 
 def runs_here(command: Command) -> bool:

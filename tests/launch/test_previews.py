@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class TestSlurmWithoutContainers:
         node = files_of(
             preview(capsys, "slurm", str(recipe), "--nodes", "4", "--gpus-per-node", "8", "--cluster", cluster)
         )["node.sh"]
-        assert "module load cuda/12.9\n" in node
+        assert "module load cuda/13.0\n" in node
         assert "--num-gpus=8" in node
         assert 'until [ "$(up)" -ge 4 ]' in node
 
@@ -257,6 +258,29 @@ def test_skypilot(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert task["resources"]["use_spot"] is True
     assert "bash /nemo_run/node.sh" in task["run"]
     assert "--secret WANDB_API_KEY=/run/secrets/wandb" in files["driver.sh"]
+
+
+@pytest.mark.parametrize("kind", ["local", "slurm", "kubernetes", "skypilot"])
+@pytest.mark.parametrize("package", ["nemo_run", "psutil"])
+def test_packages_that_are_missing_are_named_with_the_remedy(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str
+) -> None:
+    """Before anything is written or asked for, by a dry run too."""
+    monkeypatch.setitem(sys.modules, package, None)  # as import finds a package that is not there
+    words = (kind, str(recipe), "--cluster", str(CLUSTERS / f"{kind}.yaml"), "--dry-run")
+    with pytest.raises(InputError, match=f"launch {kind} needs nemo-run, .*{package}.*: pip install '.\\[launch\\]'"):
+        launch_command(*words)
+
+
+def test_gpus_that_the_recipe_does_not_use_are_warned_of_in_a_line(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch_command("slurm", str(recipe), "--nodes", "2", "--gpus-per-node", "8", "--dry-run")
+    said = capsys.readouterr().err
+    assert said == "warning: --nodes 2 --gpus-per-node 8: 16 GPUs, of which the recipe's layout uses 2\n"
+    for fitting in (["--gpus-per-node", "2"], ["--nodes", "2", "--gpus-per-node", "1"], []):
+        launch_command("slurm", str(recipe), *fitting, "--dry-run")
+        assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sky") is not None, reason="SkyPilot is installed")

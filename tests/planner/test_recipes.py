@@ -14,8 +14,8 @@ from megatron_coreward.config.paper import CHECKPOINT_EVERY, PAPER_STEPS, PaperR
 from megatron_coreward.config.schema import RunConfig
 from megatron_coreward.config.validate import setting_problems
 from megatron_coreward.planner.models import CONFIGS, architecture_of
-from megatron_coreward.planner.plan import Plan, make_plan
-from megatron_coreward.planner.search import HEADROOM
+from megatron_coreward.planner.plan import Plan, fixed_problems, make_plan
+from megatron_coreward.planner.search import HEADROOM, search
 from tests.planner.settings import machine
 
 CONFIGS_DIR = Path(__file__).parents[2] / "configs"
@@ -53,6 +53,49 @@ def test_a_recipe_is_allowed_and_fits(recipe: Path) -> None:
         assert max(stage.peak for stage in planned.stages) <= (1 - HEADROOM) * planned.machine.gpu.memory_bytes
         assert planned.num_gpus == num_gpus
         assert 10 < planned.seconds < 1200
+
+
+@pytest.mark.parametrize("gpu", GPUS[80])
+@pytest.mark.parametrize("recipe", PLAIN, ids=lambda path: path.stem)
+def test_a_run_of_its_own_layout_fits_the_gpus_that_it_names(recipe: Path, gpu: str) -> None:
+    config = load(recipe)
+    assert config.gpu is None  # any of 80 GB
+    planned = plan(recipe, gpu)
+    assert planned.problems == ()
+    assert max(stage.peak for stage in planned.stages) <= (1 - HEADROOM) * planned.machine.gpu.memory_bytes
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *PLAIN], ids=lambda path: path.stem)
+def test_no_recipe_is_said_to_be_wrong_whatever_its_layout(recipe: Path) -> None:
+    config = load(recipe)
+    assert fixed_problems(config, architecture_of(config.model), machine(config.gpu or "h200")) == []
+
+
+def uneven() -> list[object]:
+    """A recipe of every layout whose stages have different numbers of layers."""
+    of_layout: dict[str, Path] = {}
+    for recipe in RECIPES:
+        layout = yaml.safe_load(recipe.read_text())["base"][-1]
+        if "first_stage_layers" in (recipe.parent / layout).read_text():
+            of_layout.setdefault(layout, recipe)
+    large = "qwen3_235b"  # a search for each takes seconds to half a minute
+    return [
+        pytest.param(recipe, id=recipe.stem, marks=[pytest.mark.slow] if recipe.stem.startswith(large) else [])
+        for recipe in of_layout.values()
+    ]
+
+
+@pytest.mark.parametrize("recipe", uneven())
+def test_a_search_finds_layouts_for_a_recipe_with_uneven_stages(recipe: Path) -> None:
+    config, (num_gpus, gigabytes) = load(recipe), size(recipe)
+    on = machine(GPUS[gigabytes][-1])
+    arch = architecture_of(config.model)
+    assert fixed_problems(config, arch, on) == []  # or the command would not search at all
+    assert search(config, arch, on, num_gpus)
+
+
+def test_thirteen_layouts_have_uneven_stages() -> None:
+    assert len(uneven()) == 13
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

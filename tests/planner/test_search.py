@@ -123,6 +123,31 @@ def test_what_no_layout_changes_is_said_at_once() -> None:
     assert fixed_problems(tall, EIGHT, machine()) == []
 
 
+def test_no_key_of_a_layout_keeps_others_from_being_found() -> None:
+    """Stages and experts that are cut in a way of their own, and engines of the teacher alone."""
+    sizes = {"tensor_parallel": 4, "pipeline_parallel": 4, "data_parallel": 2, "sequence_parallel": True}
+    ends = {"first_stage_layers": 13, "last_stage_layers": 11, "expert_parallel": 2, "expert_tensor_parallel": 4}
+    c = config(
+        "Qwen3-30B-A3B",
+        "co_rewarding_ii",
+        actor={**sizes, **ends},
+        rollout={"num_engines": 4, "tensor_parallel": 4, "gpu_memory_utilization": 0.9},
+        teacher={"engines": 2},
+    )
+    arch, on = published_architecture("Qwen3-30B-A3B"), machine("h200")
+    assert make_plan(c, arch, on).config.teacher.engines == 2
+    assert fixed_problems(c, arch, on) == []
+    found = search(c, arch, on, 32)
+    assert found
+    assert all(plan.config.rollout.num_engines > 2 for plan in found)
+
+
+def test_engines_of_the_teacher_alone_are_refused_where_all_share_the_gpus_of_the_actor() -> None:
+    c = config("Qwen3-8B-Base", "co_rewarding_ii", rollout={"num_engines": 3}, teacher={"engines": 2})
+    (problem,) = fixed_problems(c, EIGHT, machine("h200", "colocated"))
+    assert problem.startswith("teacher.engines: 2 are for engines with GPUs of their own")
+
+
 def test_fp8_needs_a_gpu_that_has_it() -> None:
     """As a run would say (`accelerator.machine_problems`), before there is a machine to ask."""
     fp8 = {"actor": {"fp8": "blockwise"}, "rollout": {"quantization": "fp8"}}
@@ -242,8 +267,11 @@ def test_plan_refuses_what_does_not_fit_and_says_what_does(recipe: str, capsys: 
     page = capsys.readouterr().out
     assert "nearest layout that fits" in page
     assert "actor.tensor_parallel=" in page
+    assert "does not fit" not in page  # the error says it once
+    assert "needs" not in page
     with pytest.raises(InputError, match="takes 4 GPUs, --gpus is 2"):
         run([recipe, "--gpus", "2"])
+    assert "\nfits\n" not in capsys.readouterr().out
 
 
 def test_a_layout_that_the_model_cannot_take_is_named_as_training_would(recipe: str) -> None:
@@ -273,12 +301,30 @@ def test_search_lists_overrides_that_plan_accepts(recipe: str, capsys: pytest.Ca
         run([recipe, "--gpu", "h300"])
 
 
+@pytest.mark.parametrize("asked", [["rollout.placement=colocated"], ["--placement", "colocated"]])
+def test_a_search_finds_colocated_layouts_of_few_gpus(
+    recipe: str, capsys: pytest.CaptureFixture[str], asked: list[str]
+) -> None:
+    """Fewer than an engine could have of a node."""
+    run([recipe, *asked, "--search", "--gpus", "2", "--top", "1", "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["placement"], found["gpus"], found["fits"]) == ("colocated", 2, True)
+
+
+def test_a_plan_is_of_the_placement_that_is_asked_for(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["rollout.placement=colocated", "rollout.num_engines=4", "actor.recompute=full"]
+    with pytest.raises(InputError, match="rollout.placement: colocated with 4 engine ranks and 2 actor ranks"):
+        run([recipe, *own])
+    run([recipe, *own, "--placement", "disaggregated"])
+    assert capsys.readouterr().out.rstrip().endswith("fits")
+
+
 def test_a_search_that_cannot_succeed_names_the_cause(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     long = ("rollout.max_response_tokens=40000", "actor.tokens_per_microbatch=65536")
     for more in ([], ["--search", "--gpus", "64"]):
         with pytest.raises(InputError, match="40512 tokens, the model has positions for 32768"):
             run([recipe, *long, *more])
-    assert "nearest" not in capsys.readouterr().out
+        assert capsys.readouterr().out == ""
     with pytest.raises(InputError, match="fits on 64 x a100:\nactor.fp8: delayed needs compute capability 8.9"):
         run([recipe, "actor.fp8=delayed", "--gpu", "a100", "--search", "--gpus", "64"])
 

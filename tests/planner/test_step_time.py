@@ -135,7 +135,7 @@ def test_a_plan_says_which_overlap_it_does_not_count() -> None:
     assert page.count("\n  not counted: ") == 4
     assert "\n  overlapped " in page
     assert streamed.to_json()["step"]["not_counted"] == streamed.notes
-    assert ranking([streamed], 8).count("\n  not counted: ") == 4
+    assert ranking([streamed]).count("\n  not counted: ") == 4
     assert "not counted" not in report(plan("co_rewarding_ii"), "Qwen3-8B-Base")
     assert "overlapped" not in report(plan("co_rewarding_ii"), "Qwen3-8B-Base")
 

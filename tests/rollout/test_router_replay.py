@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_coreward.config.architecture import Experts
 from megatron_coreward.errors import RunError
+from megatron_coreward.planner.models import published_architecture
 from megatron_coreward.rollout.engine import RolloutEngine, _engine_arguments
 from megatron_coreward.rollout.requests import SamplingRequest
 from megatron_coreward.rollout.setup import EngineSetup
@@ -17,6 +19,7 @@ pytest.importorskip("vllm")
 
 REQUEST = SamplingRequest([1, 2, 3], 2, 0, 1.0, 1.0, 2)
 EXPERTS = np.arange(4 * 3 * 2, dtype=np.uint8).reshape(4, 3, 2)  # of 3 + 2 - 1 tokens
+MODEL = replace(published_architecture("Qwen3-30B-A3B"), num_layers=3, experts=Experts(24, 2, 768, True))
 
 
 class Routing(NewLLM):
@@ -35,7 +38,7 @@ class Routing(NewLLM):
 
 def sampled(experts: Any, request: SamplingRequest, asked: bool = True) -> Completion:
     engine: RolloutEngine = engine_of(Routing(experts))
-    engine._return_experts = asked
+    engine._routing = MODEL if asked else None
     engine.receive_weights({}, 0, 4)
     return engine.sample([request], 4)[0][1]
 
@@ -49,9 +52,28 @@ def test_nothing_is_kept_that_nobody_reads() -> None:
     assert sampled(EXPERTS, REQUEST, asked=False).routed_experts is None
 
 
-@pytest.mark.parametrize(("experts", "found"), [(None, "none"), (EXPERTS[1:], "those of 3")])
+@pytest.mark.parametrize(
+    ("experts", "found"),
+    [
+        pytest.param(None, "none", id="none"),
+        pytest.param(EXPERTS[1:], r"found \[3, 3, 2\]", id="of too few tokens"),
+        pytest.param(EXPERTS[:, 1:], r"found \[4, 2, 2\]", id="of too few layers"),
+        pytest.param(EXPERTS[:, :, :1], r"found \[4, 3, 1\]", id="too few a token"),
+        pytest.param(EXPERTS.reshape(4, 6), r"found \[4, 6\]", id="layers that are not told apart"),
+    ],
+)
 def test_experts_that_are_missing_end_the_run(experts: Any, found: str) -> None:
-    with pytest.raises(RunError, match=f"actor.router_replay: vLLM returned the experts of 4 tokens as {found}"):
+    message = rf"actor.router_replay: vLLM returned the experts of a sample as {found}, expected .* = \[4, 3, 2\]"
+    with pytest.raises(RunError, match=message):
+        sampled(experts, REQUEST)
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(np.uint8, 24), (np.uint16, 300), (np.int16, -1)])
+def test_experts_that_the_model_does_not_have_end_the_run(dtype: Any, number: int) -> None:
+    """And not an assertion of a kernel, once the actor looks them up."""
+    experts = EXPERTS.astype(dtype)
+    experts[2, 1, 0] = number
+    with pytest.raises(RunError, match=rf"vLLM returned expert {number}, and the model has 24; allowed: 0 to 23"):
         sampled(experts, REQUEST)
 
 

@@ -49,9 +49,7 @@ class EndingLLM:
 def engine() -> RolloutEngine:
     engine = RolloutEngine.__new__(RolloutEngine)
     held = {"_llm": EndingLLM(), "_tokenizer": Tokenizer(), "_versions_known": False, "_max_model_len": 64}
-    for name, value in (
-        held | {"_tensor_parallel": 1, "_broken": None, "_version": 3, "_return_experts": False}
-    ).items():
+    for name, value in (held | {"_tensor_parallel": 1, "_broken": None, "_version": 3, "_routing": None}).items():
         setattr(engine, name, value)
     return engine
 

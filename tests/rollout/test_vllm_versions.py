@@ -72,7 +72,7 @@ def engine_of(llm: Any) -> RolloutEngine:
     engine = RolloutEngine.__new__(RolloutEngine)
     tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ["text"] * len(ids))
     held = {"_llm": llm, "_tokenizer": tokenizer, "_versions_known": hasattr(llm, "get_weight_version")}
-    held |= {"_max_model_len": 64, "_tensor_parallel": 1, "_on_cpu": True, "_return_experts": False}
+    held |= {"_max_model_len": 64, "_tensor_parallel": 1, "_on_cpu": True, "_routing": None}
     for name, value in (held | {"_init_info": None, "_version": None}).items():
         setattr(engine, name, value)
     return engine
