@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied, TP 2": ({"tie": True}, {"tensor_parallel": 2}),
     "experts": ({"family": "qwen3_moe"}, {}),
     "llama": ({"family": "llama"}, {}),
+    "mistral": ({"family": "mistral"}, {}),
     "qwen2, tied, TP 2": ({"family": "qwen2", "tie": True, "head_dim": 16}, {"tensor_parallel": 2}),
     "experts, TP 2": ({"family": "qwen3_moe"}, {"tensor_parallel": 2}),
 }
