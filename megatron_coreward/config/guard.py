@@ -81,9 +81,9 @@ class GuardSettings(Component):
     """Indicator of damage: the policy's entropy as a multiple of the baseline's."""
     anchor_fall: Fraction = 0.09
     """Indicator of damage, and enough for an alarm: of the rollouts on anchor questions that give the majority answer
-    of the start, the share that is gone since they were most, over two draws. Learning adds to them, because clear
-    majorities are mostly right. With fewer than 220 rollouts in a draw (55 anchors of 4) the limit widens as the
-    standard error of a draw does: by sqrt(220 / rollouts), so 12% with 32 anchors of 4."""
+    of the start, the share that is gone since they were most, in the last draw and over the last two. Learning adds to
+    them, because clear majorities are mostly right. With fewer than 220 rollouts in a draw (55 anchors of 4) the limit
+    widens as the standard error of a draw does: by sqrt(220 / rollouts), so 12% with 32 anchors of 4."""
     repetition_rise: Fraction = 0.1
     """Indicator of damage: share of n-grams that repeat an earlier one of their response, above that of the
     baseline."""

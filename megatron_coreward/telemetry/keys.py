@@ -77,7 +77,7 @@ MEANINGS: Mapping[str, str] = {
     "anchor/questions": "anchor questions: training questions with a clear majority at the start",
     "anchor/moved_share": "share of anchor questions whose majority is another answer than at the start",
     "anchor/agreement": "share of rollouts on anchor questions that give the majority answer of the start",
-    "anchor/kept": "anchor/agreement over two draws, divided by the highest value that it has had",
+    "anchor/kept": "anchor/agreement, or its mean over two draws if that is higher, divided by the highest mean so far",
     "rollout/tokens_per_s": "response tokens sampled a second, over all engines",
     "rollout/staleness": "steps by which the weights that sampled are behind those that learn, mean over tokens",
     "rollout/staleness_max": "the largest such number of any token",

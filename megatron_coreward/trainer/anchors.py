@@ -162,12 +162,14 @@ def too_few(found: int, allowed: int) -> str:
 
 
 def kept(agreements: Sequence[float]) -> float:
-    """The agreement of the last two draws as a share of the most that any two draws in a row have had.
+    """The agreement of the last draw, or of the last two if that is more, as a share of the most that any two draws in
+    a row have had; at most 1.
 
-    Two, because one draw of a few hundred rollouts is noisy, and the most of many noisy numbers is too much.
+    Two, because one draw of a few hundred rollouts is noisy, and the most of many noisy numbers is too much. The last
+    one alone, because answers that have come back are not lost.
     """
     pairs = [fmean(agreements[max(0, place - 1) : place + 1]) for place in range(len(agreements))]
-    return pairs[-1] / max(pairs) if max(pairs) > 0 else 1.0
+    return min(1.0, max(pairs[-1], agreements[-1]) / max(pairs)) if max(pairs) > 0 else 1.0
 
 
 def draw_anchors(

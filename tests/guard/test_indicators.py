@@ -24,13 +24,13 @@ def test_chance_alarms_no_more_often_with_few_anchors_than_with_many() -> None:
             sure = generator.beta(7.7, 1.3, questions)  # as clear as the majority of 7 of 8 rollouts
             agreement = generator.binomial(4, sure, (30, questions)).mean(axis=1) / 4
             pairs = np.append(agreement[:1], (agreement[1:] + agreement[:-1]) / 2)
-            worst = float((pairs / np.maximum.accumulate(pairs)).min())
+            worst = float((np.maximum(pairs, agreement) / np.maximum.accumulate(pairs)).min())  # `trainer.anchors.kept`
             row = {"anchor/kept": worst} | ({"anchor/questions": float(questions)} if wide else {})
             hits += bool(find_indicators({}, row, settings))
         return hits / 300
 
     found = {questions: alarms(questions, wide=True) for questions in (8, 16, 32, 48, 64)}
-    assert max(found.values()) < 0.15, found
+    assert max(found.values()) < 0.1, found
     assert alarms(32, wide=False) > 0.3  # what the limit would do without it
     assert alarms(16, wide=False) > 0.7
 

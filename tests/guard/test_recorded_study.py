@@ -1,7 +1,10 @@
 """The guard on the runs of the study of stability: silent on those that learn, early on those that collapse.
 
-The tables are those that `demo --study stability` writes. The limit of the anchors was chosen by seven
-of them (CHOSEN_BY); the others had no part in it. That anchors warn at once was decided after the eighth and ninth.
+The tables are those that `demo --study stability` writes, with anchor/kept computed by today's rule from the draws that
+the runs had kept. The limit of the anchors was chosen by seven of them. Three rules were decided when a run showed the
+need: that anchors warn at once (majority voting on seed 3), that only right majorities are anchors of a method that
+reads ground truths (ground_truth on seed 2), and that answers which the last draw has again are not lost (majority
+voting at 5e-5). All of these are in CHOSEN_BY; the other runs had no part in anything.
 """
 
 import pytest
@@ -12,8 +15,7 @@ from megatron_coreward.guard import Decision, replay_rows
 from tests.guard.rows import RECORDED
 
 RECORDS = read_records(RECORDED / "stability")
-# Name and seed of the runs that there were when the limit was chosen.
-CHOSEN_BY = {
+CHOSEN_BY = {  # name and seed
     ("ground_truth/lr-0.0001", 1),
     ("majority_voting/lr-0.0002", 1),
     ("majority_voting/lr-0.0002", 2),
@@ -21,6 +23,9 @@ CHOSEN_BY = {
     ("co_rewarding_ii/lr-0.0002", 1),
     ("self_certainty/lr-0.0001", 1),
     ("entropy/lr-0.0001", 1),
+    ("majority_voting/lr-0.0002", 3),
+    ("ground_truth/lr-0.0001", 2),
+    ("majority_voting/lr-5e-05", 1),
 }
 LOST = 0.1  # of the accuracy, below the best validation before: a run that loses as much has collapsed
 
@@ -65,6 +70,7 @@ def test_the_study_has_both_kinds_of_runs() -> None:
         ("co_rewarding_ii/lr-0.0002", 1),
         ("majority_voting/lr-0.0001", 1),
     }
+    assert len(HEALTHY) >= 12
 
 
 @pytest.mark.parametrize("record", named(HEALTHY))
@@ -80,21 +86,33 @@ def test_an_alarm_before_ten_points_of_accuracy_are_lost(record: Record) -> None
     assert warned < lost
 
 
-def test_the_limit_holds_on_runs_that_it_was_not_chosen_by() -> None:
-    """Two that collapsed, one of them late, and a single healthy one."""
+def test_it_holds_on_runs_that_had_no_part_in_choosing_limits_and_rules() -> None:
     others = [record for record in RECORDS if (record.name, record.seed) not in CHOSEN_BY]
     assert len(RECORDS) - len(others) == len(CHOSEN_BY)
-    assert {record.seed for record in others} - {1}
-    assert {record.name for record in others if lost_at(record) is None} == {"majority_voting/lr-0.0001"}
+    collapsed = [record for record in others if lost_at(record) is not None]
+    assert len(collapsed) >= 3
+    assert len(others) - len(collapsed) >= 7
     for record in others:
         warned, lost = first_warning(record), lost_at(record)
         assert (warned is None) if lost is None else (warned is not None and warned < lost), record.name
 
 
+def test_a_run_that_stays_where_it_is_twice_as_long_gives_no_alarm() -> None:
+    """Majority voting at 5e-5 moved nine of a hundred answers for two draws near step 210, and had them again."""
+    (record,) = read_records(RECORDED / "longer")
+    accuracy = record.series(ACCURACY)
+    assert max(accuracy) == 450
+    assert all(accuracy[step] > accuracy[0] for step in accuracy if step > 0)
+    assert first_warning(record) is None
+
+
 @pytest.mark.parametrize("record", named(RECORDS))
 def test_the_number_of_anchors_that_these_runs_had_changes_no_decision(record: Record) -> None:
-    """The tables do not have it: 64, and 55 at seed 2."""
-    questions = 55.0 if record.seed == 2 else 64.0
+    """The tables do not have it: 64, and 55 at seed 2; 52, 38 and 49 right ones."""
+    if record.name.startswith("ground_truth"):
+        questions = {1: 52.0, 2: 38.0, 3: 49.0}[record.seed]
+    else:
+        questions = 55.0 if record.seed == 2 else 64.0
     rows = [r | {"anchor/questions": questions} for r in record.rows if r["step"] != 0]
     assert [decision for _, decision in replay_rows(GuardSettings(), rows)] == decisions(record)
 

@@ -93,6 +93,14 @@ def test_what_is_kept_is_held_against_the_most_that_was_kept_after_a_resume_as_w
     assert [resumed.observe(step, half)["anchor/kept"] for step in (15, 20)] == [3 / 4, 1 / 2]
 
 
+def test_answers_that_have_come_back_are_not_lost(tmp_path: Path) -> None:
+    """Of the last draw and the mean of the last two, the higher one counts; it is never more than all."""
+    right, half, none = (Policy(q0=[q0], q2=[q2]) for q0, q2 in (("7", "5"), ("8", "5"), ("8", "6")))
+    anchors = open_anchors(tmp_path / "anchors.jsonl")
+    draws = ((0, START), (5, right), (10, right), (15, none), (20, half), (25, right), (30, none))
+    assert [anchors.observe(step, policy)["anchor/kept"] for step, policy in draws] == [1, 1, 1, 1 / 2, 1 / 2, 1, 1 / 2]
+
+
 def test_they_are_due_before_the_first_step_and_then_every_few(tmp_path: Path) -> None:
     anchors = open_anchors(tmp_path / "anchors.jsonl")
     assert [step for step in range(12) if anchors.due(step)] == [0]  # nothing has been chosen
