@@ -391,6 +391,7 @@ def perform(run: Run, shape: str, folder: Path, microbatch: int) -> dict[str, An
     return {
         "run": run.name,
         "shape": shape,
+        "tokens_per_microbatch": microbatch,
         "figures": figures,
         "seconds": time.perf_counter() - begin,
         "gpu": torch.cuda.get_device_name(),
@@ -474,14 +475,22 @@ def aims(shape: str) -> list[Aim]:
 
 def table(results: Sequence[Mapping[str, Any]], shape: str = SHAPE) -> str:
     """Markdown: every figure with its aim, then the shares of the phases, then what all was measured on; one table for
-    each shape, or that of `shape` if nothing was measured."""
-    shapes = list(dict.fromkeys(str(result["shape"]) for result in results)) or [shape]
-    return "\n\n".join(_table_of(one, [result for result in results if result["shape"] == one]) for one in shapes)
+    each shape and size of micro-batches, or that of `shape` if nothing was measured."""
+    by_sizes: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for result in results:
+        by_sizes.setdefault((str(result["shape"]), int(result["tokens_per_microbatch"])), []).append(result)
+    return "\n\n".join(
+        _table_of(*sizes, of_sizes) for sizes, of_sizes in (by_sizes or {(shape, MICROBATCH): []}).items()
+    )
 
 
-def _table_of(shape: str, results: Sequence[Mapping[str, Any]]) -> str:
+def _table_of(shape: str, microbatch: int, results: Sequence[Mapping[str, Any]]) -> str:
     figures = {str(result["run"]): result["figures"] for result in results}  # the last one of a name counts
-    lines = [f"| {shape} | value | aim | met |", "|---|---|---|---|", *(aim.row(figures) for aim in aims(shape))]
+    lines = [
+        f"| {shape}, micro-batches of {microbatch:,} tokens | value | aim | met |",
+        "|---|---|---|---|",
+        *(aim.row(figures) for aim in aims(shape)),
+    ]
     shared = {run: found["shares"] for run, found in figures.items() if "shares" in found}
     if shared:
         phases = sorted({phase for shares in shared.values() for phase in shares})

@@ -2,9 +2,6 @@
 
 import datetime
 import os
-import resource
-import socket
-import sys
 from dataclasses import dataclass
 
 import psutil
@@ -14,14 +11,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_coreward.config.schema import ActorSettings
-from megatron_coreward.errors import RunError
 from megatron_coreward.weights.meeting import own_address
+from megatron_coreward.weights.open_files import allow_connections
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-FILES_OF_A_RANK = 512  # libraries, logs, Ray
-GROUPS_OF_A_RANK = (
-    4  # in the worst case as large as the whole job: of the job, of its data-parallel ranks, of weight syncs
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +42,6 @@ class ParallelRanks:
 def device() -> torch.device:
     """Where this rank's tensors live."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def allow_connections(world_size: int) -> None:
-    """Raises this process's limit of open files to what its connections need, as far as the system allows it.
-
-    Gloo keeps a connection to every other rank for each group that both are in, and rank 0 one for each client of its
-    stores. The usual limit of 1,024 is too little for some 300 ranks, and the system lets a process raise it.
-
-    Raises:
-        RunError: the limit that an administrator has set is below one connection a rank.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    ceiling = sys.maxsize if hard == resource.RLIM_INFINITY else hard
-    least = FILES_OF_A_RANK + world_size
-    if ceiling < least:
-        raise RunError(
-            f"{socket.gethostname()}: a process may open {ceiling:,} files (ulimit -Hn), but with {world_size:,} ranks "
-            f"it needs at least {least:,}; raise the hard limit on all nodes (LimitNOFILE, limits.conf, docker "
-            "--ulimit nofile=...)"
-        )
-    wanted = min(ceiling, FILES_OF_A_RANK + GROUPS_OF_A_RANK * world_size)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def initialize(settings: ActorSettings, rank: int, address: str, port: int, seed: int) -> ParallelRanks:

@@ -97,7 +97,7 @@ def _check_packages(kind: str) -> None:
         import psutil  # noqa: F401
     except ImportError as e:
         raise InputError(
-            f"launch {kind} needs nemo-run, which this Python cannot import ({e}): pip install '.[launch]'"
+            f"launch {kind} needs nemo-run and psutil, which this Python cannot import ({e}): pip install '.[launch]'"
         ) from None
     logging.getLogger("nemo_run").setLevel(logging.WARNING)
 

@@ -171,14 +171,14 @@ def write_start(console: Console, run_dir: Path, seed: int, splits: Splits) -> P
 
 def _print_table(console: Console, runs: Mapping[str, Path]) -> None:
     """A table that fits into 80 columns."""
-    table = Table(title="accuracy on held-out questions in %, before → after training")
+    table = Table(title="accuracy on held-out questions in %, before and after training")
     table.add_column("method", no_wrap=True)
     ends = {name: _first_and_last(run_dir) for name, run_dir in runs.items()}
     columns = validation_keys(next(iter(ends.values()))[0])
     for key in columns:
         table.add_column(key.removeprefix("val/"), justify="right")
     for name, (before, after) in ends.items():
-        cells = [f"{100 * before[k]:.1f} → {100 * after[k]:.1f}\n{100 * (after[k] - before[k]):+.1f}" for k in columns]
+        cells = [f"{100 * before[k]:.1f} -> {100 * after[k]:.1f}\n{100 * (after[k] - before[k]):+.1f}" for k in columns]
         table.add_row(name, *cells)
     console.print(table)
 

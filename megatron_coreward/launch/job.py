@@ -40,7 +40,7 @@ class Job:
 
     @property
     def used_gpus(self) -> int:
-        """Those of the recipe's layout, be there as many or not."""
+        """Those that the recipe's layout takes."""
         return gpus_of(self.config, self.config.rollout.placement)
 
     @property

@@ -102,6 +102,11 @@ class Plan:
         todo = work(self.config, self.machine.assumptions)
         return todo.tokens + todo.labelled * todo.response
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """The keys of a recipe that make this plan, as overrides would name them."""
+        return layout_of(self.config) | {"rollout.placement": self.machine.placement}
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; bytes and seconds."""
         a, r = self.config.actor, self.config.rollout
@@ -112,7 +117,7 @@ class Plan:
             "gpu_bytes": self.machine.gpu.memory_bytes,
             "placement": self.machine.placement,
             "gpus": self.num_gpus,
-            "layout": layout_of(self.config),
+            "layout": self.layout,
             "stages": [
                 {"stage": s.stage, "peak": s.peak, "resident": s.resident, "parts": s.parts} for s in self.stages
             ],
@@ -140,7 +145,7 @@ class Plan:
 
 
 def layout_of(config: RunConfig) -> dict[str, Any]:
-    """The keys of a recipe that make a layout, as overrides would name them."""
+    """The keys of a recipe that cut a model and its work, as overrides would name them."""
     a, r = config.actor, config.rollout
     layout: dict[str, Any] = {
         f"actor.{key}": getattr(a, key)

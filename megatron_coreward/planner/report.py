@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from megatron_coreward.config.methods import method_title
 from megatron_coreward.planner.hardware import GIB
 from megatron_coreward.planner.memory import StageMemory
-from megatron_coreward.planner.plan import Plan, gib, layout_of
+from megatron_coreward.planner.plan import Plan, gib
 
 MOST_STAGES = 4
 
@@ -73,8 +73,7 @@ def overrides(plan: Plan) -> str:
     """The layout as `key=value` arguments of any command that reads a recipe."""
     words = {True: "true", False: "false", None: "null"}
     values = (
-        (key, words[value] if value is None or isinstance(value, bool) else value)
-        for key, value in layout_of(plan.config).items()
+        (key, words[value] if value is None or isinstance(value, bool) else value) for key, value in plan.layout.items()
     )
     return " ".join(f"{key}={value}" for key, value in values)
 

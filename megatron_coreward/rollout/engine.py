@@ -303,10 +303,10 @@ class RolloutEngine:
         expected = (tokens, self._routing.num_layers, of_model.top_k)
         experts: ExpertArray | None = completion.routed_experts
         if experts is None or experts.shape != expected:
-            found = "none" if experts is None else f"found {list(experts.shape)}"
+            found = "none" if experts is None else str(list(experts.shape))
             raise RunError(
-                f"actor.router_replay: vLLM returned the experts of a sample as {found}, expected [tokens, layers, "
-                f"experts of a token] = {list(expected)}"
+                f"actor.router_replay: experts that vLLM returned for a sample: found {found}, expected [tokens, "
+                f"layers, experts of a token] = {list(expected)}"
             )
         # On a GPU the actor would end in an assertion of a kernel, which names nothing and leaves the process useless.
         least, most = int(experts.min(initial=0)), int(experts.max(initial=0))

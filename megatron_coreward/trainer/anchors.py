@@ -3,8 +3,8 @@
 A policy that learns from its own votes may lock in wrong answers while its reward, its length and its certainty look
 well. What it then forgets are answers that it was sure of. So before the first step, some training questions are
 drawn from the policy of the start, and those with a clear majority are kept as anchors; every few steps, the policy
-draws them again. No ground truth is read: what is compared is the policy with its own past. The exception are methods
-that read ground truths: they correct clear majorities that are wrong, so for them only right ones are anchors.
+draws them again. No ground truth is read: what is compared is the policy with its own past. Methods that read
+ground truths are the exception: they correct clear majorities that are wrong, so for them only right ones are anchors.
 
 Invariants, each held by a test: the anchors are a function of the start, the seed and the settings; a draw is a
 function of the weights (its seeds are always the same); opening for `first_step` forgets the draws of that step and of
@@ -89,7 +89,7 @@ class Anchors:
         if step == 0:
             labels = self._choose(draw)
             if len(labels) < self._settings.min_anchors:
-                raise InputError(too_few(len(labels), self._settings.min_anchors))
+                raise InputError(too_few(len(labels), self._settings.min_anchors, only_right=self._only_right))
             row["labels"] = self._labels = labels
         anchors = [problem for problem in self._problems if problem.uid in self._labels]
         groups = draw(anchors, self._settings.anchor_rollouts, LATER_DRAWS) if anchors else []
@@ -152,8 +152,13 @@ class Anchors:
                 temporary.write_bytes(b"".join(draw.line + b"\n" for draw in known))
 
 
-def too_few(found: int, allowed: int) -> str:
-    """What is said of a model that is sure of too little."""
+def too_few(found: int, allowed: int, *, only_right: bool = False) -> str:
+    """What is said of a model that is sure of too little, or wrongly."""
+    if only_right:
+        return (
+            f"data.train_files: found {found} anchor questions, on which the model has a clear majority that is the "
+            f"ground truth, among those that were asked; allowed: {allowed} or more (guard.min_anchors, which may be 0)"
+        )
     return (
         f"data.train_files: found {found} anchor questions, on which the model has a clear majority, among those that "
         f"were asked; allowed: {allowed} or more (guard.min_anchors). A model that is sure of so little has no labels "

@@ -15,6 +15,7 @@ import torch
 
 from megatron_coreward.errors import RunError
 from megatron_coreward.weights.meeting import LOOK_EVERY_S, Meeting, dist, own_address
+from megatron_coreward.weights.open_files import allow_connections
 from megatron_coreward.weights.spec import TransferSpec
 
 Envelope = tuple[int, torch.Tensor]  # the number of the process at the other end, and memory of this one
@@ -104,6 +105,7 @@ class Group:
         Raises:
             RunError: a member has given up, or is late.
         """
+        allow_connections(size)
         self._meeting, self._device = meeting, device
         self.bytes_sent = self.bytes_received = 0
         store = dist.PrefixStore("group", meeting.new_client())

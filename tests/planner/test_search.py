@@ -309,6 +309,12 @@ def test_a_search_finds_colocated_layouts_of_few_gpus(
     run([recipe, *asked, "--search", "--gpus", "2", "--top", "1", "--json"])
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["placement"], found["gpus"], found["fits"]) == ("colocated", 2, True)
+    run([recipe, *asked, "--search", "--gpus", "2", "--top", "1"])
+    _, first, *_ = capsys.readouterr().out.splitlines()
+    overrides = [word for word in first.split() if "=" in word]
+    assert "rollout.placement=colocated" in overrides
+    run([recipe, *overrides, "--gpus", "2"])  # behind the recipe, whose own placement may be the other
+    assert capsys.readouterr().out.rstrip().endswith("fits")
 
 
 def test_a_plan_is_of_the_placement_that_is_asked_for(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,14 @@ def rows(outside: float = 0.01) -> list[dict[str, float]]:
 
 def result(run: str, figures: dict[str, Any], shape: str) -> dict[str, Any]:
     versions = {"torch": "2.11.0", "vllm": "0.26.0"}
-    about = {"shape": shape, "gpu": "a GPU", "driver": "1", "versions": versions, "command": "python x"}
+    about = {
+        "shape": shape,
+        "tokens_per_microbatch": 16384,
+        "gpu": "a GPU",
+        "driver": "1",
+        "versions": versions,
+        "command": "python x",
+    }
     return {"run": run, "figures": figures, **about}
 
 
@@ -161,6 +168,16 @@ def test_shapes_are_not_mixed_in_a_table(tool: Any) -> None:
     printed = tool.table(results)
     assert printed.count("| rollout, BF16, over bare vLLM | not measured |") == 2
     assert [line.split(" | ")[0] for line in printed.splitlines() if "| value | aim |" in line] == [
-        "| Qwen3-4B-Base",
-        "| Qwen3-8B-Base",
+        "| Qwen3-4B-Base, micro-batches of 16,384 tokens",
+        "| Qwen3-8B-Base, micro-batches of 16,384 tokens",
     ]
+
+
+def test_sizes_of_micro_batches_are_not_mixed_in_a_table(tool: Any) -> None:
+    rates = (("actor bf16", 1000.0, 4096), ("actor fp8 tensorwise", 1400.0, 16384))
+    figures = {"mfu_of_bf16_peak": 0.4, "peak_gib": 1.0}
+    results = [
+        result(run, figures | {"update_tokens_s": rate}, "Qwen3-4B-Base") | {"tokens_per_microbatch": size}
+        for run, rate, size in rates
+    ]
+    assert tool.table(results).count("FP8 tensorwise, over BF16 | not measured") == 2

@@ -74,6 +74,13 @@ def test_with_a_method_that_reads_ground_truths_only_right_majorities_are_anchor
         assert list(json.loads(path.read_text())["labels"]) == chosen
 
 
+def test_too_few_right_majorities_are_not_said_to_be_unclear(tmp_path: Path) -> None:
+    settings = GuardSettings(anchors=2, min_anchors=1)
+    anchors = Anchors(tmp_path / "a.jsonl", PROBLEMS, settings, AnswerEquivalence("exact"), only_right=True)
+    with pytest.raises(InputError, match=r"found 0 anchor questions, .* that is the ground truth.*allowed: 1 or more"):
+        anchors.observe(0, Policy(q0=["9"], q1=["9"], q2=["9"], q3=["9"]))
+
+
 def test_a_later_draw_is_compared_with_the_start(tmp_path: Path) -> None:
     anchors = open_anchors(tmp_path / "anchors.jsonl")
     anchors.observe(0, START)
