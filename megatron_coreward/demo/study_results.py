@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -84,7 +83,7 @@ def stability_table(records: Sequence[Record]) -> Table:
     """A line for each method, rate and seed: accuracy at first, at its best and when that was, at the end (mean of two
     validations), the change from best to last in points, and the vote share at the end."""
     title = f"held-out accuracy ({ACCURACY.removeprefix('val/')}) in {stability.STEPS} steps"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # within 80 columns
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))  # within 80 columns
     for column in ("method", "lr", "seed", "first", "best", "at", "last", "change", "votes"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for line in stability_lines(records):

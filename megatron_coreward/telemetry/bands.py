@@ -15,6 +15,7 @@ from megatron_coreward.telemetry.files import replaced_whole
 # Okabe and Ito's colours, which every colour vision distinguishes.
 COLORS = ("#8C8C8C", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B8A800")
 _MARKED = 8  # points; shorter curves show each of them
+_LEAST_ON_LOG = 1e-6  # what is less is rounding, such as the KL between a model and its copy
 _SMOOTHED = 40  # points; longer curves are shown as means over a twentieth of them
 
 Scale = Literal["linear", "share", "log"]
@@ -83,6 +84,7 @@ def _draw(axes: Axes, panel: Panel, colors: Mapping[str, str]) -> dict[str, Any]
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif panel.scale == "log":
         axes.set_yscale("log")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], _LEAST_ON_LOG))
     return handles
 
 
