@@ -268,7 +268,8 @@ def test_packages_that_are_missing_are_named_with_the_remedy(
     """Before anything is written or asked for, by a dry run too."""
     monkeypatch.setitem(sys.modules, package, None)  # as import finds a package that is not there
     words = (kind, str(recipe), "--cluster", str(CLUSTERS / f"{kind}.yaml"), "--dry-run")
-    with pytest.raises(InputError, match=f"launch {kind} needs nemo-run and psutil, .*{package}.*: pip install '.\\[launch\\]'"):
+    message = f"launch {kind} needs nemo-run and psutil, .*{package}.*: pip install '.\\[launch\\]'"
+    with pytest.raises(InputError, match=message):
         launch_command(*words)
 
 
