@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -171,7 +172,8 @@ def write_start(console: Console, run_dir: Path, seed: int, splits: Splits) -> P
 
 def _print_table(console: Console, runs: Mapping[str, Path]) -> None:
     """A table that fits into 80 columns."""
-    table = Table(title="accuracy on held-out questions in %, before and after training")
+    title = "accuracy on held-out questions in %, before and after training"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     ends = {name: _first_and_last(run_dir) for name, run_dir in runs.items()}
     columns = validation_keys(next(iter(ends.values()))[0])
