@@ -32,6 +32,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def weight(item: pytest.Item) -> int:
         return next((i for i, name in enumerate(NOT_QUICK) if item.get_closest_marker(name)), len(NOT_QUICK))
 
+    for item in items:
+        if "run_ranks" in _names_of(item) and weight(item) == len(NOT_QUICK):
+            raise pytest.UsageError(f"{item.nodeid} starts ranks: mark it as one that does (pytest.mark.ranks)")
     if config.getoption("quick"):
         config.hook.pytest_deselected(items=[item for item in items if weight(item) < len(NOT_QUICK)])
         items[:] = [item for item in items if weight(item) == len(NOT_QUICK)]
@@ -43,6 +46,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("rollout engines" if shares_engines else str(item.path)))
         lightest = {path: min(weight(i) for i in items if i.path == path) for path in {item.path for item in items}}
         items.sort(key=lambda item: lightest[item.path])
+
+
+def _names_of(item: pytest.Item) -> tuple[str, ...]:
+    """The names that the body of a test uses."""
+    return item.function.__code__.co_names if isinstance(item, pytest.Function) else ()
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,7 @@ def by_hand(path: Path, batch: TrainBatch, loss: LossSettings) -> tuple[float, d
     return float(total.detach()), split_experts(gradients)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(("ranks", "layouts"), [(1, ONE), (2, TWO), (4, FOUR)], ids=["1 rank", "2 ranks", "4 ranks"])
 def test_objectives_agree_with_transformers_under_every_cut(
     tmp_path: Path, ranks: int, layouts: list[dict[str, Any]]
