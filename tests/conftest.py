@@ -17,13 +17,15 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-NOT_QUICK = ("gpu", "slow", "e2e", "engine", "ray", "ranks")  # marks; the longest of those without a GPU first
+NOT_QUICK = ("gpu", "slow", "e2e", "engine", "ray", "ranks", "long")  # marks; the longest of those without a GPU first
 LONG_S = 10.0  # a test that takes longer is named when it is done
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--quick", action="store_true", help="only tests that start no Ray, engine or ranks; one that does fails"
+        "--quick",
+        action="store_true",
+        help="only short tests that start no Ray, engine or ranks; one that starts them fails",
     )
 
 

@@ -189,6 +189,7 @@ def test_the_light_layers_never_name_megatron_vllm_or_ray_and_torch_only_in_algo
     assert [name for name in torch_users if is_low(name) and room(name) != "algorithms"] == []
 
 
+@pytest.mark.long
 def test_the_light_layers_import_where_megatron_vllm_and_ray_are_missing() -> None:
     low = [f"{PACKAGE}.{name}".removesuffix(".") for name in modules(ROOT) if is_low(name)]
     program = (

@@ -17,6 +17,8 @@ from megatron_coreward.demo.tokenizer import byte_level_tokenizer
 from megatron_coreward.types import Sequences, TrainBatch
 from tests.actor.test_parity import check, make_batch, plain
 
+pytestmark = pytest.mark.ranks
+
 REPLAY = {"router_replay": "rollout"}
 SP2 = {"tensor_parallel": 2, "sequence_parallel": True}
 WHOLE = {"expert_tensor_parallel": 1, "expert_parallel": 2}

@@ -36,6 +36,7 @@ from tests.checkpoint.models import (
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(
     config=configs(),
@@ -422,6 +423,7 @@ class TestFailures:
         with pytest.raises(RunError, match="'a': more bytes were converted than it has"):
             hashes.update("a", torch.zeros(1, 3))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("conversion", "number"), [("to-megatron", signal.SIGTERM), ("to-hf", signal.SIGINT)], indirect=["conversion"]
     )
@@ -456,6 +458,7 @@ sys.exit(main(["convert", {direction!r}, {str(source)!r}, {str(tmp_path / "new")
         assert (child.returncode, error) == (1, "interrupted\n")
         assert self.left(tmp_path) == set()
 
+    @pytest.mark.long
     @pytest.mark.parametrize("conversion", ["to-megatron"], indirect=True)
     def test_a_limit_of_the_kernel(self, tmp_path: Path, conversion: tuple[str, Path]) -> None:
         """No simulation: files may have 1 KiB."""

@@ -30,6 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "hf", folder / "m"
 
 
+@pytest.mark.long
 def test_transformers_and_the_actor_compute_the_same(
     model: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,6 +51,7 @@ def test_a_weight_that_was_changed_is_found(model: tuple[Path, Path], tmp_path: 
         compare_logits(open_checkpoint(model[1]), open_checkpoint(tmp_path / "hf"))
 
 
+@pytest.mark.long
 def test_a_model_that_does_not_run_is_named(model: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(model[0], tmp_path / "hf")
     opened = open_checkpoint(tmp_path / "hf")

@@ -28,6 +28,7 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.randint(0, 256, (nbytes,), dtype=torch.uint8).view(dtype).view(shape)
 
 
+@pytest.mark.long
 @given(model=models, first=st.integers(0, 5))
 def test_any_rows_of_what_the_library_wrote_are_read(model: dict[str, Any], first: int) -> None:
     tensors = {name: random_tensor(*kind) for name, kind in model.items() if name != "__metadata__"}

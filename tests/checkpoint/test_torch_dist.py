@@ -72,6 +72,7 @@ def read_all(folder: Path, config: dict[str, Any], prefix: str = "") -> dict[str
         return found
 
 
+@pytest.mark.long
 @given(config=configs(), data=st.data())
 def test_weights_are_read_however_they_are_cut_into_chunks(config: dict[str, Any], data: st.DataObject) -> None:
     """Over layers, experts, rows and columns; this covers every tensor, pipeline and expert parallel layout."""

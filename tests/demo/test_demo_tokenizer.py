@@ -53,6 +53,7 @@ def test_a_digit_is_one_token_wherever_it_stands() -> None:
     assert " " not in tokens
 
 
+@pytest.mark.long
 def test_the_vocabulary_is_small_and_always_the_same() -> None:
     assert len(WORDS) <= 256
     assert len(BYTES) == 256 + 3

@@ -37,9 +37,9 @@ def on_one_node(task: Task) -> Path:
     return train(make_config(task, "one_node"))
 
 
-@pytest.fixture
-def three_nodes() -> Iterator[None]:
-    """A Ray cluster of three nodes on this machine, joined through `RAY_ADDRESS`."""
+@pytest.fixture(scope="module")
+def three_nodes(on_one_node: Path) -> Iterator[None]:
+    """A Ray cluster of three nodes on this machine, joined through `RAY_ADDRESS`, once the run on one node is over."""
     from ray.cluster_utils import Cluster
 
     stop_ray()

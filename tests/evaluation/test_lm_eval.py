@@ -109,6 +109,7 @@ def adds(prompt: str, sample: int) -> str:
 
 
 class TestTasksOfOnesOwn:
+    @pytest.mark.long
     def test_scores_and_settings_are_the_task_s(self, measure: Any, tmp_path: Path) -> None:
         fake = FakeEngines(adds)
         found = measure(fake, ["tiny_sums"], include_path=write_task(tmp_path / "t", ROWS), temperature=None)
@@ -123,6 +124,7 @@ class TestTasksOfOnesOwn:
         )
         assert fake.lengths == [len(fake.asked[0].prompt) + 12]
 
+    @pytest.mark.long
     def test_the_paper_s_temperature_replaces_the_task_s(self, measure: Any, tmp_path: Path) -> None:
         fake = FakeEngines(adds)
         task = write_task(tmp_path / "t", ROWS)
@@ -131,6 +133,7 @@ class TestTasksOfOnesOwn:
         assert [byte_level_tokenizer().decode(r.prompt) for r in fake.asked] == ["0+1=", "1+1=", "2+1="]
         assert len({r.seed for r in fake.asked}) == 3
 
+    @pytest.mark.long
     def test_what_was_sampled_is_not_sampled_again(self, measure: Any, tmp_path: Path) -> None:
         task = write_task(tmp_path / "t", ROWS)
         first = FakeEngines(adds)

@@ -36,6 +36,7 @@ def test_a_program_that_fails_says_so(level: Isolation) -> None:
     assert run_python("print('é')\nraise SystemExit(3)", isolation=level) == Outcome("failed", "é\n")
 
 
+@pytest.mark.long
 def test_one_that_never_ends_is_ended(level: Isolation) -> None:
     for program in (
         "while True: pass",

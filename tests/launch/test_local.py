@@ -40,6 +40,7 @@ def words(tmp_path: Path) -> list[str]:
     return ["local", str(write_recipe(tmp_path)), "--cluster", str(cluster)]
 
 
+@pytest.mark.long
 def test_it_runs_again_until_it_is_finished(
     words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_it_runs_again_until_it_is_finished(
     assert (tmp_path / "Run_1" / "launch" / "train.log").read_text().count("attempt") == 2
 
 
+@pytest.mark.long
 def test_a_failure_is_an_error(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "statuses").write_text("1\n0\n")
     with pytest.raises(RunError, match="failed: exit status 1"):
@@ -62,6 +64,7 @@ def test_a_failure_is_an_error(words: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "statuses").read_text() == "0\n"
 
 
+@pytest.mark.long
 def test_an_interrupt_lets_the_training_save(words: list[str], tmp_path: Path) -> None:
     """Even if it comes while the job is still being submitted, as it may here."""
     (tmp_path / "statuses").write_text("wait\n")

@@ -75,6 +75,7 @@ def nodes(tmp_path: Path) -> Iterator[Callable[[int], Nodes]]:
         process.wait(30)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("status", [0, 1, 75])
 def test_the_exit_status_is_that_of_the_training(nodes: Callable[[int], Nodes], status: int) -> None:
     group = nodes(1)
@@ -83,6 +84,7 @@ def test_the_exit_status_is_that_of_the_training(nodes: Callable[[int], Nodes], 
     assert group.events() == ["training begins", "ray 0 ends"]
 
 
+@pytest.mark.long
 def test_the_training_begins_when_all_nodes_are_up_and_all_leave_with_it(nodes: Callable[[int], Nodes]) -> None:
     group = nodes(2)
     head = group.start(0)
@@ -96,6 +98,7 @@ def test_the_training_begins_when_all_nodes_are_up_and_all_leave_with_it(nodes: 
     assert group.events() == ["training begins", "ray 0 ends", "ray 1 ends"]
 
 
+@pytest.mark.long
 def test_a_signal_to_all_processes_lets_the_training_save_while_ray_is_there(nodes: Callable[[int], Nodes]) -> None:
     group = nodes(2)
     head, worker = group.start(0), group.start(1)

@@ -85,6 +85,7 @@ def uneven() -> list[object]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", uneven())
 def test_a_search_finds_layouts_for_a_recipe_with_uneven_stages(recipe: Path) -> None:
     config, (num_gpus, gigabytes) = load(recipe), size(recipe)

@@ -39,6 +39,7 @@ def test_what_is_proposed_is_allowed_fits_and_uses_the_gpus(placement: Placement
     assert [plan.seconds for plan in found] == sorted(plan.seconds for plan in found)
 
 
+@pytest.mark.long
 def test_experts_are_spread_where_there_are_some() -> None:
     arch = published_architecture("Qwen3-30B-A3B")
     found = search(config("Qwen3-30B-A3B"), arch, machine("h200"), 16)
@@ -79,6 +80,7 @@ def test_colocated_engines_and_actor_share_the_memory() -> None:
     assert "16 engine workers for 8 actor ranks" in too_many
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "gpu", "num_gpus", "settings"),
     [
@@ -107,6 +109,7 @@ def test_there_may_be_more_gpus_than_a_layout_uses(
         assert all(other.seconds > plan.seconds for other in found if other.num_gpus > plan.num_gpus)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("placement", ["disaggregated", "colocated"])
 def test_more_gpus_are_never_worse(placement: Placement) -> None:
     c = config("Qwen3-8B-Base")
@@ -123,6 +126,7 @@ def test_what_no_layout_changes_is_said_at_once() -> None:
     assert fixed_problems(tall, EIGHT, machine()) == []
 
 
+@pytest.mark.long
 def test_no_key_of_a_layout_keeps_others_from_being_found() -> None:
     """Stages and experts that are cut in a way of their own, and engines of the teacher alone."""
     sizes = {"tensor_parallel": 4, "pipeline_parallel": 4, "data_parallel": 2, "sequence_parallel": True}
@@ -335,6 +339,7 @@ def test_a_search_that_cannot_succeed_names_the_cause(recipe: str, capsys: pytes
         run([recipe, "actor.fp8=delayed", "--gpu", "a100", "--search", "--gpus", "64"])
 
 
+@pytest.mark.long
 def test_a_layout_that_leaves_gpus_unused_fits(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     run([recipe, "--gpus", "7"])
     assert capsys.readouterr().out.rstrip().endswith("fits")

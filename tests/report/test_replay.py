@@ -169,6 +169,7 @@ def test_a_dump_that_was_cut_off_is_noted_and_the_others_are_replayed_and_shown(
         replay(record, range(2, 3))
 
 
+@pytest.mark.long
 def test_what_models_and_data_wrote_is_escaped_and_bounded_where_a_replay_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +248,7 @@ def test_another_relation_means_nothing_to_rewards_without_answers(tmp_path: Pat
         counterfactual(load_record(write_run(tmp_path / "run", "entropy")), "math")
 
 
+@pytest.mark.long
 def test_the_commands_answer_with_their_statuses_without_engine_megatron_or_torch(tmp_path: Path) -> None:
     honest, other = write_run(tmp_path / "honest"), write_run(tmp_path / "other")
     edit(other, 1, with_answer)

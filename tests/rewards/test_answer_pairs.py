@@ -29,6 +29,7 @@ def equivalence() -> Iterator[AnswerEquivalence]:
         yield equivalence
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_pairs_of_a_kind_have_their_verdict_in_both_directions(equivalence: AnswerEquivalence, kind: str) -> None:
     pairs = [(row["answer"], row["other"], row["verdict"] == "same") for row in rows() if row["kind"] == kind]

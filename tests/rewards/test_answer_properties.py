@@ -124,6 +124,7 @@ def test_ratios_are_proportions_and_times_are_not(a: int, b: int, k: int, c: int
     assert not equal(rf"{hour}:{minute:02}\text{{ am}}", rf"{hour}:{minute:02}\text{{ p.m.}}")
 
 
+@pytest.mark.long
 @SETTINGS
 @given(*[st.integers(-9, 9)] * 3, st.integers(1, 9), st.integers(1, 9))
 def test_lines_are_the_same_in_every_form(a: int, c: int, d: int, b: int, k: int) -> None:
@@ -137,6 +138,7 @@ def test_lines_are_the_same_in_every_form(a: int, c: int, d: int, b: int, k: int
     assert equal(other, explicit) is (c == d)
 
 
+@pytest.mark.long
 @SETTINGS
 @given(*[st.integers(1, 30)] * 2)
 def test_equations_without_real_solutions_are_told_apart(a: int, b: int) -> None:
@@ -190,6 +192,7 @@ def shared() -> Iterator[AnswerEquivalence]:
         yield equivalence
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(a=expressions, b=expressions)
 def test_a_verdict_does_not_depend_on_what_was_asked_before(shared: AnswerEquivalence, a: Valued, b: Valued) -> None:

@@ -207,6 +207,7 @@ def test_the_groups_of_a_step_are_handed_out_together_and_each_pair_once() -> No
     assert len({frozenset((r.texts[i], r.texts[j])) for r in requests for i, j in r.pairs}) == equivalence.comparisons
 
 
+@pytest.mark.long
 def test_a_busy_machine_changes_no_verdict() -> None:
     """The process is stopped in the middle of a comparison, and goes on: only computing counts against the limit."""
     with AnswerEquivalence("math", timeout_s=1.0, num_workers=1) as equivalence:

@@ -18,6 +18,7 @@ CASES = 300
 GROWTH_MIB = 96
 
 
+@pytest.mark.long
 @pytest.mark.timeout(280)
 def test_hostile_pairs_are_judged_on_time_and_leave_nothing_behind() -> None:
     report = hostile_run(CASES, workers=2, seed=7)  # holds the time limits and that nothing was executed

@@ -104,6 +104,7 @@ def test_a_pair_that_runs_over_the_limit_gives_none_on_time_and_the_next_is_answ
     assert pool.equivalent("x+x", "2x") is True
 
 
+@pytest.mark.long
 def test_a_process_that_does_not_report_in_time_is_given_up_with_its_comparison(pool: SymbolicPool) -> None:
     """Even where nobody reports that the kernel has ended the comparison."""
     pool.equivalent("x", "y")
@@ -117,6 +118,7 @@ def test_a_process_that_does_not_report_in_time_is_given_up_with_its_comparison(
     assert pool.equivalent("x+x", "2x") is True
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["comparing", "loaded"])
 def test_a_process_that_dies_under_a_pair_gives_none_and_the_next_is_answered(pool: SymbolicPool, which: str) -> None:
     pool.equivalent("x", "y")
@@ -182,6 +184,7 @@ def test_a_process_is_light_whatever_its_parent_has_loaded(pool: SymbolicPool) -
     assert all(target.startswith("pipe:") or target == "/dev/null" for target in descriptors), descriptors
 
 
+@pytest.mark.long
 def test_a_process_does_not_outlive_a_parent_that_was_killed_while_it_worked() -> None:
     program = (
         "import threading, time\n"

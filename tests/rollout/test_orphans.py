@@ -108,6 +108,7 @@ def test_folders_of_other_users_stay(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert folder.exists()
 
 
+@pytest.mark.engine
 def test_a_tensor_parallel_engine_that_is_killed_with_all_its_processes_leaves_nothing_for_good(
     start_engine: Callable[[str], EngineProcess],
 ) -> None:

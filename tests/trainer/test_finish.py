@@ -172,6 +172,7 @@ cli.console()
 """
 
 
+@pytest.mark.long
 def test_a_real_ctrl_c_is_one_line_with_status_1(config: RunConfig) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, str(config.run_dir)],

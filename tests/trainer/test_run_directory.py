@@ -118,6 +118,7 @@ with lock_run_directory(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.long
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     other = subprocess.Popen(

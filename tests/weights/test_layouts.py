@@ -24,6 +24,7 @@ ACTORS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("experts", [None, EXPERTS])
 def test_ranks_hold_every_tensor_once_but_for_as_many_copies_as_there_are_replicas(

@@ -153,6 +153,7 @@ def test_mixtures_of_experts_between_many_layouts(actor: ActorLayout) -> None:
         assert plan.sender_imbalance <= 1.2
 
 
+@pytest.mark.long
 @given(data=st.data())
 def test_any_model_between_any_layouts(data: st.DataObject) -> None:
     experts = data.draw(st.sampled_from([None, Experts(3, 1, 4, True), Experts(6, 2, 12, True)]))

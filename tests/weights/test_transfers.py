@@ -31,7 +31,7 @@ from megatron_coreward.weights.senders import open_sender
 from megatron_coreward.weights.spec import Transport
 from tests.weights.ranks import Ranks, spec_of
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(120)]
 
 DENSE = Architecture(
     family="qwen2",
