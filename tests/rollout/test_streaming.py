@@ -156,13 +156,15 @@ def test_a_stop_string_across_an_interruption_ends_the_sample(
     engine.go_on(4)
     for _ in range(20):
         engine.score(PROMPT)
-    ended = 0
+    # Bytes that are no character are held back until the next ones show what they become: such a string is seen later.
+    whole, ended = [stop for stop in stops if "\ufffd" not in stop], 0
+    assert whole
     for completion in take(engine, 8).values():
         before = tokenizer.decode(completion.token_ids[:-1], skip_special_tokens=True)
-        assert not any(stop in before for stop in stops)
-        if any(stop in tokenizer.decode(completion.token_ids, skip_special_tokens=True) for stop in stops):
+        assert not any(stop in before for stop in whole)
+        if any(stop in tokenizer.decode(completion.token_ids, skip_special_tokens=True) for stop in whole):
             assert completion.finish_reason == "stop"
-            ended += 1
+        ended += completion.finish_reason == "stop"
     assert ended
 
 
