@@ -283,9 +283,7 @@ class _Attempt:
         config = self.config
         if config.guard.action == "off" or not config.guard.anchors:
             return lambda step, num_updates, timer: {}
-        state = self.opened.trainer_state
-        first_step = 0 if state is None else state.step + (state.unfinished_row is None)
-        path = config.run_dir / anchor_draws.FILE_NAME
+        first_step, path = self._first_row(), config.run_dir / anchor_draws.FILE_NAME
         reads_labels = method_of(config.method).needs.ground_truth
         chosen = Anchors(path, self.data.train, config.guard, equivalence, first_step, only_right=reads_labels)
         self.stack.callback(chosen.close)

@@ -103,7 +103,7 @@ class Group:
             receives_from: all that it will ever receive from.
 
         Raises:
-            RunError: a member has given up, or is late.
+            RunError: a member has given up, or is late; or this process may not open a connection to each.
         """
         allow_connections(size)
         self._meeting, self._device = meeting, device
